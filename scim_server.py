@@ -1,0 +1,2920 @@
+#!/usr/bin/env python3
+"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and its like.
+
+People assigned to an enterprise application in Entra ID arrive here by SCIM and become employees of
+Facilio: created, updated, and marked inactive when they leave. Python 3.10+, standard library only.
+
+Run it        python scim_server.py                       serves sample_config.json, or a demo tenant
+              python scim_server.py token                 makes a secret for a tenant
+              python scim_server.py check --config FILE   explains a configuration
+Embed it      config = load_config("config.json")
+              server = ScimServer(Application(open_directories(config)), "127.0.0.1", 0)
+              threading.Thread(target=server.serve_forever).start(); print(server.url)
+Test with it  directory = Directory(Store(":memory:"), resource_types(()))
+              user = directory.create(directory.resource_types["User"], {"userName": "ada"})
+              directory.read(directory.resource_types["User"], user["id"])
+
+Chapters      1 Vocabulary      schema URNs, limits, ScimError
+              2 Schemas         Attribute, Schema, ResourceType: the data that decides everything
+              3 Filters         text to a bound tree; matches() reads it in Python
+              4 Resources       accept() lets a body in, project() lets a resource out
+              5 PATCH           operations on a resource, all or none
+              6 Storage         one SQLite file a tenant; compile_filter() reads the tree as SQL
+              8 Directory       one tenant's operations, a transaction each
+              9 Configuration   tenants, tokens, custom fields
+             10 Application     handle(Request) -> Response: authentication, routes, discovery
+             11 HTTP server     sockets
+             13 Command line    main()
+
+One request   bytes -> Handler (strict framing, limits) -> Request -> Application.handle (token to
+              tenant, route) -> Directory operation (accept, patch or query, one transaction) ->
+              Store -> project -> Response -> one write to the socket
+
+Notation, kept to everywhere below:
+
+    resource   canonical JSON object, e.g. {"schemas": [...], "id": "2819c2", "userName": "BJensen"}
+    attribute  an Attribute, e.g. that of emails, or of emails.type
+    filter     a bound filter tree, e.g. Compare(emails.type, "eq", "work")
+    key        the form in which values compare, e.g. "bjensen" for the userName "BJensen"
+    entry      a row of the index, (path, key, element), e.g. ("emails.type", "work", 0)
+    version    the opaque part of an ETag
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import operator
+import os
+import re
+import secrets
+import signal
+import socket
+import sqlite3
+import sys
+import threading
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta, timezone
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+# ----------------------------------------------------------------------------
+# 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
+#
+# The names of the protocol, the limits of this server, and its one error.
+# Knows nothing of everything else.
+# ----------------------------------------------------------------------------
+
+USER = "urn:ietf:params:scim:schemas:core:2.0:User"
+GROUP = "urn:ietf:params:scim:schemas:core:2.0:Group"
+ENTERPRISE = "urn:ietf:params:scim:schemas:extension:enterprise:2.0:User"
+FACILIO = "urn:ietf:params:scim:schemas:extension:facilio:2.0:User"
+SCHEMA = "urn:ietf:params:scim:schemas:core:2.0:Schema"
+RESOURCE_TYPE = "urn:ietf:params:scim:schemas:core:2.0:ResourceType"
+PROVIDER_CONFIG = "urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"
+LIST_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
+ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
+
+BASE_PATH = "/scim/v2"
+DEFAULT_COUNT = 100               # resources in a page when the client names no count
+MAX_COUNT = 1_000                 # and at the most
+MAX_ANSWERED_MEMBERS = 1_000      # a PATCH of a larger group answers 204: it costs what it changes
+MAX_FILTER_LENGTH = 8 * 1024      # characters
+MAX_FILTER_DEPTH = 50
+MAX_BODY = 2 * 1024 * 1024        # octets
+
+Json = Any                        # what json.loads returns
+Resource = dict[str, Any]
+
+
+class ScimError(Exception):
+    """An answer other than success: HTTP status, scimType of RFC 7644 table 9 or "", and a sentence.
+
+    The detail is read by an administrator in a provisioning log: it names the attribute or option,
+    says what was found, and what would do. headers go into the HTTP answer.
+    """
+
+    def __init__(self, status: int, scim_type: str, detail: str,
+                 headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.scim_type = scim_type
+        self.detail = detail
+        self.headers = dict(headers or {})
+
+    def body(self) -> Json:
+        """Return the Error message of RFC 7644 §3.12; its status is a string."""
+        scim_type = {"scimType": self.scim_type} if self.scim_type else {}
+        return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
+
+
+def shown(value: Json) -> str:
+    """Return a client's value as JSON text, cut to a length that fits an error's detail."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# ----------------------------------------------------------------------------
+# 2. Schemas                                                            RFC 7643
+#
+# What a resource is made of, as frozen data. It alone decides what is validated,
+# what type a filter compares, what is returned, what PATCH may write and what
+# /Schemas prints. Uses chapter 1. Knows nothing of HTTP or SQL.
+# ----------------------------------------------------------------------------
+
+TYPE_NAMES = {"boolean": "a Boolean", "integer": "an Integer", "dateTime": "a dateTime",
+              "complex": "an object"}
+INTEGER_LIMIT = 2 ** 63           # integers are 64-bit, as in the store's keys
+DATE_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+                       r"(?:Z|([+-])(\d\d):(\d\d))?", re.ASCII | re.IGNORECASE)
+
+
+def date_time_key(text: str) -> str:
+    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none.
+
+    Entra's collections send years from 0001 and seven fraction digits, which fromisoformat of
+    Python 3.10 refuses; without an offset UTC is meant.
+    """
+    if not (parts := DATE_TIME.fullmatch(text)):
+        raise ValueError(text)
+    instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))   # type: ignore[arg-type]
+    if parts[8]:
+        offset = timedelta(hours=int(parts[9]), minutes=int(parts[10]))
+        try:
+            instant += -offset if parts[8] == "+" else offset
+        except OverflowError:
+            raise ValueError(text) from None
+    return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute:
+    """An attribute with its characteristics (RFC 7643 §2.2, §7).
+
+    path is its full name in a resource ("emails.type", "urn:…:User:department"), index the same in
+    lower case; both are set when a resource type takes the attribute in. Three characteristics are
+    our own: published is whether /Schemas lists it, default the value that a resource gets when its
+    client never sent one, and linked marks membership, which is kept as rows and not in the body.
+    """
+
+    name: str
+    type: str = "string"
+    multi_valued: bool = False
+    required: bool = False
+    case_exact: bool = False
+    mutability: str = "readWrite"
+    returned: str = "default"
+    uniqueness: str = "none"
+    canonical_values: tuple[str, ...] = ()
+    reference_types: tuple[str, ...] = ()
+    sub_attributes: tuple[Attribute, ...] = ()
+    description: str = ""
+    published: bool = True
+    default: Json = None
+    linked: bool = False
+    path: str = ""
+    index: str = field(init=False)
+    by_name: dict[str, Attribute] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", self.path.lower())
+        object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
+
+    def placed(self, prefix: str = "") -> Attribute:
+        """Return this attribute and its sub-attributes with their paths, behind a prefix."""
+        path = prefix + self.name
+        # An extension's attributes follow its URN after a colon (RFC 7644 §3.10), others after a dot.
+        below = path and path + (":" if ":" in self.name else ".")
+        subs = tuple(sub.placed(below) for sub in self.sub_attributes)
+        return replace(self, path=path, sub_attributes=subs)
+
+    def sub_attribute(self, name: str) -> Attribute | None:
+        """Return the sub-attribute of that name in any case (RFC 7643 §2.1), or None."""
+        return self.by_name.get(name.lower())
+
+    @property
+    def value_attribute(self) -> Attribute | None:
+        """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
+        return self.by_name.get("value")
+
+    def convert(self, value: Json) -> Json:
+        """Return a JSON value in the type of this simple attribute.
+
+        Clean text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
+        Raises ScimError 400 invalidValue.
+        """
+        if self.type == "boolean":
+            if isinstance(value, bool):
+                return value
+            if isinstance(value, str) and value.lower() in ("true", "false"):
+                return value.lower() == "true"
+        elif self.type == "integer":
+            if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
+                value = int(value)
+            if isinstance(value, int) and not isinstance(value, bool):
+                if -INTEGER_LIMIT <= value < INTEGER_LIMIT:
+                    return value
+                raise ScimError(400, "invalidValue", f"{self.path}: {shown(value)} is beyond the "
+                                                     "64 bits of an Integer")
+        elif isinstance(value, str):
+            if self.type != "dateTime":
+                return value
+            try:
+                return date_time_key(value) and value
+            except ValueError:
+                pass
+        raise ScimError(400, "invalidValue", f"{self.path}: expected "
+                        f"{TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
+
+    def holds(self, value: Json) -> bool:
+        """Return whether a value is of this simple attribute's type as it stands."""
+        try:
+            converted = self.convert(value)
+        except ScimError:
+            return False
+        return type(converted) is type(value) and bool(converted == value)
+
+    def key(self, value: Json) -> str:
+        """Return the text by which values of this attribute are equal and in order.
+
+        Keys compare by code point. The key of a complex value says only that it is there.
+        """
+        if self.type == "boolean":
+            return "true" if value else "false"
+        if self.type == "integer":
+            return f"{value + INTEGER_LIMIT:020d}"
+        if self.type == "dateTime":
+            return date_time_key(value)
+        if self.type == "complex":
+            return "1"
+        return value if self.case_exact else value.casefold()   # type: ignore[no-any-return]
+
+
+def plural(name: str, value_type: str = "string", types: Sequence[str] = (),
+           display: bool = True, **characteristics: Any) -> Attribute:
+    """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
+    exact = value_type != "string"
+    return Attribute(name, "complex", multi_valued=True, **characteristics, sub_attributes=(
+        Attribute("value", value_type, case_exact=exact,
+                  reference_types=("external",) if value_type == "reference" else ()),
+        Attribute("display", published=display),
+        Attribute("type", canonical_values=tuple(types)),
+        Attribute("primary", "boolean"),
+    ))
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A schema (RFC 7643 §7): URN, name, and attributes not yet placed in a resource type."""
+
+    id: str
+    name: str
+    attributes: tuple[Attribute, ...]
+    description: str = ""
+
+
+EXTERNAL_ID = Attribute("externalId", case_exact=True)
+COMMON = (
+    Attribute("schemas", "reference", multi_valued=True, case_exact=True, mutability="readOnly",
+              returned="always"),
+    Attribute("id", case_exact=True, mutability="readOnly", returned="always",
+              uniqueness="server"),
+    EXTERNAL_ID,
+)
+META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
+    Attribute("resourceType", case_exact=True, mutability="readOnly"),
+    Attribute("created", "dateTime", mutability="readOnly"),
+    Attribute("lastModified", "dateTime", mutability="readOnly"),
+    Attribute("location", "reference", case_exact=True, mutability="readOnly"),
+    Attribute("version", case_exact=True, mutability="readOnly"),
+))
+
+
+@dataclass(frozen=True, eq=False)
+class ResourceType:
+    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute.
+
+    Extensions are complex attributes of the root, named by their URNs, so the same few lines walk
+    resources, complex values and extension objects.
+    """
+
+    name: str
+    endpoint: str
+    schema: Schema
+    extensions: tuple[Schema, ...] = ()
+    root: Attribute = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        extensions = tuple(Attribute(extension.id, "complex", sub_attributes=extension.attributes)
+                           for extension in self.extensions)
+        root = Attribute("", "complex", sub_attributes=(*COMMON, *self.schema.attributes,
+                                                        *extensions, META))
+        object.__setattr__(self, "root", root.placed())
+
+    @property
+    def extension_attributes(self) -> list[Attribute]:
+        """The extensions as attributes of the root."""
+        return [self.root.by_name[extension.id.lower()] for extension in self.extensions]
+
+
+USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
+    Attribute("userName", required=True, uniqueness="server"),
+    Attribute("name", "complex", sub_attributes=(
+        Attribute("formatted"),
+        Attribute("familyName"),
+        Attribute("givenName"),
+        Attribute("middleName"),
+        Attribute("honorificPrefix"),
+        Attribute("honorificSuffix"),
+    )),
+    Attribute("displayName"),
+    Attribute("nickName"),
+    Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
+    Attribute("title", description="The job title; the employee's designation"),
+    Attribute("userType"),
+    Attribute("preferredLanguage"),
+    Attribute("locale"),
+    Attribute("timezone"),
+    # Okta takes a user without active for a deactivated one, so a user always has it.
+    Attribute("active", "boolean", default=True),
+    # Okta always sends a password: it is accepted, and neither stored nor published.
+    Attribute("password", mutability="writeOnly", returned="never", published=False),
+    # Entra's validator makes a test for each published attribute and stops at these displays.
+    plural("emails", types=("work", "home", "other"), display=False),
+    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"),
+           display=False),
+    plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
+    plural("photos", "reference", types=("photo", "thumbnail")),
+    Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
+        Attribute("formatted"),
+        Attribute("streetAddress"),
+        Attribute("locality"),
+        Attribute("region"),
+        Attribute("postalCode"),
+        Attribute("country"),
+        Attribute("type", canonical_values=("work", "home", "other")),
+        Attribute("primary", "boolean"),
+        Attribute("display", published=False),
+    )),
+    Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
+              sub_attributes=(
+        Attribute("value", case_exact=True, mutability="readOnly"),
+        Attribute("$ref", "reference", case_exact=True, mutability="readOnly",
+                  reference_types=("Group",)),
+        Attribute("display", mutability="readOnly"),
+        Attribute("type", mutability="readOnly", canonical_values=("direct",)),
+    )),
+    plural("entitlements"),
+    plural("roles"),
+    plural("x509Certificates", "binary"),
+))
+
+GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
+    # RFC 7643 does not ask for unique names; Entra matches groups by displayName, so it needs them.
+    Attribute("displayName", required=True, uniqueness="server"),
+    Attribute("members", "complex", multi_valued=True, linked=True, sub_attributes=(
+        Attribute("value", required=True, case_exact=True),   # an id of ours, and ids have a case
+        Attribute("$ref", "reference", case_exact=True, published=False, mutability="readOnly",
+                  reference_types=("User", "Group")),
+        Attribute("type", canonical_values=("User", "Group")),
+        Attribute("display"),
+    )),
+))
+
+ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", description="Enterprise User", attributes=(
+    Attribute("employeeNumber"),
+    Attribute("costCenter"),
+    Attribute("organization"),
+    Attribute("division"),
+    Attribute("department"),
+    Attribute("manager", "complex", sub_attributes=(
+        Attribute("value", case_exact=True),
+        Attribute("$ref", "reference", case_exact=True, published=False,
+                  reference_types=("User",)),
+        Attribute("displayName"),
+    )),
+))
+
+
+@dataclass(frozen=True)
+class CustomField:
+    """A custom field of the tenant's Employee module: String, Integer or Boolean."""
+
+    link_name: str
+    type: str = "String"
+    display_name: str = ""
+
+    @property
+    def urn(self) -> str:
+        """The name to paste into Entra's attribute list."""
+        return f"{FACILIO}:{self.link_name}"
+
+
+def facilio_extension(custom_fields: Iterable[CustomField]) -> Schema:
+    """Return the Facilio extension of a tenant, made of its custom fields."""
+    return Schema(FACILIO, "FacilioUser", description="Custom fields of the Employee module",
+                  attributes=tuple(Attribute(custom.link_name, custom.type.lower(),
+                                             description=custom.display_name)
+                                   for custom in custom_fields))
+
+
+def resource_types(custom_fields: Iterable[CustomField]) -> dict[str, ResourceType]:
+    """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
+    extensions = (ENTERPRISE_SCHEMA, facilio_extension(custom_fields))
+    return {"User": ResourceType("User", "/Users", USER_SCHEMA, extensions),
+            "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA)}
+
+
+# ----------------------------------------------------------------------------
+# 3. Filters and paths                               RFC 7644 §3.4.2.2, §3.5.2
+#
+# Text becomes a tree once, with every name bound to its Attribute; then there
+# are two readers: matches() here, compile_filter() in chapter 6.
+# Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
+# ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a filter looks: attributes from a resource, or from one complex value, downwards."""
+
+    attributes: tuple[Attribute, ...]
+
+    @property
+    def attribute(self) -> Attribute:
+        """The last attribute, the one that is looked at."""
+        return self.attributes[-1]
+
+    def items(self, value: Json) -> list[Json]:
+        """Return the values at this target in a resource or complex value, one by one."""
+        found = [value]
+        for attribute in self.attributes:
+            inner = [item[attribute.name] for item in found if attribute.name in item]
+            found = [item for items in inner for item in items] if attribute.multi_valued else inner
+        return found
+
+    def keys(self, value: Json) -> list[str]:
+        """Return the keys of the values at this target."""
+        return [self.attribute.key(item) for item in self.items(value)]
+
+
+@dataclass(frozen=True, slots=True)
+class Compare:
+    """A comparison of an attribute's keys with the key of a literal, whose JSON value it keeps."""
+
+    target: Target
+    op: str
+    key: str
+    value: Json
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """Whether an attribute has a value that is not empty (pr)."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
+class And:
+    """All of some filters; without any, everything matches."""
+
+    filters: tuple[Filter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Or:
+    """Any of some filters; without any, nothing matches."""
+
+    filters: tuple[Filter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Not:
+    """The opposite of a filter."""
+
+    inner: Filter
+
+
+@dataclass(frozen=True, slots=True)
+class ValuePath:
+    """Whether one and the same value of a complex attribute satisfies a filter on it."""
+
+    target: Target
+    inner: Filter
+
+
+Filter = Compare | Present | And | Or | Not | ValuePath
+EVERYTHING, NOTHING = And(()), Or(())
+
+TEST: dict[str, Callable[[str, str], bool]] = {
+    "eq": operator.eq,
+    "co": operator.contains,
+    "sw": str.startswith,
+    "ew": str.endswith,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "lt": operator.lt,
+    "le": operator.le,
+}
+
+
+def matches(filter: Filter, value: Json) -> bool:
+    """Return whether a resource, or one value of a complex attribute, satisfies a filter."""
+    match filter:
+        case And(filters):
+            return all(matches(inner, value) for inner in filters)
+        case Or(filters):
+            return any(matches(inner, value) for inner in filters)
+        case Not(inner):
+            return not matches(inner, value)
+        case ValuePath(target, inner):
+            return any(matches(inner, item) for item in target.items(value))
+        case Present(target):
+            return any(target.keys(value))      # the key of empty text is empty: not present
+        case Compare(target, op, key):
+            return any(TEST[op](found, key) for found in target.keys(value))
+
+
+# -- Names -------------------------------------------------------------------
+
+
+def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribute, str] | None:
+    """Return the schema URN at the head of a name, the complex attribute it means, and the rest.
+
+    The longest known URN followed by a colon: URNs hold dots and colons themselves. A dot in place
+    of the last colon is the spelling that Entra used before 2018.
+    """
+    scopes = [(resource_type.schema.id, resource_type.root)]
+    scopes += [(extension.name, extension) for extension in resource_type.extension_attributes]
+    for urn, attribute in sorted(scopes, key=lambda scope: -len(scope[0])):
+        rest = name[len(urn):]
+        if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
+            return urn, attribute, rest[1:]
+    return None
+
+
+def resolve(name: str, resource_type: ResourceType) -> tuple[Attribute, ...] | None:
+    """Return the attributes from the root down to a name in attrPath notation; None if unknown.
+
+    () is the resource itself, named by its schema. A bare name that the core schema lacks is looked
+    up in the extensions, for Entra's path "manager".
+    """
+    scope = resource_type.root
+    found: tuple[Attribute, ...] = ()
+    if extension := find_extension(name, resource_type):
+        _, scope, name = extension
+        found = () if scope is resource_type.root else (scope,)
+        if not name:
+            return found
+    first = name.partition(".")[0]
+    if scope is resource_type.root and not extension and not scope.sub_attribute(first):
+        for candidate in resource_type.extension_attributes:
+            if candidate.sub_attribute(first):
+                scope, found = candidate, (candidate,)
+                break
+    for part in name.split("."):
+        if not (sub := scope.sub_attribute(part)):
+            return None
+        scope, found = sub, (*found, sub)
+    return found
+
+
+# -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
+
+Lexeme = tuple[str, str, int]                                  # kind, text, column from 1
+Scope = Callable[[str], tuple[Attribute, ...] | None]          # a name to the attributes it means
+
+TOKEN = re.compile(r"""
+    \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
+          | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
+          | (?P<name>   [A-Za-z$_][\w.:$-]* )
+          | (?P<sub>    \.[A-Za-z$][\w$-]* )
+          | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
+STRING_TYPES = ("string", "reference")
+OPERATORS = {"eq", "ne", "pr", *TEST}
+
+
+def bad_filter(column: int, expected: str, found: str) -> ScimError:
+    """Return the error of a filter that does not parse."""
+    return ScimError(400, "invalidFilter", f"filter, column {column}: expected {expected}, found "
+                                           f"{shown(found) if found else 'the end'}")
+
+
+def tokens_of(text: str) -> list[Lexeme]:
+    """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
+    if len(text) > MAX_FILTER_LENGTH:
+        raise ScimError(400, "invalidFilter", f"filter: longer than {MAX_FILTER_LENGTH} characters")
+    tokens, position, end = [], 0, len(text.rstrip())
+    while position < end:
+        if not (token := TOKEN.match(text, position)):
+            raise bad_filter(position + 1, "a name, a value in double quotes or a bracket",
+                             text[position:end].lstrip())
+        kind = token.lastgroup or ""
+        tokens.append((kind, token[kind], token.start(kind) + 1))
+        position = token.end()
+    return [*tokens, ("end", "", end + 1)]
+
+
+def expect(tokens: list[Lexeme], position: int, mark: str) -> int:
+    """Return the position after a mark that must stand there."""
+    _, text, column = tokens[position]
+    if text != mark:
+        raise bad_filter(column, f"'{mark}'", text)
+    return position + 1
+
+
+def parse_filter(text: str, resource_type: ResourceType) -> Filter:
+    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2).
+
+    Raises ScimError 400 invalidFilter, with the column, or with the attribute and its type.
+    """
+    return whole_filter(tokens_of(text), partial(resolve, resource_type=resource_type))
+
+
+def whole_filter(tokens: list[Lexeme], scope: Scope) -> Filter:
+    """Return the filter that tokens make, which nothing may follow."""
+    filter, position = parse_or(tokens, 0, scope, 0)
+    kind, text, column = tokens[position]
+    if kind != "end":
+        raise bad_filter(column, "'and', 'or' or the end", text)
+    return filter
+
+
+# FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
+def parse_or(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+    """Return a filter whose terms are joined by "or"."""
+    if depth > MAX_FILTER_DEPTH:
+        raise ScimError(400, "invalidFilter",
+                        f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
+    terms, position = parse_terms(tokens, position, scope, depth, "or", parse_and)
+    return (terms[0] if len(terms) == 1 else Or(terms)), position
+
+
+def parse_and(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+    """Return a filter whose terms are joined by "and"."""
+    terms, position = parse_terms(tokens, position, scope, depth, "and", parse_term)
+    return (terms[0] if len(terms) == 1 else And(terms)), position
+
+
+def parse_terms(tokens: list[Lexeme], position: int, scope: Scope, depth: int, word: str,
+                rule: Callable[[list[Lexeme], int, Scope, int], tuple[Filter, int]],
+                ) -> tuple[tuple[Filter, ...], int]:
+    """Return the terms that a rule reads, as long as a word joins them."""
+    term, position = rule(tokens, position, scope, depth)
+    terms = [term]
+    while tokens[position][0] == "name" and tokens[position][1].lower() == word:
+        term, position = rule(tokens, position + 1, scope, depth)
+        terms.append(term)
+    return tuple(terms), position
+
+
+def parse_term(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+    """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
+    kind, text, column = tokens[position]
+    following = tokens[position + 1][1] if kind != "end" else ""
+    if text == "(" or (text.lower() == "not" and following == "("):
+        inner, after = parse_or(tokens, position + (1 if text == "(" else 2), scope, depth + 1)
+        return (inner if text == "(" else Not(inner)), expect(tokens, after, ")")
+    if kind != "name":
+        raise bad_filter(column, "an attribute name", text)
+    if following == "[":
+        return parse_value_path(tokens, position, scope, depth)
+    return parse_expression(tokens, position + 1, scope(text), text)
+
+
+# valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
+def parse_value_path(tokens: list[Lexeme], position: int, scope: Scope, depth: int,
+                     ) -> tuple[Filter, int]:
+    """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
+    name = tokens[position][1]
+    target = scope(name)
+    inner, position = parse_brackets(tokens, position + 1, target, name, depth)
+    kind, text, _ = tokens[position]
+    if kind == "sub":
+        comparison, position = parse_expression(tokens, position + 1,
+                                                resolve_below(target, text[1:]), name + text)
+        inner = And((inner, comparison))
+    return (ValuePath(Target(target), inner) if target else NOTHING), position
+
+
+def parse_brackets(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
+                   name: str, depth: int) -> tuple[Filter, int]:
+    """Return the filter in square brackets on the values of a complex attribute."""
+    if target and target[-1].type != "complex":
+        raise ScimError(400, "invalidFilter", f"{name}: a filter in brackets needs a complex "
+                                              f"attribute, this one is of type {target[-1].type}")
+    inner, position = parse_or(tokens, position + 1, partial(resolve_below, target), depth + 1)
+    return inner, expect(tokens, position, "]")
+
+
+def resolve_below(target: tuple[Attribute, ...] | None, name: str) -> tuple[Attribute, ...] | None:
+    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
+    sub = target[-1].sub_attribute(name) if target else None
+    return (sub,) if sub else None
+
+
+def parse_expression(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
+                     name: str) -> tuple[Filter, int]:
+    """Return the comparison of a named attribute, from its operator on."""
+    _, text, column = tokens[position]
+    op = text.lower()
+    if op not in OPERATORS:
+        raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
+    if op == "pr":
+        return (Present(Target(target)) if target else NOTHING), position + 1
+    literal = parse_literal(tokens[position + 1])
+    return bind_comparison(target, name, op, literal), position + 2
+
+
+def parse_literal(token: Lexeme) -> Json:
+    """Return the JSON value that a comparison names."""
+    kind, text, column = token
+    if kind in ("string", "number") or text.lower() in ("true", "false", "null"):
+        try:
+            literal = json.loads(text.lower() if kind == "name" else text, strict=False)
+            if not (isinstance(literal, str) and unstorable(literal)):
+                return literal
+        except ValueError:
+            pass
+    raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
+
+
+def unstorable(text: str) -> bool:
+    """Return whether text holds NUL or half a surrogate pair, which no UTF-8 database takes."""
+    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, literal: Json,
+                    ) -> Filter:
+    """Return the filter that compares a target with a literal of its type.
+
+    An attribute that the schemas lack has no value (RFC 7644 §3.4.2.1), so nothing equals it.
+    ne is the opposite of eq, so it also holds for a resource without the attribute.
+    """
+    if op == "ne":
+        return Not(bind_comparison(target, name, "eq", literal))
+    if not target:
+        return NOTHING
+    attribute = target[-1]
+    if attribute.type == "complex":
+        if not attribute.value_attribute:
+            raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
+                            f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
+        attribute = attribute.value_attribute
+        target = (*target, attribute)
+    if literal is None and op == "eq":
+        return Not(Present(Target(target)))
+    # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
+    unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
+    if literal is None or unordered or (op in ("co", "sw", "ew")
+                                        and attribute.type not in STRING_TYPES):
+        raise ScimError(400, "invalidFilter", f"{name}: '{op}' does not go with {shown(literal)} "
+                                              f"and the type {attribute.type}")
+    try:
+        literal = attribute.convert(literal)
+    except ScimError as error:
+        raise ScimError(400, "invalidFilter", error.detail) from None
+    return Compare(Target(target), op, attribute.key(literal), literal)
+
+
+# -- Paths of PATCH ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PatchPath:
+    """The target of a PATCH operation: attributes, a filter on values of the last one, a sub-attribute.
+
+    emails[type eq "work"].value is ((emails,), Compare(type, "eq", "work"), value).
+    """
+
+    attributes: tuple[Attribute, ...]
+    filter: Filter | None = None
+    sub_attribute: Attribute | None = None
+
+    @property
+    def all_attributes(self) -> tuple[Attribute, ...]:
+        """Every attribute on the way, the sub-attribute after the filter included."""
+        return (*self.attributes, self.sub_attribute) if self.sub_attribute else self.attributes
+
+    @property
+    def read_only(self) -> Attribute | None:
+        """The first attribute on the way that no client may change, if any."""
+        return next((attribute for attribute in self.all_attributes
+                     if attribute.mutability == "readOnly"), None)
+
+
+# PATH = attrPath / valuePath [subAttr]
+def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
+    """Return the target that a PATCH path means (RFC 7644 §3.5.2 figure 7).
+
+    Raises ScimError 400 invalidPath, or invalidFilter for what stands in its brackets.
+    """
+    name, bracket, _ = text.strip().partition("[")
+    attributes = resolve(name, resource_type)
+    if attributes is None:
+        raise ScimError(400, "invalidPath", f"path {shown(text)}: " + unknown(name, resource_type))
+    if not bracket:
+        return PatchPath(attributes)
+    if not attributes:
+        raise ScimError(400, "invalidPath", f"path {shown(text)}: a filter needs an attribute")
+    tokens = tokens_of(text)
+    filter, position = parse_brackets(tokens, 1, attributes, name, 0)
+    kind, rest, _ = tokens[position]
+    sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
+    if (kind != "end" and not sub) or tokens[position + bool(sub)][0] != "end":
+        raise ScimError(400, "invalidPath", f"path {shown(text)}: what follows ']' must be a "
+                                            f"sub-attribute of {attributes[-1].path}")
+    return PatchPath(attributes, filter, sub)
+
+
+def unknown(name: str, resource_type: ResourceType) -> str:
+    """Return why a name is no attribute; for an extension with the names that it has."""
+    extension = find_extension(name, resource_type)
+    if not extension or extension[1] is resource_type.root:
+        return f"{resource_type.name} has no such attribute"
+    known = ", ".join(sub.name for sub in extension[1].sub_attributes) or "none"
+    return f"{extension[0]} has no attribute '{extension[2]}'; its attributes are: {known}"
+
+
+# ----------------------------------------------------------------------------
+# 4. Resources                                 RFC 7643 §2 and §3, RFC 7644 §3.9
+#
+# accept() makes a canonical resource of a client's JSON: schema spelling, no
+# nulls, no empty lists, declared types. Nothing behind this door checks again.
+# project() chooses what of a resource goes out; index_entries() what is indexed.
+# Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
+# ----------------------------------------------------------------------------
+
+
+def accept(resource_type: ResourceType, body: Json) -> Resource:
+    """Return the canonical resource that a client's JSON body describes, read-only parts left out.
+
+    Attributes that no schema knows are ignored, as Entra and Okta need. Raises ScimError 400
+    invalidSyntax for a body that is no object, invalidValue for a value of a wrong type.
+    """
+    if not isinstance(body, dict):
+        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
+    return accept_complex(resource_type.root, body)
+
+
+def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
+    """Return a complex value (or a resource) with canonical names, in the order of the schema."""
+    given: dict[str, Json] = {}
+    for name, item in value.items():
+        sub = attribute.sub_attribute(name)
+        if sub and sub.mutability == "readWrite" and item is not None:
+            if sub.name in given:
+                raise ScimError(400, "invalidValue", f"{sub.path}: given twice")
+            given[sub.name] = item
+    accepted = {sub.name: item for sub in attribute.sub_attributes if sub.name in given
+                if (item := accept_value(sub, given[sub.name])) is not None}
+    if attribute.path:
+        require(attribute, accepted)
+    return accepted
+
+
+def accept_value(attribute: Attribute, value: Json) -> Json:
+    """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
+    if not attribute.multi_valued:
+        # Entra's tutorial sends a manager as a list of one.
+        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        return accept_single(attribute, value)
+    # OneLogin's template sends emails as one object.
+    items = value if isinstance(value, list) else [value]
+    accepted = [item for item in (accept_single(attribute, item) for item in items)
+                if item is not None]
+    if primary := [item for item in accepted if is_primary(item)]:
+        keep_one_primary(accepted, primary[-1])
+    return accepted or None
+
+
+def accept_single(attribute: Attribute, value: Json) -> Json:
+    """Return one canonical value, or None if it is empty."""
+    if value is None:
+        return None
+    if attribute.type != "complex":
+        return attribute.convert(value)
+    # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
+    if not isinstance(value, (dict, list)) and attribute.value_attribute:
+        value = {"value": value}
+    if not isinstance(value, dict):
+        attribute.convert(value)
+    # Entra clears a manager with "", which refers to nobody.
+    if value.get("value") == "" and not attribute.multi_valued:
+        return None
+    return accept_complex(attribute, value) or None
+
+
+def is_primary(value: Json) -> bool:
+    """Return whether a value of a multi-valued attribute is its primary one."""
+    return isinstance(value, dict) and value.get("primary") is True
+
+
+def keep_one_primary(values: list[Json], winner: Json) -> None:
+    """Set primary to false on all other values that have it (RFC 7644 §3.5.2)."""
+    for value in values:
+        if value is not winner and is_primary(value):
+            value["primary"] = False
+
+
+def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
+    """Raise ScimError 400 invalidValue unless a complex value (or a resource) has what it must."""
+    for sub in attribute.sub_attributes:
+        if sub.required and not str(value.get(sub.name) or "").strip():
+            raise ScimError(400, "invalidValue", f"{sub.path} is required and must not be empty")
+        if sub.linked:
+            for item in value.get(sub.name, ()):
+                require(sub, item)
+
+
+def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resource:
+    """Return what a resource has where its client says nothing: what it had, else the default."""
+    return {sub.name: earlier.get(sub.name, sub.default)
+            for sub in resource_type.root.sub_attributes if sub.default is not None}
+
+
+def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
+    """Return a resource in the order of the schema, its "schemas" made anew (RFC 7643 §3)."""
+    schemas = [resource_type.schema.id]
+    schemas += [extension.id for extension in resource_type.extensions if extension.id in resource]
+    resource = {**resource, "schemas": schemas}
+    return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes
+            if sub.name in resource}
+
+
+# -- Projection ------------------------------------------------------------------
+
+Tree = dict[str, "Tree | None"]      # names to what is meant below them; None means all of it
+
+
+def name_tree(names: str, resource_type: ResourceType) -> Tree:
+    """Return the attributes of a comma-separated list as a tree; unknown ones are left out."""
+    found = [resolve(name.strip(), resource_type) for name in names.split(",")]
+    tree: Tree = {}
+    for attributes in sorted(filter(None, found), key=len):
+        node: Tree | None = tree
+        for attribute in attributes[:-1]:
+            node = node.setdefault(attribute.name, {}) if node is not None else None
+        if node is not None:
+            node[attributes[-1].name] = None
+    return tree
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a client wants to see of a resource: the trees of attributes and excludedAttributes."""
+
+    wanted: Tree | None = None
+    unwanted: Tree = field(default_factory=dict)
+
+    def includes(self, attribute: Attribute) -> bool:
+        """Return whether an attribute of the root is asked for, as a whole or in part."""
+        return self.unwanted.get(attribute.name, {}) is not None and (
+            self.wanted is None or attribute.name in self.wanted)
+
+
+def parse_selection(attributes: str, excluded: str, resource_type: ResourceType) -> Selection:
+    """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty."""
+    return Selection(name_tree(attributes, resource_type) if attributes.strip() else None,
+                     name_tree(excluded, resource_type))
+
+
+def select(attribute: Attribute, value: Mapping[str, Json], wanted: Tree | None,
+           unwanted: Tree) -> Resource:
+    """Return the part of a complex value (or a resource) that trees of names leave."""
+    selected = {}
+    for name, item in value.items():
+        sub = attribute.by_name[name.lower()]
+        if sub.returned != "always":
+            if unwanted.get(name, {}) is None or (wanted is not None and name not in wanted):
+                continue
+            inner, outer = wanted and wanted[name], unwanted.get(name) or {}
+            if sub.type == "complex" and (inner or outer):
+                items = [select(sub, one, inner, outer)
+                         for one in (item if sub.multi_valued else [item])]
+                item = [one for one in items if one] if sub.multi_valued else items[0]
+                if not item:
+                    continue
+        selected[name] = item
+    return selected
+
+
+def project(resource_type: ResourceType, resource: Resource, selection: Selection,
+            base_url: str) -> Resource:
+    """Return what a client gets to see of a resource, with absolute URLs below base_url."""
+    location = f"{base_url}{resource_type.endpoint}/{resource['id']}"
+    resource = {**resource, "meta": {**resource["meta"], "location": location}}
+    for sub in resource_type.root.sub_attributes:
+        if sub.linked and sub.name in resource:
+            resource[sub.name] = [{**item, "$ref": base_url + item["$ref"]}
+                                  for item in resource[sub.name]]
+    if selection.wanted is None and not selection.unwanted:
+        return resource
+    return select(resource_type.root, resource, selection.wanted, selection.unwanted)
+
+
+# -- The index -------------------------------------------------------------------
+
+Entry = tuple[str, str, int]         # path, key, element
+
+
+def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0,
+                  ) -> Iterator[Entry]:
+    """Yield an entry for each value in a resource (or a complex value), and one for each complex.
+
+    The elements of a multi-valued attribute are numbered with the primary one first, so that
+    element 0 is the one to sort by (RFC 7644 §3.4.2.3).
+    """
+    for name, item in value.items():
+        sub = attribute.by_name[name.lower()]
+        if sub.linked:
+            continue
+        if sub.multi_valued:
+            items = list(enumerate(sorted(item, key=lambda one: not is_primary(one))))
+        else:
+            items = [(element, item)]
+        for number, one in items:
+            yield sub.index, sub.key(one), number
+            if sub.type == "complex":
+                yield from index_entries(sub, one, number)
+
+
+# ----------------------------------------------------------------------------
+# 5. PATCH                                                      RFC 7644 §3.5.2
+#
+# A request's operations are read at once, paths bound and values accepted; then
+# apply_patch() makes a new resource of an old one, whole or not at all.
+# Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
+# ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation: add, replace or remove, its target, its accepted value, and if one was given."""
+
+    op: str
+    path: PatchPath
+    value: Json = None
+    given: bool = False
+
+
+def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
+    """Return the operations of a PATCH body; objects that merge are split into their attributes.
+
+    Raises ScimError 400: invalidSyntax for a body that is no PatchOp; invalidPath, invalidFilter,
+    noTarget, mutability or invalidValue for an operation.
+    """
+    named = {name.lower(): value for name, value in body.items()} if isinstance(body, dict) else {}
+    if not isinstance(items := named.get("operations"), list) or not items:
+        raise ScimError(400, "invalidSyntax", "Operations: expected a list of PATCH operations")
+    return [operation for item in items for operation in parse_operation(resource_type, item)]
+
+
+def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
+    """Yield what one item of Operations asks for; its names and op go without regard to case."""
+    if not isinstance(item, dict):
+        raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
+    item = {name.lower(): value for name, value in item.items()}
+    op, text, value = str(item.get("op")).lower(), item.get("path"), item.get("value")
+    if op not in ("add", "replace", "remove"):
+        raise ScimError(400, "invalidSyntax",
+                        f"op: expected add, replace or remove, got {shown(item.get('op'))}")
+    if op != "remove" and "value" not in item:
+        raise ScimError(400, "invalidValue", f"{op} {text or ''}: value is missing")
+    if text is not None and not isinstance(text, str):
+        raise ScimError(400, "invalidPath", f"path: expected text, got {shown(text)}")
+    path = parse_path(text, resource_type) if text else PatchPath(())
+    if path.attributes:
+        yield from bind_operation(op, path, value, merge=op == "add")
+    elif op == "remove":
+        raise ScimError(400, "noTarget", "remove: a path is needed to say what to remove")
+    else:
+        yield from parse_members(resource_type, op, value)
+
+
+def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
+    """Yield the operations that the members of a path-less operation's value stand for.
+
+    Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
+    not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
+    A misspelt custom field is an error as in a path, so that the administrator sees it.
+    """
+    if not isinstance(value, dict):
+        raise ScimError(400, "invalidValue",
+                        f"{op} without path: expected an object, got {shown(value)}")
+    for name, one in value.items():
+        plain = name.partition("[")[0].strip()
+        if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
+            continue
+        path = parse_path(name, resource_type)
+        if not path.attributes:
+            yield from parse_members(resource_type, op, one)
+        elif not path.read_only:
+            yield from bind_operation(op, path, one, merge=True)
+
+
+def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
+    """Yield the operation on a path, its value accepted; one for each sub-attribute to merge."""
+    if read_only := path.read_only:
+        raise ScimError(400, "mutability", f"{read_only.path} is read-only")
+    attribute = path.all_attributes[-1]
+    # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
+    if merge and attribute.type == "complex" and not attribute.value_attribute \
+            and not attribute.multi_valued and isinstance(value, dict):
+        for name, one in value.items():
+            sub = attribute.sub_attribute(name)
+            if sub and sub.mutability != "readOnly":
+                yield from bind_operation(op, PatchPath((*path.attributes, sub)), one, merge)
+        return
+    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
+        accepted = None
+    elif path.filter and not path.sub_attribute:
+        one = value[0] if isinstance(value, list) and len(value) == 1 else value
+        accepted = accept_single(attribute, one)
+    else:
+        accepted = accept_value(attribute, value)
+    yield Operation(op, path, accepted, value is not None)
+
+
+def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[str] | None:
+    """Return the ids in a linked attribute that operations can touch; None where it may be any.
+
+    A change of membership then costs what it changes, however large the group is.
+    """
+    named: set[str] = set()
+    for operation in operations:
+        if operation.path.attributes[0] is not attribute:
+            continue
+        match operation:
+            case Operation("add", PatchPath((_,), None, None), values) \
+                    | Operation("remove", PatchPath((_,), None, None), values, True):
+                named.update(value["value"] for value in values or ())
+            case Operation("remove", PatchPath((_,), Compare(Target((sub,)), "eq", _, value), None)) \
+                    if sub is attribute.value_attribute:
+                named.add(value)
+            case _:
+                return None
+    return named
+
+
+def apply_patch(resource_type: ResourceType, resource: Resource,
+                operations: Iterable[Operation]) -> Resource:
+    """Return the resource after all operations, in order; the one handed in stays as it is.
+
+    Raises ScimError 400: noTarget, mutability for a required attribute that lost its value, or
+    invalidValue.
+    """
+    patched = copy.deepcopy(resource)
+    for operation in operations:
+        apply_operation(patched, operation)
+    patched = pruned({**patched, **defaults(resource_type, {**resource, **patched})})
+    for sub in resource_type.root.sub_attributes:
+        if sub.required and sub.name not in patched:
+            raise ScimError(400, "mutability", f"{sub.path} is required and cannot be removed")
+    require(resource_type.root, patched)
+    return canonical(resource_type, patched)
+
+
+def apply_operation(resource: Resource, operation: Operation) -> None:
+    """Change a resource by one operation."""
+    path = operation.path
+    first, attribute = path.attributes[0], path.attributes[-1]
+    primary = next(filter(is_primary, values_of(first, resource)), None)
+    holders = [resource]
+    for container in path.attributes[:-1]:
+        holders = [item for holder in holders
+                   for item in descend(container, holder, create=operation.op != "remove")]
+    for holder in holders:
+        if path.filter:
+            change_selected(attribute, holder, operation, path.filter)
+        else:
+            change(attribute, holder, operation)
+    # Of the values that this operation made primary, the last one is (RFC 7644 §3.5.2).
+    values = values_of(first, resource)
+    if winners := [value for value in values if is_primary(value) and value is not primary]:
+        keep_one_primary(values, winners[-1])
+
+
+def values_of(attribute: Attribute, holder: Resource) -> list[Json]:
+    """Return the values of an attribute in a holder as a list, that of a single value too."""
+    value = holder.get(attribute.name, [])
+    return value if attribute.multi_valued or attribute.name not in holder else [value]
+
+
+def descend(attribute: Attribute, holder: Resource, create: bool) -> list[Resource]:
+    """Return the complex values of an attribute; an empty new one where there is none to change."""
+    if create and not holder.get(attribute.name):
+        holder[attribute.name] = [{}] if attribute.multi_valued else {}
+    return values_of(attribute, holder)
+
+
+def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
+    """Add, replace or remove an attribute in a resource or complex value."""
+    value = operation.value
+    if operation.op == "remove":
+        if attribute.multi_valued and operation.given:
+            # Entra's default dialect lists the values to remove, for members by their ids.
+            unwanted = [identity(attribute, one) for one in value or ()]
+            holder[attribute.name] = [one for one in values_of(attribute, holder) if not any(
+                given <= identity(attribute, one) for given in unwanted)]
+        else:
+            holder.pop(attribute.name, None)
+    elif value is None:
+        if operation.op == "replace" and attribute.mutability != "writeOnly":
+            holder.pop(attribute.name, None)
+    elif operation.op == "add" and attribute.multi_valued:
+        add_values(attribute, holder.setdefault(attribute.name, []), value)
+    else:
+        holder[attribute.name] = copy.deepcopy(value)
+
+
+def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
+    """Append the values that are not there yet; one that is there takes over what else was sent."""
+    present = {identity(attribute, value): value for value in values}
+    for value in copy.deepcopy(added):
+        if known := present.get(identity(attribute, value)):
+            known.update(value)
+        else:
+            values.append(value)
+            present[identity(attribute, value)] = value
+
+
+def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]]:
+    """Return by what a complex value is the same as another: a member by its value alone."""
+    names = ["value"] if attribute.linked else [name for name in value if name != "primary"]
+    return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
+
+
+def change_selected(attribute: Attribute, holder: Resource, operation: Operation,
+                    filter: Filter) -> None:
+    """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
+    values = values_of(attribute, holder)
+    selected = [value for value in values if matches(filter, value)]
+    if not selected and operation.op != "remove" and operation.value is not None:
+        # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
+        # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
+        selected = [equal_terms(filter)]
+        values = [*values, *selected]
+        if not selected[0]:
+            raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+    for value in selected:
+        if operation.path.sub_attribute:
+            change(operation.path.sub_attribute, value, operation)
+        elif operation.op == "remove" or operation.value is None:
+            value.clear()
+        else:
+            if operation.op == "replace":
+                value.clear()
+                value.update(equal_terms(filter))
+            value.update(operation.value)
+    kept = [value for value in values if value]
+    holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
+
+
+def equal_terms(filter: Filter) -> Resource:
+    """Return the sub-attributes that a filter says are equal to a value."""
+    match filter:
+        case Compare(Target((sub,)), "eq", _, value):
+            return {sub.name: value}
+        case And(filters):
+            return {name: value for inner in filters for name, value in equal_terms(inner).items()}
+        case _:
+            return {}
+
+
+def pruned(value: Json) -> Json:
+    """Return a JSON value without the empty objects and lists that removals left."""
+    if isinstance(value, dict):
+        inner = {name: pruned(item) for name, item in value.items()}
+        return {name: item for name, item in inner.items() if item not in ({}, [])}
+    if isinstance(value, list):
+        return [item for item in map(pruned, value) if item != {}]
+    return value
+
+
+# ----------------------------------------------------------------------------
+# 6. Storage                                          design: every filter is an index lookup
+#
+# One tenant's resources and memberships in one SQLite file, and the only SQL of
+# this file. A filter becomes sets of rows, `seq IN (SELECT …)`, each a range of
+# the index; And, Or and Not of the tree are AND, OR and NOT of the SQL.
+# Uses chapters 1 to 4. Knows nothing of HTTP.
+# ----------------------------------------------------------------------------
+
+MIGRATIONS = (                    # the script at n makes a file of version n one of version n + 1
+    """
+    CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE resource (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        type TEXT NOT NULL,
+        id TEXT NOT NULL UNIQUE,
+        body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
+        hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
+        revision INTEGER NOT NULL,
+        created TEXT NOT NULL,
+        modified TEXT NOT NULL,
+        member_count INTEGER NOT NULL
+    );
+    CREATE INDEX resource_type ON resource (type, seq);
+    CREATE TABLE value (
+        path TEXT NOT NULL,
+        key TEXT NOT NULL,
+        seq INTEGER NOT NULL,
+        element INTEGER NOT NULL,
+        PRIMARY KEY (path, key, seq, element)
+    ) WITHOUT ROWID;
+    CREATE TABLE member (
+        group_seq INTEGER NOT NULL,
+        member_seq INTEGER NOT NULL,
+        display TEXT,                 -- as its client sent it
+        display_key TEXT,
+        PRIMARY KEY (group_seq, member_seq)
+    ) WITHOUT ROWID;
+    CREATE INDEX member_groups ON member (member_seq, group_seq);
+    """,
+)
+
+# Membership is rows of its own; these make index entries of them, under the attributes' paths.
+LINKED_ENTRIES = {
+    "members": "SELECT group_seq AS seq, '1' AS key, member_seq AS element FROM member",
+    "members.value": "SELECT group_seq AS seq, id AS key, member_seq AS element "
+                     "FROM member JOIN resource ON resource.seq = member_seq",
+    "members.type": "SELECT group_seq AS seq, lower(type) AS key, member_seq AS element "
+                    "FROM member JOIN resource ON resource.seq = member_seq",
+    "members.display": "SELECT group_seq AS seq, display_key AS key, member_seq AS element "
+                       "FROM member WHERE display_key IS NOT NULL",
+    "groups": "SELECT member_seq AS seq, '1' AS key, group_seq AS element FROM member",
+    "groups.value": "SELECT member_seq AS seq, id AS key, group_seq AS element "
+                    "FROM member JOIN resource ON resource.seq = group_seq",
+    "groups.type": "SELECT member_seq AS seq, 'direct' AS key, group_seq AS element FROM member",
+    "groups.display": "SELECT member_seq AS seq, key, group_seq AS element "
+                      "FROM member JOIN value ON value.seq = group_seq AND path = 'displayname'",
+}
+
+Sql = tuple[str, list[Any]]          # a condition and its parameters, in order
+
+
+def compile_filter(filter: Filter, columns: str = "seq") -> Sql:
+    """Return a filter as an SQL condition on columns: seq, or for a value path seq and element."""
+    match filter:
+        case And(filters):
+            return join_sql(" AND ", filters, columns, "1 = 1")
+        case Or(filters):
+            return join_sql(" OR ", filters, columns, "1 = 0")
+        case Not(inner):
+            sql, parameters = compile_filter(inner, columns)
+            return f"NOT ({sql})", parameters
+        case ValuePath(target, inner):
+            return rows(target, columns, *compile_filter(inner, "(seq, element)"))
+        case Present(target):
+            return rows(target, columns, "key > ''", [])
+        case Compare(target, op, key):
+            return rows(target, columns, *compile_comparison(op, key))
+
+
+def join_sql(word: str, filters: Iterable[Filter], columns: str, empty: str) -> Sql:
+    """Return conditions joined by AND or OR, or what stands for none of them."""
+    compiled = [compile_filter(inner, columns) for inner in filters]
+    if not compiled:
+        return empty, []
+    return (f"({word.join(sql for sql, _ in compiled)})",
+            [parameter for _, parameters in compiled for parameter in parameters])
+
+
+def rows(target: Target, columns: str, condition: str, parameters: list[Any]) -> Sql:
+    """Return that columns are among the index entries of a target that meet a condition."""
+    index, selected = target.attribute.index, columns.strip("()")
+    if index in LINKED_ENTRIES:
+        return (f"{columns} IN (SELECT {selected} FROM ({LINKED_ENTRIES[index]}) AS entry "
+                f"WHERE {condition})"), parameters
+    return (f"{columns} IN (SELECT {selected} FROM value WHERE path = ? AND {condition})",
+            [index, *parameters])
+
+
+def compile_comparison(op: str, key: str) -> Sql:
+    """Return a comparison of the column key as SQL; all but co and ew are one range of the index."""
+    match op:
+        case "co":
+            return "instr(key, ?) > 0", [key]
+        case "ew":
+            return "substr(key, -length(?)) = ?" if key else "1 = 1", [key, key] if key else []
+        case "sw":
+            beyond = after_prefix(key)
+            return ("key >= ? AND key < ?", [key, beyond]) if beyond else ("key >= ?", [key])
+        case _:
+            sign = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}[op]
+            return f"key {sign} ?", [key]
+
+
+def after_prefix(prefix: str) -> str:
+    """Return the smallest text greater than all that start with a prefix; "" if there is none."""
+    prefix = prefix.rstrip("\U0010ffff")
+    if not prefix:
+        return ""
+    following = ord(prefix[-1]) + 1
+    return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)   # no surrogates
+
+
+class StoreError(Exception):
+    """A tenant's file cannot be used; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A stored resource: its canonical body without schemas, id, meta, groups and members."""
+
+    seq: int
+    type: str
+    id: str
+    body: Resource
+    hidden: Resource
+    revision: int
+    created: str
+    modified: str
+    member_count: int
+
+
+@dataclass(frozen=True)
+class Sorting:
+    """What to order a query by (RFC 7644 §3.4.2.3)."""
+
+    target: Target
+    descending: bool = False
+
+
+ROW_COLUMNS = "seq, type, id, body, hidden, revision, created, modified, member_count"
+
+
+def dump(value: Json) -> str:
+    """Return JSON text for the database."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+class Session:
+    """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self.run = connection.execute
+        self.run_many = connection.executemany
+
+    # -- Resources --
+
+    def find(self, type: str, id: str) -> Row | None:
+        """Return the resource of a type with an id, or None."""
+        sql = f"SELECT {ROW_COLUMNS} FROM resource WHERE id = ? AND type = ?"
+        return next(self._rows(sql, [id, type]), None)
+
+    def holding(self, text: str) -> list[Row]:
+        """Return the resources in whose body or hidden values a text occurs."""
+        sql = f"SELECT {ROW_COLUMNS} FROM resource WHERE instr(body, ?) OR hidden <> '{{}}'"
+        return list(self._rows(sql, [text]))
+
+    def taken(self, type: str, path: str, key: str, seq: int) -> bool:
+        """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
+        sql = ("SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+               "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?")
+        return self.run(sql, [path, key, type, seq]).fetchone() is not None
+
+    def insert(self, row: Row, entries: Iterable[Entry]) -> int:
+        """Store a new resource, whatever its seq says, and return the seq it got."""
+        marks = ", ".join("?" * 8)
+        cursor = self.run(f"INSERT INTO resource ({ROW_COLUMNS[5:]}) VALUES ({marks})", [
+            row.type, row.id, dump(row.body), dump(row.hidden), row.revision, row.created,
+            row.modified, row.member_count])
+        seq = cursor.lastrowid or 0
+        self._index(seq, set(), set(entries))
+        return seq
+
+    def update(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> None:
+        """Store a changed resource; of the index, the entries that differ."""
+        self.run("UPDATE resource SET body = ?, hidden = ?, revision = ?, modified = ?, "
+                 "member_count = ? WHERE seq = ?", [dump(row.body), dump(row.hidden), row.revision,
+                                                    row.modified, row.member_count, row.seq])
+        self._index(row.seq, set(before), set(after))
+
+    def delete(self, row: Row, entries: Iterable[Entry]) -> None:
+        """Remove a resource with its memberships, in it and of it."""
+        groups = "SELECT group_seq FROM member WHERE member_seq = ?"
+        self.run(f"UPDATE resource SET member_count = member_count - 1, revision = revision + 1 "
+                 f"WHERE seq IN ({groups})", [row.seq])
+        self.run("DELETE FROM member WHERE group_seq = ? OR member_seq = ?", [row.seq, row.seq])
+        self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
+        self._index(row.seq, set(entries), set())
+
+    def query(self, type: str, filter: Filter, sorting: Sorting | None, start: int, count: int,
+              ) -> tuple[int, list[Row]]:
+        """Return how many resources of a type match, and count of them from the one at start (0…)."""
+        condition, parameters = compile_filter(filter)
+        condition, parameters = f"type = ? AND {condition}", [type, *parameters]
+        total = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
+        if count == 0 or start >= total:
+            return total, []
+        if sorting:
+            ordered, parameters = self._ordered(sorting, condition, parameters)
+        else:
+            ordered = f"SELECT seq FROM resource WHERE {condition} ORDER BY seq"
+        found = self.run(f"{ordered} LIMIT ? OFFSET ?", [*parameters, count, start]).fetchall()
+        seqs = [columns[0] for columns in found]
+        by_seq = {row.seq: row for row in self._rows(
+            f"SELECT {ROW_COLUMNS} FROM resource WHERE seq IN ({', '.join('?' * len(seqs))})", seqs)}
+        return total, [by_seq[seq] for seq in seqs]
+
+    def _ordered(self, sorting: Sorting, condition: str, parameters: list[Any]) -> Sql:
+        """Return the query for seqs in order: a walk along the index, then those without a value.
+
+        Missing values come last in ascending order and first in descending order (§3.4.2.3).
+        """
+        direction = " DESC" if sorting.descending else ""
+        matching = f"SELECT seq FROM resource WHERE {condition}"
+        path = sorting.target.attribute.index
+        sql = (f"SELECT seq, 0 AS missing, key FROM value WHERE path = ? AND element = 0 "
+               f"AND seq IN ({matching}) "
+               f"UNION ALL SELECT seq, 1, '' FROM resource WHERE {condition} AND seq NOT IN "
+               f"(SELECT seq FROM value WHERE path = ? AND element = 0) "
+               f"ORDER BY missing{direction}, key{direction}, seq{direction}")
+        return sql, [path, *parameters, *parameters, path]
+
+    def _rows(self, sql: str, parameters: Sequence[Any]) -> Iterator[Row]:
+        for seq, type, id, body, hidden, *rest in self.run(sql, parameters):
+            yield Row(seq, type, id, json.loads(body), json.loads(hidden), *rest)
+
+    def _index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
+        self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND seq = ? AND element = ?",
+                      [(path, key, seq, element) for path, key, element in before - after])
+        self.run_many("INSERT INTO value (path, key, seq, element) VALUES (?, ?, ?, ?)",
+                      [(path, key, seq, element) for path, key, element in after - before])
+
+    # -- Memberships --
+
+    def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
+        """Return the members of a group, all or those among ids, as canonical values with $ref."""
+        sql = ("SELECT id, type, display FROM member JOIN resource ON resource.seq = member_seq "
+               "WHERE group_seq = ?")
+        if ids is None:
+            found = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
+        else:
+            found = [row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?",
+                                                                   [group_seq, id])]
+        return [{"value": id, "$ref": f"/{type}s/{id}", "type": type}
+                | ({} if display is None else {"display": display}) for id, type, display in found]
+
+    def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
+        """Return the groups that each of some resources is a direct member of."""
+        found: dict[int, list[Resource]] = {seq: [] for seq in seqs}
+        sql = (f"SELECT member_seq, id, body FROM member JOIN resource ON resource.seq = group_seq "
+               f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq")
+        for seq, id, body in self.run(sql, seqs):
+            found[seq].append({"value": id, "$ref": f"/Groups/{id}",
+                               "display": json.loads(body)["displayName"], "type": "direct"})
+        return found
+
+    def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> int:
+        """Store members that a group gained or whose display changed; return how many are new.
+
+        An id that no resource of the tenant has is passed over: one stranger in a push of many
+        must not lose the others, since Okta does not repeat a push that failed.
+        """
+        added = 0
+        for member in members:
+            found = self.run("SELECT seq FROM resource WHERE id = ?", [member["value"]]).fetchone()
+            if not found:
+                continue
+            text = member.get("display")
+            key = None if text is None else display.key(text)
+            changed = self.run("UPDATE member SET display = ?, display_key = ? WHERE group_seq = ? "
+                               "AND member_seq = ?", [text, key, group_seq, found[0]]).rowcount
+            if not changed:
+                self.run("INSERT INTO member VALUES (?, ?, ?, ?)", [group_seq, found[0], text, key])
+                added += 1
+        return added
+
+    def unlink(self, group_seq: int, ids: Iterable[str]) -> int:
+        """Remove members from a group and return how many there were."""
+        return sum(self.run("DELETE FROM member WHERE group_seq = ? AND member_seq = "
+                            "(SELECT seq FROM resource WHERE id = ?)", [group_seq, id]).rowcount
+                   for id in ids)
+
+    # -- Settings --
+
+    def setting(self, name: str) -> str:
+        """Return a stored setting, "" if it was never set."""
+        found = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
+        return found[0] if found else ""
+
+    def set_setting(self, name: str, value: str) -> None:
+        """Store a setting."""
+        self.run("INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = ?",
+                 [name, value, value])
+
+
+class Store:
+    """One tenant's database: a file, or with ":memory:" one that is gone with the store.
+
+    Safe from several threads. Readers see the last commit and wait for nobody; writers take turns.
+    Raises StoreError if the file cannot be used.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(path)
+        self._writing = threading.RLock()
+        self._idle: list[sqlite3.Connection] = []
+        try:
+            if self.path != ":memory:":
+                # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
+                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._writer = self._connect()
+            self._migrate()
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
+                             "choose a directory that this user may write to") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None,
+                                     check_same_thread=False, cached_statements=256)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        return connection
+
+    def _migrate(self) -> None:
+        with self._transaction(self._writer, "BEGIN IMMEDIATE"):
+            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+            if version > len(MIGRATIONS):
+                raise StoreError(f"{self.path}: written by a newer scim_server (format {version}, "
+                                 f"this one knows {len(MIGRATIONS)}); run that version")
+            for script in MIGRATIONS[version:]:
+                for statement in script.split(";"):
+                    self._writer.execute(statement)
+            self._writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+
+    @contextmanager
+    def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[Session]:
+        connection.execute(begin)
+        try:
+            yield Session(connection)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def writing(self) -> Iterator[Session]:
+        """Give a session whose changes are on the disk when the block ends, or undone if it raises."""
+        with self._writing, self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Give a session that sees one commit, whatever is written meanwhile."""
+        if self.path == ":memory:":        # a database in memory belongs to its one connection
+            with self._writing, self._transaction(self._writer, "BEGIN") as session:
+                yield session
+            return
+        connection = self._idle.pop() if self._idle else self._connect()
+        try:
+            with self._transaction(connection, "BEGIN") as session:
+                yield session
+        finally:
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close the file; nobody may use the store afterwards."""
+        with self._writing:
+            for connection in (*self._idle, self._writer):
+                connection.close()
+
+
+# ----------------------------------------------------------------------------
+# 8. Directory                                                   RFC 7644 §3
+#
+# One tenant's SCIM operations, a transaction each. Takes and gives canonical
+# resources; the clock and the maker of ids are arguments.
+# Uses chapters 1 to 6. Knows nothing of HTTP.
+# ----------------------------------------------------------------------------
+
+WHOLE = Selection()
+
+
+@dataclass(frozen=True)
+class Page:
+    """The answer to a query: how many resources match in all, and those of the page asked for."""
+
+    total_results: int
+    resources: list[Resource]
+
+
+def utc_now() -> datetime:
+    """Return the time, in UTC."""
+    return datetime.now(timezone.utc)
+
+
+def random_id() -> str:
+    """Return a new resource id."""
+    return str(uuid.uuid4())
+
+
+class Directory:
+    """One tenant's users and groups. Safe from several threads.
+
+    Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
+    parse_operations do, and 409 uniqueness for a userName or group displayName that is taken.
+    """
+
+    def __init__(self, store: Store, types: Mapping[str, ResourceType],
+                 clock: Callable[[], datetime] = utc_now, new_id: Callable[[], str] = random_id,
+                 ) -> None:
+        self.store = store
+        self.resource_types = types
+        self.clock = clock
+        self.new_id = new_id
+        self._adopt_custom_fields()
+
+    def create(self, resource_type: ResourceType, body: Json) -> Resource:
+        """Store a new resource and return it (RFC 7644 §3.3)."""
+        accepted = accept(resource_type, body)
+        accepted.update(defaults(resource_type, accepted))
+        require(resource_type.root, accepted)
+        now = time_text(self.clock())
+        row = Row(0, resource_type.name, self.new_id(), stored(accepted), {}, 1, now, now, 0)
+        with self.store.writing() as session:
+            self._check_unique(session, resource_type, row, accepted)
+            seq = session.insert(row, index_entries(resource_type.root, revived(resource_type, row)))
+            count = self._link(session, resource_type, seq, {}, accepted)[0]
+            row = replace(row, seq=seq, member_count=count)
+            session.update(row, (), ())
+            return self._complete(session, resource_type, [row])[0]
+
+    def read(self, resource_type: ResourceType, id: str, selection: Selection = WHOLE) -> Resource:
+        """Return a resource (RFC 7644 §3.4.1), with its members only where they are selected."""
+        with self.store.reading() as session:
+            row = self._find(session, resource_type, id)
+            return self._complete(session, resource_type, [row], selection)[0]
+
+    def query(self, resource_type: ResourceType, filter: Filter = EVERYTHING,
+              sorting: Sorting | None = None, start_index: int = 1, count: int = DEFAULT_COUNT,
+              selection: Selection = WHOLE) -> Page:
+        """Return the count resources that match, from the 1-based start_index (RFC 7644 §3.4.2).
+
+        Without sorting the order is that of creation, so that paging sees each resource once.
+        """
+        with self.store.reading() as session:
+            total, found = session.query(resource_type.name, filter, sorting,
+                                         max(start_index, 1) - 1, max(count, 0))
+            return Page(total, self._complete(session, resource_type, found, selection))
+
+    def replace(self, resource_type: ResourceType, id: str, body: Json) -> Resource:
+        """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
+        accepted = accept(resource_type, body)
+        with self.store.writing() as session:
+            row = self._find(session, resource_type, id)
+            before = self._complete(session, resource_type, [row])[0]
+            # Okta leaves out active when it changes other attributes: that must not reactivate.
+            accepted.update(defaults(resource_type, {**before, **accepted}))
+            require(resource_type.root, accepted)
+            row = self._save(session, resource_type, row, before, accepted)
+            return self._complete(session, resource_type, [row])[0]
+
+    def patch(self, resource_type: ResourceType, id: str, body: Json) -> Resource | None:
+        """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
+
+        Returns None for a group of more members than an answer holds.
+        """
+        operations = parse_operations(resource_type, body)
+        members = resource_type.root.sub_attribute("members")
+        named = named_members(members, operations) if members else None
+        with self.store.writing() as session:
+            row = self._find(session, resource_type, id)
+            before = self._complete(session, resource_type, [row], named=named)[0]
+            after = apply_patch(resource_type, before, operations)
+            row = self._save(session, resource_type, row, before, after)
+            if row.member_count > MAX_ANSWERED_MEMBERS:
+                return None
+            return self._complete(session, resource_type, [row])[0]
+
+    def delete(self, resource_type: ResourceType, id: str) -> None:
+        """Remove a resource and its memberships (RFC 7644 §3.6)."""
+        group_type = self.resource_types["Group"]
+        with self.store.writing() as session:
+            row = self._find(session, resource_type, id)
+            for group in session.groups([row.seq])[row.seq]:
+                holder = self._find(session, group_type, group["value"])
+                session.unlink(holder.seq, [id])
+                self._touch(session, group_type, holder, stored(holder.body),
+                            holder.member_count - 1)
+            session.delete(row, index_entries(resource_type.root, revived(resource_type, row)))
+
+    # -- Helpers --
+
+    def _find(self, session: Session, resource_type: ResourceType, id: str) -> Row:
+        if row := session.find(resource_type.name, id):
+            return row
+        raise ScimError(404, "", f"{resource_type.name} {shown(id)} does not exist")
+
+    def _complete(self, session: Session, resource_type: ResourceType, found: Sequence[Row],
+                  selection: Selection = WHOLE, named: Iterable[str] | None = None,
+                  ) -> list[Resource]:
+        """Return stored rows as resources, with version and memberships: all, or those named."""
+        root = resource_type.root
+        has_groups, members = "groups" in root.by_name, root.by_name.get("members")
+        groups = session.groups([row.seq for row in found]) if has_groups and found else {}
+        resources = []
+        for row in found:
+            resource = revived(resource_type, row)
+            resource["meta"]["version"] = f'W/"{row.revision}"'
+            if joined := groups.get(row.seq):
+                # A group that is renamed changes its members' groups, and so their versions.
+                digest = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
+                resource["meta"]["version"] = f'W/"{row.revision}-{digest}"'
+                resource["groups"] = joined
+            if members and row.member_count and selection.includes(members):
+                resource["members"] = session.members(row.seq, named)
+            resources.append(canonical(resource_type, resource))
+        return resources
+
+    def _check_unique(self, session: Session, resource_type: ResourceType, row: Row,
+                      resource: Resource) -> None:
+        for sub in resource_type.root.sub_attributes:
+            if sub.uniqueness == "server" and sub.name in resource and sub.mutability != "readOnly":
+                value = resource[sub.name]
+                if session.taken(row.type, sub.index, sub.key(value), row.seq):
+                    raise ScimError(409, "uniqueness", f"{sub.name} {shown(value)} is already in "
+                                                       f"use by another {resource_type.name}")
+
+    def _save(self, session: Session, resource_type: ResourceType, row: Row, before: Resource,
+              after: Resource) -> Row:
+        """Store a resource that a client changed; where nothing differs, nothing is written."""
+        self._check_unique(session, resource_type, row, after)
+        balance, changed = self._link(session, resource_type, row.seq, before, after)
+        body = stored(after)
+        if body == row.body and not changed:
+            return row
+        return self._touch(session, resource_type, row, body, row.member_count + balance)
+
+    def _touch(self, session: Session, resource_type: ResourceType, row: Row, body: Resource,
+               member_count: int) -> Row:
+        """Store a body as the next revision of a row and return the row as it is now."""
+        changed = replace(row, body=body, revision=row.revision + 1, member_count=member_count,
+                          modified=time_text(self.clock()))
+        session.update(changed, index_entries(resource_type.root, revived(resource_type, row)),
+                       index_entries(resource_type.root, revived(resource_type, changed)))
+        return changed
+
+    def _link(self, session: Session, resource_type: ResourceType, group_seq: int,
+              before: Resource, after: Resource) -> tuple[int, bool]:
+        """Store the differences in membership; return by how many it grew and if it changed."""
+        if not (members := resource_type.root.sub_attribute("members")):
+            return 0, False
+        old = {member["value"]: member for member in before.get("members", ())}
+        new = {member["value"]: member for member in after.get("members", ())}
+        gained = [member for id, member in new.items() if id not in old]
+        renamed = [member for id, member in new.items()
+                   if id in old and member.get("display") != old[id].get("display")]
+        removed = session.unlink(group_seq, old.keys() - new.keys())
+        added = session.link(group_seq, gained + renamed, members.by_name["display"])
+        return added - removed, bool(added or removed or renamed)
+
+    def _adopt_custom_fields(self) -> None:
+        """Fit what is stored to the custom fields that are configured now.
+
+        Values of fields that are no longer there, or now have another type, are kept hidden.
+        """
+        resource_type = self.resource_types["User"]
+        fields = [[sub.name, sub.type] for sub in self._facilio(resource_type).sub_attributes]
+        with self.store.writing() as session:
+            known = json.loads(session.setting("custom_fields") or "[]")
+            if known == fields:
+                return
+            earlier = facilio_extension(CustomField(*field) for field in known)
+            old_type = replace(resource_type, extensions=(*resource_type.extensions[:-1], earlier))
+            for row in session.holding(FACILIO):
+                body, hidden = self._split_custom_fields(resource_type, row)
+                changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
+                session.update(changed, index_entries(old_type.root, revived(old_type, row)),
+                               index_entries(resource_type.root, revived(resource_type, changed)))
+            session.set_setting("custom_fields", dump(fields))
+
+    def _facilio(self, resource_type: ResourceType) -> Attribute:
+        return resource_type.root.by_name[FACILIO.lower()]
+
+    def _split_custom_fields(self, resource_type: ResourceType, row: Row,
+                             ) -> tuple[Resource, Resource]:
+        """Return the body of a user with the custom fields of today, and the values to hide."""
+        visible: Resource = {}
+        hidden: Resource = {}
+        for name, value in {**row.hidden, **row.body.get(FACILIO, {})}.items():
+            sub = self._facilio(resource_type).sub_attribute(name)
+            if sub and sub.holds(value):
+                visible[sub.name] = value
+            else:
+                hidden[name] = value
+        body = {name: value for name, value in row.body.items() if name != FACILIO}
+        return (body | {FACILIO: visible} if visible else body), hidden
+
+
+def time_text(instant: datetime) -> str:
+    """Return an instant as the dateTime of meta.created, in UTC with milliseconds."""
+    utc = instant.astimezone(timezone.utc)
+    return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def stored(resource: Resource) -> Resource:
+    """Return the part of a resource that is kept in its row's body."""
+    computed = ("schemas", "id", "meta", "groups", "members")
+    return {name: value for name, value in resource.items() if name not in computed}
+
+
+def revived(resource_type: ResourceType, row: Row) -> Resource:
+    """Return the resource of a row, without its version and memberships."""
+    meta = {"resourceType": row.type, "created": row.created, "lastModified": row.modified}
+    return canonical(resource_type, {**row.body, "id": row.id, "meta": meta})
+
+
+# ----------------------------------------------------------------------------
+# 9. Configuration
+#
+# A JSON file of tenants, tokens and custom fields becomes frozen data. Every
+# mistake of a file is found in one go and named by its JSON path.
+# Uses chapters 1 and 2. Knows nothing of HTTP or SQL.
+# ----------------------------------------------------------------------------
+
+TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)     # it names a file
+LINK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*", re.ASCII)               # RFC 7643 §2.1
+CUSTOM_FIELD_TYPES = ("String", "Integer", "Boolean")
+DEMO = {"tenants": [{
+    "name": "demo",
+    "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
+    "custom_fields": [{"link_name": "badge_number", "type": "Integer"}],
+}]}
+
+
+class ConfigError(Exception):
+    """A configuration that cannot be used; problems has a line for each mistake, its path first."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+@dataclass(frozen=True)
+class Token:
+    """A bearer token: its SHA-256 as hex, when it ends, and the secret where the file holds it."""
+
+    name: str
+    sha256: str
+    expires: datetime | None = None
+    secret: str = field(default="", repr=False)
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A customer: people of its own, selected by any of its tokens."""
+
+    name: str
+    tokens: tuple[Token, ...]
+    custom_fields: tuple[CustomField, ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """What a server serves, and where."""
+
+    tenants: tuple[Tenant, ...]
+    host: str = "127.0.0.1"
+    port: int = 8080
+    data_dir: str = "scim-data"
+
+
+def digest(secret: str) -> str:
+    """Return the SHA-256 of a token's secret as hex, the only form in which secrets compare."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def load_config(path: str | os.PathLike[str]) -> Config:
+    """Return the configuration in a JSON file; a relative data_dir lies beside the file.
+
+    Raises ConfigError with every mistake of the file.
+    """
+    try:
+        document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
+    except OSError as error:
+        raise ConfigError([f"cannot be read ({error.strerror}); name a file with --config"]) from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError([f"is not valid JSON: {error}"]) from error
+    config = parse_config(document)
+    if config.data_dir == ":memory:":
+        return config
+    return replace(config, data_dir=str(Path(path).resolve().parent / config.data_dir))
+
+
+def unique_names(pairs: list[tuple[str, Json]]) -> Json:
+    """Return the object of some members; ValueError for a name that is given twice."""
+    names = [name for name, _ in pairs]
+    if repeated := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"{', '.join(sorted(repeated))}: given twice in one object")
+    return dict(pairs)
+
+
+def parse_config(document: Json) -> Config:
+    """Return the configuration that a JSON document describes; ConfigError with every mistake."""
+    reader = ConfigReader()
+    found = reader.members("", document, {"listen", "data_dir", "tenants"}, {"tenants"})
+    host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
+    data_dir = reader.text("data_dir", found.get("data_dir", "scim-data"))
+    tenants = [reader.tenant(path, item)
+               for path, item in reader.items("tenants", found.get("tenants", []), least=1)]
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return Config(tuple(tenants), host, port, data_dir)
+
+
+class ConfigReader:
+    """The rules of a configuration; each takes a JSON path and a value, and notes what is wrong."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self._seen: dict[tuple[str, str], str] = {}      # (what, value) to the path it stands at
+
+    def wrong(self, path: str, problem: str) -> None:
+        """Note a mistake."""
+        self.problems.append(f"{path or 'the file'}: {problem}")
+
+    def unique(self, path: str, what: str, value: str, reason: str) -> None:
+        """Note a value that stands at an earlier path already."""
+        if (earlier := self._seen.setdefault((what, value), path)) != path:
+            self.wrong(path, f"{reason} {earlier}")
+
+    def members(self, path: str, value: Json, known: set[str], needed: set[str]) -> dict[str, Json]:
+        """Return an object's members; unknown and missing names are mistakes."""
+        if not isinstance(value, dict):
+            self.wrong(path, f"expected an object, got {shown(value)}")
+            return {}
+        below = path and path + "."
+        for name in sorted(value.keys() - known):
+            self.wrong(below + name, f"unknown key; known are {', '.join(sorted(known))}")
+        for name in sorted(needed - value.keys()):
+            self.wrong(below + name, "is missing")
+        return value
+
+    def items(self, path: str, value: Json, least: int = 0) -> list[tuple[str, Json]]:
+        """Return the items of a list with their paths."""
+        if not isinstance(value, list):
+            self.wrong(path, f"expected a list, got {shown(value)}")
+            return []
+        if len(value) < least:
+            self.wrong(path, "expected at least one")
+        return [(f"{path}[{number}]", item) for number, item in enumerate(value)]
+
+    def text(self, path: str, value: Json, form: re.Pattern[str] | None = None,
+             expected: str = "text that is not empty") -> str:
+        """Return a text of some form."""
+        if isinstance(value, str) and (form.fullmatch(value) if form else value.strip()):
+            return value
+        self.wrong(path, f"expected {expected}, got {shown(value)}")
+        return ""
+
+    def address(self, path: str, value: Json) -> tuple[str, int]:
+        """Return host and port."""
+        host, _, port = str(value).rpartition(":")
+        if isinstance(value, str) and host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
+            return host.strip("[]"), int(port)
+        self.wrong(path, f"expected HOST:PORT such as 127.0.0.1:8080, got {shown(value)}")
+        return "", 0
+
+    def tenant(self, path: str, value: Json) -> Tenant:
+        """Return a tenant."""
+        found = self.members(path, value, {"name", "tokens", "custom_fields"}, {"name", "tokens"})
+        name = ""
+        if "name" in found:
+            name = self.text(f"{path}.name", found["name"], TENANT_NAME,
+                             "letters, digits, - and _ (the name is that of the tenant's file)")
+            self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
+        tokens = self.items(f"{path}.tokens", found["tokens"], least=1) if "tokens" in found else []
+        fields = self.items(f"{path}.custom_fields", found.get("custom_fields", []))
+        return Tenant(name, tuple(self.token(path, *item) for item in tokens),
+                      tuple(self.custom_field(path, *item) for item in fields))
+
+    def token(self, tenant_path: str, path: str, value: Json) -> Token:
+        """Return a token; its hash must be the only one of its kind among all tenants."""
+        found = self.members(path, value, {"name", "secret", "sha256", "expires"}, set())
+        name = self.text(f"{path}.name", found.get("name", path))
+        self.unique(f"{path}.name", f"token of {tenant_path}", name, "the same name as")
+        secret, sha256 = "", ""
+        if ("secret" in found) == ("sha256" in found):
+            self.wrong(path, "expected either secret or sha256; "
+                             "`python scim_server.py token` makes both")
+        elif "secret" in found:
+            secret = self.text(f"{path}.secret", found["secret"], re.compile(r"[!-~]+"),
+                               "visible ASCII characters without blanks")
+            sha256 = digest(secret)
+        else:
+            sha256 = self.text(f"{path}.sha256", found["sha256"], re.compile(r"[0-9A-Fa-f]{64}"),
+                               "64 hexadecimal digits").lower()
+        if sha256:
+            self.unique(path, "token", sha256, "the same token as")
+        return Token(name, sha256, self.expiry(f"{path}.expires", found), secret)
+
+    def expiry(self, path: str, found: dict[str, Json]) -> datetime | None:
+        """Return when a token ends, None for never."""
+        if "expires" not in found:
+            return None
+        try:
+            key = date_time_key(found["expires"])
+        except (TypeError, ValueError):
+            self.wrong(path, f"expected a time such as 2027-01-31T00:00:00Z, "
+                             f"got {shown(found['expires'])}")
+            return None
+        return datetime.fromisoformat(key[:19]).replace(tzinfo=timezone.utc)
+
+    def custom_field(self, tenant_path: str, path: str, value: Json) -> CustomField:
+        """Return a custom field; link names compare without case, as attribute names do."""
+        found = self.members(path, value, {"link_name", "display_name", "type"},
+                             {"link_name", "type"})
+        link_name = ""
+        if "link_name" in found:
+            link_name = self.text(f"{path}.link_name", found["link_name"], LINK_NAME,
+                                  "a letter, then letters, digits, - and _")
+            self.unique(f"{path}.link_name", f"field of {tenant_path}", link_name.lower(),
+                        "the same link name as")
+        if "type" in found and found["type"] not in CUSTOM_FIELD_TYPES:
+            self.wrong(f"{path}.type", f"expected String, Integer or Boolean, "
+                                       f"got {shown(found['type'])}")
+        display_name = self.text(f"{path}.display_name", found.get("display_name", link_name or "-"))
+        return CustomField(link_name, str(found.get("type")), display_name)
+
+
+# ----------------------------------------------------------------------------
+# 10. Application                                     RFC 7644 §2, §3.1, §3.12, §4
+#
+# handle(Request) -> Response: token to tenant, path to operation, every failure
+# to a SCIM error. Plain Python, whatever brings the requests.
+# Uses chapters 1 to 9. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request: header names in lower case; path and query as they stood in the target."""
+
+    method: str
+    path: str
+    query: str = ""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    scheme: str = "http"
+
+
+@dataclass(frozen=True)
+class Response:
+    """An answer; its body stays JSON until the edge makes bytes of it, None is no body."""
+
+    status: int
+    body: Json = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A request on its way to an operation: whose directory, what of it, and how it was asked."""
+
+    request: Request
+    directory: Directory
+    resource_type: ResourceType
+    id: str
+    parameters: Mapping[str, str]      # of the query, names in lower case
+    base_url: str
+
+    @property
+    def selection(self) -> Selection:
+        """What the client wants to see of each resource."""
+        return parse_selection(self.parameters.get("attributes", ""),
+                               self.parameters.get("excludedattributes", ""), self.resource_type)
+
+    def integer(self, name: str, default: int) -> int:
+        """Return an integer parameter; ScimError 400 invalidValue if it is none."""
+        text = self.parameters.get(name.lower()) or str(default)
+        if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
+            raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
+        return int(text)
+
+    def answer(self, resource: Resource, status: int = 200) -> Response:
+        """Return the answer that shows a resource, as much of it as the client selected."""
+        shown_resource = project(self.resource_type, resource, self.selection, self.base_url)
+        location = f"{self.base_url}{self.resource_type.endpoint}/{resource['id']}"
+        headers = {"ETag": resource["meta"]["version"]}
+        return Response(status, shown_resource,
+                        headers | ({"Location": location} if status == 201 else {}))
+
+
+def parse_body(body: bytes) -> Json:
+    """Return the JSON of a body; ScimError 400 invalidSyntax."""
+    try:
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json)
+        if b"\\u" in body and any(map(unstorable, texts_in(value))):
+            raise ValueError("text with NUL or half a surrogate pair")
+        return value
+    except (ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
+
+
+def not_json(word: str) -> Json:
+    """Refuse NaN and Infinity, which Python reads and RFC 8259 does not know."""
+    raise ValueError(word)
+
+
+def texts_in(value: Json) -> Iterator[str]:
+    """Yield every text in a JSON value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in value:
+            yield from texts_in(item)
+        if isinstance(value, dict):
+            yield from texts_in(list(value.values()))
+
+
+def list_response(resources: list[Json], total: int, start_index: int) -> Response:
+    """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage is what this answer holds."""
+    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total,
+                          "startIndex": start_index, "itemsPerPage": len(resources),
+                          "Resources": resources})
+
+
+def error_response(error: ScimError) -> Response:
+    """Return a SCIM error as an answer."""
+    return Response(error.status, error.body(), error.headers)
+
+
+# -- Discovery -------------------------------------------------------------------
+
+
+def published_attribute(attribute: Attribute) -> Json:
+    """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
+    found: Json = {"name": attribute.name, "type": attribute.type,
+                   "multiValued": attribute.multi_valued, "required": attribute.required,
+                   "mutability": attribute.mutability, "returned": attribute.returned}
+    if attribute.type in STRING_TYPES or attribute.type == "binary":
+        found["caseExact"] = attribute.case_exact
+    if attribute.type != "complex":
+        found["uniqueness"] = attribute.uniqueness
+    found["description"] = attribute.description or attribute.name
+    if attribute.canonical_values:
+        found["canonicalValues"] = list(attribute.canonical_values)
+    if attribute.reference_types:
+        found["referenceTypes"] = list(attribute.reference_types)
+    if attribute.sub_attributes:
+        found["subAttributes"] = [published_attribute(sub) for sub in attribute.sub_attributes
+                                  if sub.published]
+    return found
+
+
+def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return a tenant's schemas by URN (RFC 7643 §7); externalId is listed for Entra's validator."""
+    found = {}
+    for resource_type in directory.resource_types.values():
+        for schema in (resource_type.schema, *resource_type.extensions):
+            core = (EXTERNAL_ID,) if schema is resource_type.schema else ()
+            if schema.attributes:
+                found[schema.id] = {
+                    "schemas": [SCHEMA], "id": schema.id, "name": schema.name,
+                    "description": schema.description,
+                    "attributes": [published_attribute(attribute)
+                                   for attribute in core + schema.attributes if attribute.published],
+                    "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
+                }
+    return found
+
+
+def published_resource_types(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return a tenant's resource types by name (RFC 7643 §6)."""
+    return {found.name: {
+        "schemas": [RESOURCE_TYPE], "id": found.name, "name": found.name,
+        "description": found.schema.description, "endpoint": found.endpoint,
+        "schema": found.schema.id,
+        "schemaExtensions": [{"schema": extension.id, "required": False}
+                             for extension in found.extensions if extension.attributes],
+        "meta": {"resourceType": "ResourceType",
+                 "location": f"{base_url}/ResourceTypes/{found.name}"},
+    } for found in directory.resource_types.values()}
+
+
+def provider_config(base_url: str) -> Json:
+    """Return the service provider configuration (RFC 7643 §5)."""
+    return {
+        "schemas": [PROVIDER_CONFIG],
+        "patch": {"supported": True},
+        # authentik takes a missing maxOperations for "no PATCH and no filter".
+        "bulk": {"supported": False, "maxOperations": 0, "maxPayloadSize": 0},
+        "filter": {"supported": True, "maxResults": MAX_COUNT},
+        "changePassword": {"supported": False},
+        "sort": {"supported": True},
+        "etag": {"supported": True},
+        "authenticationSchemes": [{
+            "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
+            "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
+            "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
+        }],
+        "meta": {"resourceType": "ServiceProviderConfig",
+                 "location": f"{base_url}/ServiceProviderConfig"},
+    }
+
+
+# -- Operations: each takes a call and gives a response ----------------------------
+
+
+def get_provider_config(call: Call) -> Response:
+    """Answer GET /ServiceProviderConfig."""
+    return Response(200, provider_config(call.base_url))
+
+
+def list_schemas(call: Call) -> Response:
+    """Answer GET /Schemas."""
+    return list_all(call, published_schemas(call.directory, call.base_url))
+
+
+def get_schema(call: Call) -> Response:
+    """Answer GET /Schemas/{urn}."""
+    return get_one(call, published_schemas(call.directory, call.base_url))
+
+
+def list_resource_types(call: Call) -> Response:
+    """Answer GET /ResourceTypes."""
+    return list_all(call, published_resource_types(call.directory, call.base_url))
+
+
+def get_resource_type(call: Call) -> Response:
+    """Answer GET /ResourceTypes/{name}."""
+    return get_one(call, published_resource_types(call.directory, call.base_url))
+
+
+def list_all(call: Call, published: Mapping[str, Json]) -> Response:
+    """Return all of a discovery endpoint, whose sort and page parameters count for nothing."""
+    refuse_filter(call)
+    return list_response(list(published.values()), len(published), 1)
+
+
+def get_one(call: Call, published: Mapping[str, Json]) -> Response:
+    """Return one entry of a discovery endpoint."""
+    refuse_filter(call)
+    if call.id not in published:
+        raise ScimError(404, "", f"{shown(call.id)} does not exist; "
+                                 f"there are {', '.join(published)}")
+    return Response(200, published[call.id])
+
+
+def refuse_filter(call: Call) -> None:
+    """Raise ScimError 403 for a filter on a discovery endpoint, as RFC 7644 §4 asks."""
+    if "filter" in call.parameters:
+        raise ScimError(403, "", "filter: discovery endpoints take no filter")
+
+
+def create_resource(call: Call) -> Response:
+    """Answer POST /Users and POST /Groups."""
+    return call.answer(call.directory.create(call.resource_type, parse_body(call.request.body)), 201)
+
+
+def get_resource(call: Call) -> Response:
+    """Answer GET /Users/{id}."""
+    return call.answer(call.directory.read(call.resource_type, call.id, call.selection))
+
+
+def replace_resource(call: Call) -> Response:
+    """Answer PUT /Users/{id}."""
+    body = parse_body(call.request.body)
+    return call.answer(call.directory.replace(call.resource_type, call.id, body))
+
+
+def patch_resource(call: Call) -> Response:
+    """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
+    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request.body))
+    return call.answer(patched) if patched else Response(204)
+
+
+def delete_resource(call: Call) -> Response:
+    """Answer DELETE /Users/{id}."""
+    call.directory.delete(call.resource_type, call.id)
+    return Response(204)
+
+
+def list_resources(call: Call) -> Response:
+    """Answer GET /Users and GET /Groups: filter, sort, page."""
+    resource_type, parameters = call.resource_type, call.parameters
+    text = parameters.get("filter", "")
+    start_index = max(call.integer("startIndex", 1), 1)
+    page = call.directory.query(
+        resource_type, parse_filter(text, resource_type) if text.strip() else EVERYTHING,
+        parse_sorting(parameters, resource_type), start_index,
+        min(call.integer("count", DEFAULT_COUNT), MAX_COUNT), call.selection)
+    found = [project(resource_type, resource, call.selection, call.base_url)
+             for resource in page.resources]
+    return list_response(found, page.total_results, start_index)
+
+
+def parse_sorting(parameters: Mapping[str, str], resource_type: ResourceType) -> Sorting | None:
+    """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
+    order = parameters.get("sortorder", "").strip().lower() or "ascending"
+    if order not in ("ascending", "descending"):
+        raise ScimError(400, "invalidValue", f"sortOrder: expected ascending or descending, "
+                                             f"got {shown(order)}")
+    target = resolve(parameters.get("sortby", "").strip(), resource_type)
+    if not target:
+        return None
+    if target[-1].type == "complex" and target[-1].value_attribute:
+        target = (*target, target[-1].value_attribute)
+    return Sorting(Target(target), order == "descending")
+
+
+Operate = Callable[[Call], Response]
+
+ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
+    ("GET", ("ServiceProviderConfig",), get_provider_config),
+    ("GET", ("Schemas",), list_schemas),
+    ("GET", ("Schemas", "{id}"), get_schema),
+    ("GET", ("ResourceTypes",), list_resource_types),
+    ("GET", ("ResourceTypes", "{id}"), get_resource_type),
+    ("GET", ("{type}",), list_resources),
+    ("POST", ("{type}",), create_resource),
+    ("GET", ("{type}", "{id}"), get_resource),
+    ("PUT", ("{type}", "{id}"), replace_resource),
+    ("PATCH", ("{type}", "{id}"), patch_resource),
+    ("DELETE", ("{type}", "{id}"), delete_resource),
+)
+
+
+class Application:
+    """All tenants behind one endpoint; the bearer token alone says which one is meant."""
+
+    def __init__(self, directories: Mapping[Tenant, Directory],
+                 clock: Callable[[], datetime] = utc_now) -> None:
+        self.directories = directories
+        self._clock = clock
+        self._tokens = {token.sha256: (token, directory)
+                        for tenant, directory in directories.items() for token in tenant.tokens}
+
+    def handle(self, request: Request) -> Response:
+        """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
+        try:
+            segments = [unquote(part) for part in request.path.split("/") if part]
+            if f"/{'/'.join(segments[:2])}" != BASE_PATH:
+                raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
+            directory = self._authenticate(request.headers.get("authorization", ""))
+            return self._dispatch(request, directory, segments[2:])
+        except ScimError as error:
+            return error_response(error)
+        except sqlite3.OperationalError as error:
+            traceback.print_exc()
+            return error_response(ScimError(503, "", f"the tenant's database failed: {error}",
+                                            {"Retry-After": "5"}))
+        except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
+            traceback.print_exc()
+            return error_response(ScimError(500, "", "the server failed; its log says why"))
+
+    def _authenticate(self, authorization: str) -> Directory:
+        scheme, _, secret = authorization.strip().partition(" ")
+        token, directory = self._tokens.get(digest(secret.strip()), (None, None))
+        expired = token and token.expires and token.expires <= self._clock()
+        if scheme.lower() != "bearer" or not directory or expired:
+            raise ScimError(401, "", "the bearer token is missing, unknown or expired; "
+                                     "check the Secret Token of the enterprise application",
+                            {"WWW-Authenticate": 'Bearer realm="scim"'})
+        return directory
+
+    def _dispatch(self, request: Request, directory: Directory, segments: list[str]) -> Response:
+        by_endpoint = {found.endpoint[1:]: found for found in directory.resource_types.values()}
+        methods = {method: operation for method, pattern, operation in ROUTES
+                   if len(pattern) == len(segments)
+                   and all(part in ("{id}", segment) or (part == "{type}" and segment in by_endpoint)
+                           for part, segment in zip(pattern, segments))}
+        if segments[:1] == ["Me"]:
+            raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
+        if not methods:
+            raise ScimError(404, "", f"{request.path} does not exist")
+        if "GET" in methods:
+            methods["HEAD"] = methods["GET"]
+        allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+        if request.method == "OPTIONS":
+            return Response(204, headers=allow)
+        if request.method not in methods:
+            raise ScimError(405, "", f"{request.method} is not for {request.path}; "
+                                     f"it takes {allow['Allow']}", allow)
+        query = parse_qsl(request.query, keep_blank_values=True)
+        authority = request.headers.get("host", "localhost")
+        return methods[request.method](Call(
+            request, directory, by_endpoint.get(segments[0], directory.resource_types["User"]),
+            segments[-1], {name.lower(): value for name, value in query},
+            f"{request.scheme}://{authority}{BASE_PATH}"))
+
+
+# ----------------------------------------------------------------------------
+# 11. HTTP server                                         RFC 9110, RFC 9112
+#
+# Bytes become a Request and a Response becomes bytes: strict framing, limits,
+# keep-alive, one write per answer. The head is read by our own parser; the stock
+# one goes through the email package and costs several times as much.
+# Uses chapters 1 and 10. Knows nothing of SCIM but the form of its errors.
+# ----------------------------------------------------------------------------
+
+MAX_REQUEST_LINE = 8 * 1024
+MAX_HEAD = 32 * 1024
+MAX_FIELDS = 100
+MAX_CHUNK_LINE = 1024
+IDLE_SECONDS = 65
+STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
+REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
+
+
+@dataclass(frozen=True)
+class Head:
+    """The head of a request: header names in lower case, values of repeated ones joined."""
+
+    method: str
+    target: str
+    minor_version: int
+    headers: dict[str, str]
+
+
+def read_line(stream: BinaryIO, limit: int, error: ScimError) -> bytes:
+    """Return a line with its CRLF; the error if it is longer, EOFError where the stream ends."""
+    line = stream.readline(limit + 1)
+    if len(line) > limit:
+        raise error
+    if not line.endswith(b"\n"):
+        raise EOFError
+    return line
+
+
+def read_head(stream: BinaryIO) -> Head:
+    """Return the next request's head (RFC 9112 §3, §5).
+
+    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends.
+    """
+    line_error = ScimError(414, "", f"the request line is longer than {MAX_REQUEST_LINE} octets")
+    line = read_line(stream, MAX_REQUEST_LINE, line_error)
+    if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
+        line = read_line(stream, MAX_REQUEST_LINE, line_error)
+    if not (start := REQUEST_LINE.fullmatch(line)):
+        raise ScimError(400, "", "the request line is malformed")
+    if start[3] != b"1":
+        raise ScimError(505, "", "this server speaks HTTP/1.1")
+    headers: dict[str, str] = {}
+    left = MAX_HEAD
+    for _ in range(MAX_FIELDS + 1):
+        line = read_line(stream, left, ScimError(431, "", f"the header fields take more than "
+                                                          f"{MAX_HEAD} octets"))
+        if line == b"\r\n":
+            minor_version = int(start[4])
+            check_framing(headers, minor_version)
+            return Head(start[1].decode(), start[2].decode(), minor_version, headers)
+        left -= len(line)
+        if not (parts := FIELD_LINE.fullmatch(line)):
+            raise ScimError(400, "", "a header field is malformed")
+        name, value = parts[1].decode().lower(), parts[2].decode("latin-1")
+        if name in ("host", "content-length", "transfer-encoding") and name in headers:
+            raise ScimError(400, "", f"{name}: given twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
+
+
+def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
+    """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
+    host, length = headers.get("host"), headers.get("content-length")
+    if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
+        raise ScimError(400, "", "host: expected one host name or address with an optional port")
+    if length is not None and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+        raise ScimError(400, "", "content-length: expected a number")
+    if coding := headers.get("transfer-encoding"):
+        if length is not None or minor_version == 0:
+            raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
+        if coding.lower() != "chunked":
+            raise ScimError(400, "", "transfer-encoding: expected chunked alone")
+
+
+def read_body(stream: BinaryIO, headers: Mapping[str, str], limit: int) -> bytes:
+    """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
+    if "transfer-encoding" in headers:
+        return read_chunks(stream, limit)
+    length = int(headers.get("content-length", 0))
+    if length > limit:
+        raise too_large(limit)
+    return read_exactly(stream, length)
+
+
+def too_large(limit: int) -> ScimError:
+    """Return the error of a body over the limit."""
+    return ScimError(413, "", f"the body is larger than {limit} octets")
+
+
+def read_exactly(stream: BinaryIO, length: int) -> bytes:
+    """Return that many octets; EOFError where the connection ends before."""
+    found = stream.read(length)
+    if len(found) < length:
+        raise EOFError
+    return found
+
+
+def read_chunks(stream: BinaryIO, limit: int) -> bytes:
+    """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over."""
+    malformed = ScimError(400, "", "the chunked body is malformed")
+    body = bytearray()
+    while True:
+        if not (line := CHUNK_LINE.fullmatch(read_line(stream, MAX_CHUNK_LINE, malformed))):
+            raise malformed
+        if not (size := int(line[1], 16)):
+            break
+        if len(body) + size > limit:
+            raise too_large(limit)
+        body += read_exactly(stream, size)
+        if read_exactly(stream, 2) != b"\r\n":
+            raise malformed
+    for _ in range(MAX_FIELDS):
+        if read_line(stream, MAX_CHUNK_LINE, malformed) == b"\r\n":
+            return bytes(body)
+    raise malformed
+
+
+def origin_form(target: str) -> str:
+    """Return path and query of a target, which a proxy may send as a whole URL (RFC 9112 §3.2)."""
+    if target.startswith("/"):
+        return target
+    return urlsplit(target)._replace(scheme="", netloc="").geturl() or "/"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection: requests in, answers out, one after the other."""
+
+    idle = True                           # nothing of a request has arrived
+
+    protocol_version = "HTTP/1.1"
+    timeout = IDLE_SECONDS
+    disable_nagle_algorithm = True
+    server: ScimServer
+
+    def handle(self) -> None:
+        """Serve requests until either side ends the connection."""
+        self.server.connected(self)
+        try:
+            super().handle()
+        except (EOFError, OSError):
+            pass                          # the client is gone, or was silent for too long
+        finally:
+            self.server.disconnected(self)
+
+    def handle_one_request(self) -> None:
+        """Read a request, have it answered, write the answer in one piece."""
+        self.idle, self.close_connection, method = True, True, ""
+        try:
+            head = read_head(self.rfile)      # type: ignore[arg-type]
+            self.idle, method = False, head.method
+            path, _, query = origin_form(head.target).partition("?")
+            request = Request(method, path, query, head.headers, self._body(head))
+        except (ScimError, ValueError) as error:
+            refusal = error if isinstance(error, ScimError) else ScimError(400, "", str(error))
+            self._write(error_response(refusal), method)
+            return self._linger()
+        response = self.server.application.handle(request)
+        options = head.headers.get("connection", "").lower()
+        self.close_connection = (self.server.stopping.is_set() or "close" in options
+                                 or (head.minor_version == 0 and "keep-alive" not in options))
+        self._write(response, method)
+
+    def _body(self, head: Head) -> bytes:
+        limit = MAX_BODY
+        if int(head.headers.get("content-length", 0)) > limit:
+            raise too_large(limit)
+        if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
+
+    def _write(self, response: Response, method: str) -> None:
+        body = b"" if response.body is None else json.dumps(
+            response.body, ensure_ascii=False, separators=(",", ":")).encode()
+        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
+                 f"Date: {self.date_time_string()}",
+                 *(f"{name}: {value}" for name, value in response.headers.items())]
+        if response.body is not None:
+            lines.append("Content-Type: application/scim+json")
+        if response.status != 204:                       # RFC 9110 §8.6: never with a 204
+            lines.append(f"Content-Length: {len(body)}")
+        if self.close_connection:
+            lines.append("Connection: close")
+        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+        self.wfile.write(head if method == "HEAD" else head + body)
+
+    def _linger(self) -> None:
+        """Read on for a moment after a refusal: closing on unread octets would take back the answer."""
+        self.connection.shutdown(socket.SHUT_WR)
+        self.connection.settimeout(1)
+        for _ in range(64):
+            if not self.connection.recv(64 * 1024):
+                break
+
+
+class ScimServer(ThreadingHTTPServer):
+    """The server on a socket, a thread per connection. Port 0 picks a free one; see url.
+
+    OSError where the address cannot be had.
+    """
+
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, application: Application, host: str, port: int) -> None:
+        self.application = application
+        self.stopping = threading.Event()
+        self.stopped = threading.Event()
+        self._connections: set[Handler] = set()
+        self._changed = threading.Condition()
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        super().__init__((host, port), Handler)
+        shown_host = f"[{host}]" if ":" in host else host
+        self.url = f"http://{shown_host}:{self.server_address[1]}{BASE_PATH}"
+
+    def server_bind(self) -> None:
+        """Bind without the look-up of the host's name, which stalls where there is no DNS."""
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(self.server_address)
+        self.server_address = self.socket.getsockname()
+
+    def connected(self, handler: Handler) -> None:
+        """Note a connection."""
+        with self._changed:
+            self._connections.add(handler)
+
+    def disconnected(self, handler: Handler) -> None:
+        """Forget a connection."""
+        with self._changed:
+            self._connections.discard(handler)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Accept nothing more, wait for the requests in flight, close all connections."""
+        self.stopping.set()
+        self.shutdown()
+        with self._changed:
+            for handler in self._connections:
+                if handler.idle:
+                    handler.connection.shutdown(socket.SHUT_RD)      # its read ends
+            self._changed.wait_for(lambda: not self._connections, STOP_SECONDS)
+        self.server_close()
+        self.stopped.set()
+
+
+# ----------------------------------------------------------------------------
+# 13. Command line
+#
+# serve (the default), token, check. What a person must mend is one line on
+# standard error and exit status 2.
+# Uses everything above.
+# ----------------------------------------------------------------------------
+
+
+def open_directories(config: Config) -> dict[Tenant, Directory]:
+    """Return a directory for each tenant of a configuration, its file in data_dir; StoreError."""
+    if config.data_dir != ":memory:":
+        try:
+            os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
+                             "choose another place with --data-dir") from error
+    found = {}
+    for tenant in config.tenants:
+        path = config.data_dir
+        if path != ":memory:":
+            path = os.path.join(path, f"{tenant.name.lower()}.sqlite3")
+        found[tenant] = Directory(Store(path), resource_types(tenant.custom_fields))
+    return found
+
+
+def chosen_file(options: argparse.Namespace) -> str:
+    """Return the configuration file to use, "" for the built-in demo."""
+    sample = Path(__file__).with_name("sample_config.json")
+    return options.config or (str(sample) if sample.exists() else "")
+
+
+def chosen_config(options: argparse.Namespace) -> Config:
+    """Return the configuration that the command line means; ConfigError."""
+    file = chosen_file(options)
+    return load_config(file) if file else parse_config(DEMO)
+
+
+def serve(options: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status."""
+    config = chosen_config(options)
+    if options.listen:
+        config = replace(config, **listen_option(options.listen))
+    if options.data_dir:
+        config = replace(config, data_dir=options.data_dir)
+    application = Application(open_directories(config))
+    try:
+        server = ScimServer(application, config.host, config.port)
+    except OSError as error:
+        raise StoreError(f"{config.host}:{config.port}: cannot listen ({error.strerror}); "
+                         "choose another address with --listen HOST:PORT") from error
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        threading.Thread(target=server.stop).start()     # shutdown() waits for this thread's loop
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    print(greeting(server.url, config), flush=True)
+    server.serve_forever(poll_interval=0.1)
+    server.stopped.wait()
+    for directory in application.directories.values():
+        directory.store.close()
+    return 0
+
+
+def listen_option(text: str) -> dict[str, Any]:
+    """Return host and port of --listen; ConfigError."""
+    reader = ConfigReader()
+    host, port = reader.address("--listen", text)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return {"host": host, "port": port}
+
+
+def greeting(url: str, config: Config) -> str:
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
+    lines = [f"scim_server listening on {url}"]
+    for tenant in config.tenants:
+        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
+        lines += [f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
+                  for token in tenant.tokens]
+    return "\n".join(lines)
+
+
+def make_token(options: argparse.Namespace) -> int:
+    """Print a new secret, and its entry for the configuration; return the exit status."""
+    secret = secrets.token_urlsafe(32)
+    print(f"Secret Token, shown this once:\n\n  {secret}\n\n"
+          "Entry for the tenant's \"tokens\" in the configuration:\n\n  "
+          + json.dumps({"name": options.name, "sha256": digest(secret)}))
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Print what a configuration means for Entra ID; return the exit status."""
+    config = chosen_config(options)
+    print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
+    for tenant in config.tenants:
+        print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
+              f"{len(tenant.custom_fields)} custom field(s)")
+        for custom in tenant.custom_fields:
+            print(f"  {custom.type:<8} {custom.urn}")
+    return 0
+
+
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Return what the command line asks for; its run is the function to call."""
+    parser = argparse.ArgumentParser(
+        prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file.")
+    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    token = commands.add_parser("token", help="make a secret token and its configuration entry")
+    token.add_argument("--name", default="entra", help="name of the token (default: entra)")
+    token.set_defaults(run=make_token)
+    checker = commands.add_parser("check", help="validate a configuration, list the custom fields' "
+                                                "names for Entra ID")
+    checker.set_defaults(run=check)
+    for command, default in ((parser, None), (checker, argparse.SUPPRESS)):
+        command.add_argument("--config", metavar="FILE", default=default,
+                             help="configuration (default: sample_config.json beside this file, "
+                                  "else a built-in demo tenant)")
+    parser.add_argument("--listen", metavar="HOST:PORT", help="address; port 0 picks a free one")
+    parser.add_argument("--data-dir", metavar="DIR", help="where the tenants' files are; :memory: "
+                                                          "keeps nothing")
+    parser.set_defaults(run=serve)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status: 2 where a person must mend something."""
+    options = parse_options(arguments)
+    try:
+        return options.run(options)     # type: ignore[no-any-return]
+    except StoreError as error:
+        print(f"scim_server: {error}", file=sys.stderr)
+    except ConfigError as error:
+        prefix = f"scim_server: {chosen_file(options)}: "
+        lines = error.problems if options.run is check else ["; ".join(error.problems)]
+        print("\n".join(prefix + line for line in lines), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
