@@ -57,7 +57,7 @@ import sys
 import threading
 import traceback
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta, timezone
@@ -385,7 +385,8 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
     Attribute("displayName", required=True, uniqueness="server"),
     Attribute("members", "complex", multi_valued=True, linked=True, sub_attributes=(
         Attribute("value", required=True, case_exact=True),   # an id of ours, and ids have a case
-        Attribute("$ref", "reference", case_exact=True, published=False, mutability="readOnly",
+        # Computed. scim2-tester learns from it that a value must be the id of a resource.
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
                   reference_types=("User", "Group")),
         Attribute("type", canonical_values=("User", "Group")),
         Attribute("display"),
@@ -619,8 +620,9 @@ def tokens_of(text: str) -> list[Lexeme]:
     tokens, position, end = [], 0, len(text.rstrip())
     while position < end:
         if not (token := TOKEN.match(text, position)):
-            raise bad_filter(position + 1, "a name, a value in double quotes or a bracket",
-                             text[position:end].lstrip())
+            rest = text[position:end].lstrip()
+            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket",
+                             rest)
         kind = token.lastgroup or ""
         tokens.append((kind, token[kind], token.start(kind) + 1))
         position = token.end()
@@ -812,7 +814,7 @@ class PatchPath:
     def read_only(self) -> Attribute | None:
         """The first attribute on the way that no client may change, if any."""
         return next((attribute for attribute in self.all_attributes
-                     if attribute.mutability == "readOnly"), None)
+                     if attribute.mutability in ("readOnly", "immutable")), None)
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -1180,7 +1182,7 @@ def apply_patch(resource_type: ResourceType, resource: Resource,
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
-    patched = pruned({**patched, **defaults(resource_type, {**resource, **patched})})
+    patched = pruned(patched)
     for sub in resource_type.root.sub_attributes:
         if sub.required and sub.name not in patched:
             raise ScimError(400, "mutability", f"{sub.path} is required and cannot be removed")
@@ -1514,11 +1516,16 @@ class Session:
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._index(row.seq, set(entries), set())
 
-    def query(self, type: str, filter: Filter, sorting: Sorting | None, start: int, count: int,
+    def query(self, filters: Mapping[str, Filter], sorting: Sorting | None, start: int, count: int,
               ) -> tuple[int, list[Row]]:
-        """Return how many resources of a type match, and count of them from the one at start (0…)."""
-        condition, parameters = compile_filter(filter)
-        condition, parameters = f"type = ? AND {condition}", [type, *parameters]
+        """Return how many resources match, and count of them from the one at start (0…).
+
+        filters has the names of the resource types that are asked for, each with its filter.
+        """
+        terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
+        condition = " OR ".join(f"(type = ? AND {sql})" for _, sql, _ in terms)
+        condition = f"({condition})"
+        parameters = [value for type, _, values in terms for value in (type, *values)]
         total = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
         if count == 0 or start >= total:
             return total, []
@@ -1766,14 +1773,29 @@ class Directory:
     def query(self, resource_type: ResourceType, filter: Filter = EVERYTHING,
               sorting: Sorting | None = None, start_index: int = 1, count: int = DEFAULT_COUNT,
               selection: Selection = WHOLE) -> Page:
-        """Return the count resources that match, from the 1-based start_index (RFC 7644 §3.4.2).
+        """Return the count resources of a type that match, from the 1-based start_index.
 
-        Without sorting the order is that of creation, so that paging sees each resource once.
+        Without sorting the order is that of creation, so that paging sees each resource once
+        (RFC 7644 §3.4.2).
         """
+        return self.search({resource_type.name: (filter, selection)}, sorting, start_index, count)
+
+    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None = None,
+               start_index: int = 1, count: int = DEFAULT_COUNT) -> Page:
+        """Return the resources of several types that match (RFC 7644 §3.4.2.1), as query does.
+
+        asked has the names of the resource types, each with its filter and selection.
+        """
+        filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
-            total, found = session.query(resource_type.name, filter, sorting,
-                                         max(start_index, 1) - 1, max(count, 0))
-            return Page(total, self._complete(session, resource_type, found, selection))
+            total, found = session.query(filters, sorting, max(start_index, 1) - 1, max(count, 0))
+            complete: dict[str, Resource] = {}
+            for name, (_, selection) in asked.items():
+                of_type = [row for row in found if row.type == name]
+                for resource in self._complete(session, self.resource_types[name], of_type,
+                                               selection):
+                    complete[resource["id"]] = resource
+            return Page(total, [complete[row.id] for row in found])
 
     def replace(self, resource_type: ResourceType, id: str, body: Json) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
@@ -2191,16 +2213,20 @@ class Call:
 
     request: Request
     directory: Directory
-    resource_type: ResourceType
+    resource_types: tuple[ResourceType, ...]      # the one of the endpoint, at the root all
     id: str
-    parameters: Mapping[str, str]      # of the query, names in lower case
+    parameters: Mapping[str, str]                 # of the query, names in lower case
     base_url: str
 
     @property
-    def selection(self) -> Selection:
-        """What the client wants to see of each resource."""
+    def resource_type(self) -> ResourceType:
+        """The resource type of the endpoint."""
+        return self.resource_types[0]
+
+    def selection(self, resource_type: ResourceType) -> Selection:
+        """Return what the client wants to see of resources of a type."""
         return parse_selection(self.parameters.get("attributes", ""),
-                               self.parameters.get("excludedattributes", ""), self.resource_type)
+                               self.parameters.get("excludedattributes", ""), resource_type)
 
     def integer(self, name: str, default: int) -> int:
         """Return an integer parameter; ScimError 400 invalidValue if it is none."""
@@ -2209,13 +2235,17 @@ class Call:
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
         return int(text)
 
+    def projected(self, resource: Resource) -> Resource:
+        """Return as much of a resource as the client selected."""
+        resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
+        return project(resource_type, resource, self.selection(resource_type), self.base_url)
+
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        """Return the answer that shows a resource, as much of it as the client selected."""
-        shown_resource = project(self.resource_type, resource, self.selection, self.base_url)
-        location = f"{self.base_url}{self.resource_type.endpoint}/{resource['id']}"
+        """Return the answer that shows a resource."""
         headers = {"ETag": resource["meta"]["version"]}
-        return Response(status, shown_resource,
-                        headers | ({"Location": location} if status == 201 else {}))
+        if status == 201:
+            headers["Location"] = f"{self.base_url}{self.resource_type.endpoint}/{resource['id']}"
+        return Response(status, self.projected(resource), headers)
 
 
 def parse_body(body: bytes) -> Json:
@@ -2388,7 +2418,8 @@ def create_resource(call: Call) -> Response:
 
 def get_resource(call: Call) -> Response:
     """Answer GET /Users/{id}."""
-    return call.answer(call.directory.read(call.resource_type, call.id, call.selection))
+    return call.answer(call.directory.read(
+        call.resource_type, call.id, call.selection(call.resource_type)))
 
 
 def replace_resource(call: Call) -> Response:
@@ -2410,26 +2441,40 @@ def delete_resource(call: Call) -> Response:
 
 
 def list_resources(call: Call) -> Response:
-    """Answer GET /Users and GET /Groups: filter, sort, page."""
-    resource_type, parameters = call.resource_type, call.parameters
-    text = parameters.get("filter", "")
+    """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
+    text = call.parameters.get("filter", "").strip()
     start_index = max(call.integer("startIndex", 1), 1)
-    page = call.directory.query(
-        resource_type, parse_filter(text, resource_type) if text.strip() else EVERYTHING,
-        parse_sorting(parameters, resource_type), start_index,
-        min(call.integer("count", DEFAULT_COUNT), MAX_COUNT), call.selection)
-    found = [project(resource_type, resource, call.selection, call.base_url)
-             for resource in page.resources]
-    return list_response(found, page.total_results, start_index)
+    asked = {found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
+             for found in call.resource_types}
+    page = call.directory.search(asked, parse_sorting(call.parameters, call.resource_types),
+                                 start_index, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    return list_response([call.projected(resource) for resource in page.resources],
+                         page.total_results, start_index)
 
 
-def parse_sorting(parameters: Mapping[str, str], resource_type: ResourceType) -> Sorting | None:
+def search_resources(call: Call) -> Response:
+    """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
+    body = parse_body(call.request.body)
+    if not isinstance(body, dict):
+        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
+    parameters = {}
+    for name, value in body.items():
+        names = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, (str, int)) for one in names if one is not None):
+            raise ScimError(400, "invalidValue", f"{name}: expected text, an integer or names, "
+                                                 f"got {shown(value)}")
+        parameters[name.lower()] = ",".join(str(one) for one in names if one is not None)
+    return list_resources(replace(call, parameters=parameters))
+
+
+def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
     """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
         raise ScimError(400, "invalidValue", f"sortOrder: expected ascending or descending, "
                                              f"got {shown(order)}")
-    target = resolve(parameters.get("sortby", "").strip(), resource_type)
+    name = parameters.get("sortby", "").strip()
+    target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
     if not target:
         return None
     if target[-1].type == "complex" and target[-1].value_attribute:
@@ -2445,6 +2490,9 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("GET", ("Schemas", "{id}"), get_schema),
     ("GET", ("ResourceTypes",), list_resource_types),
     ("GET", ("ResourceTypes", "{id}"), get_resource_type),
+    ("GET", (), list_resources),
+    ("POST", (".search",), search_resources),
+    ("POST", ("{type}", ".search"), search_resources),
     ("GET", ("{type}",), list_resources),
     ("POST", ("{type}",), create_resource),
     ("GET", ("{type}", "{id}"), get_resource),
@@ -2452,6 +2500,22 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("PATCH", ("{type}", "{id}"), patch_resource),
     ("DELETE", ("{type}", "{id}"), delete_resource),
 )
+
+
+def find_operations(segments: Sequence[str], endpoints: Container[str]) -> dict[str, Operate]:
+    """Return the operations at a path by method; the first pattern that fits is the one that counts."""
+    methods: dict[str, Operate] = {}
+    matched: tuple[str, ...] | None = None
+    for method, pattern, operation in ROUTES:
+        fits = len(pattern) == len(segments) and all(
+            part in ("{id}", segment) or (part == "{type}" and segment in endpoints)
+            for part, segment in zip(pattern, segments, strict=True))
+        if fits and matched in (None, pattern):
+            matched = pattern
+            methods[method] = operation
+    if "GET" in methods:
+        methods["HEAD"] = methods["GET"]
+    return methods
 
 
 class Application:
@@ -2493,17 +2557,12 @@ class Application:
         return directory
 
     def _dispatch(self, request: Request, directory: Directory, segments: list[str]) -> Response:
-        by_endpoint = {found.endpoint[1:]: found for found in directory.resource_types.values()}
-        methods = {method: operation for method, pattern, operation in ROUTES
-                   if len(pattern) == len(segments)
-                   and all(part in ("{id}", segment) or (part == "{type}" and segment in by_endpoint)
-                           for part, segment in zip(pattern, segments))}
+        types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
         if segments[:1] == ["Me"]:
             raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
+        methods = find_operations(segments, types)
         if not methods:
             raise ScimError(404, "", f"{request.path} does not exist")
-        if "GET" in methods:
-            methods["HEAD"] = methods["GET"]
         allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
         if request.method == "OPTIONS":
             return Response(204, headers=allow)
@@ -2511,11 +2570,11 @@ class Application:
             raise ScimError(405, "", f"{request.method} is not for {request.path}; "
                                      f"it takes {allow['Allow']}", allow)
         query = parse_qsl(request.query, keep_blank_values=True)
-        authority = request.headers.get("host", "localhost")
+        asked = tuple(found for name, found in types.items() if name in segments[:1])
         return methods[request.method](Call(
-            request, directory, by_endpoint.get(segments[0], directory.resource_types["User"]),
-            segments[-1], {name.lower(): value for name, value in query},
-            f"{request.scheme}://{authority}{BASE_PATH}"))
+            request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
+            {name.lower(): value for name, value in query},
+            f"{request.scheme}://{request.headers.get('host', 'localhost')}{BASE_PATH}"))
 
 
 # ----------------------------------------------------------------------------
