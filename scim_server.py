@@ -43,8 +43,10 @@ Notation, kept to everywhere below:
 from __future__ import annotations
 
 import argparse
+import base64
 import copy
 import hashlib
+import hmac
 import json
 import operator
 import os
@@ -93,6 +95,10 @@ MAX_ANSWERED_MEMBERS = 1_000      # a PATCH of a larger group answers 204: it co
 MAX_FILTER_LENGTH = 8 * 1024      # characters
 MAX_FILTER_DEPTH = 50
 MAX_BODY = 2 * 1024 * 1024        # octets
+MAX_BULK_BODY = 10 * 1024 * 1024
+MAX_BULK_OPERATIONS = 1_000
+CURSOR_SECONDS = 3_600            # how long a cursor may be used
+SIGNATURE_LENGTH = 16             # octets of its HMAC
 
 Json = Any                        # what json.loads returns
 Resource = dict[str, Any]
@@ -1457,6 +1463,28 @@ class Sorting:
     descending: bool = False
 
 
+@dataclass(frozen=True)
+class Position:
+    """Where a resource stands in a sorted query: those without a value (missing 1) come last."""
+
+    missing: int
+    key: str
+    seq: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a query's resources to read: count, behind an offset or behind a position.
+
+    backward reads towards the first resource; the page itself keeps the order of the query.
+    """
+
+    count: int
+    offset: int = 0
+    after: Position | None = None
+    backward: bool = False
+
+
 ROW_COLUMNS = "seq, type, id, body, hidden, revision, created, modified, member_count"
 
 
@@ -1516,43 +1544,67 @@ class Session:
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._index(row.seq, set(entries), set())
 
-    def query(self, filters: Mapping[str, Filter], sorting: Sorting | None, start: int, count: int,
-              ) -> tuple[int, list[Row]]:
-        """Return how many resources match, and count of them from the one at start (0…).
+    def total(self, filters: Mapping[str, Filter]) -> int:
+        """Return how many resources match; filters has a filter for each type asked for."""
+        condition, parameters = self._condition(filters)
+        sql = f"SELECT count(*) FROM resource WHERE {condition}"
+        return self.run(sql, parameters).fetchone()[0]     # type: ignore[no-any-return]
 
-        filters has the names of the resource types that are asked for, each with its filter.
-        """
-        terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
-        condition = " OR ".join(f"(type = ? AND {sql})" for _, sql, _ in terms)
-        condition = f"({condition})"
-        parameters = [value for type, _, values in terms for value in (type, *values)]
-        total = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
-        if count == 0 or start >= total:
-            return total, []
-        if sorting:
-            ordered, parameters = self._ordered(sorting, condition, parameters)
-        else:
-            ordered = f"SELECT seq FROM resource WHERE {condition} ORDER BY seq"
-        found = self.run(f"{ordered} LIMIT ? OFFSET ?", [*parameters, count, start]).fetchall()
-        seqs = [columns[0] for columns in found]
+    def page(self, filters: Mapping[str, Filter], sorting: Sorting | None, window: Window,
+             ) -> list[tuple[Position, Row]]:
+        """Return the resources of a window on those that match, each with its position."""
+        descending = (sorting is not None and sorting.descending) != window.backward
+        sql, parameters = self._ordered(sorting, window.after, descending, filters)
+        found = self.run(f"{sql} LIMIT ? OFFSET ?",
+                         [*parameters, window.count, window.offset]).fetchall()
+        if window.backward:
+            found.reverse()
+        positions = [Position(missing, key, seq) for missing, key, seq in found]
+        marks = ", ".join("?" * len(found))
         by_seq = {row.seq: row for row in self._rows(
-            f"SELECT {ROW_COLUMNS} FROM resource WHERE seq IN ({', '.join('?' * len(seqs))})", seqs)}
-        return total, [by_seq[seq] for seq in seqs]
+            f"SELECT {ROW_COLUMNS} FROM resource WHERE seq IN ({marks})",
+            [position.seq for position in positions])}
+        return [(position, by_seq[position.seq]) for position in positions]
 
-    def _ordered(self, sorting: Sorting, condition: str, parameters: list[Any]) -> Sql:
-        """Return the query for seqs in order: a walk along the index, then those without a value.
+    def _condition(self, filters: Mapping[str, Filter]) -> Sql:
+        terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
+        return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
+                [value for type, _, parameters in terms for value in (type, *parameters)])
 
-        Missing values come last in ascending order and first in descending order (§3.4.2.3).
+    def _ordered(self, sorting: Sorting | None, after: Position | None, descending: bool,
+                 filters: Mapping[str, Filter]) -> Sql:
+        """Return the query for positions in order.
+
+        A sort is a walk along the index, then those without a value: they come last in ascending
+        order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         """
-        direction = " DESC" if sorting.descending else ""
-        matching = f"SELECT seq FROM resource WHERE {condition}"
+        condition, parameters = self._condition(filters)
+        direction = " DESC" if descending else ""
+        order = f"ORDER BY missing{direction}, key{direction}, seq{direction}"
+        missing = f"SELECT {int(sorting is not None)} AS missing, '' AS key, seq FROM resource"
+        if not sorting:
+            bound, bounds = self._bound(0, after, descending)
+            return (f"{missing} WHERE {condition} AND {bound} ORDER BY seq{direction}",
+                    [*parameters, *bounds])
         path = sorting.target.attribute.index
-        sql = (f"SELECT seq, 0 AS missing, key FROM value WHERE path = ? AND element = 0 "
-               f"AND seq IN ({matching}) "
-               f"UNION ALL SELECT seq, 1, '' FROM resource WHERE {condition} AND seq NOT IN "
-               f"(SELECT seq FROM value WHERE path = ? AND element = 0) "
-               f"ORDER BY missing{direction}, key{direction}, seq{direction}")
-        return sql, [path, *parameters, *parameters, path]
+        walk, walk_bounds = self._bound(0, after, descending)
+        rest, rest_bounds = self._bound(1, after, descending)
+        return (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
+                f"AND seq IN (SELECT seq FROM resource WHERE {condition}) "
+                f"UNION ALL {missing} WHERE {condition} AND {rest} "
+                f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {order}",
+                [path, *walk_bounds, *parameters, *parameters, *rest_bounds, path])
+
+    def _bound(self, missing: int, after: Position | None, descending: bool) -> Sql:
+        """Return what keeps one half of a sorted query behind a position."""
+        if after is None or (missing != after.missing and (missing > after.missing) != descending):
+            return "1 = 1", []
+        if missing != after.missing:
+            return "1 = 0", []
+        sign = "<" if descending else ">"
+        if after.key:
+            return f"(key, seq) {sign} (?, ?)", [after.key, after.seq]
+        return f"seq {sign} ?", [after.seq]
 
     def _rows(self, sql: str, parameters: Sequence[Any]) -> Iterator[Row]:
         for seq, type, id, body, hidden, *rest in self.run(sql, parameters):
@@ -1713,14 +1765,51 @@ class Store:
 # ----------------------------------------------------------------------------
 
 WHOLE = Selection()
+MEMBERLESS = Selection(unwanted={"members": None})
 
 
 @dataclass(frozen=True)
 class Page:
-    """The answer to a query: how many resources match in all, and those of the page asked for."""
+    """The answer to a query: how many resources match in all, and those of the window asked for.
 
-    total_results: int
+    total_results is None behind a position: counting again would cost more than the page. first
+    and last are the positions of the page's ends; more is whether resources follow on its far side.
+    """
+
+    total_results: int | None
     resources: list[Resource]
+    first: Position | None = None
+    last: Position | None = None
+    more: bool = False
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent.
+
+    Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
+    """
+
+    if_match: str = ""
+    if_none_match: str = ""
+
+    def excludes(self, version: str) -> bool:
+        """Return whether If-None-Match names a version."""
+        return self._names(self.if_none_match, version)
+
+    def check(self, version: str) -> None:
+        """Raise ScimError 412 where a write must not happen on this version."""
+        if self.if_match and not self._names(self.if_match, version):
+            raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
+        if self.excludes(version):
+            raise ScimError(412, "", f"If-None-Match: the version is {version}")
+
+    def _names(self, listed: str, version: str) -> bool:
+        tags = [tag.strip().removeprefix("W/") for tag in listed.split(",")]
+        return "*" in tags or version.removeprefix("W/") in tags
+
+
+ALWAYS = Condition()
 
 
 def utc_now() -> datetime:
@@ -1737,7 +1826,8 @@ class Directory:
     """One tenant's users and groups. Safe from several threads.
 
     Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
-    parse_operations do, and 409 uniqueness for a userName or group displayName that is taken.
+    parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
+    for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
     """
 
     def __init__(self, store: Store, types: Mapping[str, ResourceType],
@@ -1747,6 +1837,7 @@ class Directory:
         self.resource_types = types
         self.clock = clock
         self.new_id = new_id
+        self.cursor_key = self._secret("cursor_key")
         self._adopt_custom_fields()
 
     def create(self, resource_type: ResourceType, body: Json) -> Resource:
@@ -1778,38 +1869,50 @@ class Directory:
         Without sorting the order is that of creation, so that paging sees each resource once
         (RFC 7644 §3.4.2).
         """
-        return self.search({resource_type.name: (filter, selection)}, sorting, start_index, count)
+        window = Window(max(count, 0), max(start_index, 1) - 1)
+        return self.search({resource_type.name: (filter, selection)}, sorting, window)
 
-    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None = None,
-               start_index: int = 1, count: int = DEFAULT_COUNT) -> Page:
-        """Return the resources of several types that match (RFC 7644 §3.4.2.1), as query does.
+    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None,
+               window: Window) -> Page:
+        """Return a window on the resources of several types that match (RFC 7644 §3.4.2.1).
 
         asked has the names of the resource types, each with its filter and selection.
         """
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
-            total, found = session.query(filters, sorting, max(start_index, 1) - 1, max(count, 0))
+            total = None if window.after else session.total(filters)
+            if window.count == 0 or window.offset >= (1 if total is None else total):
+                return Page(total, [])
+            found = session.page(filters, sorting, replace(window, count=window.count + 1))
+            more = len(found) > window.count
+            if more:
+                del found[0 if window.backward else -1]
             complete: dict[str, Resource] = {}
             for name, (_, selection) in asked.items():
-                of_type = [row for row in found if row.type == name]
+                of_type = [row for _, row in found if row.type == name]
                 for resource in self._complete(session, self.resource_types[name], of_type,
                                                selection):
                     complete[resource["id"]] = resource
-            return Page(total, [complete[row.id] for row in found])
+            positions = [position for position, _ in found] or [None]
+            return Page(total, [complete[row.id] for _, row in found],
+                        positions[0], positions[-1], more)
 
-    def replace(self, resource_type: ResourceType, id: str, body: Json) -> Resource:
+    def replace(self, resource_type: ResourceType, id: str, body: Json,
+                condition: Condition = ALWAYS) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
         accepted = accept(resource_type, body)
         with self.store.writing() as session:
             row = self._find(session, resource_type, id)
             before = self._complete(session, resource_type, [row])[0]
+            condition.check(before["meta"]["version"])
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             accepted.update(defaults(resource_type, {**before, **accepted}))
             require(resource_type.root, accepted)
             row = self._save(session, resource_type, row, before, accepted)
             return self._complete(session, resource_type, [row])[0]
 
-    def patch(self, resource_type: ResourceType, id: str, body: Json) -> Resource | None:
+    def patch(self, resource_type: ResourceType, id: str, body: Json,
+              condition: Condition = ALWAYS) -> Resource | None:
         """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
 
         Returns None for a group of more members than an answer holds.
@@ -1820,17 +1923,20 @@ class Directory:
         with self.store.writing() as session:
             row = self._find(session, resource_type, id)
             before = self._complete(session, resource_type, [row], named=named)[0]
+            condition.check(before["meta"]["version"])
             after = apply_patch(resource_type, before, operations)
             row = self._save(session, resource_type, row, before, after)
             if row.member_count > MAX_ANSWERED_MEMBERS:
                 return None
             return self._complete(session, resource_type, [row])[0]
 
-    def delete(self, resource_type: ResourceType, id: str) -> None:
+    def delete(self, resource_type: ResourceType, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         group_type = self.resource_types["Group"]
         with self.store.writing() as session:
             row = self._find(session, resource_type, id)
+            before = self._complete(session, resource_type, [row], MEMBERLESS)[0]
+            condition.check(before["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, group_type, group["value"])
                 session.unlink(holder.seq, [id])
@@ -1839,6 +1945,14 @@ class Directory:
             session.delete(row, index_entries(resource_type.root, revived(resource_type, row)))
 
     # -- Helpers --
+
+    def _secret(self, name: str) -> bytes:
+        """Return a random key that the store keeps, made when it is first asked for."""
+        with self.store.writing() as session:
+            if not (key := session.setting(name)):
+                key = secrets.token_hex(32)
+                session.set_setting(name, key)
+            return bytes.fromhex(key)
 
     def _find(self, session: Session, resource_type: ResourceType, id: str) -> Row:
         if row := session.find(resource_type.name, id):
@@ -2194,7 +2308,7 @@ class Request:
     path: str
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    body: bytes = b""
+    body: bytes | Json = b""           # Bulk hands in JSON that was read already
     scheme: str = "http"
 
 
@@ -2235,6 +2349,12 @@ class Call:
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
         return int(text)
 
+    @property
+    def condition(self) -> Condition:
+        """What the client's headers ask of the version."""
+        headers = self.request.headers
+        return Condition(headers.get("if-match", ""), headers.get("if-none-match", ""))
+
     def projected(self, resource: Resource) -> Resource:
         """Return as much of a resource as the client selected."""
         resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
@@ -2248,8 +2368,10 @@ class Call:
         return Response(status, self.projected(resource), headers)
 
 
-def parse_body(body: bytes) -> Json:
+def parse_body(body: bytes | Json) -> Json:
     """Return the JSON of a body; ScimError 400 invalidSyntax."""
+    if not isinstance(body, bytes):
+        return body
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json)
         if b"\\u" in body and any(map(unstorable, texts_in(value))):
@@ -2347,11 +2469,15 @@ def provider_config(base_url: str) -> Json:
         "schemas": [PROVIDER_CONFIG],
         "patch": {"supported": True},
         # authentik takes a missing maxOperations for "no PATCH and no filter".
-        "bulk": {"supported": False, "maxOperations": 0, "maxPayloadSize": 0},
+        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS,
+                 "maxPayloadSize": MAX_BULK_BODY},
         "filter": {"supported": True, "maxResults": MAX_COUNT},
         "changePassword": {"supported": False},
         "sort": {"supported": True},
         "etag": {"supported": True},
+        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index",
+                       "defaultPageSize": DEFAULT_COUNT, "maxPageSize": MAX_COUNT,
+                       "cursorTimeout": CURSOR_SECONDS},
         "authenticationSchemes": [{
             "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
             "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
@@ -2418,38 +2544,120 @@ def create_resource(call: Call) -> Response:
 
 def get_resource(call: Call) -> Response:
     """Answer GET /Users/{id}."""
-    return call.answer(call.directory.read(
-        call.resource_type, call.id, call.selection(call.resource_type)))
+    found = call.directory.read(call.resource_type, call.id, call.selection(call.resource_type))
+    version = found["meta"]["version"]
+    if call.condition.if_match:
+        replace(call.condition, if_none_match="").check(version)
+    if call.condition.excludes(version):
+        return Response(304, headers={"ETag": version})
+    return call.answer(found)
 
 
 def replace_resource(call: Call) -> Response:
     """Answer PUT /Users/{id}."""
     body = parse_body(call.request.body)
-    return call.answer(call.directory.replace(call.resource_type, call.id, body))
+    return call.answer(call.directory.replace(call.resource_type, call.id, body, call.condition))
 
 
 def patch_resource(call: Call) -> Response:
     """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
-    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request.body))
+    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request.body),
+                                   call.condition)
     return call.answer(patched) if patched else Response(204)
 
 
 def delete_resource(call: Call) -> Response:
     """Answer DELETE /Users/{id}."""
-    call.directory.delete(call.resource_type, call.id)
+    call.directory.delete(call.resource_type, call.id, call.condition)
     return Response(204)
 
 
 def list_resources(call: Call) -> Response:
     """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
     text = call.parameters.get("filter", "").strip()
-    start_index = max(call.integer("startIndex", 1), 1)
     asked = {found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
              for found in call.resource_types}
-    page = call.directory.search(asked, parse_sorting(call.parameters, call.resource_types),
-                                 start_index, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    sorting = parse_sorting(call.parameters, call.resource_types)
+    if "cursor" in call.parameters:
+        return list_by_cursor(call, asked, sorting)
+    start_index = max(call.integer("startIndex", 1), 1)
+    page = call.directory.search(asked, sorting, Window(page_size(call), start_index - 1))
     return list_response([call.projected(resource) for resource in page.resources],
-                         page.total_results, start_index)
+                         page.total_results or 0, start_index)
+
+
+def page_size(call: Call) -> int:
+    """Return how many resources the client wants in a page; negative is none (RFC 7644 §3.4.2.4)."""
+    return max(0, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+
+
+def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
+                   sorting: Sorting | None) -> Response:
+    """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
+    if "startindex" in call.parameters:
+        raise ScimError(400, "invalidValue", "startIndex: not together with cursor")
+    try:
+        size = page_size(call)
+    except ScimError as error:
+        raise ScimError(400, "invalidCount", error.detail) from None
+    total, after, backward = read_cursor(call)
+    page = call.directory.search(asked, sorting, Window(size, 0, after, backward))
+    if page.total_results is not None:
+        total = page.total_results
+    response = list_response([call.projected(resource) for resource in page.resources], total, 1)
+    del response.body["startIndex"]
+    # On the side that a walk comes from there is always something; on the other, more says.
+    if page.last and (page.more or backward):
+        response.body["nextCursor"] = make_cursor(call, total, page.last, backward=False)
+    if page.first and (page.more if backward else after is not None):
+        response.body["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    return response
+
+
+# A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
+# missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
+def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
+    """Return a cursor to the page behind a position."""
+    issued = int(call.directory.clock().timestamp())
+    content = dump([query_digest(call), total, backward, issued, position.missing, position.key,
+                    position.seq]).encode()
+    return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
+
+
+def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
+    """Return total, position and direction of a request's cursor.
+
+    Raises ScimError 400: invalidCursor, or expiredCursor after CURSOR_SECONDS.
+    """
+    if not (text := call.parameters["cursor"]):
+        return 0, None, False
+    try:
+        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+    except ValueError:
+        octets = b""
+    mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
+    if not content or not hmac.compare_digest(mac, signature(call, content)):
+        raise ScimError(400, "invalidCursor", "cursor: not one of this server; start again "
+                                              "with an empty cursor")
+    query, total, backward, issued, missing, key, seq = json.loads(content)
+    if query != query_digest(call):
+        raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
+    if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
+        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; "
+                                              "start again with an empty cursor")
+    return total, Position(missing, key, seq), backward
+
+
+def query_digest(call: Call) -> str:
+    """Return what makes two requests pages of one query."""
+    names = [found.name for found in call.resource_types]
+    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
+    return digest(dump([names, terms]))[:16]
+
+
+def signature(call: Call, content: bytes) -> bytes:
+    """Return the HMAC of a cursor's content under the tenant's key."""
+    return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
 
 
 def search_resources(call: Call) -> Response:
