@@ -100,6 +100,7 @@ MAX_BULK_OPERATIONS = 1_000
 CURSOR_SECONDS = 3_600            # how long a cursor may be used
 SIGNATURE_LENGTH = 16             # octets of its HMAC
 
+UTC = timezone.utc                # noqa: UP017  (Python 3.10 has no datetime.UTC)
 Json = Any                        # what json.loads returns
 Resource = dict[str, Any]
 
@@ -1589,11 +1590,11 @@ class Session:
         path = sorting.target.attribute.index
         walk, walk_bounds = self._bound(0, after, descending)
         rest, rest_bounds = self._bound(1, after, descending)
-        return (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
-                f"AND seq IN (SELECT seq FROM resource WHERE {condition}) "
-                f"UNION ALL {missing} WHERE {condition} AND {rest} "
-                f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {order}",
-                [path, *walk_bounds, *parameters, *parameters, *rest_bounds, path])
+        sql = (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
+               f"AND seq IN (SELECT seq FROM resource WHERE {condition}) "
+               f"UNION ALL {missing} WHERE {condition} AND {rest} "
+               f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {order}")
+        return sql, [path, *walk_bounds, *parameters, *parameters, *rest_bounds, path]
 
     def _bound(self, missing: int, after: Position | None, descending: bool) -> Sql:
         """Return what keeps one half of a sorted query behind a position."""
@@ -1814,7 +1815,7 @@ ALWAYS = Condition()
 
 def utc_now() -> datetime:
     """Return the time, in UTC."""
-    return datetime.now(timezone.utc)
+    return datetime.now(UTC)
 
 
 def random_id() -> str:
@@ -1893,9 +1894,10 @@ class Directory:
                 for resource in self._complete(session, self.resource_types[name], of_type,
                                                selection):
                     complete[resource["id"]] = resource
-            positions = [position for position, _ in found] or [None]
-            return Page(total, [complete[row.id] for _, row in found],
-                        positions[0], positions[-1], more)
+            resources = [complete[row.id] for _, row in found]
+            if not found:
+                return Page(total, resources)
+            return Page(total, resources, found[0][0], found[-1][0], more)
 
     def replace(self, resource_type: ResourceType, id: str, body: Json,
                 condition: Condition = ALWAYS) -> Resource:
@@ -2062,7 +2064,7 @@ class Directory:
 
 def time_text(instant: datetime) -> str:
     """Return an instant as the dateTime of meta.created, in UTC with milliseconds."""
-    utc = instant.astimezone(timezone.utc)
+    utc = instant.astimezone(UTC)
     return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
@@ -2272,7 +2274,7 @@ class ConfigReader:
             self.wrong(path, f"expected a time such as 2027-01-31T00:00:00Z, "
                              f"got {shown(found['expires'])}")
             return None
-        return datetime.fromisoformat(key[:19]).replace(tzinfo=timezone.utc)
+        return datetime.fromisoformat(key[:19]).replace(tzinfo=UTC)
 
     def custom_field(self, tenant_path: str, path: str, value: Json) -> CustomField:
         """Return a custom field; link names compare without case, as attribute names do."""
