@@ -69,7 +69,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
@@ -86,6 +86,7 @@ SCHEMA = "urn:ietf:params:scim:schemas:core:2.0:Schema"
 RESOURCE_TYPE = "urn:ietf:params:scim:schemas:core:2.0:ResourceType"
 PROVIDER_CONFIG = "urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"
 LIST_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
+BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
 ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
 
 BASE_PATH = "/scim/v2"
@@ -1721,13 +1722,18 @@ class Store:
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[Session]:
+        # Inside a transaction of the same thread (Bulk) it is a step of that one.
+        end, undo = "COMMIT", "ROLLBACK"
+        if connection.in_transaction:
+            begin, end, undo = "SAVEPOINT step", "RELEASE step", "ROLLBACK TO step; RELEASE step"
         connection.execute(begin)
         try:
             yield Session(connection)
-            connection.execute("COMMIT")
+            connection.execute(end)
         except BaseException:
             if connection.in_transaction:
-                connection.execute("ROLLBACK")
+                for statement in undo.split(";"):
+                    connection.execute(statement)
             raise
 
     @contextmanager
@@ -2333,6 +2339,7 @@ class Call:
     id: str
     parameters: Mapping[str, str]                 # of the query, names in lower case
     base_url: str
+    handle: Callable[[Request], Response]         # what answers the operations of Bulk
 
     @property
     def resource_type(self) -> ResourceType:
@@ -2387,6 +2394,15 @@ def parse_body(body: bytes | Json) -> Json:
 def not_json(word: str) -> Json:
     """Refuse NaN and Infinity, which Python reads and RFC 8259 does not know."""
     raise ValueError(word)
+
+
+def parse_message(body: bytes | Json) -> dict[str, Json]:
+    """Return the members of a protocol message, names in lower case; ScimError 400 invalidSyntax."""
+    message = parse_body(body)
+    if not isinstance(message, dict):
+        raise ScimError(400, "invalidSyntax",
+                        f"the body must be a JSON object, got {shown(message)}")
+    return {name.lower(): value for name, value in message.items()}
 
 
 def texts_in(value: Json) -> Iterator[str]:
@@ -2664,16 +2680,13 @@ def signature(call: Call, content: bytes) -> bytes:
 
 def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
-    body = parse_body(call.request.body)
-    if not isinstance(body, dict):
-        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
     parameters = {}
-    for name, value in body.items():
+    for name, value in parse_message(call.request.body).items():
         names = value if isinstance(value, list) else [value]
         if not all(isinstance(one, (str, int)) for one in names if one is not None):
             raise ScimError(400, "invalidValue", f"{name}: expected text, an integer or names, "
                                                  f"got {shown(value)}")
-        parameters[name.lower()] = ",".join(str(one) for one in names if one is not None)
+        parameters[name] = ",".join(str(one) for one in names if one is not None)
     return list_resources(replace(call, parameters=parameters))
 
 
@@ -2692,6 +2705,191 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     return Sorting(Target(target), order == "descending")
 
 
+# -- Bulk: a loop over handle ------------------------------------------------------
+
+BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
+
+
+@dataclass(frozen=True)
+class BulkOperation:
+    """One operation of a bulk request: a method, an endpoint, an id below it or "", its data."""
+
+    method: str
+    endpoint: str
+    id: str
+    bulk_id: str
+    version: str
+    data: Json
+
+    @property
+    def references(self) -> set[str]:
+        """The bulkIds whose resources this operation needs the ids of."""
+        return {text.removeprefix(BULK_ID) for text in texts_in([self.id, self.data])
+                if text.startswith(BULK_ID)}
+
+
+def parse_bulk_operation(item: Json) -> BulkOperation:
+    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
+    if not isinstance(item, dict):
+        raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
+    given = {name.lower(): value for name, value in item.items() if value is not None}
+    for name in ("method", "path", "bulkId", "version"):
+        if not isinstance(given.setdefault(name.lower(), ""), str):
+            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, "
+                                                  f"got {shown(given[name.lower()])}")
+    endpoint, _, id = given["path"].strip("/").partition("/")
+    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"],
+                         given.get("data"))
+
+
+def resolved(value: Json, ids: Mapping[str, str]) -> Json:
+    """Return JSON with ids for its bulkIds, without the objects that refer to one not yet known."""
+    if isinstance(value, str) and value.startswith(BULK_ID):
+        return ids.get(value.removeprefix(BULK_ID))
+    if isinstance(value, list):
+        return [resolved(item, ids) for item in value]
+    if isinstance(value, dict):
+        found = {name: resolved(item, ids) for name, item in value.items()}
+        lost = any(found[name] is None and item is not None for name, item in value.items())
+        return None if lost else found
+    return value
+
+
+class Bulk:
+    """A bulk request at work (RFC 7644 §3.7): its operations, and the answers so far by number.
+
+    Raises ScimError 400 invalidValue for a bulkId that two POST operations claim.
+    """
+
+    def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
+        self.call = call
+        self.operations = operations
+        self.answers: dict[int, Json] = {}
+        self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
+        self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
+        self.incomplete: list[int] = []           # made before what they refer to, in a circle
+        for number, operation in enumerate(operations):
+            if operation.method == "POST" \
+                    and self.makers.setdefault(operation.bulk_id, number) != number:
+                raise ScimError(400, "invalidValue", f"bulkId {shown(operation.bulk_id)}: each "
+                                                     "POST needs one of its own")
+
+    def run(self, fail_on_errors: int) -> list[Json]:
+        """Return the answers in the order of the request, until there are so many errors."""
+        errors = 0
+        for number in self._order():
+            self._perform(number)
+            errors += "response" in self.answers[number]
+            if errors >= fail_on_errors:
+                break
+        for number in self.incomplete:
+            self._withdraw(number)
+        return [self.answers[number] for number in sorted(self.answers)]
+
+    def _order(self) -> Iterator[int]:
+        """Yield all numbers, each after the makers it refers to; a circle is cut where it closes."""
+        started: set[int] = set()
+        done: set[int] = set()
+        for first in range(len(self.operations)):
+            stack = [first]
+            while stack:
+                number = stack[-1]
+                if number not in started:
+                    started.add(number)
+                    makers = {self.makers.get(name, number)
+                              for name in self.operations[number].references}
+                    stack += sorted(makers - started, reverse=True)
+                elif stack.pop() not in done:
+                    done.add(number)
+                    yield number
+
+    def _perform(self, number: int) -> None:
+        operation = self.operations[number]
+        try:
+            self._check(operation)
+            missing = operation.references - self.ids.keys()
+            for name in sorted(missing):
+                if self.makers.get(name) is None or self.makers[name] in self.answers:
+                    raise ScimError(409, "", f"bulkId {shown(name)}: no POST of this request made it")
+            response = self._send(operation, operation.method, operation.id)
+        except ScimError as error:
+            response = error_response(error)
+        self._note(number, response)
+        if response.status == 201:
+            self.ids[operation.bulk_id] = response.body["id"]
+            self.incomplete += [number] if missing else []
+            self._complete_circles()
+
+    def _check(self, operation: BulkOperation) -> None:
+        method, endpoints = operation.method, self.call.directory.resource_types.values()
+        if method not in ("POST", "PUT", "PATCH", "DELETE"):
+            raise ScimError(400, "invalidValue", "method: expected POST, PUT, PATCH or DELETE, "
+                                                 f"got {shown(method)}")
+        if f"/{operation.endpoint}" not in [found.endpoint for found in endpoints] \
+                or (method == "POST") != (operation.id == "") or "/" in operation.id:
+            expected = "/Users" if method == "POST" else "/Users/2819c223"
+            raise ScimError(400, "invalidPath", f"path: {method} needs one such as {expected}, got "
+                                                f"{shown(f'/{operation.endpoint}/{operation.id}')}")
+        if method == "POST" and not operation.bulk_id:
+            raise ScimError(400, "invalidValue", "bulkId: POST needs one")
+
+    def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
+        request = self.call.request
+        path = "/".join([operation.endpoint, quote(resolved(id, self.ids) or "", safe="")])
+        headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
+        if operation.version:
+            headers["if-match"] = operation.version
+        return self.call.handle(replace(request, method=method, query="", headers=headers,
+                                        path=f"{BASE_PATH}/{path}",
+                                        body=resolved(operation.data, self.ids)))
+
+    def _complete_circles(self) -> None:
+        """Replace what was made without its references as soon as all of them are known."""
+        for number in list(self.incomplete):
+            operation = self.operations[number]
+            if operation.references <= self.ids.keys():
+                self.incomplete.remove(number)
+                response = self._send(operation, "PUT", BULK_ID + operation.bulk_id)
+                if response.status == 200:
+                    self.answers[number]["version"] = response.headers["ETag"]
+                else:
+                    self._withdraw(number, response)
+
+    def _withdraw(self, number: int, response: Response | None = None) -> None:
+        """Undo the making of a resource whose references cannot be resolved."""
+        operation = self.operations[number]
+        self._send(operation, "DELETE", BULK_ID + operation.bulk_id)
+        self._note(number, response or error_response(ScimError(
+            409, "", "a bulkId that this resource refers to was not made")))
+
+    def _note(self, number: int, response: Response) -> None:
+        operation = self.operations[number]
+        location = response.headers.get("Location", "")
+        if operation.method != "POST":
+            id = resolved(operation.id, self.ids) or operation.id
+            location = f"{self.call.base_url}/{operation.endpoint}/{id}"
+        answer = {"location": location, "method": operation.method, "bulkId": operation.bulk_id,
+                  "version": response.headers.get("ETag"), "status": str(response.status),
+                  "response": response.body if response.status >= 300 else None}
+        self.answers[number] = {name: value for name, value in answer.items() if value}
+
+
+def run_bulk(call: Call) -> Response:
+    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
+    message = parse_message(call.request.body)
+    items, limit = message.get("operations"), message.get("failonerrors")
+    if not isinstance(items, list) or not items:
+        raise ScimError(400, "invalidSyntax", "Operations: expected a list of operations")
+    if len(items) > MAX_BULK_OPERATIONS:
+        raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} "
+                                 "of maxOperations")
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise ScimError(400, "invalidValue", f"failOnErrors: expected 1 or more, got {shown(limit)}")
+    with call.directory.store.writing():
+        answers = Bulk(call, [parse_bulk_operation(item) for item in items]).run(limit or len(items))
+    return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
+
+
 Operate = Callable[[Call], Response]
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
@@ -2701,6 +2899,7 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("GET", ("ResourceTypes",), list_resource_types),
     ("GET", ("ResourceTypes", "{id}"), get_resource_type),
     ("GET", (), list_resources),
+    ("POST", ("Bulk",), run_bulk),
     ("POST", (".search",), search_resources),
     ("POST", ("{type}", ".search"), search_resources),
     ("GET", ("{type}",), list_resources),
@@ -2756,6 +2955,10 @@ class Application:
             traceback.print_exc()
             return error_response(ScimError(500, "", "the server failed; its log says why"))
 
+    def body_limit(self, path: str) -> int:
+        """Return how many octets the body of a request to a path may have."""
+        return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
+
     def _authenticate(self, authorization: str) -> Directory:
         scheme, _, secret = authorization.strip().partition(" ")
         token, directory = self._tokens.get(digest(secret.strip()), (None, None))
@@ -2784,7 +2987,8 @@ class Application:
         return methods[request.method](Call(
             request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
-            f"{request.scheme}://{request.headers.get('host', 'localhost')}{BASE_PATH}"))
+            f"{request.scheme}://{request.headers.get('host', 'localhost')}{BASE_PATH}",
+            self.handle))
 
 
 # ----------------------------------------------------------------------------
@@ -2951,7 +3155,8 @@ class Handler(BaseHTTPRequestHandler):
             head = read_head(self.rfile)      # type: ignore[arg-type]
             self.idle, method = False, head.method
             path, _, query = origin_form(head.target).partition("?")
-            request = Request(method, path, query, head.headers, self._body(head))
+            limit = self.server.application.body_limit(path)
+            request = Request(method, path, query, head.headers, self._body(head, limit))
         except (ScimError, ValueError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(400, "", str(error))
             self._write(error_response(refusal), method)
@@ -2962,8 +3167,7 @@ class Handler(BaseHTTPRequestHandler):
                                  or (head.minor_version == 0 and "keep-alive" not in options))
         self._write(response, method)
 
-    def _body(self, head: Head) -> bytes:
-        limit = MAX_BODY
+    def _body(self, head: Head, limit: int) -> bytes:
         if int(head.headers.get("content-length", 0)) > limit:
             raise too_large(limit)
         if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
