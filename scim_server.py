@@ -1586,28 +1586,27 @@ class Session:
         order = f"ORDER BY missing{direction}, key{direction}, seq{direction}"
         missing = f"SELECT {int(sorting is not None)} AS missing, '' AS key, seq FROM resource"
         if not sorting:
-            bound, bounds = self._bound(0, after, descending)
+            bound, bounds = self._bound(0, "seq", after, descending)
             return (f"{missing} WHERE {condition} AND {bound} ORDER BY seq{direction}",
                     [*parameters, *bounds])
         path = sorting.target.attribute.index
-        walk, walk_bounds = self._bound(0, after, descending)
-        rest, rest_bounds = self._bound(1, after, descending)
+        walk, walk_bounds = self._bound(0, "key, seq", after, descending)
+        rest, rest_bounds = self._bound(1, "seq", after, descending)
         sql = (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
                f"AND seq IN (SELECT seq FROM resource WHERE {condition}) "
                f"UNION ALL {missing} WHERE {condition} AND {rest} "
                f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {order}")
         return sql, [path, *walk_bounds, *parameters, *parameters, *rest_bounds, path]
 
-    def _bound(self, missing: int, after: Position | None, descending: bool) -> Sql:
-        """Return what keeps one half of a sorted query behind a position."""
+    def _bound(self, missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
+        """Return what keeps one half of a query, in the order of columns, behind a position."""
         if after is None or (missing != after.missing and (missing > after.missing) != descending):
             return "1 = 1", []
         if missing != after.missing:
             return "1 = 0", []
-        sign = "<" if descending else ">"
-        if after.key:
-            return f"(key, seq) {sign} (?, ?)", [after.key, after.seq]
-        return f"seq {sign} ?", [after.seq]
+        values = [after.key, after.seq] if "key" in columns else [after.seq]
+        marks = ", ".join("?" * len(values))
+        return f"({columns}) {'<' if descending else '>'} ({marks})", values
 
     def _rows(self, sql: str, parameters: Sequence[Any]) -> Iterator[Row]:
         for seq, type, id, body, hidden, *rest in self.run(sql, parameters):
@@ -2512,6 +2511,7 @@ def provider_config(base_url: str) -> Json:
 
 def get_provider_config(call: Call) -> Response:
     """Answer GET /ServiceProviderConfig."""
+    refuse_filter(call)
     return Response(200, provider_config(call.base_url))
 
 

@@ -8,6 +8,7 @@ import random
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,355 @@ def globex(server: scim_server.ScimServer) -> Scim:
 def test_a_user_that_was_created_can_be_read(scim: Scim) -> None:
     created = scim.user("ada", title="Engineer")
     assert scim.get(f"/Users/{created['id']}") == created
+
+
+# -- 10. Application: Bulk ---------------------------------------------------------
+
+
+def bulk(scim: Scim, *operations: Any, **members: Any) -> Any:
+    """Return the answers to the operations of a bulk request; each is (method, path, bulkId, data)."""
+    listed = [{"method": method, "path": path, "bulkId": bulk_id, "data": data}
+              for method, path, bulk_id, data in operations]
+    answer = scim.call("POST", "/Bulk", {"Operations": listed, **members})
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["schemas"] == [scim_server.BULK_RESPONSE]
+    return answer.json()["Operations"]
+
+
+def post(path: str, bulk_id: str, **data: Any) -> Any:
+    """Return a bulk operation that creates."""
+    return "POST", path, bulk_id, data
+
+
+def test_bulk_does_each_operation_and_answers_in_the_order_of_the_request(scim: Scim) -> None:
+    gone, kept = scim.user("gone"), scim.user("kept")
+    answers = bulk(
+        scim,
+        post("/Users", "a", userName="ada"),
+        ("PUT", f"/Users/{kept['id']}", None, {"userName": "renamed"}),
+        ("PATCH", "/Users/bulkId:a", None,
+         {"Operations": [{"op": "add", "path": "title", "value": "Engineer"}]}),
+        ("DELETE", f"/Users/{gone['id']}", None, None),
+    )
+    assert [(one["method"], one["status"]) for one in answers] == [
+        ("POST", "201"), ("PUT", "200"), ("PATCH", "200"), ("DELETE", "204")]
+    assert answers[0]["bulkId"] == "a" and answers[0]["location"].startswith(scim.url + "/Users/")
+    created = scim.get(answers[0]["location"].removeprefix(scim.url))
+    assert created["title"] == "Engineer" and created["meta"]["version"] == answers[2]["version"]
+    assert scim.names("userName pr") == ["renamed", "ada"]
+
+
+@pytest.mark.parametrize("order", ["backward", "forward"])
+def test_a_bulk_id_stands_for_the_id_of_what_is_made_before_or_after(scim: Scim, order: str) -> None:
+    operations = [
+        post("/Users", "boss", userName="boss"),
+        post("/Users", "ada", userName="ada", **{ENT: {"manager": {"value": "bulkId:boss"}}}),
+        post("/Groups", "crew", displayName="Crew", members=[{"value": "bulkId:ada"}]),
+    ]
+    answers = bulk(scim, *(operations if order == "backward" else reversed(operations)))
+    assert {one["status"] for one in answers} == {"201"}
+    boss, ada = scim.get("/Users", sortBy="userName", sortOrder="descending")["Resources"]
+    assert ada[ENT]["manager"]["value"] == boss["id"]
+    assert [one["display"] for one in ada["groups"]] == ["Crew"]
+
+
+def test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end(
+        scim: Scim) -> None:
+    answers = bulk(
+        scim,
+        post("/Groups", "a", displayName="A", members=[{"value": "bulkId:b"}]),
+        post("/Groups", "b", displayName="B", members=[{"value": "bulkId:a"}]),
+        post("/Groups", "self", displayName="Self", members=[{"value": "bulkId:self"}]),
+    )
+    assert [one["status"] for one in answers] == ["201"] * 3
+    ids = {one["bulkId"]: one["location"].rpartition("/")[2] for one in answers}
+    for answer, member in zip(answers, ("b", "a", "self"), strict=True):
+        group = scim.get(answer["location"].removeprefix(scim.url))
+        assert [one["value"] for one in group["members"]] == [ids[member]]
+        assert group["meta"]["version"] == answer["version"]
+
+
+def test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing(scim: Scim) -> None:
+    scim.user("taken")
+    answers = bulk(
+        scim,
+        post("/Groups", "g", displayName="G", members=[{"value": "bulkId:u"}]),
+        post("/Users", "u", userName="TAKEN"),
+        post("/Groups", "circle", displayName="C", members=[{"value": "bulkId:other"}]),
+        post("/Groups", "other", displayName="", members=[{"value": "bulkId:circle"}]),
+        ("DELETE", "/Users/bulkId:nobody", None, None),
+        post("/Users", "ok", userName="fine"),
+    )
+    assert [one["status"] for one in answers] == ["409", "409", "409", "400", "409", "201"]
+    assert "location" not in answers[1]
+    assert answers[1]["response"]["scimType"] == "uniqueness"
+    assert scim.get("/Groups")["totalResults"] == 0
+
+
+def test_bulk_stops_after_as_many_errors_as_fail_on_errors_says(scim: Scim) -> None:
+    wrong = [post("/Users", f"x{number}", userName="") for number in range(3)]
+    answers = bulk(scim, post("/Users", "a", userName="a"), *wrong, failOnErrors=2)
+    assert [one["status"] for one in answers] == ["201", "400", "400"]
+    assert len(bulk(scim, *wrong)) == 3
+
+
+def test_a_chain_of_a_thousand_forward_references_is_followed(scim: Scim) -> None:
+    chain = [post("/Groups", str(number), displayName=str(number),
+                  members=[{"value": f"bulkId:{number + 1}"}]) for number in range(999)]
+    answers = bulk(scim, *chain, post("/Groups", "999", displayName="999"))
+    assert {one["status"] for one in answers} == {"201"} and len(answers) == 1000
+    assert_error(scim.call("POST", "/Bulk", {"Operations": [{}] * 1001}), 413, "", "maxOperations")
+
+
+BULK_MISTAKES = [                 # an operation, and what its error names
+    (("GET", "/Users/1", None, None), "method"),
+    (("POST", "/Users", None, {"userName": "x"}), "bulkId"),
+    (("POST", "/Bulk", "x", {}), "path"),
+    (("POST", "/Users/.search", "x", {}), "path"),
+    (("PUT", "/Users", None, {}), "path"),
+    (("PATCH", "/Users/1/2", None, {}), "path"),
+    (("POST", "/Users", "x", None), "body"),
+]
+
+
+@pytest.mark.parametrize("operation, word", BULK_MISTAKES)
+def test_a_wrong_bulk_operation_fails_alone(scim: Scim, operation: Any, word: str) -> None:
+    answers = bulk(scim, operation, post("/Users", "a", userName="ada"))
+    assert answers[0]["status"] == "400" and word in answers[0]["response"]["detail"]
+    assert answers[1]["status"] == "201"
+
+
+@pytest.mark.parametrize("body", [
+    {}, {"Operations": {}}, {"Operations": [1]}, {"Operations": [{"method": 1}]}])
+def test_a_bulk_request_without_a_list_of_operations_is_refused(scim: Scim, body: Any) -> None:
+    assert_error(scim.call("POST", "/Bulk", body), 400, "invalidSyntax", "Operations")
+
+
+def test_a_bulk_operation_changes_only_the_version_that_it_names(scim: Scim) -> None:
+    ada = scim.user("ada")
+    stale, fresh = [{"method": "DELETE", "path": f"/Users/{ada['id']}", "version": version}
+                    for version in ('W/"other"', ada["meta"]["version"])]
+    answer = scim.call("POST", "/Bulk", {"Operations": [stale, fresh]}).json()
+    assert [one["status"] for one in answer["Operations"]] == ["412", "204"]
+
+
+# -- 10. Application: cursors --------------------------------------------------------
+
+
+def walk(scim: Scim, path: str = "/Users", **parameters: Any) -> list[Any]:
+    """Return the pages of a walk by cursor, from the first to the last."""
+    pages = [scim.get(path, cursor="", **parameters)]
+    while cursor := pages[-1].get("nextCursor"):
+        pages.append(scim.get(path, cursor=cursor, **parameters))
+    return pages
+
+
+CURSOR_WALKS = [{}, {"sortBy": "title"}, {"sortBy": "title", "sortOrder": "descending"},
+                {"filter": "title pr"}]
+
+
+@pytest.mark.parametrize("query", CURSOR_WALKS)
+def test_a_walk_by_cursor_sees_each_resource_once_forward_and_backward(
+        scim: Scim, query: dict[str, str]) -> None:
+    for number in range(11):
+        scim.user(f"u{number}", title=["", "b", "a", "b"][number % 4])
+    expected = [one["id"] for one in scim.get("/Users", **query)["Resources"]]
+    pages = walk(scim, count=3, **query)
+    assert [one["id"] for page in pages for one in page["Resources"]] == expected
+    assert {page["totalResults"] for page in pages} == {len(expected)}
+    back = [pages[-1]]
+    while cursor := back[0].get("previousCursor"):
+        back.insert(0, scim.get("/Users", cursor=cursor, count=3, **query))
+    assert [one["id"] for page in back for one in page["Resources"]] == expected
+
+
+def test_what_exists_during_a_whole_walk_is_seen_once_while_others_come_and_go(scim: Scim) -> None:
+    ids = [scim.user(f"u{number:02}")["id"] for number in range(20)]
+    seen, cursor, number = [], "", 0
+    while cursor is not None:
+        page = scim.get("/Users", cursor=cursor, count=4, sortBy="userName")
+        seen += [one["id"] for one in page["Resources"]]
+        cursor, number = page.get("nextCursor"), number + 1
+        scim.user(f"u{number:02}-new")
+        scim.call("DELETE", f"/Users/{ids[number]}")       # behind the walk, or just before it
+    kept = [id for place, id in enumerate(ids) if place == 0 or place > number]
+    assert [id for id in seen if id in kept] == kept and len(seen) == len(set(seen))
+
+
+def test_a_cursor_is_good_for_its_tenant_its_query_and_an_hour(
+        scim: Scim, globex: Scim, server: scim_server.ScimServer) -> None:
+    for client in (scim, globex):
+        client.user("a"), client.user("b")
+    cursor = scim.get("/Users", cursor="", count=1)["nextCursor"]
+    forged = ("A" if cursor[0] != "A" else "B") + cursor[1:]
+    for client, path, type in [
+        (globex, f"/Users?cursor={cursor}", "invalidCursor"),
+        (scim, f"/Users?cursor={forged}", "invalidCursor"),
+        (scim, "/Users?cursor=%00%ff", "invalidCursor"),
+        (scim, f"/Users?cursor={cursor}&filter=active+eq+true", "invalidCursor"),
+        (scim, f"/Groups?cursor={cursor}", "invalidCursor"),
+        (scim, f"/Users?cursor={cursor}&count=x", "invalidCount"),
+        (scim, f"/Users?cursor={cursor}&startIndex=1", "invalidValue"),
+    ]:
+        assert_error(client.call("GET", path), 400, type)
+    later = scim_server.utc_now() + timedelta(seconds=scim_server.CURSOR_SECONDS + 1)
+    for directory in server.application.directories.values():
+        directory.clock = lambda: later
+    assert_error(scim.call("GET", f"/Users?cursor={cursor}"), 400, "expiredCursor")
+
+
+# -- 10. Application: versions, projection, discovery ---------------------------------
+
+PRECONDITIONS = [                 # header, its value for version W/"1", status of GET and of a write
+    ("If-Match", 'W/"1"', 200, 200),
+    ("If-Match", '"1"', 200, 200),
+    ("If-Match", '"0", W/"1"', 200, 200),
+    ("If-Match", "*", 200, 200),
+    ("If-Match", 'W/"0"', 412, 412),
+    ("If-None-Match", 'W/"1"', 304, 412),
+    ("If-None-Match", "*", 304, 412),
+    ("If-None-Match", 'W/"0", W/"2"', 200, 200),
+]
+
+
+@pytest.mark.parametrize("header, value, read, written", PRECONDITIONS)
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
+def test_a_conditional_request_looks_at_the_version(
+        scim: Scim, header: str, value: str, read: int, written: int, method: str) -> None:
+    ada = scim.user("ada")
+    assert ada["meta"]["version"] == 'W/"1"'
+    body = {"PUT": {"userName": "ada", "title": "x"}, "PATCH": {"Operations": [
+        {"op": "add", "path": "title", "value": "x"}]}}.get(method)
+    answer = scim.call(method, f"/Users/{ada['id']}", body, **{header.replace("-", "_"): value})
+    expected = read if method == "GET" else written
+    assert answer.status_code == (204 if method == "DELETE" and expected == 200 else expected)
+    if answer.status_code == 412:
+        assert_error(answer, 412, "", header)
+        assert scim.get(f"/Users/{ada['id']}") == ada
+    if answer.status_code == 304:
+        assert answer.content == b"" and answer.headers["ETag"] == 'W/"1"'
+
+
+def test_a_write_that_changes_nothing_keeps_version_and_last_modified(scim: Scim) -> None:
+    ada = scim.user("ada", title="Engineer", emails=[{"value": "a@x", "type": "work"}])
+    path = f"/Users/{ada['id']}"
+    same = scim.call("PUT", path, ada).json()
+    assert same["meta"] == ada["meta"]
+    assert scim.patch(path, {"op": "replace", "path": "title", "value": "Engineer"}) == ada
+    group = scim.group("Crew", ada["id"])
+    again = {"op": "add", "path": "members", "value": [{"value": ada["id"]}]}
+    assert scim.patch(f"/Groups/{group['id']}", again) == group
+    assert scim.get(path)["meta"]["version"] != ada["meta"]["version"]     # its groups changed
+
+
+PROJECTIONS = [                   # parameters, the names that are left beside schemas and id
+    ({"attributes": "userName"}, {"userName"}),
+    ({"attributes": "USERNAME,name.familyName"}, {"userName", "name"}),
+    ({"attributes": f"{ENT}:department"}, {ENT}),
+    ({"attributes": f"{USER}:title"}, {"title"}),
+    ({"attributes": "id"}, set()),
+    ({"attributes": "password,nothing"}, set()),
+    ({"attributes": "emails.value"}, {"emails"}),
+    ({"excludedAttributes": "emails,name,meta,active"}, {"userName", "title", ENT}),
+    ({"excludedAttributes": f"id,schemas,{ENT},meta,emails.type,title"},
+     {"userName", "name", "emails", "active"}),
+]
+
+
+@pytest.mark.parametrize("parameters, left", PROJECTIONS)
+def test_a_client_sees_the_attributes_it_asks_for_on_every_method(
+        scim: Scim, parameters: dict[str, str], left: set[str]) -> None:
+    query = "?" + "&".join(f"{name}={value}" for name, value in parameters.items())
+    body = {"userName": "ada", "title": "E", "password": "secret", "name": {
+        "familyName": "L", "givenName": "A"}, "emails": [{"value": "b"}, {"value": "a"}],
+        ENT: {"department": "D", "division": "V"}}
+    created = scim.call("POST", "/Users" + query, body)
+    path = f"/Users/{created.json()['id']}{query}"
+    answers = [created.json(), scim.call("GET", path).json(), scim.call("PUT", path, body).json(),
+               scim.patch(path, {"op": "add", "path": "title", "value": "E"}),
+               scim.call("GET", f"/Users{query}").json()["Resources"][0],
+               scim.call("POST", "/Users/.search", parameters).json()["Resources"][0]]
+    assert [set(one) - {"id", "schemas"} for one in answers] == [left] * 6
+    for one in answers:
+        assert {"id", "schemas"} <= one.keys()
+        assert set(one.get("name", {})) <= {"familyName"} or "attributes" not in parameters
+        assert set(one.get(ENT, {})) <= {"department"} or "attributes" not in parameters
+        assert [mail["value"] for mail in one.get("emails", [])] in ([], ["b", "a"])
+
+
+def test_a_query_at_the_root_mixes_types_in_a_stable_order(scim: Scim) -> None:
+    ada = scim.user("ada", displayName="Ada")
+    scim.group("Crew", ada["id"])
+    scim.user("zoe")
+    found = scim.call("POST", "/.search", {"filter": "displayName pr", "attributes": ["displayName"],
+                                           "startIndex": 1, "count": 10}).json()
+    assert [one["displayName"] for one in found["Resources"]] == ["Ada", "Crew"]
+    everything = scim.get("/")
+    assert [one["meta"]["resourceType"] for one in everything["Resources"]] == [
+        "User", "Group", "User"]
+    pages = walk(scim, "/", count=1)
+    assert [page["Resources"] for page in pages] == [[one] for one in everything["Resources"]]
+
+
+METHODS = [                       # path, the methods it takes
+    ("/Users", "GET, POST, HEAD, OPTIONS"),
+    ("/Groups/1", "GET, PUT, PATCH, DELETE, HEAD, OPTIONS"),
+    ("/Schemas", "GET, HEAD, OPTIONS"),
+    ("/ServiceProviderConfig", "GET, HEAD, OPTIONS"),
+    ("/ResourceTypes/User", "GET, HEAD, OPTIONS"),
+    ("/Bulk", "POST, OPTIONS"),
+    ("/.search", "POST, OPTIONS"),
+    ("/Users/.search", "POST, OPTIONS"),
+]
+
+
+@pytest.mark.parametrize("path, allowed", METHODS)
+def test_a_path_says_which_methods_it_takes_and_refuses_others(
+        scim: Scim, path: str, allowed: str) -> None:
+    answer = scim.call("OPTIONS", path)
+    assert (answer.status_code, answer.headers["Allow"]) == (204, allowed)
+    for method in {"GET", "POST", "PUT", "PATCH", "DELETE", "BREW"} - set(allowed.split(", ")):
+        refused = scim.call(method, path)
+        assert_error(refused, 405, "", method)
+        assert refused.headers["Allow"] == allowed
+
+
+def test_head_answers_as_get_without_a_body(scim: Scim) -> None:
+    path = f"/Users/{scim.user('ada')['id']}"
+    head, get = scim.call("HEAD", path), scim.call("GET", path)
+    assert head.status_code == 200 and head.content == b""
+    for name in ("ETag", "Content-Type", "Content-Length"):
+        assert head.headers[name] == get.headers[name]
+
+
+@pytest.mark.parametrize("path, status", [
+    ("/Me", 501), ("/Nowhere", 404), ("/Users/1/2", 404), ("/Schemas/none", 404),
+    ("/ResourceTypes/Nobody", 404), ("/Schemas?filter=id+pr", 403),
+    ("/ResourceTypes?filter=id+pr", 403), ("/ServiceProviderConfig?filter=id+pr", 403)])
+def test_what_is_not_served_is_a_scim_error(scim: Scim, path: str, status: int) -> None:
+    assert_error(scim.call("GET", path), status)
+
+
+FILTER_TYPE_MISTAKES = [          # filter, the words of the detail
+    ('active eq "maybe"', ("active", "Boolean")),
+    ("userName eq 7", ("userName", "String")),
+    (f"{FAC}:locker_no gt \"seven\"", ("locker_no", "Integer")),
+    ("active gt true", ("active", "boolean")),
+    (f"{FAC}:locker_no co 4", ("locker_no", "integer")),
+    ('meta.created gt "yesterday"', ("meta.created", "dateTime")),
+    ("name eq \"x\"", ("name", "familyName")),
+    ("title[value eq \"x\"]", ("title", "complex")),
+    ("title gt null", ("title", "null")),
+    ("(" * 51 + "title pr" + ")" * 51, ("50",)),
+    ('title eq "' + "x" * 9000 + '"', ("8192",)),
+]
+
+
+@pytest.mark.parametrize("text, words", FILTER_TYPE_MISTAKES)
+def test_a_comparison_that_makes_no_sense_is_refused_by_name(
+        scim: Scim, text: str, words: tuple[str, ...]) -> None:
+    answer = scim.call("POST", "/Users/.search", {"filter": text})
+    assert_error(answer, 400, "invalidFilter", *words)
 
 
 # -- 11. HTTP server ---------------------------------------------------------------
