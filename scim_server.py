@@ -1191,7 +1191,6 @@ def apply_patch(resource_type: ResourceType, resource: Resource,
     for operation in operations:
         apply_operation(patched, operation)
     patched = pruned(patched)
-    patched.update(defaults(resource_type, patched))
     for sub in resource_type.root.sub_attributes:
         if sub.required and sub.name not in patched:
             raise ScimError(400, "mutability", f"{sub.path} is required and cannot be removed")

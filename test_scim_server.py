@@ -728,7 +728,7 @@ def naive_patch(resource: Any, steps: list[Step]) -> Any:
         if multi_valued:
             one_primary(holder.get(name, []), was_primary)
         resource = without_empty(resource)
-    return {"active": True} | resource
+    return resource
 
 
 def naive_selected(holder: Any, op: str, name: str, filter: Any, sub: str, value: Any) -> None:
