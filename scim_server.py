@@ -1919,10 +1919,11 @@ class Directory:
             return self._complete(session, resource_type, [row])[0]
 
     def patch(self, resource_type: ResourceType, id: str, body: Json,
-              condition: Condition = ALWAYS) -> Resource | None:
+              condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
         """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
 
-        Returns None for a group of more members than an answer holds.
+        Returns None for a group of more members than an answer holds, unless some of its
+        attributes are selected: then RFC 7644 asks for them.
         """
         operations = parse_operations(resource_type, body)
         members = resource_type.root.sub_attribute("members")
@@ -1933,9 +1934,9 @@ class Directory:
             condition.check(before["meta"]["version"])
             after = apply_patch(resource_type, before, operations)
             row = self._save(session, resource_type, row, before, after)
-            if row.member_count > MAX_ANSWERED_MEMBERS:
+            if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
-            return self._complete(session, resource_type, [row])[0]
+            return self._complete(session, resource_type, [row], selection)[0]
 
     def delete(self, resource_type: ResourceType, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
@@ -2580,7 +2581,7 @@ def replace_resource(call: Call) -> Response:
 def patch_resource(call: Call) -> Response:
     """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
     patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request.body),
-                                   call.condition)
+                                   call.condition, call.selection(call.resource_type))
     return call.answer(patched) if patched else Response(204)
 
 

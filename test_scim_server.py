@@ -438,6 +438,18 @@ def test_a_client_sees_the_attributes_it_asks_for_on_every_method(
         assert [mail["value"] for mail in one.get("emails", [])] in ([], ["b", "a"])
 
 
+def test_a_patch_of_a_group_with_many_members_answers_what_it_changed_alone(scim: Scim) -> None:
+    listed = [post("/Users", str(number), userName=f"u{number}") for number in range(999)]
+    ids = [one["location"].rpartition("/")[2] for one in bulk(scim, *listed)]
+    ids += [scim.user(name)["id"] for name in ("a", "b", "c")]
+    path = f"/Groups/{scim.group('Crew', *ids[:1000])['id']}"
+    add = [{"op": "add", "path": "members", "value": [{"value": id}]} for id in ids[1000:]]
+    assert scim.try_patch(path, add[0]).status_code == 204
+    answer = scim.patch(path + "?attributes=displayName", add[1])
+    assert answer == {"schemas": [GROUP], "id": path[8:], "displayName": "Crew"}
+    assert len(scim.get(path)["members"]) == 1002
+
+
 def test_a_query_at_the_root_mixes_types_in_a_stable_order(scim: Scim) -> None:
     ada = scim.user("ada", displayName="Ada")
     scim.group("Crew", ada["id"])
