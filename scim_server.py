@@ -22,7 +22,7 @@ Chapters      1 Vocabulary      schema URNs, limits, ScimError
               6 Storage         one SQLite file a tenant; compile_filter() reads the tree as SQL
               8 Directory       one tenant's operations, a transaction each
               9 Configuration   tenants, tokens, custom fields
-             10 Application     handle(Request) -> Response: authentication, routes, discovery
+             10 Application     handle(Request) -> Response: authentication, routes, discovery, Bulk
              11 HTTP server     sockets
              13 Command line    main()
 
