@@ -801,4 +801,182 @@ def test_any_patch_does_what_a_naive_reading_of_the_rfc_does() -> None:
         assert after == expected, f"seed {SEED}: {json.dumps(before)} {json.dumps(sent)}"
 
 
+# -- RFC 7644, statement by statement ------------------------------------------------
+
+
+def test_a_post_answers_201_with_location_and_ignores_what_is_read_only(scim: Scim) -> None:
+    answer = scim.call("POST", "/Users", {"userName": "ada", "id": "mine", "groups": [
+        {"value": "x"}], "meta": {"created": "2000-01-01T00:00:00Z", "location": "x"}})
+    body = answer.json()
+    assert answer.status_code == 201 and body["id"] != "mine" and "groups" not in body
+    assert answer.headers["Location"] == body["meta"]["location"] == f"{scim.url}/Users/{body['id']}"
+    assert answer.headers["ETag"] == body["meta"]["version"]
+    assert body["meta"]["created"] == body["meta"]["lastModified"] > "2020"
+
+
+def test_a_name_that_is_taken_is_409_on_post_put_and_patch(scim: Scim) -> None:
+    scim.user("ada")
+    path = f"/Users/{scim.user('bob')['id']}"
+    replace = {"op": "replace", "path": "userName", "value": "ADA"}
+    for answer in (scim.call("POST", "/Users", {"userName": "Ada"}),
+                   scim.call("PUT", path, {"userName": "aDA"}), scim.try_patch(path, replace)):
+        assert_error(answer, 409, "uniqueness", "userName")
+    assert scim.get(path)["userName"] == "bob"
+
+
+def test_a_put_replaces_what_clients_may_write_and_never_creates(scim: Scim) -> None:
+    ada = scim.user("ada", title="Engineer", nickName="A", emails=[{"value": "a@x"}])
+    path = f"/Users/{ada['id']}"
+    answer = scim.call("PUT", path, {"userName": "ada", "title": "Chief", "id": "other",
+                                     "meta": {"created": "2000-01-01T00:00:00Z"}})
+    assert answer.status_code == 200 and answer.json() == scim.get(path)
+    assert answer.json().keys() == {"schemas", "id", "userName", "title", "active", "meta"}
+    assert answer.json()["id"] == ada["id"]
+    assert answer.json()["meta"]["created"] == ada["meta"]["created"]
+    assert_error(scim.call("PUT", path, {"title": "x"}), 400, "invalidValue", "userName")
+    assert_error(scim.call("PUT", "/Users/nobody", {"userName": "x"}), 404)
+
+
+def test_a_patch_is_done_whole_or_not_at_all(scim: Scim) -> None:
+    scim.user("taken")
+    ada = scim.user("ada", title="Engineer")
+    first = {"op": "replace", "path": "title", "value": "Chief"}
+    for second, status, scim_type in [
+            ({"op": "replace", "path": "userName", "value": "taken"}, 409, "uniqueness"),
+            ({"op": "replace", "path": "nothing", "value": "x"}, 400, "invalidPath"),
+            ({"op": "replace", "path": "id", "value": "x"}, 400, "mutability"),
+            ({"op": "remove", "path": "userName"}, 400, "mutability"),
+            ({"op": "remove"}, 400, "noTarget"),
+            ({"op": "replace", "path": "active", "value": "maybe"}, 400, "invalidValue"),
+            ({"op": "replace", "path": "emails[type eq", "value": "x"}, 400, "invalidFilter"),
+            ({"op": "burn", "path": "title"}, 400, "invalidSyntax")]:
+        assert_error(scim.try_patch(f"/Users/{ada['id']}", first, second), status, scim_type)
+        assert scim.get(f"/Users/{ada['id']}") == ada
+
+
+def test_what_was_deleted_is_gone_and_its_name_is_free(scim: Scim) -> None:
+    ada = scim.user("ada")
+    group = scim.group("Crew", ada["id"])
+    path = f"/Users/{ada['id']}"
+    answer = scim.call("DELETE", path)
+    assert (answer.status_code, answer.content) == (204, b"")
+    for method in ("GET", "PUT", "PATCH", "DELETE"):
+        body = None if method in ("GET", "DELETE") else {"userName": "x", "Operations": [
+            {"op": "add", "path": "title", "value": "x"}]}
+        assert_error(scim.call(method, path, body), 404)
+    assert scim.names("userName eq \"ada\"") == []
+    assert "members" not in scim.get(f"/Groups/{group['id']}")
+    assert scim.user("ada")["id"] != ada["id"]
+
+
+PAGES = [                         # startIndex, count, the answer's startIndex, its userNames
+    (None, None, 1, "abcde"), (1, 2, 1, "ab"), (4, 9, 4, "de"), (0, 1, 1, "a"), (-7, 2, 1, "ab"),
+    (6, 2, 6, ""), (1, 0, 1, ""), (1, -3, 1, ""), (1, 5000, 1, "abcde"),
+]
+
+
+@pytest.mark.parametrize("start, count, start_index, names", PAGES)
+def test_a_page_by_index_is_what_was_asked_for(
+        scim: Scim, start: int, count: int, start_index: int, names: str) -> None:
+    for name in "abcde":
+        scim.user(name)
+    given = {"startIndex": start, "count": count}
+    found = scim.get("/Users", **{name: value for name, value in given.items()
+                                  if value is not None})
+    assert [one["userName"] for one in found["Resources"]] == list(names)
+    assert (found["totalResults"], found["startIndex"], found["itemsPerPage"]) == (
+        5, start_index, len(names))
+
+
+def test_the_primary_or_first_value_is_the_one_to_sort_by(scim: Scim) -> None:
+    scim.user("late", emails=[{"value": "a"}, {"value": "z", "primary": True}])
+    scim.user("early", emails=[{"value": "b"}, {"value": "y"}])
+    scim.user("none")
+    for name in ("emails", "emails.value"):
+        found = scim.get("/Users", sortBy=name)["Resources"]
+        assert [one["userName"] for one in found] == ["early", "late", "none"]
+    assert_error(scim.call("GET", "/Users?sortBy=title&sortOrder=up"), 400, "invalidValue",
+                 "sortOrder")
+
+
+def test_media_types_and_charsets_are_taken_as_they_come(scim: Scim) -> None:
+    for number, type in enumerate(["application/json", "application/scim+json", "text/plain",
+                                   "APPLICATION/SCIM+JSON; Charset=UTF-8"]):
+        answer = scim.call("POST", "/Users", {"userName": f"ü{number}"}, Content_Type=type,
+                           Accept=["*/*", "application/json", type][number % 3])
+        assert answer.status_code == 201
+        assert answer.headers["Content-Type"].startswith("application/scim+json")
+        assert f'"ü{number}"'.encode() in answer.content
+
+
+RFC_7644 = [                      # section, what it asks of a server, the tests that hold it
+    ("3.1", "SHALL take and give application/scim+json, in UTF-8",
+     [test_media_types_and_charsets_are_taken_as_they_come]),
+    ("3.3", "POST: read-only attributes SHALL be ignored; 201, Location, meta.location",
+     [test_a_post_answers_201_with_location_and_ignores_what_is_read_only]),
+    ("3.3", "a duplicate MUST be 409 with scimType uniqueness",
+     [test_a_name_that_is_taken_is_409_on_post_put_and_patch]),
+    ("3.4.1", "GET: 200 with the resource, 404 where there is none",
+     [test_a_user_that_was_created_can_be_read, test_what_was_deleted_is_gone_and_its_name_is_free]),
+    ("3.4.2", "a query SHALL be answered by a ListResponse; no match is 200 with totalResults 0",
+     [test_a_page_by_index_is_what_was_asked_for]),
+    ("3.4.2.1", "a query at the root covers all types; an attribute a type lacks has no value",
+     [test_a_query_at_the_root_mixes_types_in_a_stable_order]),
+    ("3.4.2.2", "names and operators are case-insensitive; grouping, precedence, caseExact, instants",
+     [test_any_filter_finds_in_sql_what_it_matches_in_python]),
+    ("3.4.2.2", "a filter that is no filter MUST be 400 invalidFilter; no order for Booleans",
+     [test_a_comparison_that_makes_no_sense_is_refused_by_name]),
+    ("3.4.2.3", "sortBy: primary or first value, missing last when ascending, caseExact",
+     [test_the_primary_or_first_value_is_the_one_to_sort_by,
+      test_any_sort_gives_the_order_of_the_keys_with_missing_values_last]),
+    ("3.4.2.4", "startIndex below 1 SHALL be 1, a negative count 0; MUST NOT give more than count",
+     [test_a_page_by_index_is_what_was_asked_for]),
+    ("3.4.3", "POST /.search SHALL be the query of its body",
+     [test_a_query_at_the_root_mixes_types_in_a_stable_order,
+      test_a_client_sees_the_attributes_it_asks_for_on_every_method]),
+    ("3.5.1", "PUT: MUST NOT create; read-only SHALL be ignored; required MUST be given; 200",
+     [test_a_put_replaces_what_clients_may_write_and_never_creates]),
+    ("3.5.2", "PATCH SHALL be atomic, in order; errors by their scimType",
+     [test_a_patch_is_done_whole_or_not_at_all,
+      test_any_patch_does_what_a_naive_reading_of_the_rfc_does]),
+    ("3.5.2", "primary true SHALL clear the primary of other values",
+     [test_any_patch_does_what_a_naive_reading_of_the_rfc_does]),
+    ("3.5.2", "200 with the resource, or 204; MUST be 200 where attributes are named",
+     [test_a_patch_of_a_group_with_many_members_answers_what_it_changed_alone]),
+    ("3.6", "DELETE: 204; the resource MUST be 404 from then on and in no query; its name is free",
+     [test_what_was_deleted_is_gone_and_its_name_is_free]),
+    ("3.7", "Bulk SHALL go on after errors up to failOnErrors; the status of each; limits are 413",
+     [test_bulk_does_each_operation_and_answers_in_the_order_of_the_request,
+      test_bulk_stops_after_as_many_errors_as_fail_on_errors_says,
+      test_a_chain_of_a_thousand_forward_references_is_followed]),
+    ("3.7.1", "circular references MUST be resolved",
+     [test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end]),
+    ("3.7.2", "a bulkId stands for the id; what cannot be resolved is 409",
+     [test_a_bulk_id_stands_for_the_id_of_what_is_made_before_or_after,
+      test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing]),
+    ("3.8", "every answer with a body MUST be JSON of the SCIM media type",
+     [test_media_types_and_charsets_are_taken_as_they_come]),
+    ("3.9", "attributes and excludedAttributes on all methods; returned always and never",
+     [test_a_client_sees_the_attributes_it_asks_for_on_every_method]),
+    ("3.10", "attribute names with and without their schema's URN",
+     [test_a_client_sees_the_attributes_it_asks_for_on_every_method]),
+    ("3.11", "/Me MAY be 501", [test_what_is_not_served_is_a_scim_error]),
+    ("3.12", "errors MUST be JSON of the Error schema with a status as text",
+     [test_what_is_not_served_is_a_scim_error, test_a_patch_is_done_whole_or_not_at_all]),
+    ("3.14", "If-Match, If-None-Match; meta.version equals ETag; 412 and 304",
+     [test_a_conditional_request_looks_at_the_version,
+      test_a_write_that_changes_nothing_keeps_version_and_last_modified]),
+    ("4", "a filter on discovery SHALL be 403; other methods are refused; HEAD, OPTIONS",
+     [test_what_is_not_served_is_a_scim_error,
+      test_a_path_says_which_methods_it_takes_and_refuses_others]),
+]
+
+
+def test_each_section_of_rfc_7644_that_binds_a_server_is_held_by_a_test() -> None:
+    held = {section.split(".")[0] + "." + section.split(".")[1] if "." in section else section
+            for section, _, _ in RFC_7644}
+    assert held >= {f"3.{number}" for number in range(1, 15) if number not in (2, 13)} | {"4"}
+    assert all(globals()[test.__name__] is test for _, _, tests in RFC_7644 for test in tests)
+
+
 # -- The file itself ---------------------------------------------------------------
