@@ -235,7 +235,7 @@ class Attribute:
                     return value
                 raise ScimError(400, "invalidValue", f"{self.path}: {shown(value)} is beyond the "
                                                      "64 bits of an Integer")
-        elif isinstance(value, str):
+        elif isinstance(value, str) and self.type != "complex":
             if self.type != "dateTime":
                 return value
             try:

@@ -33,6 +33,9 @@ CONFIG = {"tenants": [
     {"name": "globex", "tokens": [{"name": "entra", "secret": "globex-secret"}]},
 ]}
 
+TYPES = scim_server.resource_types(scim_server.parse_config(CONFIG).tenants[0].custom_fields)
+USER_TYPE = TYPES["User"]
+
 
 class Scim:
     """A tenant seen by its client: paths below /scim/v2, bodies and answers as JSON."""
@@ -137,11 +140,363 @@ def globex(server: scim_server.ScimServer) -> Scim:
 
 # -- 3. Filters and paths --------------------------------------------------------
 
+PEOPLE = {                        # made to hurt
+    "alice": {"userName": "Alice", "externalId": "5B0c", "title": "Engineer", "active": True,
+              "name": {"familyName": "Ünal", "givenName": "Alice"},
+              "emails": [{"value": "alice@x.example", "type": "work", "primary": True},
+                         {"value": "a@home.example", "type": "home"}],
+              ENT: {"employeeNumber": "004417", "department": "Lifts", "manager": {"value": "b0ss"}},
+              FAC: {"union_code": "U7", "locker_no": 9, "night_shift": True}},
+    "bob": {"userName": "BOB", "externalId": "5b0c", "title": "", "active": False,
+            "emails": [{"value": "BOB@X.example", "type": "home", "primary": True},
+                       {"value": "x", "type": "work"}],
+            FAC: {"locker_no": -3000000000}},
+    "straße": {"userName": "straße", "displayName": "100% \"sure\" \\ _",
+               "roles": [{"value": "{\"id\":1}", "primary": True}],
+               FAC: {"locker_no": 10, "night_shift": False}},
+    "dave": {"userName": "dave"},
+}
+
+FILTERS = [                       # filter, who matches
+    ('userName eq "ALICE"', {"alice"}),
+    ('USERNAME Eq "bob"', {"bob"}),
+    ('userName eq "STRASSE"', {"straße"}),
+    ('userName ne "alice"', {"bob", "straße", "dave"}),
+    ('externalId eq "5b0c"', {"bob"}),
+    ('title pr', {"alice"}),
+    ('not (title pr)', {"bob", "straße", "dave"}),
+    ('title eq ""', {"bob"}),
+    ('title ne "Engineer"', {"bob", "straße", "dave"}),
+    ('title eq null', {"bob", "straße", "dave"}),
+    ('active eq true', {"alice", "straße", "dave"}),
+    ('ActiVe eq "False"', {"bob"}),
+    ('displayName co "%"', {"straße"}),
+    ('displayName sw "100_"', set()),
+    (r'displayName co "\"sure\" \\"', {"straße"}),
+    ('userName sw "al" or userName ew "OB"', {"alice", "bob"}),
+    ('userName sw ""', {"alice", "bob", "straße", "dave"}),
+    ('active eq false or title pr and userName eq "dave"', {"bob"}),
+    ('(active eq false or title pr) and userName eq "alice"', {"alice"}),
+    ('not (active eq true) and emails pr', {"bob"}),
+    ('emails[type eq "work"].value eq "ALICE@x.example"', {"alice"}),
+    ('emails[type eq "home" and primary eq true]', {"bob"}),
+    ('emails[type eq "work" and primary eq true].value sw "alice"', {"alice"}),
+    ('emails[not (type eq "home") and value eq "x"]', {"bob"}),
+    ('emails[value sw "a" and (type eq "home" or primary eq true)]', {"alice"}),
+    ('emails.type eq "home" and emails.primary eq true', {"alice", "bob"}),
+    ('emails eq "bob@x.example"', {"bob"}),
+    ('roles[primary eq "True"].value eq "{\\"id\\":1}"', {"straße"}),
+    ('name.familyName eq "üNAL"', {"alice"}),
+    ('name pr', {"alice"}),
+    (f'{USER}:userName eq "dave"', {"dave"}),
+    (f'{USER}:name.givenName sw "A"', {"alice"}),
+    (f'{ENT}:employeeNumber eq "004417"', {"alice"}),
+    (f'{ENT.upper()}:DEPARTMENT eq "lifts"', {"alice"}),
+    (f'{ENT}:manager eq "b0ss"', {"alice"}),
+    (f'{ENT}:manager.value eq "B0SS"', set()),
+    ('manager eq "b0ss"', {"alice"}),
+    (f'{ENT} pr', {"alice"}),
+    (f'{FAC}:union_code eq "u7"', {"alice"}),
+    (f'{FAC}:locker_no gt 9', {"straße"}),
+    (f'{FAC}:locker_no ge "9"', {"alice", "straße"}),
+    (f'{FAC}:locker_no lt 0', {"bob"}),
+    (f'{FAC}:night_shift eq false', {"straße"}),
+    (f'{FAC}.union_code eq "U7"', {"alice"}),
+    ('meta.created gt "0001-01-01T00:00:00.0000000Z"', {"alice", "bob", "straße", "dave"}),
+    ('meta.lastModified lt "2001-01-01T00:00:00+14:00"', set()),
+    ('meta.resourceType eq "User"', {"alice", "bob", "straße", "dave"}),
+    ('nothing eq "x"', set()),
+    ('nothing ne "x"', {"alice", "bob", "straße", "dave"}),
+    ('nothing[value eq "x"]', set()),
+    ('  userName   eq   "dave"  ', {"dave"}),
+    ('userName gt "bob" and userName le "DAVE"', {"dave"}),
+]
+
+
+@pytest.fixture(scope="module")
+def people() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
+    """A directory of the people above, and their resources by name."""
+    store = scim_server.Store(":memory:")
+    directory = scim_server.Directory(store, TYPES)
+    yield directory, {name: directory.create(USER_TYPE, body) for name, body in PEOPLE.items()}
+    store.close()
+
+
+@pytest.mark.parametrize("text, expected", FILTERS)
+def test_a_filter_gives_the_same_answer_in_python_and_in_sql(
+        people: Any, text: str, expected: set[str]) -> None:
+    directory, resources = people
+    filter = scim_server.parse_filter(text, USER_TYPE)
+    found = {one["id"] for one in directory.query(USER_TYPE, filter).resources}
+    assert {name for name, one in resources.items() if one["id"] in found} == expected
+    assert {name for name, one in resources.items()
+            if scim_server.matches(filter, one)} == expected
+
+
+FILTER_MISTAKES = [               # filter, the column of its error, 0 for none
+    ("userName", 9), ("userName eq", 12), ('userName eq "x', 13), ("userName eq bob", 13),
+    ('userName is "x"', 10), ('(userName eq "x"', 17), ('userName eq "x")', 16), ('eq "x"', 4),
+    ('userName eq "x" and', 20), ('emails[type eq "x"', 19), ("not title pr", 5), ('"a" eq "a"', 1),
+    ('userName eq "x" title pr', 17), ("userName eq 1.5.2", 13), ("", 1), ("userName eq '1'", 13),
+    ("emails[type eq \"work\"].nothing", 31), ('userName eq "\\ud800"', 13), ("tw1979 'x'", 8),
+]
+
+
+@pytest.mark.parametrize("text, column", FILTER_MISTAKES)
+def test_a_filter_that_does_not_parse_is_refused_with_its_column(text: str, column: int) -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.parse_filter(text, USER_TYPE)
+    assert (caught.value.status, caught.value.scim_type) == (400, "invalidFilter")
+    assert f"column {column}:" in caught.value.detail
+
+
+def test_a_filter_comes_through_a_url_with_its_blanks_and_signs(scim: Scim) -> None:
+    scim.user("a+b & c's#%@x.example")
+    for text in ("a%2Bb+%26+c%27s%23%25%40x.example", "a%2bb%20%26%20c's%23%25@x.example"):
+        answer = scim.call("GET", f"/Users/?filter=userName+eq+%22{text}%22&")
+        assert answer.json()["totalResults"] == 1
+    assert scim.call("GET", "/Users?").json()["totalResults"] == 1
+    assert scim.call("GET", "/Users?STARTINDEX=2&unknown=1").json()["Resources"] == []
+
 
 # -- 4. Resources ----------------------------------------------------------------
 
+ACCEPTED = [                      # a body, what is stored of it beside userName and active
+    ({"title": None, "emails": [], "name": {}, "addresses": None}, {}),
+    ({"TITLE": "x", "Name": {"FAMILYNAME": "y"}}, {"title": "x", "name": {"familyName": "y"}}),
+    ({"nothing": 1, "department": None, "manager": None, "id": None, "groups": []}, {}),
+    ({"roles": [{"value": "x", "id": "1", "displayName": "foreign"}]}, {"roles": [{"value": "x"}]}),
+    ({"roles": ['{"id":"1","value":"Planner"}']},
+     {"roles": [{"value": '{"id":"1","value":"Planner"}'}]}),
+    ({"emails": {"value": "x", "primary": "TRUE"}}, {"emails": [{"value": "x", "primary": True}]}),
+    ({"emails": [{"value": "a", "primary": True}, {"value": "b", "primary": True}]},
+     {"emails": [{"value": "a", "primary": False}, {"value": "b", "primary": True}]}),
+    ({"emails": [{"value": None, "type": "work"}, {"value": None}, None]},
+     {"emails": [{"type": "work"}]}),
+    ({"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"},
+     {"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"}),
+    ({"profileUrl": "no url", "timezone": "Mars/Phobos"},
+     {"profileUrl": "no url", "timezone": "Mars/Phobos"}),
+    ({ENT: {"manager": "b0ss", "employeeNumber": "004417"}},
+     {ENT: {"manager": {"value": "b0ss"}, "employeeNumber": "004417"}}),
+    ({ENT: {"manager": {"managerId": "x"}, "department": None}}, {}),
+    ({ENT.lower(): {"Department": "D"}}, {ENT: {"department": "D"}}),
+    ({FAC: {"union_code": "007", "locker_no": "42", "night_shift": "False"}},
+     {FAC: {"union_code": "007", "locker_no": 42, "night_shift": False}}),
+    ({FAC: {"LOCKER_NO": 0, "costcentre": "unknown"}}, {FAC: {"locker_no": 0}}),
+    ({FAC: {"locker_no": -9223372036854775808}}, {FAC: {"locker_no": -9223372036854775808}}),
+    ({"password": "secret"}, {}),
+]
+
+
+@pytest.mark.parametrize("body, kept", ACCEPTED)
+def test_a_body_is_taken_as_identity_providers_send_it(
+        scim: Scim, body: Any, kept: dict[str, Any]) -> None:
+    created = scim.create("/Users", userName="ada", **body)
+    assert created["schemas"] == [USER, *(urn for urn in (ENT, FAC) if urn in kept)]
+    rest = {name: value for name, value in created.items()
+            if name not in ("schemas", "id", "meta", "userName", "active")}
+    assert rest == kept and created["active"] is True
+    assert scim.get(f"/Users/{created['id']}") == created
+
+
+@pytest.mark.parametrize("text, expected", [("True", True), ("FALSE", False), (True, True)])
+def test_active_as_text_is_a_boolean(scim: Scim, text: Any, expected: bool) -> None:
+    assert scim.user("ada", active=text)["active"] is expected
+    assert scim.names(f"active eq {str(expected).lower()}") == ["ada"]
+
+
+REFUSED = [                       # a body, the attribute and the words of its error
+    ({}, ("userName",)),
+    ({"userName": " "}, ("userName",)),
+    ({"userName": 7}, ("userName", "String", "7")),
+    ({"userName": "x", "active": "maybe"}, ("active", "Boolean", '"maybe"')),
+    ({"userName": "x", "active": 1}, ("active", "Boolean")),
+    ({"userName": "x", "name": "Ada"}, ("name", "object")),
+    ({"userName": "x", "emails": [{"value": 1}]}, ("emails.value", "String")),
+    ({"userName": "x", "emails": [[]]}, ("emails",)),
+    ({"userName": "x", "title": ["a"]}, ("title", "String")),
+    ({"userName": "x", "Title": "a", "title": "b"}, ("title", "twice")),
+    ({"userName": "x", FAC: {"locker_no": "A7"}}, (FAC + ":locker_no", "Integer", '"A7"')),
+    ({"userName": "x", FAC: {"locker_no": 1.5}}, ("locker_no", "Integer", "1.5")),
+    ({"userName": "x", FAC: {"locker_no": True}}, ("locker_no", "Integer", "true")),
+    ({"userName": "x", FAC: {"locker_no": 2 ** 63}}, ("locker_no", "64")),
+    ({"userName": "x", FAC: {"night_shift": 0}}, ("night_shift", "Boolean")),
+    ({"userName": "x", FAC: {"union_code": 7}}, ("union_code", "String", "7")),
+    ({"userName": "x", FAC: {"union_code": {"a": 1}}}, ("union_code", "String")),
+    ({"userName": "x", FAC: "U7"}, ("facilio", "object")),
+]
+
+
+@pytest.mark.parametrize("body, words", REFUSED)
+def test_a_wrong_value_is_refused_by_name_and_leaves_nothing(
+        scim: Scim, body: Any, words: tuple[str, ...]) -> None:
+    assert_error(scim.call("POST", "/Users", body), 400, "invalidValue", *words)
+    assert scim.get("/Users")["totalResults"] == 0
+
+
+def test_schemas_of_other_makers_are_neither_refused_nor_echoed(scim: Scim) -> None:
+    foreign = ["http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group",
+               "urn:ietf:params:scim:schemas:extension:enterprise:2.0User",
+               "urn:scim:schemas:core:1.0"]
+    assert scim.user("ada", schemas=[USER, *foreign])["schemas"] == [USER]
+    assert scim.create("/Groups", displayName="Crew", schemas=foreign)["schemas"] == [GROUP]
+
 
 # -- 5. PATCH --------------------------------------------------------------------
+
+
+def add(path: str, value: Any) -> Any:
+    """Return an add operation in the spelling of Entra's default dialect."""
+    return {"op": "Add", "path": path, "value": value}
+
+
+def put(path: str, value: Any) -> Any:
+    """Return a replace operation."""
+    return {"op": "Replace", "path": path, "value": value}
+
+
+def remove(path: str, *value: Any) -> Any:
+    """Return a remove operation, with a value or without."""
+    return {"op": "Remove", "path": path} | ({"value": value[0]} if value else {})
+
+
+def pathless(value: Any, op: str = "replace") -> Any:
+    """Return an operation without path."""
+    return {"op": op, "value": value}
+
+
+WORK, HOME = {"type": "work", "value": "w"}, {"type": "home", "value": "h", "primary": True}
+PATCHES = [                       # before, operations, after or the scimType of the error
+    # one value
+    ({}, [add("nickName", "Tom")], {"nickName": "Tom"}),
+    ({"nickName": "x"}, [add("nickName", "Tom")], {"nickName": "Tom"}),
+    ({}, [put("NICKNAME", "Tom")], {"nickName": "Tom"}),
+    ({"nickName": "x"}, [remove("nickName")], {}),
+    ({}, [remove("nickName")], {}),
+    ({"nickName": "x"}, [put("nickName", None)], {}),
+    ({"title": "x"}, [remove("title"), add("title", "y"), put("title", "z")], {"title": "z"}),
+    ({}, [put("active", "False")], {"active": False}),
+    ({}, [put("active", "nope")], "invalidValue"),
+    ({}, [put("userName", "")], "invalidValue"),
+    ({}, [remove("userName")], "mutability"),
+    ({}, [put("id", "x")], "mutability"),
+    ({}, [put("groups", [])], "mutability"),
+    ({}, [put("meta.created", "x")], "mutability"),
+    ({}, [add("nothing", "x")], "invalidPath"),
+    ({}, [add("title[x eq 1]", "x")], "invalidFilter"),
+    ({}, [add("emails[type eq \"work\"].nothing", "x")], "invalidPath"),
+    ({}, [add("emails[type eq \"work\"", "x")], "invalidFilter"),
+    ({}, [{"op": "remove"}], "noTarget"),
+    ({}, [{"op": "burn", "path": "title"}], "invalidSyntax"),
+    ({}, [{"path": "title", "value": "x"}], "invalidSyntax"),
+    ({}, [{"op": "add", "path": "title"}], "invalidValue"),
+    ({}, [{"op": "add", "path": 7, "value": "x"}], "invalidPath"),
+    ({}, ["add"], "invalidSyntax"),
+    ({}, [{"OP": "ADD", "Path": "title", "VALUE": "x", "name": "addMember"}], {"title": "x"}),
+    ({}, [put("password", "secret")], {}),
+    # complex
+    ({"name": {"givenName": "T"}}, [add("name", {"familyName": "W"})],
+     {"name": {"givenName": "T", "familyName": "W"}}),
+    ({"name": {"givenName": "T"}}, [put("name", {"familyName": "W"})], {"name": {"familyName": "W"}}),
+    ({"name": {"givenName": "T"}}, [put("NAME.FamilyName", "W")],
+     {"name": {"givenName": "T", "familyName": "W"}}),
+    ({"name": {"givenName": "T"}}, [remove("name.givenName")], {}),
+    ({}, [put(f"{USER}:name.givenName", "T")], {"name": {"givenName": "T"}}),
+    # multi-valued, by filter
+    ({}, [add('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
+    ({}, [put('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
+    ({"emails": [HOME]}, [put('emails[type eq "work"].value', "w")], {"emails": [HOME, WORK]}),
+    ({"emails": [HOME, {**WORK, "value": "old"}]}, [put('Emails[Type EQ "WORK"].Value', "w")],
+     {"emails": [HOME, WORK]}),
+    ({}, [add('addresses[type eq "work"].locality', "B"), add('addresses[type eq "work"].country',
+          "CH"), add('addresses[type eq "work"].Formatted', "F")],
+     {"addresses": [{"type": "work", "locality": "B", "country": "CH", "formatted": "F"}]}),
+    ({}, [add('emails[type eq "work"].value', "w"), add('emails[type eq "work"].display', "d")],
+     {"emails": [{**WORK, "display": "d"}]}),
+    ({"emails": [HOME, WORK]}, [put('emails[type eq "work"].primary', "True")],
+     {"emails": [{**HOME, "primary": False}, {**WORK, "primary": True}]}),
+    ({}, [put('roles[primary eq "True"].value', "Planner")],
+     {"roles": [{"primary": True, "value": "Planner"}]}),
+    ({"roles": [{"primary": True, "value": "x"}]}, [put('roles[primary eq "True"].value', "y")],
+     {"roles": [{"primary": True, "value": "y"}]}),
+    ({"emails": [HOME, WORK]}, [remove('emails[type eq "work"]')], {"emails": [HOME]}),
+    ({"emails": [WORK]}, [remove('emails[type eq "work"]')], {}),
+    ({"emails": [HOME]}, [remove('emails[type eq "work"].value')], {"emails": [HOME]}),
+    ({"emails": [HOME, WORK]}, [put('emails[type eq "work"]', {"value": "n"})],
+     {"emails": [HOME, {"type": "work", "value": "n"}]}),
+    ({}, [put('emails[type ne "work"].value', "x")], "noTarget"),
+    ({}, [add('emails[type eq "work" and primary eq true].value', "w")],
+     {"emails": [{**WORK, "primary": True}]}),
+    # multi-valued, as a whole
+    ({"emails": [HOME]}, [add("emails", [WORK])], {"emails": [HOME, WORK]}),
+    ({"emails": [WORK]}, [add("emails", [WORK])], {"emails": [WORK]}),
+    ({"emails": [HOME]}, [put("emails", [WORK])], {"emails": [WORK]}),
+    ({"emails": [HOME]}, [put("emails", [])], {}),
+    ({"emails": [HOME, WORK]}, [remove("emails")], {}),
+    ({"emails": [HOME, WORK]}, [remove("emails", [WORK])], {"emails": [HOME]}),
+    ({"roles": [{"value": "x"}]}, [add("roles", ['{"id":"1","value":"Planner"}'])],
+     {"roles": [{"value": "x"}, {"value": '{"id":"1","value":"Planner"}'}]}),
+    # without path
+    ({"name": {"givenName": "T"}}, [pathless({
+        "displayName": "TW", "name.familyName": "W", f"{ENT}:department": "E",
+        f"{FAC}:union_code": "U9"})],
+     {"displayName": "TW", "name": {"givenName": "T", "familyName": "W"},
+      ENT: {"department": "E"}, FAC: {"union_code": "U9"}}),
+    ({"name": {"givenName": "T"}}, [pathless({"name": {"familyName": "W"}})],
+     {"name": {"givenName": "T", "familyName": "W"}}),
+    ({ENT: {"division": "D"}}, [pathless({ENT: {"department": "E"}}, "Add")],
+     {ENT: {"division": "D", "department": "E"}}),
+    ({}, [pathless({"id": "x", "schemas": [], "meta": {}, "nothing": 1, "active": "False"})],
+     {"active": False}),
+    ({}, [pathless({'emails[type eq "work"].value': "w"}, "add")], {"emails": [WORK]}),
+    ({}, [pathless({USER: {"title": "x"}})], {"title": "x"}),
+    ({}, [pathless({f"{FAC}:costcenter": "x"})], "invalidPath"),
+    ({}, [pathless("x")], "invalidValue"),
+    # extensions
+    ({}, [add(f"{FAC}:locker_no", "318")], {FAC: {"locker_no": 318}}),
+    ({FAC: {"locker_no": 1, "union_code": "U7"}}, [remove(f"{FAC}:locker_no")],
+     {FAC: {"union_code": "U7"}}),
+    ({FAC: {"locker_no": 1}}, [remove(f"{FAC}:locker_no")], {}),
+    ({FAC: {"locker_no": 1}}, [remove(FAC)], {}),
+    ({FAC: {"locker_no": 1}}, [put(FAC, {"union_code": "U7"})], {FAC: {"union_code": "U7"}}),
+    ({FAC: {"locker_no": 1}}, [add(FAC, {"union_code": "U7"})],
+     {FAC: {"locker_no": 1, "union_code": "U7"}}),
+    ({}, [put(f"{FAC}.night_shift", "True")], {FAC: {"night_shift": True}}),
+    ({}, [put(f"{FAC}:night_shift", 1)], "invalidValue"),
+    ({}, [put(f"{FAC}:costcenter", "x")], "invalidPath"),
+    # manager
+    ({}, [add(f"{ENT}:manager", "b0ss")], {ENT: {"manager": {"value": "b0ss"}}}),
+    ({}, [put(f"{ENT}:manager", {"value": "b0ss"})], {ENT: {"manager": {"value": "b0ss"}}}),
+    ({}, [add("manager", [{"$ref": "http://x/b0ss", "value": "b0ss"}])],
+     {ENT: {"manager": {"value": "b0ss", "$ref": "http://x/b0ss"}}}),
+    ({}, [put(f"{ENT}:manager.value", "b0ss")], {ENT: {"manager": {"value": "b0ss"}}}),
+    ({}, [pathless({f"{ENT}:manager": "b0ss"}, "add")], {ENT: {"manager": {"value": "b0ss"}}}),
+    ({ENT: {"manager": {"value": "x"}}}, [remove(f"{ENT}:manager")], {}),
+    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", "")], {}),
+    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", {"value": ""})], {}),
+]
+
+
+@pytest.mark.parametrize("before, operations, after", PATCHES)
+def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any) -> None:
+    resource = scim_server.canonical(USER_TYPE, {"userName": "tom", **before})
+    original = json.dumps(resource)
+    try:
+        parsed = scim_server.parse_operations(USER_TYPE, {"Operations": operations})
+        patched = scim_server.apply_patch(USER_TYPE, resource, parsed)
+    except scim_server.ScimError as error:
+        assert (error.status, error.scim_type) == (400, after), error.detail
+    else:
+        schemas = [USER, *(urn for urn in (ENT, FAC) if urn in after)]
+        assert patched == {"schemas": schemas, "userName": "tom", **after}
+    assert json.dumps(resource) == original
+
+
+def test_an_unknown_link_name_in_a_path_lists_the_link_names_of_the_tenant(scim: Scim) -> None:
+    path = f"/Users/{scim.user('ada')['id']}"
+    assert_error(scim.try_patch(path, add(f"{FAC}:costcenter", "x")), 400, "invalidPath",
+                 "costcenter", "union_code, locker_no, night_shift")
 
 
 # -- 6. Storage ------------------------------------------------------------------
@@ -541,8 +896,6 @@ TEXTS = ["a", "A", "ab", "B", "ß", "SS", "é", "É", "%", "_", 'q"q', "back\\sl
 TIMES = ["2026-01-01T00:00:00Z", "2026-01-01T01:00:00+01:00", "2025-12-31T23:59:59.9999999Z",
          "0001-01-01T00:00:00.0000000Z"]
 NUMBERS = [0, 1, -1, 7, 2 ** 40, -2 ** 63, 2 ** 63 - 1]
-TYPES = scim_server.resource_types(scim_server.parse_config(CONFIG).tenants[0].custom_fields)
-USER_TYPE = TYPES["User"]
 
 
 def some_value(chance: random.Random, attribute: scim_server.Attribute) -> Any:
