@@ -1980,8 +1980,8 @@ class Directory:
             resource["meta"]["version"] = f'W/"{row.revision}"'
             if joined := groups.get(row.seq):
                 # A group that is renamed changes its members' groups, and so their versions.
-                digest = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
-                resource["meta"]["version"] = f'W/"{row.revision}-{digest}"'
+                mark = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
+                resource["meta"]["version"] = f'W/"{row.revision}-{mark}"'
                 resource["groups"] = joined
             if members and row.member_count and selection.includes(members):
                 resource["members"] = session.members(row.seq, named)

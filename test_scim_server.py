@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -502,16 +510,385 @@ def test_an_unknown_link_name_in_a_path_lists_the_link_names_of_the_tenant(scim:
 # -- 6. Storage ------------------------------------------------------------------
 
 
+def test_a_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "acme.sqlite3"
+    scim_server.Store(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    with pytest.raises(scim_server.StoreError, match=r"acme\.sqlite3.*newer.*99"):
+        scim_server.Store(path)
+
+
+def test_the_file_of_a_tenant_is_for_its_owner_alone(
+        tmp_path: Path, server: scim_server.ScimServer, scim: Scim) -> None:
+    scim.user("ada")
+    modes = {file.name: file.stat().st_mode & 0o777 for file in tmp_path.iterdir()}
+    assert modes.keys() >= {"acme.sqlite3", "acme.sqlite3-wal", "globex.sqlite3"}
+    assert set(modes.values()) == {0o600}
+
+
+def test_a_custom_field_that_is_taken_away_hides_its_values_until_it_is_back(
+        tmp_path: Path) -> None:
+    def served(*fields: Any) -> Any:
+        return serving(tmp_path, {"tenants": [{**CONFIG["tenants"][0], "custom_fields": list(fields)}]})
+
+    union = {"link_name": "union_code", "type": "String"}
+    locker = {"link_name": "locker_no", "type": "Integer"}
+    with served(union, locker) as server:
+        scim = Scim(server.url, "acme-secret")
+        path = f"/Users/{scim.user('ada', **{FAC: {'union_code': 'U7', 'locker_no': 4}})['id']}"
+    with served(union) as server:
+        scim = Scim(server.url, "acme-secret")
+        assert scim.get(path)[FAC] == {"union_code": "U7"}
+        assert scim.names(f"{FAC}:locker_no eq 4") == []
+        scim.patch(path, put("title", "Engineer"))
+    with served({**locker, "type": "String"}) as server:
+        assert FAC not in Scim(server.url, "acme-secret").get(path)
+    with served(locker, union) as server:
+        scim = Scim(server.url, "acme-secret")
+        assert scim.get(path)[FAC] == {"locker_no": 4, "union_code": "U7"}
+        assert scim.names(f"{FAC}:locker_no eq 4") == ["ada"]
+
+
 # -- 7. Employees ----------------------------------------------------------------
 
 
 # -- 8. Directory: what identity providers send ------------------------------------
 
+TOMAS = {
+    "schemas": [USER, ENT], "externalId": "5b0c7f7e-0001", "userName": "tomas.wirth@bw.example",
+    "active": True, "displayName": "Tomas Wirth", "title": "Lift Inspector",
+    "preferredLanguage": "de-CH",
+    "emails": [{"primary": True, "type": "work", "value": "tomas.wirth@bw.example"}],
+    "name": {"formatted": "Tomas Wirth", "familyName": "Wirth", "givenName": "Tomas"},
+    "phoneNumbers": [{"primary": True, "type": "work", "value": "0615550188"},
+                     {"type": "mobile", "value": "0795550188"}],
+    "addresses": [{"primary": False, "type": "work", "streetAddress": "Dock 3", "country": "CH"}],
+    ENT: {"employeeNumber": "004417", "department": "Lifts"},
+    FAC: {"union_code": "U7", "locker_no": 0, "night_shift": False},
+    "meta": {"resourceType": "User"}, "roles": [],
+}
+MICROSOFT_GROUP = "http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group"
+SPEAKS_DEFAULT = {
+    "update": [
+        put("title", "Chief"), add("nickName", "Tom"),
+        put('emails[type eq "work"].value', "tw@bw.example"), put("userName", "tw@bw.example"),
+        add('phoneNumbers[type eq "mobile"].value', "079"), add(f"{FAC}:union_code", "U9"),
+        put(f"{FAC}:locker_no", "318"), put(f"{FAC}:night_shift", "True"),
+        add(f"{ENT}:manager", "{boss}")],
+    "join": [add("members", [{"$ref": None, "value": "{id}"}])],
+    "leave": [remove("members", [{"$ref": None, "value": "{id}"}])],
+    "disable": [put("active", "False")],
+    "restore": [add("active", "True")],
+}
+SPEAKS_FLAG = {
+    "update": [
+        {"op": "replace", "path": 'emails[type eq "work"].value', "value": "tw@bw.example"},
+        {"op": "add", "path": 'phoneNumbers[type eq "mobile"].value', "value": "079"},
+        pathless({"title": "Chief", "nickName": "Tom", "userName": "tw@bw.example",
+                  f"{FAC}:union_code": "U9", f"{FAC}:locker_no": 318, f"{FAC}:night_shift": True,
+                  f"{ENT}:manager": "{boss}"})],
+    "join": [{"op": "add", "path": "members", "value": [{"value": "{id}"}]}],
+    "leave": [{"op": "remove", "path": 'members[value eq "{id}"]'}],
+    "disable": [{"op": "replace", "path": "active", "value": False}],
+    "restore": [{"op": "replace", "path": "active", "value": True}],
+}
+
+
+def filled(operations: Any, **ids: str) -> Any:
+    """Return operations with real ids for {id} and {boss}."""
+    text = json.dumps(operations)
+    for name, id in ids.items():
+        text = text.replace("{" + name + "}", id)
+    return json.loads(text)
+
+
+@pytest.mark.parametrize("speaks", [SPEAKS_DEFAULT, SPEAKS_FLAG], ids=["default", "flag"])
+def test_entra_provisions_a_person_from_the_test_connection_to_the_deletion(
+        scim: Scim, speaks: Any) -> None:
+    query = "?aadOptscim062020" if speaks is SPEAKS_FLAG else ""
+    # Test Connection, and what it reads when the configuration is saved
+    for path, name in (("/Users", "userName"), ("/Groups", "displayName")):
+        assert scim.get(path, filter=f'{name} eq "no-such-guid"', excludedAttributes="members") == {
+            "schemas": [scim_server.LIST_RESPONSE], "totalResults": 0, "startIndex": 1,
+            "itemsPerPage": 0, "Resources": []}
+    assert "null" not in json.dumps(scim.get("/Schemas"))
+    # no match: create; then find by every matching attribute
+    boss = scim.user("boss@bw.example")["id"]
+    answer = scim.call("POST", f"/Users{query}", TOMAS)
+    created = answer.json()
+    id = created["id"]
+    assert answer.status_code == 201 and answer.headers["Location"] == created["meta"]["location"]
+    assert created[FAC] == TOMAS[FAC] and created["schemas"] == [USER, ENT, FAC]
+    for filter in ('userName eq "Tomas.Wirth@bw.example"', 'externalId eq "5b0c7f7e-0001"',
+                   'emails[type eq "work"].value eq "tomas.wirth@bw.example"', f'id eq "{id}"'):
+        assert [one["id"] for one in scim.get("/Users", filter=filter)["Resources"]] == [id]
+    # update: everything at once, in this dialect
+    changed = scim.patch(f"/Users/{id}{query}", *filled(speaks["update"], boss=boss))
+    assert changed[FAC] == {"union_code": "U9", "locker_no": 318, "night_shift": True}
+    assert changed[ENT] == {**TOMAS[ENT], "manager": {"value": boss}}
+    assert changed["emails"] == [{"value": "tw@bw.example", "type": "work", "primary": True}]
+    assert changed["phoneNumbers"][1] == {"value": "079", "type": "mobile"}
+    assert (changed["userName"], changed["title"], changed["nickName"]) == (
+        "tw@bw.example", "Chief", "Tom")
+    assert changed["name"] == TOMAS["name"] and changed == scim.get(f"/Users/{id}")
+    for term in (f'id eq "{id}" and manager eq "{boss}"', f'manager eq "{boss}" and id eq "{id}"'):
+        assert scim.get("/Users", filter=term, attributes="id")["Resources"] == [
+            {"schemas": [USER, ENT, FAC], "id": id}]
+    # a group with a member, renamed
+    group = scim.create("/Groups", schemas=[GROUP, MICROSOFT_GROUP], displayName="Night Crew",
+                        externalId="g-1", meta={"resourceType": "Group"})
+    crew = f"/Groups/{group['id']}"
+    scim.patch(crew, *filled(speaks["join"], id=id))
+    check = f'id eq "{group["id"]}" and members eq "{id}"'
+    assert scim.names(check, "/Groups") == ["Night Crew"]
+    scim.patch(crew, put("displayName", "Night Crew West"))
+    assert [one["display"] for one in scim.get(f"/Users/{id}")["groups"]] == ["Night Crew West"]
+    assert "members" not in scim.get(crew, excludedAttributes="members")
+    scim.patch(crew, *filled(speaks["leave"], id=id))
+    assert scim.names(check, "/Groups") == []
+    # unassigned, assigned again, deleted for good
+    off = scim.patch(f"/Users/{id}{query}", *speaks["disable"])
+    assert off["active"] is False
+    assert scim.get("/Users", filter='userName eq "tw@bw.example"')["Resources"] == [off]
+    assert scim.patch(f"/Users/{id}{query}", *speaks["restore"])["active"] is True
+    assert scim.call("DELETE", f"/Users/{id}").status_code == 204
+    assert_error(scim.call("GET", f"/Users/{id}"), 404)
+    assert scim.create("/Users", **TOMAS)["id"] != id
+
+
+@pytest.fixture
+def crew(scim: Scim) -> tuple[str, list[str]]:
+    """The path of a group with three members, and their ids."""
+    ids = [scim.user(name)["id"] for name in ("a", "b", "c")]
+    return f"/Groups/{scim.group('Crew', *ids)['id']}", ids
+
+
+MEMBERSHIPS = [                   # operations with the numbers of members, and who is left of a, b, c
+    ([remove("members", [{"$ref": None, "value": "{0}"}])], "bc"),
+    ([{"op": "remove", "path": "Members", "value": [{"value": "{0}", "display": "x"},
+                                                    {"value": "{2}"}]}], "b"),
+    ([remove('members[value eq "{0}"]'), remove('members[value eq "{2}"]')], "b"),
+    ([remove('members[value eq "{0}" or value eq "{1}"]')], "c"),
+    ([remove("members")], ""),
+    ([remove("members", [{"value": "stranger"}])], "abc"),
+    ([remove('members[value eq "stranger"]')], "abc"),
+    ([add("members", [{"value": "{0}", "display": "again"}])], "abc"),
+    ([add("members", [{"value": "stranger"}])], "abc"),
+    ([put("members", [{"value": "{1}", "type": "User", "display": None}])], "b"),
+    ([put("members", [])], ""),
+    ([put("displayName", "Renamed")], "abc"),
+    ([pathless({"id": "x", "displayName": "Renamed"})], "abc"),
+    ([pathless({"members": [{"value": "{0}"}]})], "a"),
+    ([remove('members[value eq "{0}"]'), add("members", [{"value": "{0}", "display": "A"}])], "abc"),
+    ([remove("members", [{"value": "{0}"}]), add("members", [{"value": "{0}"}]),
+      put("members", [{"value": "{1}"}])], "b"),
+]
+
+
+@pytest.mark.parametrize("operations, left", MEMBERSHIPS)
+def test_a_group_keeps_the_members_that_a_patch_does_not_take_away(
+        scim: Scim, crew: Any, operations: Any, left: str) -> None:
+    path, ids = crew
+    scim.patch(path, *filled(operations, **{str(number): id for number, id in enumerate(ids)}))
+    members = [one["value"] for one in scim.get(path).get("members", [])]
+    assert sorted("abc"[ids.index(id)] for id in members) == list(left)
+    for name, id in zip("abc", ids, strict=True):
+        assert bool(scim.get(f"/Users/{id}").get("groups")) == (name in left)
+
+
+def test_groups_hold_groups_and_users_once_and_show_no_nulls(scim: Scim) -> None:
+    ada = scim.user("ada")["id"]
+    inner = scim.group("Inner", ada, ada)
+    outer = scim.group("Outer", inner["id"], "stranger")
+    assert inner["members"] == [{"value": ada, "$ref": f"{scim.url}/Users/{ada}", "type": "User"}]
+    assert [one["type"] for one in outer["members"]] == ["Group"]
+    assert scim.get(f"/Groups/{inner['id']}", attributes="members.value")["members"] == [
+        {"value": ada}]
+    assert_error(scim.call("POST", "/Groups", {"displayName": "INNER"}), 409, "uniqueness",
+                 "displayName")
+    assert_error(scim.call("POST", "/Groups", {"members": []}), 400, "invalidValue", "displayName")
+    assert scim.call("DELETE", f"/Groups/{inner['id']}").status_code == 204
+    assert "groups" not in scim.get(f"/Users/{ada}")
+    assert_error(scim.call("GET", f"/Users/{outer['id']}"), 404)
+
+
+SINCE = "meta.lastModified+ge+%220001-01-01T00:00:00.0000000Z%22"
+UNTIL = "meta.lastModified+le+%229999-12-31T23:59:59.9999999Z%22"
+EXCHANGES: dict[str, list[Any]] = {   # (method, path, body, status, part of the answer)
+    "okta": [
+        ("GET", "/Users?startIndex=1&count=2", None, 200, {"totalResults": 0, "startIndex": 1}),
+        ("GET", "/Users?filter=userName%20eq%20%22o%40x%22&startIndex=1&count=100", None, 200,
+         {"itemsPerPage": 0}),
+        ("POST", "/Users", {"userName": "o@x", "password": "Secret1", "locale": "en-US",
+                            "groups": [], "externalId": "00u1", "name": {"middleName": ""}}, 201,
+         {"active": True, "externalId": "00u1"}),
+        ("POST", "/Users", {"userName": "O@X"}, 409, {"scimType": "uniqueness"}),
+        ("PUT", "/Users/{id}", {"id": "other", "userName": "o@x", "meta": {}, "groups": [],
+                                "name": {"middleName": None}, "active": False}, 200,
+         {"active": False}),
+        ("PUT", "/Users/{id}", {"userName": "o@x"}, 200, {"active": False}),
+        ("PATCH", "/Users/{id}", {"Operations": [pathless({"active": True})]}, 200,
+         {"active": True}),
+        ("PATCH", "/Users/{id}", {"Operations": [pathless({"password": "x"})]}, 200, {}),
+        ("GET", "/Users/{id}?attributes=password,userName", None, 200, {"userName": "o@x"}),
+        ("GET", "/Users?filter=meta.lastModified+gt+%222026-02-03T08:00:00.000Z%22", None, 200,
+         {"totalResults": 1}),
+    ],
+    "onelogin": [
+        ("GET", "/Users?filter=userName+eq+%22l%22&", None, 200, {"totalResults": 0}),
+        ("POST", "/Users?", {"schemas": ["urn:scim:schemas:core:1.0"], "id": None, "userName": "l",
+                             "active": "true", "addresses": [{"locality": "B"}],
+                             "emails": {"value": "l@x"}, ENT: {"manager": {"managerId": "7"}}}, 201,
+         {"active": True, "emails": [{"value": "l@x"}], "addresses": [{"locality": "B"}]}),
+        ("PUT", "/Users/{id}?", {"userName": "l", "active": "false"}, 200, {"active": False}),
+    ],
+    "sailpoint": [
+        ("GET", "/ServiceProviderConfig", None, 200, {"changePassword": {"supported": False}}),
+        ("GET", "/ResourceTypes", None, 200, {"totalResults": 2}),
+        ("GET", "/ResourceTypes/User", None, 200, {"endpoint": "/Users", "schema": USER}),
+        ("GET", f"/Schemas/{FAC}", None, 200, {"id": FAC}),
+        ("GET", f"/Schemas/{GROUP}", None, 200, {"name": "Group"}),
+        ("GET", "/Users?filter=userName+sw+%22s%22&count=1", None, 200, {"itemsPerPage": 0}),
+    ],
+    "microsoft collection": [
+        ("POST", "/Users", {"userName": "m", "department": None, "manager": None}, 201, {}),
+        ("GET", f"/Users?filter=active+eq+true+and+({SINCE}+and+{UNTIL})", None, 200,
+         {"totalResults": 1}),
+        ("GET", "/Users?startindex=1&COUNT=5&filter=externalId+eq+m1979", None, 400,
+         {"scimType": "invalidFilter"}),
+        ("PATCH", "/Users/{id}", {"Operations": [put("emails", [{"value": "", "type": "work"}])]},
+         200, {"emails": [{"value": "", "type": "work"}]}),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", EXCHANGES)
+def test_an_identity_provider_gets_the_answers_it_needs(scim: Scim, name: str) -> None:
+    id = ""
+    for method, path, body, status, part in EXCHANGES[name]:
+        answer = scim.call(method, path.replace("{id}", id), body, Accept="*/*")
+        assert answer.status_code == status, (path, answer.text)
+        assert "Secret1" not in answer.text and ":null" not in answer.text
+        found = answer.json()
+        assert {key: found.get(key) for key in part} == part, path
+        id = found["id"] if method == "POST" and status == 201 else id
+
+
+def test_what_is_published_suits_the_validators(scim: Scim) -> None:
+    schemas = {one["id"]: one for one in scim.get("/Schemas")["Resources"]}
+    assert list(schemas) == [USER, ENT, FAC, GROUP]
+    user = {one["name"]: one for one in schemas[USER]["attributes"]}
+    assert "password" not in user and "externalId" in user
+    assert (user["userName"]["uniqueness"], user["userName"]["caseExact"],
+            user["userName"]["required"]) == ("server", False, True)
+    for name in ("emails", "phoneNumbers", "addresses"):
+        subs = {one["name"]: one for one in user[name]["subAttributes"]}
+        assert "display" not in subs and "work" in subs["type"]["canonicalValues"]
+    custom = {one["name"]: one["type"] for one in schemas[FAC]["attributes"]}
+    assert custom == {"union_code": "string", "locker_no": "integer", "night_shift": "boolean"}
+    config = scim.get("/ServiceProviderConfig")
+    assert config["patch"]["supported"] and config["filter"]["maxResults"] == 1000
+    assert config["bulk"] == {"supported": True, "maxOperations": 1000,
+                              "maxPayloadSize": 10485760}
+    assert config["authenticationSchemes"][0]["type"] == "oauthbearertoken"
+    assert config["pagination"]["cursor"] is True
+
 
 # -- 9. Configuration --------------------------------------------------------------
 
+CONFIG_MISTAKES = [               # what a tenant has in place of the right thing, and its path
+    ({"colour": 1}, "tenants[0].colour"),
+    ({"name": "a/b"}, "tenants[0].name"),
+    ({"name": 7}, "tenants[0].name"),
+    ({"tokens": []}, "tenants[0].tokens"),
+    ({"tokens": [{"name": "x"}]}, "tenants[0].tokens[0]"),
+    ({"tokens": [{"secret": "x", "sha256": "0" * 64}]}, "tenants[0].tokens[0]"),
+    ({"tokens": [{"secret": "with blank"}]}, "tenants[0].tokens[0].secret"),
+    ({"tokens": [{"sha256": "short"}]}, "tenants[0].tokens[0].sha256"),
+    ({"tokens": [{"secret": "x", "expires": "soon"}]}, "tenants[0].tokens[0].expires"),
+    ({"tokens": [{"secret": "x", "name": "a"}, {"secret": "x", "name": "b"}]},
+     "tenants[0].tokens[1]"),
+    ({"tokens": [{"secret": "x", "name": "a"}, {"secret": "y", "name": "a"}]},
+     "tenants[0].tokens[1].name"),
+    ({"custom_fields": {}}, "tenants[0].custom_fields"),
+    ({"custom_fields": [{"type": "String"}]}, "tenants[0].custom_fields[0].link_name"),
+    ({"custom_fields": [{"link_name": "1x", "type": "String"}]},
+     "tenants[0].custom_fields[0].link_name"),
+    ({"custom_fields": [{"link_name": "x", "type": "Decimal"}]},
+     "tenants[0].custom_fields[0].type"),
+    ({"custom_fields": [{"link_name": "x", "type": "String"}, {"link_name": "X", "type": "String"}]},
+     "tenants[0].custom_fields[1].link_name"),
+]
+
+
+@pytest.mark.parametrize("wrong, path", CONFIG_MISTAKES)
+def test_a_mistake_in_a_configuration_is_named_by_its_json_path(wrong: Any, path: str) -> None:
+    tenant = {"name": "a", "tokens": [{"secret": "s"}], **wrong}
+    with pytest.raises(scim_server.ConfigError) as caught:
+        scim_server.parse_config({"tenants": [tenant]})
+    assert [problem.partition(": ")[0] for problem in caught.value.problems] == [path]
+
+
+def test_all_mistakes_of_a_configuration_are_named_in_one_go(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"listen": "nowhere", "data_dir": "", "port": 1, "tenants": [
+        {"name": "a", "tokens": [{"secret": "s"}]},
+        {"name": "A", "tokens": [{"secret": "s"}], "custom_fields": [
+            {"link_name": "x", "type": "Date"}]}]}))
+    with pytest.raises(scim_server.ConfigError) as caught:
+        scim_server.load_config(file)
+    assert {problem.partition(": ")[0] for problem in caught.value.problems} == {
+        "listen", "data_dir", "port", "tenants[1].name", "tenants[1].tokens[0]",
+        "tenants[1].custom_fields[0].type"}
+    for text in ("{", '{"tenants": [], "tenants": []}', "[]", ""):
+        file.write_text(text)
+        with pytest.raises(scim_server.ConfigError):
+            scim_server.load_config(file)
+
 
 # -- 10. Application ---------------------------------------------------------------
+
+
+def test_every_refused_token_gets_the_same_answer(tmp_path: Path) -> None:
+    secret = "old-secret"
+    tenant = {"name": "acme", "tokens": [
+        {"name": "new", "sha256": scim_server.digest("new-secret")},
+        {"name": "old", "secret": secret, "expires": "2020-01-01T00:00:00Z"}]}
+    with serving(tmp_path, {"tenants": [tenant]}) as server:
+        answers = [requests.request(method, server.url + "/Users", data="{}", headers=headers)
+                   for method in ("GET", "POST") for headers in (
+                       {}, {"Authorization": ""}, {"Authorization": "new-secret"},
+                       {"Authorization": "Basic new-secret"}, {"Authorization": "Bearer"},
+                       {"Authorization": "Bearer wrong"}, {"Authorization": f"Bearer {secret}"},
+                       {"Authorization": "Bearer n\u00e9w".encode("latin-1")})]
+        for answer in answers:
+            assert_error(answer, 401, "", "Secret Token")
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+        assert len({answer.text for answer in answers}) == 1
+        for scheme in ("Bearer", "bearer", "BEARER"):
+            headers = {"Authorization": f"{scheme} new-secret"}
+            assert requests.get(server.url + "/Users", headers=headers).status_code == 200
+
+
+def test_the_token_alone_selects_the_tenant(scim: Scim, globex: Scim) -> None:
+    ada = scim.user("ada")
+    other = globex.user("ada")
+    assert_error(globex.call("GET", f"/Users/{ada['id']}"), 404)
+    assert "members" not in globex.group("Crew", ada["id"])
+    assert globex.get("/Users")["Resources"] == [other]
+    assert FAC not in [one["id"] for one in globex.get("/Schemas")["Resources"]]
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'"x"', b"7", b"null", b"\xff", b'{"a": NaN}',
+                                  b'{"userName": "\\ud800"}', b'{"userName": "a\\u0000"}',
+                                  b"[" * 100_000])
+def test_a_body_that_is_no_json_object_is_400(scim: Scim, body: bytes) -> None:
+    path = f"/Users/{scim.user('ada')['id']}"
+    for method, where in (("POST", "/Users"), ("PUT", path), ("PATCH", path), ("POST", "/.search"),
+                          ("POST", "/Bulk")):
+        answer = scim.session.request(method, scim.url + where, data=body)
+        assert_error(answer, 400, "invalidSyntax")
 
 
 def test_a_user_that_was_created_can_be_read(scim: Scim) -> None:
@@ -883,7 +1260,200 @@ def test_a_comparison_that_makes_no_sense_is_refused_by_name(
 # -- 11. HTTP server ---------------------------------------------------------------
 
 
+def exchange(server: scim_server.ScimServer, *pieces: bytes) -> bytes:
+    """Return all that a server answers to octets on one connection, until it closes it."""
+    with socket.create_connection(server.server_address[:2], timeout=10) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+        answer = b""
+        while octets := connection.recv(65536):
+            answer += octets
+        return answer
+
+
+HEAD = b"Host: x\r\nAuthorization: Bearer acme-secret\r\n"
+LAST = b"GET /scim/v2/Users HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n"
+
+
+def test_one_connection_carries_refused_and_served_requests_in_order(
+        server: scim_server.ScimServer) -> None:
+    body = b'{"userName": "ada"}'
+    length = b"Content-Length: %d\r\n" % len(body)
+    answer = exchange(
+        server,
+        b"POST /scim/v2/Users HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n" + body,       # no token
+        b"POST /nowhere HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
+        b"PUT /scim/v2/Users HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
+        b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD
+        + b"\r\n8\r\n" + body[:8] + b"\r\nb;x=1\r\n" + body[8:] + b"\r\n0\r\nTrailer: x\r\n\r\n",
+        LAST)
+    statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
+    assert statuses == [b"401", b"404", b"405", b"201", b"200"]
+    assert answer.count(b"Content-Length: ") == 5 and b'"totalResults":1' in answer
+
+
+def test_a_client_that_waits_for_100_continue_gets_it(server: scim_server.ScimServer) -> None:
+    body = b'{"userName": "ada"}'
+    with socket.create_connection(server.server_address[:2], timeout=10) as connection:
+        connection.sendall(b"POST /scim/v2/Users HTTP/1.1\r\nExpect: 100-continue\r\n" + HEAD
+                           + b"Content-Length: %d\r\n\r\n" % len(body))
+        assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert connection.recv(65536).startswith(b"HTTP/1.1 201 ")
+
+
+def test_urls_in_answers_follow_the_host_header(scim: Scim) -> None:
+    answer = scim.call("POST", "/Users", {"userName": "ada"}, Host="scim.example.com")
+    assert answer.headers["Location"].startswith("http://scim.example.com/scim/v2/Users/")
+
+
+def test_two_racing_creates_of_one_name_make_one_user(scim: Scim) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: requests.post(
+            scim.url + "/Users", json={"userName": "ada"}, headers=dict(scim.session.headers)
+        ).status_code, range(16)))
+    assert sorted(answers) == [201] + [409] * 15
+
+
+def test_racing_patches_of_a_group_lose_nobody(scim: Scim) -> None:
+    ids = [scim.user(f"u{number}")["id"] for number in range(24)]
+    path = f"/Groups/{scim.group('Crew')['id']}"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda id: Scim(scim.url, "acme-secret").patch(
+            path, add("members", [{"value": id}])), ids))
+    assert {one["value"] for one in scim.get(path)["members"]} == set(ids)
+
+
 # -- 13. Command line --------------------------------------------------------------
+
+
+def command(*arguments: str, cwd: Path = HERE, file: Path = HERE / "scim_server.py") -> Any:
+    """Run the command line to its end."""
+    return subprocess.run([sys.executable, str(file), *arguments], cwd=cwd, text=True, timeout=30,
+                          capture_output=True, check=False)
+
+
+@contextmanager
+def process(*arguments: str, file: Path = HERE / "scim_server.py",
+            ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """Run a server as a process of its own; gives it, its URL, and the lines it prints."""
+    running = subprocess.Popen([sys.executable, str(file), "--listen", "127.0.0.1:0", *arguments],
+                               stdout=subprocess.PIPE, text=True)
+    assert running.stdout
+    try:
+        lines = [running.stdout.readline().rstrip()]
+        assert lines[0].startswith("scim_server listening on http://127.0.0.1:")
+        yield running, lines[0].split()[-1], lines
+    finally:
+        running.kill()
+        running.wait()
+        running.stdout.close()
+
+
+def test_a_bare_command_serves_the_sample_configuration(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (running, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        scim.user("ada", **{FAC: {"badge_number": 7}})
+        assert running.stdout
+        lines = [running.stdout.readline().strip() for _ in range(7)]
+    assert f"Tenant URL    {url}" in lines and "tenant globex" in lines
+    assert "Secret Token  acme-sample-secret-token  (entra)" in lines
+
+
+def test_a_file_alone_serves_a_demo_tenant(tmp_path: Path) -> None:
+    alone = tmp_path / "scim_server.py"
+    alone.write_bytes((HERE / "scim_server.py").read_bytes())
+    with process("--data-dir", ":memory:", file=alone) as (_, url, _):
+        assert Scim(url, "demo-secret-token").get("/Users")["totalResults"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_server_after_the_requests_in_flight(number: int) -> None:
+    with process("--data-dir", ":memory:") as (running, url, _):
+        port = int(url.split(":")[2].partition("/")[0])
+        body = b'{"userName": "ada"}'
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
+            connection.sendall(
+                b"POST /scim/v2/Users HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+                b"Authorization: Bearer acme-sample-secret-token\r\n"
+                b"Expect: 100-continue\r\n\r\n" % len(body))
+            assert connection.recv(100).startswith(b"HTTP/1.1 100")
+            running.send_signal(number)
+            while requests_accepted(port):
+                pass
+            connection.sendall(body)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 201")
+        assert running.wait(10) == 0
+
+
+def requests_accepted(port: int) -> bool:
+    """Return whether anybody listens on a port."""
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_what_a_person_must_mend_is_one_line_and_status_2(tmp_path: Path) -> None:
+    wrong, empty = tmp_path / "wrong.json", tmp_path / "empty"
+    wrong.write_text('{"tenants": [{"name": "a"}]}')
+    empty.write_text("")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for arguments, words in [
+                (["--listen", f"127.0.0.1:{port}", "--data-dir", ":memory:"], [str(port), "--listen"]),
+                (["--listen", "nonsense"], ["--listen", "HOST:PORT"]),
+                (["--config", str(tmp_path / "none.json")], ["none.json", "--config"]),
+                (["--config", str(wrong)], ["wrong.json", "tenants[0].tokens"]),
+                (["--data-dir", str(empty / "below")], [str(empty), "--data-dir"]),
+                (["check", "--config", str(wrong)], ["tenants[0].tokens: is missing"])]:
+            ended = command(*arguments)
+            assert (ended.returncode, ended.stdout) == (2, ""), ended
+            assert len(ended.stderr.splitlines()) == 1 and "Traceback" not in ended.stderr
+            assert all(word in ended.stderr for word in words), ended.stderr
+
+
+def test_a_token_is_made_once_and_works(tmp_path: Path) -> None:
+    printed = command("token", "--name", "entra").stdout.split("\n")
+    secret = next(line.strip() for line in printed if re.fullmatch(r"  [\w-]{43}", line))
+    entry = json.loads(next(line for line in printed if line.strip().startswith("{")))
+    with serving(tmp_path, {"tenants": [{"name": "a", "tokens": [entry]}]}) as server:
+        assert Scim(server.url, secret).get("/Users")["totalResults"] == 0
+
+
+def test_check_lists_the_names_to_paste_into_entra() -> None:
+    ended = command("check", "--config", str(HERE / "sample_config.json"))
+    assert ended.returncode == 0
+    assert re.search(rf"Integer +{re.escape(FAC)}:badge_number\n", ended.stdout)
+
+
+def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
+    acknowledged: dict[str, str] = {}
+
+    def write(url: str, writer: int) -> None:
+        scim = Scim(url, "acme-sample-secret-token")
+        for number in range(10_000):
+            try:
+                ada = scim.user(f"u{writer}-{number}")
+                acknowledged[ada["id"]] = ""
+                scim.patch(f"/Users/{ada['id']}", put("title", f"t{number}"))
+                acknowledged[ada["id"]] = f"t{number}"
+            except requests.ConnectionError:
+                return
+
+    with process("--data-dir", str(tmp_path)) as (running, url, _), ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, url, number) for number in range(4)]
+        while len(acknowledged) < 60:
+            assert not any(writer.done() for writer in writers)
+        running.kill()
+        for writer in writers:
+            writer.result()
+    with process("--data-dir", str(tmp_path)) as (_, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        for id, title in acknowledged.items():
+            found = scim.get(f"/Users/{id}").get("title", "")
+            assert found == title or (not title and found.startswith("t"))
 
 
 # -- Properties: random people against a second reading of the RFCs ------------------
@@ -1332,4 +1902,98 @@ def test_each_section_of_rfc_7644_that_binds_a_server_is_held_by_a_test() -> Non
     assert all(globals()[test.__name__] is test for _, _, tests in RFC_7644 for test in tests)
 
 
+# -- The README ----------------------------------------------------------------------
+
+README = (HERE / "README.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    """Return the code blocks of the README in a language."""
+    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in found if name == language]
+
+
+def test_the_first_screen_of_the_readme_is_what_a_user_sees(tmp_path: Path) -> None:
+    for name in ("scim_server.py", "sample_config.json"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    serve, test, curl = (block.strip() for block in blocks("sh")[:3])
+    assert serve == "python3 scim_server.py" and test.startswith("python3 -m venv .venv")
+    with process(file=tmp_path / "scim_server.py") as (running, url, lines):
+        assert running.stdout
+        shown = blocks("")[0].strip().split("\n")
+        lines += [running.stdout.readline().rstrip() for _ in shown[1:]]
+        assert [line.replace(url, "URL") for line in lines] == [
+            line.replace("http://127.0.0.1:8080/scim/v2", "URL") for line in shown]
+        token, path = re.findall(r"Bearer (\S+)\".*8080/scim/v2(\S+)", curl)[0]
+        assert Scim(url, token).get(path) == json.loads(blocks("json")[0])
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_an_example_of_the_readme_runs(tmp_path: Path, example: str) -> None:
+    (tmp_path / "sample_config.json").write_bytes((HERE / "sample_config.json").read_bytes())
+    ended = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, text=True, timeout=30,
+                           env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True,
+                           check=False)
+    assert ended.returncode == 0, ended.stderr
+    for expected in re.findall(r"print\(.*# (\w+)$", example, re.MULTILINE):
+        assert expected in ended.stdout
+
+
+def test_the_configuration_of_the_readme_is_one() -> None:
+    example = next(block for block in blocks("json") if '"tenants"' in block)
+    scim_server.parse_config(json.loads(example.replace("0f3c…", "0" * 64)))
+
+
 # -- The file itself ---------------------------------------------------------------
+
+SOURCE = (HERE / "scim_server.py").read_text("utf-8")
+TREE = ast.parse(SOURCE)
+CHAPTERS = [(text.count("\n"), int(number)) for text, number in (
+    (SOURCE[:found.start()], found[1])
+    for found in re.finditer(r"^# -{70,}\n# (\d+)\. ", SOURCE, re.MULTILINE))]
+AT_HOME = {                       # modules that few chapters may use
+    "sqlite3": {6, 10}, "socket": {11}, "http": {11}, "BaseHTTPRequestHandler": {11},
+    "ThreadingHTTPServer": {11}, "HTTPStatus": {11}, "argparse": {13}, "signal": {13},
+    "secrets": {8, 13}, "uuid": {8}, "hmac": {10},
+}
+
+
+def chapter(line: int) -> int:
+    """Return the number of the chapter that a line is in."""
+    return max([number for first, number in CHAPTERS if first < line], default=0)
+
+
+def test_a_chapter_uses_only_what_stands_above_it() -> None:
+    defined: dict[str, int] = {}
+    for node in TREE.body:
+        names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else [
+            name.id for target in getattr(node, "targets", [getattr(node, "target", None)])
+            for name in ast.walk(target) if isinstance(name, ast.Name)] if target_of(node) else []
+        for name in names:
+            defined.setdefault(name, chapter(node.lineno))
+    assert len(defined) > 150 and len(CHAPTERS) >= 10
+    wrong = [f"line {node.lineno}: {node.id} of chapter {defined[node.id]}"
+             for node in ast.walk(TREE) if isinstance(node, ast.Name)
+             and defined.get(node.id, 0) > chapter(node.lineno)]
+    assert wrong == []
+
+
+def target_of(node: ast.stmt) -> bool:
+    """Return whether a statement binds names."""
+    return isinstance(node, (ast.Assign, ast.AnnAssign))
+
+
+def test_sockets_sql_clock_and_chance_are_in_their_chapters_alone() -> None:
+    wrong = [f"line {node.lineno}: {node.id}" for node in ast.walk(TREE)
+             if isinstance(node, ast.Name) and node.id in AT_HOME
+             and chapter(node.lineno) not in AT_HOME[node.id]]
+    assert wrong == []
+    clocks = {chapter(node.lineno) for node in ast.walk(TREE) if isinstance(node, ast.Attribute)
+              and node.attr in ("now", "utcnow", "time", "monotonic", "sleep")}
+    assert clocks <= {8, 11}
+
+
+def test_a_function_fits_on_a_screen() -> None:
+    long = [node.name for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)
+            and (node.end_lineno or 0) - node.lineno >= 60]
+    assert long == [] and SOURCE.count("\n") < 5000
