@@ -7,6 +7,7 @@ Facilio: created, updated, and marked inactive when they leave. Python 3.10+, st
 Run it        python scim_server.py                       serves sample_config.json, or a demo tenant
               python scim_server.py token                 makes a secret for a tenant
               python scim_server.py check --config FILE   explains a configuration
+              python scim_server.py employees --tenant acme   (and changes) shows what the sync did
 Embed it      config = load_config("config.json")
               server = ScimServer(Application(open_directories(config)), "127.0.0.1", 0)
               threading.Thread(target=server.serve_forever).start(); print(server.url)
@@ -20,6 +21,7 @@ Chapters      1 Vocabulary      schema URNs, limits, ScimError
               4 Resources       accept() lets a body in, project() lets a resource out
               5 PATCH           operations on a resource, all or none
               6 Storage         one SQLite file a tenant; compile_filter() reads the tree as SQL
+              7 Employees       the Facilio employee that a user is
               8 Directory       one tenant's operations, a transaction each
               9 Configuration   tenants, tokens, custom fields
              10 Application     handle(Request) -> Response: authentication, routes, discovery, Bulk
@@ -45,8 +47,10 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import csv
 import hashlib
 import hmac
+import io
 import json
 import operator
 import os
@@ -57,19 +61,21 @@ import socket
 import sqlite3
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import islice
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
@@ -98,6 +104,7 @@ MAX_FILTER_DEPTH = 50
 MAX_BODY = 2 * 1024 * 1024        # octets
 MAX_BULK_BODY = 10 * 1024 * 1024
 MAX_BULK_OPERATIONS = 1_000
+MAX_WAIT = 60                     # seconds that a long poll may wait
 CURSOR_SECONDS = 3_600            # how long a cursor may be used
 SIGNATURE_LENGTH = 16             # octets of its HMAC
 
@@ -1355,6 +1362,31 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     ) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
     """,
+    """
+    CREATE TABLE employee (
+        id INTEGER PRIMARY KEY AUTOINCREMENT,
+        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
+        provisioned INTEGER NOT NULL, -- 0 when that user was deleted
+        external_id TEXT NOT NULL,
+        user_name TEXT NOT NULL,      -- as its key
+        active INTEGER NOT NULL,
+        manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
+        changed TEXT NOT NULL,
+        record TEXT NOT NULL          -- JSON
+    );
+    CREATE INDEX employee_external_id ON employee (external_id, provisioned);
+    CREATE INDEX employee_user_name ON employee (user_name, provisioned);
+    CREATE TABLE change (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        at TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,             -- of the user or group, or the number of the employee
+        member TEXT NOT NULL,         -- of a membership
+        token TEXT NOT NULL,
+        attributes TEXT NOT NULL      -- JSON, names
+    );
+    CREATE INDEX change_at ON change (at);
+    """,
 )
 
 # Membership is rows of its own; these make index entries of them, under the attributes' paths.
@@ -1373,6 +1405,8 @@ LINKED_ENTRIES = {
     "groups.display": "SELECT member_seq AS seq, key, group_seq AS element "
                       "FROM member JOIN value ON value.seq = group_seq AND path = 'displayname'",
 }
+
+POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
 Sql = tuple[str, list[Any]]          # a condition and its parameters, in order
 
@@ -1487,6 +1521,41 @@ class Window:
     backward: bool = False
 
 
+@dataclass(frozen=True)
+class Change:
+    """A row of the change feed; seq counts the changes of a tenant in the order of their commits.
+
+    id is that of the user or group, or the number of the employee; member the id of who joined or
+    left a group; token the name of the token that it was done with; attributes the names changed.
+    """
+
+    seq: int
+    at: str
+    kind: str
+    id: str
+    member: str
+    token: str
+    attributes: list[str]
+
+
+@dataclass(frozen=True)
+class EmployeeRow:
+    """A stored employee; manager is the manager's employee id where that person is known."""
+
+    id: int
+    user_id: str
+    provisioned: bool
+    external_id: str
+    user_name: str
+    active: bool
+    manager_id: str
+    changed: str
+    record: Resource
+    manager: int | None = None
+
+
+EMPLOYEE_COLUMNS = ("user_id", "provisioned", "external_id", "user_name", "active", "manager_id",
+                    "changed", "record")
 ROW_COLUMNS = "seq, type, id, body, hidden, revision, created, modified, member_count"
 
 
@@ -1538,11 +1607,8 @@ class Session:
         self._index(row.seq, set(before), set(after))
 
     def delete(self, row: Row, entries: Iterable[Entry]) -> None:
-        """Remove a resource with its memberships, in it and of it."""
-        groups = "SELECT group_seq FROM member WHERE member_seq = ?"
-        self.run(f"UPDATE resource SET member_count = member_count - 1, revision = revision + 1 "
-                 f"WHERE seq IN ({groups})", [row.seq])
-        self.run("DELETE FROM member WHERE group_seq = ? OR member_seq = ?", [row.seq, row.seq])
+        """Remove a resource with its members."""
+        self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._index(row.seq, set(entries), set())
 
@@ -1641,13 +1707,13 @@ class Session:
                                "display": json.loads(body)["displayName"], "type": "direct"})
         return found
 
-    def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> int:
-        """Store members that a group gained or whose display changed; return how many are new.
+    def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
+        """Store members that a group gained or whose display changed; return the ids of new ones.
 
         An id that no resource of the tenant has is passed over: one stranger in a push of many
         must not lose the others, since Okta does not repeat a push that failed.
         """
-        added = 0
+        added = []
         for member in members:
             found = self.run("SELECT seq FROM resource WHERE id = ?", [member["value"]]).fetchone()
             if not found:
@@ -1658,14 +1724,88 @@ class Session:
                                "AND member_seq = ?", [text, key, group_seq, found[0]]).rowcount
             if not changed:
                 self.run("INSERT INTO member VALUES (?, ?, ?, ?)", [group_seq, found[0], text, key])
-                added += 1
+                added.append(member["value"])
         return added
 
-    def unlink(self, group_seq: int, ids: Iterable[str]) -> int:
-        """Remove members from a group and return how many there were."""
-        return sum(self.run("DELETE FROM member WHERE group_seq = ? AND member_seq = "
-                            "(SELECT seq FROM resource WHERE id = ?)", [group_seq, id]).rowcount
-                   for id in ids)
+    def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
+        """Remove members from a group and return the ids of those that were there."""
+        sql = ("DELETE FROM member WHERE group_seq = ? AND member_seq = "
+               "(SELECT seq FROM resource WHERE id = ?)")
+        return [id for id in ids if self.run(sql, [group_seq, id]).rowcount]
+
+    # -- Employees --
+
+    def employee_of(self, user_id: str) -> EmployeeRow | None:
+        """Return the employee that a SCIM user is, or None."""
+        return next(self._employees("WHERE employee.user_id = ?", [user_id]), None)
+
+    def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
+        """Return the employee without a SCIM user that a person was; userName as its key."""
+        for column, value in (("external_id", external_id), ("user_name", user_name)):
+            found = self._employees(f"WHERE employee.{column} = ? AND employee.provisioned = 0 "
+                                    "ORDER BY employee.id DESC LIMIT 1", [value])
+            if value and (row := next(found, None)):
+                return row
+        return None
+
+    def employees(self, after: int, count: int, active: bool | None = None,
+                  changed_since: str = "", id: int | None = None) -> list[EmployeeRow]:
+        """Return employees by their ids behind one, as many as count; changed_since as a key."""
+        asked = [("employee.active = ?", active), ("employee.changed >= ?", changed_since or None),
+                 ("employee.id = ?", id)]
+        terms = ["employee.id > ?", *(sql for sql, value in asked if value is not None)]
+        values = [after, *(value for _, value in asked if value is not None), count]
+        return list(self._employees(f"WHERE {' AND '.join(terms)} ORDER BY employee.id LIMIT ?",
+                                    values))
+
+    def save_employee(self, row: EmployeeRow) -> int:
+        """Store an employee, a new one where its id is 0, and return the id."""
+        values = [dump(getattr(row, name)) if name == "record" else getattr(row, name)
+                  for name in EMPLOYEE_COLUMNS]
+        if row.id:
+            columns = ", ".join(f"{name} = ?" for name in EMPLOYEE_COLUMNS)
+            self.run(f"UPDATE employee SET {columns} WHERE id = ?", [*values, row.id])
+            return row.id
+        marks = ", ".join("?" * len(values))
+        return self.run(f"INSERT INTO employee ({', '.join(EMPLOYEE_COLUMNS)}) VALUES ({marks})",
+                        values).lastrowid or 0
+
+    def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
+        columns = ", ".join(f"employee.{name}" for name in ("id", *EMPLOYEE_COLUMNS))
+        for id, user_id, provisioned, external_id, user_name, active, manager_id, changed, record, \
+                manager in self.run(f"SELECT {columns}, boss.id FROM employee LEFT JOIN employee "
+                                    f"AS boss ON boss.user_id = employee.manager_id {condition}",
+                                    values):
+            yield EmployeeRow(id, user_id, bool(provisioned), external_id, user_name, bool(active),
+                              manager_id, changed, json.loads(record), manager)
+
+    # -- Changes --
+
+    def log(self, changes: Iterable[Change]) -> None:
+        """Append to the change feed; the numbers are given here."""
+        self.run_many("INSERT INTO change (at, kind, id, member, token, attributes) "
+                      "VALUES (?, ?, ?, ?, ?, ?)",
+                      [(change.at, change.kind, change.id, change.member, change.token,
+                        dump(change.attributes)) for change in changes])
+
+    def changes(self, after: int, count: int) -> list[Change]:
+        """Return the changes behind one, as many as count."""
+        sql = ("SELECT seq, at, kind, id, member, token, attributes FROM change WHERE seq > ? "
+               "ORDER BY seq LIMIT ?")
+        return [Change(seq, at, kind, id, member, token, json.loads(attributes)) for
+                seq, at, kind, id, member, token, attributes in self.run(sql, [after, count])]
+
+    def change_bounds(self) -> tuple[int, int]:
+        """Return the number before the first change that is kept, and that of the last one made."""
+        last = self.run("SELECT seq FROM sqlite_sequence WHERE name = 'change'").fetchone()
+        first = self.run("SELECT min(seq) FROM change").fetchone()[0]
+        newest = last[0] if last else 0
+        return (newest if first is None else first - 1), newest
+
+    def forget_changes(self, keep: int, older_than: str) -> None:
+        """Remove all changes but the newest, as many as keep, and those older than a time."""
+        self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
+        self.run("DELETE FROM change WHERE at < ?", [older_than])
 
     # -- Settings --
 
@@ -1690,6 +1830,8 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._writing = threading.RLock()
+        self._written = threading.Condition()
+        self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
         try:
             if self.path != ":memory:":
@@ -1740,6 +1882,21 @@ class Store:
         """Give a session whose changes are on the disk when the block ends, or undone if it raises."""
         with self._writing, self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
             yield session
+        with self._written:
+            self._written.notify_all()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a write, or what another process may have written; return whether to go on."""
+        with self._written:
+            if not self._interrupted:
+                self._written.wait(min(seconds, POLL_SECONDS))
+            return not self._interrupted
+
+    def interrupt(self) -> None:
+        """End all waiting, for good."""
+        with self._written:
+            self._interrupted = True
+            self._written.notify_all()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -1763,6 +1920,112 @@ class Store:
 
 
 # ----------------------------------------------------------------------------
+# 7. Employees
+#
+# What the sync is for: the employee of Facilio that a SCIM user is, made by a
+# table of SCIM paths, and its table form.
+# Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
+# ----------------------------------------------------------------------------
+
+# A field of the record and where it comes from: the first alternative with a value counts, and
+# paths joined by "+" are put together with a blank.
+EMPLOYEE_FIELDS = {
+    "name": ("displayName", "name.formatted", "name.givenName+name.familyName", "userName"),
+    "email": ("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"),
+    "phone": ('phoneNumbers[type eq "work"].value',),
+    "mobile": ('phoneNumbers[type eq "mobile"].value',),
+    "designation": ("title",),
+    "department": (f"{ENTERPRISE}:department",),
+    "employeeNumber": (f"{ENTERPRISE}:employeeNumber",),
+    "costCenter": (f"{ENTERPRISE}:costCenter",),
+    "organization": (f"{ENTERPRISE}:organization",),
+    "division": (f"{ENTERPRISE}:division",),
+    "language": ("preferredLanguage",),
+    "locale": ("locale",),
+    "timezone": ("timezone",),
+}
+Recipe = dict[str, list[list[PatchPath]]]
+
+
+@dataclass(frozen=True)
+class Employee:
+    """An employee of Facilio; id stays the same for a person for ever, text that is unknown is "".
+
+    user_id is the SCIM id, manager the employee id of the manager where known, changed the time of
+    the last change (a dateTime in UTC), custom_fields has the values by link name.
+    """
+
+    id: int
+    user_id: str
+    external_id: str
+    active: bool
+    name: str
+    email: str
+    phone: str
+    mobile: str
+    designation: str
+    department: str
+    employeeNumber: str
+    costCenter: str
+    organization: str
+    division: str
+    language: str
+    locale: str
+    timezone: str
+    manager: int | None
+    changed: str
+    custom_fields: dict[str, Json]
+
+
+def employee_recipe(user_type: ResourceType) -> Recipe:
+    """Return EMPLOYEE_FIELDS with its paths bound to a tenant's User."""
+    return {name: [[parse_path(path, user_type) for path in alternative.split("+")]
+                   for alternative in alternatives]
+            for name, alternatives in EMPLOYEE_FIELDS.items()}
+
+
+def employee_record(recipe: Recipe, user: Resource) -> Resource:
+    """Return what an employee record says of a user, by the names of Employee."""
+    record: Resource = {}
+    for name, alternatives in recipe.items():
+        texts = (" ".join(filter(None, (text_at(path, user) for path in paths)))
+                 for paths in alternatives)
+        record[name] = next(filter(None, texts), "")
+    return record | {"custom_fields": dict(user.get(FACILIO, {}))}
+
+
+def text_at(path: PatchPath, resource: Resource) -> str:
+    """Return the first text at a path in a resource, "" if there is none."""
+    for item in Target(path.attributes).items(resource):
+        if path.filter and not matches(path.filter, item):
+            continue
+        if text := item.get(path.sub_attribute.name) if path.sub_attribute else item:
+            return str(text)
+    return ""
+
+
+def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the header and a row of texts for each employee, the custom fields as last columns."""
+    columns = [found.name for found in fields(Employee) if found.name != "custom_fields"]
+    yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
+    for employee in employees:
+        values = [getattr(employee, name) for name in columns]
+        values += [employee.custom_fields.get(name) for name in link_names]
+        yield ["" if value is None else value if isinstance(value, str) else json.dumps(value)
+               for value in values]
+
+
+def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
+    """Yield the lines of a table as CSV (RFC 4180)."""
+    for row in table:
+        line = io.StringIO()
+        # A spreadsheet runs a cell that starts like a formula; behind an apostrophe it is text.
+        csv.writer(line).writerow(f"'{cell}" if cell[:1] in tuple("=+-@\t\r")
+                                  and not re.fullmatch(r"-?\d+", cell) else cell for cell in row)
+        yield line.getvalue()
+
+
+# ----------------------------------------------------------------------------
 # 8. Directory                                                   RFC 7644 §3
 #
 # One tenant's SCIM operations, a transaction each. Takes and gives canonical
@@ -1770,6 +2033,8 @@ class Store:
 # Uses chapters 1 to 6. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
+KEEP_CHANGES = 1_000_000
+KEEP_DAYS = 90
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -1834,17 +2099,29 @@ class Directory:
     Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
     parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
     for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
+    keep is how many changes the feed holds, keep_days for how long; on_change is called with each.
     """
 
     def __init__(self, store: Store, types: Mapping[str, ResourceType],
                  clock: Callable[[], datetime] = utc_now, new_id: Callable[[], str] = random_id,
-                 ) -> None:
+                 keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
         self.store = store
         self.resource_types = types
         self.clock = clock
         self.new_id = new_id
+        self.keep = keep
+        self.keep_days = keep_days
+        self.token = ""
+        self._recipe = employee_recipe(types["User"])
         self.cursor_key = self._secret("cursor_key")
         self._adopt_custom_fields()
+        self._adopt_users()
+
+    def acting(self, token: str) -> Directory:
+        """Return this directory with the name of the token whose changes it makes."""
+        view = copy.copy(self)
+        view.token = token
+        return view
 
     def create(self, resource_type: ResourceType, body: Json) -> Resource:
         """Store a new resource and return it (RFC 7644 §3.3)."""
@@ -1856,9 +2133,10 @@ class Directory:
         with self.store.writing() as session:
             self._check_unique(session, resource_type, row, accepted)
             seq = session.insert(row, index_entries(resource_type.root, revived(resource_type, row)))
-            count = self._link(session, resource_type, seq, {}, accepted)[0]
+            count = self._link(session, resource_type, row.id, seq, {}, accepted)[0]
             row = replace(row, seq=seq, member_count=count)
             session.update(row, (), ())
+            self._record(session, resource_type, row.id, {}, revived(resource_type, row))
             return self._complete(session, resource_type, [row])[0]
 
     def read(self, resource_type: ResourceType, id: str, selection: Selection = WHOLE) -> Resource:
@@ -1948,9 +2226,131 @@ class Directory:
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, group_type, group["value"])
                 session.unlink(holder.seq, [id])
+                self._log(session, "member.removed", holder.id, [id])
                 self._touch(session, group_type, holder, stored(holder.body),
                             holder.member_count - 1)
-            session.delete(row, index_entries(resource_type.root, revived(resource_type, row)))
+            members = [member["value"] for member in session.members(row.seq)]
+            self._log(session, "member.removed", id, members)
+            gone = revived(resource_type, row)
+            session.delete(row, index_entries(resource_type.root, gone))
+            self._record(session, resource_type, id, gone, {})
+
+    # -- Employees and changes --
+
+    @property
+    def link_names(self) -> list[str]:
+        """The link names of the tenant's custom fields."""
+        return [sub.name for sub in self._facilio(self.resource_types["User"]).sub_attributes]
+
+    def employees(self, active: bool | None = None, changed_since: str = "",
+                  id: int | None = None, after: int = 0) -> Iterator[Employee]:
+        """Yield employees by their ids, those behind one: active or not, changed since a dateTime.
+
+        Raises ScimError 400 invalidValue for a changed_since that is no dateTime.
+        """
+        try:
+            since = date_time_key(changed_since) if changed_since else ""
+        except ValueError:
+            raise ScimError(400, "invalidValue", f"changed_since: expected a dateTime, got "
+                                                 f"{shown(changed_since)}") from None
+        while True:
+            with self.store.reading() as session:
+                found = session.employees(after, DEFAULT_COUNT, active, since, id)
+            for row in found:
+                after = row.id
+                yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
+                               active=row.active, manager=row.manager, changed=row.changed,
+                               **row.record)
+            if len(found) < DEFAULT_COUNT:
+                return
+
+    def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
+        """Return the changes behind a number, as many as count; wait seconds where there is none.
+
+        Raises ScimError 410 where the feed no longer has them: its detail says where to start.
+        """
+        end = time.monotonic() + wait
+        while True:
+            with self.store.reading() as session:
+                first, last = session.change_bounds()
+                if not first <= after <= last:
+                    raise ScimError(410, "", f"after={after}: the feed holds the changes behind "
+                                             f"{first}, up to {last}; read all employees, then "
+                                             f"start again with after={last}")
+                found = session.changes(after, count)
+            left = end - time.monotonic()
+            if found or left <= 0 or not self.store.wait(left):
+                return found
+
+    def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
+        """Call back with each change from now on, in order, after its commit; returns the thread.
+
+        What the callback raises is printed and harms nobody. The thread ends with the store.
+        """
+        with self.store.reading() as session:
+            _, after = session.change_bounds()
+
+        def follow(after: int) -> None:
+            while self.store.wait(0):
+                for change in self.changes(after, MAX_WAIT):
+                    after = change.seq
+                    try:
+                        callback(change)
+                    except Exception:        # noqa: BLE001  somebody else's code
+                        traceback.print_exc()
+
+        thread = threading.Thread(target=follow, args=(after,), daemon=True)
+        thread.start()
+        return thread
+
+    def _record(self, session: Session, resource_type: ResourceType, id: str, before: Resource,
+                after: Resource) -> None:
+        """Note that a resource became another ({} is none), and make its employee follow."""
+        verb = change_verb(before, after)
+        self._log(session, f"{resource_type.name.lower()}.{verb}", id,
+                  attributes=changed_names(resource_type.root, before, after))
+        if resource_type.name == "User":
+            self._employ(session, id, after)
+
+    def _employ(self, session: Session, user_id: str, user: Resource) -> None:
+        """Make the employee of a user; {} is the user that is no more, whose employee remains."""
+        now = time_text(self.clock())
+        user_name = self.resource_types["User"].root.by_name["username"]
+        known = session.employee_of(user_id)
+        if not user:
+            if known:
+                self._save_employee(session, known, replace(
+                    known, provisioned=False, active=False, changed=now))
+            return
+        external_id, name = user.get("externalId", ""), user_name.key(user["userName"])
+        known = known or session.former_employee(external_id, name)
+        manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
+        self._save_employee(session, known, EmployeeRow(
+            known.id if known else 0, user_id, True, external_id, name, user.get("active", True),
+            manager, now, employee_record(self._recipe, user)))
+
+    def _save_employee(self, session: Session, before: EmployeeRow | None,
+                       after: EmployeeRow) -> None:
+        """Store an employee that changed, and note what did."""
+        def content(row: EmployeeRow | None) -> Resource:
+            own = row and {"active": row.active, "external_id": row.external_id,
+                           "user_id": row.user_id, "manager": row.manager_id}
+            return {**row.record, **own} if row and own else {}
+        old, new = content(before), content(after)
+        if before and old == new and before.provisioned == after.provisioned:
+            return
+        id = session.save_employee(after)
+        names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
+        if names:
+            self._log(session, f"employee.{change_verb(old, new)}", str(id), attributes=names)
+
+    def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
+             attributes: Sequence[str] = ()) -> None:
+        """Append to the change feed, a row for each member, and forget the oldest."""
+        now = self.clock()
+        session.log(Change(0, time_text(now), kind, id, member, self.token, list(attributes))
+                    for member in members)
+        session.forget_changes(self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
 
@@ -2001,11 +2401,15 @@ class Directory:
               after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
         self._check_unique(session, resource_type, row, after)
-        balance, changed = self._link(session, resource_type, row.seq, before, after)
+        balance, changed = self._link(session, resource_type, row.id, row.seq, before, after)
         body = stored(after)
         if body == row.body and not changed:
             return row
-        return self._touch(session, resource_type, row, body, row.member_count + balance)
+        saved = self._touch(session, resource_type, row, body, row.member_count + balance)
+        if body != row.body:
+            self._record(session, resource_type, row.id, revived(resource_type, row),
+                         revived(resource_type, saved))
+        return saved
 
     def _touch(self, session: Session, resource_type: ResourceType, row: Row, body: Resource,
                member_count: int) -> Row:
@@ -2016,7 +2420,7 @@ class Directory:
                        index_entries(resource_type.root, revived(resource_type, changed)))
         return changed
 
-    def _link(self, session: Session, resource_type: ResourceType, group_seq: int,
+    def _link(self, session: Session, resource_type: ResourceType, id: str, group_seq: int,
               before: Resource, after: Resource) -> tuple[int, bool]:
         """Store the differences in membership; return by how many it grew and if it changed."""
         if not (members := resource_type.root.sub_attribute("members")):
@@ -2028,7 +2432,10 @@ class Directory:
                    if id in old and member.get("display") != old[id].get("display")]
         removed = session.unlink(group_seq, old.keys() - new.keys())
         added = session.link(group_seq, gained + renamed, members.by_name["display"])
-        return added - removed, bool(added or removed or renamed)
+        for kind, ids in (("member.removed", removed), ("member.added", added)):
+            if ids:
+                self._log(session, kind, id, ids)
+        return len(added) - len(removed), bool(added or removed or renamed)
 
     def _adopt_custom_fields(self) -> None:
         """Fit what is stored to the custom fields that are configured now.
@@ -2048,7 +2455,16 @@ class Directory:
                 changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
                 session.update(changed, index_entries(old_type.root, revived(old_type, row)),
                                index_entries(resource_type.root, revived(resource_type, changed)))
+                self._employ(session, row.id, revived(resource_type, changed))
             session.set_setting("custom_fields", dump(fields))
+
+    def _adopt_users(self) -> None:
+        """Make the employees of users that an older version stored without them."""
+        with self.store.writing() as session:
+            if not session.setting("employees"):
+                for row in session.page({"User": EVERYTHING}, None, Window(-1)):
+                    self._employ(session, row[1].id, revived(self.resource_types["User"], row[1]))
+                session.set_setting("employees", "made")
 
     def _facilio(self, resource_type: ResourceType) -> Attribute:
         return resource_type.root.by_name[FACILIO.lower()]
@@ -2074,6 +2490,28 @@ def time_text(instant: datetime) -> str:
     return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+def change_verb(before: Resource, after: Resource) -> str:
+    """Return what happened to a resource or employee that was one thing and is another."""
+    if not before or not after:
+        return "deleted" if before else "created"
+    was, now = before.get("active"), after.get("active")
+    if was == now or was is None or now is None:
+        return "updated"
+    return "reactivated" if now else "deactivated"
+
+
+def changed_names(attribute: Attribute, before: Resource, after: Resource) -> list[str]:
+    """Return the paths of the attributes that differ; those of an extension one by one."""
+    names = []
+    for sub in attribute.sub_attributes:
+        old, new = before.get(sub.name), after.get(sub.name)
+        if old == new or sub.mutability != "readWrite" or sub.linked:
+            continue
+        inner = changed_names(sub, old or {}, new or {}) if ":" in sub.name else [sub.path]
+        names += inner
+    return names
+
+
 def stored(resource: Resource) -> Resource:
     """Return the part of a resource that is kept in its row's body."""
     computed = ("schemas", "id", "meta", "groups", "members")
@@ -2091,7 +2529,7 @@ def revived(resource_type: ResourceType, row: Row) -> Resource:
 #
 # A JSON file of tenants, tokens and custom fields becomes frozen data. Every
 # mistake of a file is found in one go and named by its JSON path.
-# Uses chapters 1 and 2. Knows nothing of HTTP or SQL.
+# Uses chapters 1, 2 and 8. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)     # it names a file
@@ -2139,6 +2577,8 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8080
     data_dir: str = "scim-data"
+    keep_changes: int = KEEP_CHANGES
+    keep_days: int = KEEP_DAYS
 
 
 def digest(secret: str) -> str:
@@ -2174,14 +2614,17 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
 def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
-    found = reader.members("", document, {"listen", "data_dir", "tenants"}, {"tenants"})
+    found = reader.members("", document, {"listen", "data_dir", "tenants", "changes"}, {"tenants"})
     host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
     data_dir = reader.text("data_dir", found.get("data_dir", "scim-data"))
     tenants = [reader.tenant(path, item)
                for path, item in reader.items("tenants", found.get("tenants", []), least=1)]
+    changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
+    keep = reader.number("changes.keep", changes.get("keep", KEEP_CHANGES))
+    days = reader.number("changes.days", changes.get("days", KEEP_DAYS))
     if reader.problems:
         raise ConfigError(reader.problems)
-    return Config(tuple(tenants), host, port, data_dir)
+    return Config(tuple(tenants), host, port, data_dir, keep, days)
 
 
 class ConfigReader:
@@ -2228,6 +2671,13 @@ class ConfigReader:
             return value
         self.wrong(path, f"expected {expected}, got {shown(value)}")
         return ""
+
+    def number(self, path: str, value: Json) -> int:
+        """Return a whole number from 1 to 100 million."""
+        if type(value) is int and 0 < value <= 10 ** 8:
+            return value
+        self.wrong(path, f"expected a whole number of 1 or more, got {shown(value)}")
+        return 1
 
     def address(self, path: str, value: Json) -> tuple[str, int]:
         """Return host and port."""
@@ -2322,7 +2772,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer; its body stays JSON until the edge makes bytes of it, None is no body."""
+    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it.
+
+    None is no body. It goes out as application/scim+json unless headers has a Content-Type.
+    """
 
     status: int
     body: Json = None
@@ -2891,6 +3344,50 @@ def run_bulk(call: Call) -> Response:
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
+# -- Employees and changes: beside SCIM ----------------------------------------------
+
+
+def list_employees(call: Call) -> Response:
+    """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
+    active = call.parameters.get("active", "").lower()
+    if active not in ("", "true", "false"):
+        raise ScimError(400, "invalidValue", f"active: expected true or false, got {shown(active)}")
+    count = max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    found = list(islice(call.directory.employees(
+        active == "true" if active else None, call.parameters.get("changed_since", ""),
+        call.integer("id", 0) or None, call.integer("cursor", 0)), count + 1))
+    headers, cursor = {}, {}
+    if len(found) > count:
+        found.pop()
+        query = urlencode({**call.parameters, "cursor": found[-1].id})
+        headers["Link"] = f"<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel=\"next\""
+        cursor = {"nextCursor": str(found[-1].id)}
+    if "text/csv" in call.request.headers.get("accept", ""):
+        lines = employee_csv(employee_table(found, call.directory.link_names))
+        return Response(200, "".join(lines), {"Content-Type": "text/csv; charset=utf-8", **headers})
+    return Response(200, {"employees": [asdict(employee) for employee in found], **cursor},
+                    {"Content-Type": "application/json", **headers})
+
+
+def get_employee(call: Call) -> Response:
+    """Answer GET /employees/{id}."""
+    id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
+    if not (found := next(call.directory.employees(id=id), None)):
+        raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
+    return Response(200, asdict(found), {"Content-Type": "application/json"})
+
+
+def list_changes(call: Call) -> Response:
+    """Answer GET /changes: what came behind a number; waits for it where nothing has."""
+    after = call.integer("after", 0)
+    wait = max(0, min(call.integer("wait", 0), MAX_WAIT))
+    count = max(1, min(call.integer("count", MAX_COUNT), MAX_COUNT))
+    found = call.directory.changes(after, wait, count)
+    return Response(200, {"changes": [asdict(change) for change in found],
+                          "after": found[-1].seq if found else after},
+                    {"Content-Type": "application/json"})
+
+
 Operate = Callable[[Call], Response]
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
@@ -2909,6 +3406,9 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("PUT", ("{type}", "{id}"), replace_resource),
     ("PATCH", ("{type}", "{id}"), patch_resource),
     ("DELETE", ("{type}", "{id}"), delete_resource),
+    ("GET", ("/", "employees"), list_employees),           # "/" is outside of BASE_PATH
+    ("GET", ("/", "employees", "{id}"), get_employee),
+    ("GET", ("/", "changes"), list_changes),
 )
 
 
@@ -2942,10 +3442,12 @@ class Application:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
         try:
             segments = [unquote(part) for part in request.path.split("/") if part]
-            if f"/{'/'.join(segments[:2])}" != BASE_PATH:
+            if f"/{'/'.join(segments[:2])}" == BASE_PATH:
+                del segments[:2]
+            elif not find_operations(segments := ["/", *segments], ()):
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
             directory = self._authenticate(request.headers.get("authorization", ""))
-            return self._dispatch(request, directory, segments[2:])
+            return self._dispatch(request, directory, segments)
         except ScimError as error:
             return error_response(error)
         except sqlite3.OperationalError as error:
@@ -2964,11 +3466,16 @@ class Application:
         scheme, _, secret = authorization.strip().partition(" ")
         token, directory = self._tokens.get(digest(secret.strip()), (None, None))
         expired = token and token.expires and token.expires <= self._clock()
-        if scheme.lower() != "bearer" or not directory or expired:
+        if scheme.lower() != "bearer" or not token or not directory or expired:
             raise ScimError(401, "", "the bearer token is missing, unknown or expired; "
                                      "check the Secret Token of the enterprise application",
                             {"WWW-Authenticate": 'Bearer realm="scim"'})
-        return directory
+        return directory.acting(token.name)
+
+    def interrupt(self) -> None:
+        """End all long polls, for good."""
+        for directory in self.directories.values():
+            directory.store.interrupt()
 
     def _dispatch(self, request: Request, directory: Directory, segments: list[str]) -> Response:
         types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
@@ -3176,12 +3683,13 @@ class Handler(BaseHTTPRequestHandler):
         return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
 
     def _write(self, response: Response, method: str) -> None:
-        body = b"" if response.body is None else json.dumps(
-            response.body, ensure_ascii=False, separators=(",", ":")).encode()
+        text = response.body if isinstance(response.body, str) else json.dumps(
+            response.body, ensure_ascii=False, separators=(",", ":"))
+        body = b"" if response.body is None else text.encode()
         lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
                  f"Date: {self.date_time_string()}",
                  *(f"{name}: {value}" for name, value in response.headers.items())]
-        if response.body is not None:
+        if response.body is not None and "Content-Type" not in response.headers:
             lines.append("Content-Type: application/scim+json")
         if response.status != 204:                       # RFC 9110 §8.6: never with a 204
             lines.append(f"Content-Length: {len(body)}")
@@ -3239,6 +3747,7 @@ class ScimServer(ThreadingHTTPServer):
     def stop(self) -> None:
         """Accept nothing more, wait for the requests in flight, close all connections."""
         self.stopping.set()
+        self.application.interrupt()
         self.shutdown()
         with self._changed:
             for handler in self._connections:
@@ -3252,7 +3761,7 @@ class ScimServer(ThreadingHTTPServer):
 # ----------------------------------------------------------------------------
 # 13. Command line
 #
-# serve (the default), token, check. What a person must mend is one line on
+# serve (the default), token, check, employees, changes. What a person must mend is one line on
 # standard error and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
@@ -3271,7 +3780,8 @@ def open_directories(config: Config) -> dict[Tenant, Directory]:
         path = config.data_dir
         if path != ":memory:":
             path = os.path.join(path, f"{tenant.name.lower()}.sqlite3")
-        found[tenant] = Directory(Store(path), resource_types(tenant.custom_fields))
+        found[tenant] = Directory(Store(path), resource_types(tenant.custom_fields),
+                                  keep=config.keep_changes, keep_days=config.keep_days)
     return found
 
 
@@ -3284,7 +3794,18 @@ def chosen_file(options: argparse.Namespace) -> str:
 def chosen_config(options: argparse.Namespace) -> Config:
     """Return the configuration that the command line means; ConfigError."""
     file = chosen_file(options)
-    return load_config(file) if file else parse_config(DEMO)
+    config = load_config(file) if file else parse_config(DEMO)
+    return replace(config, data_dir=options.data_dir) if options.data_dir else config
+
+
+def chosen_directory(options: argparse.Namespace) -> Directory:
+    """Return the directory of --tenant, beside the server that may be at work on it."""
+    config = chosen_config(options)
+    chosen = [tenant for tenant in config.tenants if tenant.name == options.tenant]
+    if not chosen:
+        raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are "
+                         f"{', '.join(tenant.name for tenant in config.tenants)}")
+    return open_directories(replace(config, tenants=tuple(chosen)))[chosen[0]]
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -3292,8 +3813,6 @@ def serve(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     if options.listen:
         config = replace(config, **listen_option(options.listen))
-    if options.data_dir:
-        config = replace(config, data_dir=options.data_dir)
     application = Application(open_directories(config))
     try:
         server = ScimServer(application, config.host, config.port)
@@ -3354,6 +3873,38 @@ def check(options: argparse.Namespace) -> int:
     return 0
 
 
+def show_employees(options: argparse.Namespace) -> int:
+    """Print a tenant's employees; return the exit status."""
+    directory = chosen_directory(options)
+    active = None if options.active is None else options.active == "true"
+    found = directory.employees(active, options.changed_since, options.id)
+    if options.format == "json":
+        for employee in found:
+            print(json.dumps(asdict(employee), ensure_ascii=False))
+    elif options.format == "csv":
+        for line in employee_csv(employee_table(found, directory.link_names)):
+            print(line, end="")
+    else:
+        table = list(employee_table(found, directory.link_names))
+        shown_columns = [n for n in range(len(table[0])) if any(row[n] for row in table[1:])]
+        widths = [max(len(row[n]) for row in table) for n in shown_columns]
+        for row in table:
+            print("  ".join(row[n].ljust(width)
+                            for n, width in zip(shown_columns, widths, strict=True)).rstrip())
+    return 0
+
+
+def show_changes(options: argparse.Namespace) -> int:
+    """Print a tenant's changes, a line of JSON each; return the exit status."""
+    directory, after = chosen_directory(options), options.after
+    with suppress(KeyboardInterrupt):
+        while (found := directory.changes(after, MAX_WAIT * options.follow)) or options.follow:
+            for change in found:
+                after = change.seq
+                print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
+    return 0
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
@@ -3365,7 +3916,23 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     checker = commands.add_parser("check", help="validate a configuration, list the custom fields' "
                                                 "names for Entra ID")
     checker.set_defaults(run=check)
-    for command, default in ((parser, None), (checker, argparse.SUPPRESS)):
+    people = commands.add_parser("employees", help="print a tenant's employees")
+    people.add_argument("--format", choices=("table", "csv", "json"), default="table")
+    people.add_argument("--active", choices=("true", "false"), help="only those who are, or are not")
+    people.add_argument("--changed-since", default="", metavar="TIME", help="a time such as "
+                                                                            "2026-11-24T08:00:00Z")
+    people.add_argument("--id", type=int, help="only this one")
+    people.set_defaults(run=show_employees)
+    feed = commands.add_parser("changes", help="print a tenant's changes, a line of JSON each")
+    feed.add_argument("--after", type=int, default=0, metavar="SEQ", help="only those behind this one")
+    feed.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
+    feed.set_defaults(run=show_changes)
+    for command in (people, feed):
+        command.add_argument("--tenant", required=True, metavar="NAME")
+        command.add_argument("--data-dir", default=argparse.SUPPRESS, metavar="DIR",
+                             help="where the tenants' files are")
+    for command, default in ((parser, None), *((command, argparse.SUPPRESS)
+                                               for command in (checker, people, feed))):
         command.add_argument("--config", metavar="FILE", default=default,
                              help="configuration (default: sample_config.json beside this file, "
                                   "else a built-in demo tenant)")
@@ -3381,7 +3948,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_options(arguments)
     try:
         return options.run(options)     # type: ignore[no-any-return]
-    except StoreError as error:
+    except (StoreError, ScimError) as error:
         print(f"scim_server: {error}", file=sys.stderr)
     except ConfigError as error:
         prefix = f"scim_server: {chosen_file(options)}: "

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import csv
+import io
 import json
 import os
+import queue
 import random
 import re
 import signal
@@ -16,6 +19,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -550,9 +554,6 @@ def test_a_custom_field_that_is_taken_away_hides_its_values_until_it_is_back(
         assert scim.names(f"{FAC}:locker_no eq 4") == ["ada"]
 
 
-# -- 7. Employees ----------------------------------------------------------------
-
-
 # -- 8. Directory: what identity providers send ------------------------------------
 
 TOMAS = {
@@ -793,6 +794,246 @@ def test_what_is_published_suits_the_validators(scim: Scim) -> None:
                               "maxPayloadSize": 10485760}
     assert config["authenticationSchemes"][0]["type"] == "oauthbearertoken"
     assert config["pagination"]["cursor"] is True
+
+
+# -- 7. Employees, made by what identity providers send ---------------------------
+
+
+def beside(scim: Scim, path: str, accept: str = "application/json") -> requests.Response:
+    """Return the answer to a GET of a path beside /scim/v2."""
+    return scim.session.get(scim.url.removesuffix("/scim/v2") + path, headers={"Accept": accept})
+
+
+def employees(scim: Scim, query: str = "") -> Any:
+    """Return the employees of a tenant, read by HTTP."""
+    answer = beside(scim, f"/employees{query}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()["employees"]
+
+
+def test_entras_cycle_makes_an_employee_that_is_read_three_ways(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
+    with serving(tmp_path / "data") as server:
+        scim = Scim(server.url, "acme-secret")
+        boss = scim.user("boss@bw.example")["id"]
+        id = scim.create("/Users", **TOMAS)["id"]
+        scim.patch(f"/Users/{id}", *filled(SPEAKS_DEFAULT["update"], boss=boss))
+        [tomas] = employees(scim, "?id=2")
+        assert tomas["custom_fields"] == {"union_code": "U9", "locker_no": 318, "night_shift": True}
+        assert {name: tomas[name] for name in ("name", "email", "phone", "mobile", "designation")} \
+            == {"name": "Tomas Wirth", "email": "tw@bw.example", "phone": "0615550188",
+                "mobile": "079", "designation": "Chief"}
+        assert (tomas["employeeNumber"], tomas["department"], tomas["manager"]) == (
+            "004417", "Lifts", 1)
+        assert (tomas["user_id"], tomas["external_id"]) == (id, TOMAS["externalId"])
+        directory = server.application.directories[next(iter(server.application.directories))]
+        assert [asdict(one) for one in directory.employees()] == employees(scim)
+        for form in ("json", "csv", "table"):
+            printed = command("employees", "--tenant", "acme", "--config", str(file), "--format",
+                              form, "--id", "2").stdout
+            assert "Tomas Wirth" in printed and "318" in printed and "Chief" in printed
+            if form == "json":
+                assert json.loads(printed) == tomas
+            if form == "csv":
+                text = beside(scim, "/employees?id=2", "text/csv").text
+                assert text.replace("\r\n", "\n") == printed
+        scim.patch(f"/Users/{id}", *SPEAKS_DEFAULT["disable"])
+        assert [one["id"] for one in employees(scim, "?active=false")] == [2]
+        scim.call("DELETE", f"/Users/{id}")
+        assert [one["active"] for one in employees(scim)] == [True, False]
+        scim.create("/Users", **{**TOMAS, "userName": "other@bw.example"})
+        [again] = employees(scim, "?id=2")
+        assert again["active"] and again["user_id"] != id and len(employees(scim)) == 2
+
+
+def test_a_person_comes_back_by_external_id_or_else_by_user_name(scim: Scim) -> None:
+    for first, second, same in [
+            ({"userName": "a", "externalId": "1"}, {"userName": "b", "externalId": "1"}, True),
+            ({"userName": "c", "externalId": "2"}, {"userName": "C"}, True),
+            ({"userName": "d"}, {"userName": "D", "externalId": "4"}, True),
+            ({"userName": "e", "externalId": "5"}, {"userName": "f", "externalId": "6"}, False)]:
+        before = len(employees(scim))
+        scim.call("DELETE", f"/Users/{scim.create('/Users', **first)['id']}")
+        scim.call("DELETE", f"/Users/{scim.create('/Users', **second)['id']}")
+        assert len(employees(scim)) == before + (1 if same else 2)
+
+
+def test_an_employee_is_never_lost_and_never_doubled() -> None:
+    chance = random.Random(SEED)
+    for _ in range(12):
+        store = scim_server.Store(":memory:")
+        directory = scim_server.Directory(store, TYPES)
+        users: dict[str, str] = {}                     # SCIM ids to people
+        everybody: dict[str, int] = {}                 # people to employee ids
+        for _ in range(40):
+            person = chance.choice("abcde")
+            if person not in users.values():
+                body = {"userName": person, "externalId": f"o-{person}", "active":
+                        chance.random() < 0.8}
+                users[directory.create(USER_TYPE, body)["id"]] = person
+            else:
+                id = next(id for id, name in users.items() if name == person)
+                if chance.random() < 0.4:
+                    directory.delete(USER_TYPE, id)
+                    del users[id]
+                else:
+                    change = put("active", chance.random() < 0.5)
+                    directory.patch(USER_TYPE, id, {"Operations": [change]})
+            rows = list(directory.employees())
+            for row in rows:
+                assert everybody.setdefault(row.external_id, row.id) == row.id, SEED
+                here = users.get(row.user_id)
+                assert row.active == (here is not None and directory.read(
+                    USER_TYPE, row.user_id)["active"]), SEED
+            assert len(rows) == len(everybody) == len({row.id for row in rows}), SEED
+        store.close()
+
+
+def test_employees_are_filtered_and_paged(scim: Scim) -> None:
+    for number in range(5):
+        scim.user(f"u{number}", active=number % 2 == 0)
+    assert [one["name"] for one in employees(scim, "?active=true")] == ["u0", "u2", "u4"]
+    page = beside(scim, "/employees?count=2&active=true")
+    assert page.json()["nextCursor"] == "3" and "cursor=3" in page.links["next"]["url"]
+    rest = scim.session.get(page.links["next"]["url"]).json()
+    assert [one["name"] for one in rest["employees"]] == ["u4"] and "nextCursor" not in rest
+    since = employees(scim)[3]["changed"]
+    assert [one["name"] for one in employees(scim, f"?changed_since={since}")][-2:] == ["u3", "u4"]
+    assert employees(scim, "?changed_since=2999-01-01T00:00:00Z") == []
+    for query in ("active=perhaps", "changed_since=today", "count=x", "cursor=x", "id=x"):
+        assert_error(beside(scim, f"/employees?{query}"), 400, "invalidValue", query.split("=")[0])
+    assert beside(scim, "/employees/3").json()["name"] == "u2"
+    for id in ("0", "99", "x", "9" * 30):
+        assert_error(beside(scim, f"/employees/{id}"), 404)
+    assert requests.get(page.url).status_code == 401
+
+
+def test_csv_has_the_custom_fields_as_columns_and_runs_no_formula(scim: Scim) -> None:
+    scim.user("ada", displayName="=1+1", title='a "b", c\nd', nickName="x",
+              phoneNumbers=[{"type": "work", "value": "+41 61"}], **{FAC: {"locker_no": -7}})
+    text = beside(scim, "/employees", "text/csv").text
+    header, row = csv.reader(io.StringIO(text, newline=""))
+    found = dict(zip(header, row, strict=True))
+    assert header[-3:] == ["union_code", "locker_no", "night_shift"]
+    assert found["name"] == "'=1+1" and found["phone"] == "'+41 61"
+    assert found["designation"] == 'a "b", c\nd'
+    assert (found["locker_no"], found["active"], found["manager"]) == ("-7", "true", "")
+    assert text.endswith("\r\n")
+
+
+def changes(scim: Scim, query: str = "after=0") -> Any:
+    """Return the changes of a tenant, read by HTTP."""
+    answer = beside(scim, f"/changes?{query}")
+    assert answer.status_code == 200, answer.text
+    return answer.json()["changes"]
+
+
+def test_each_change_is_a_row_of_the_feed_in_commit_order(scim: Scim) -> None:
+    ada = scim.user("ada", title="Engineer")["id"]
+    crew = scim.group("Crew", ada)["id"]
+    scim.patch(f"/Users/{ada}", put("title", "Chief"), add(f"{FAC}:locker_no", 4))
+    scim.patch(f"/Users/{ada}", put("title", "Chief"))                    # changes nothing
+    assert_error(scim.try_patch(f"/Users/{ada}", put("title", "x"), put("id", "x")), 400,
+                 "mutability")
+    scim.patch(f"/Users/{ada}", put("active", False))
+    scim.patch(f"/Users/{ada}", put("active", True))
+    scim.patch(f"/Groups/{crew}", put("displayName", "Crew 2"))
+    scim.call("DELETE", f"/Users/{ada}")
+    scim.call("DELETE", f"/Groups/{crew}")
+    rows = changes(scim)
+    assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+    assert {row["token"] for row in rows} == {"entra"}
+    assert [(row["kind"], row["id"], row["member"]) for row in rows] == [
+        ("user.created", ada, ""), ("employee.created", "1", ""),
+        ("member.added", crew, ada), ("group.created", crew, ""),
+        ("user.updated", ada, ""), ("employee.updated", "1", ""),
+        ("user.deactivated", ada, ""), ("employee.deactivated", "1", ""),
+        ("user.reactivated", ada, ""), ("employee.reactivated", "1", ""),
+        ("group.updated", crew, ""), ("member.removed", crew, ada),
+        ("user.deleted", ada, ""), ("employee.deactivated", "1", ""), ("group.deleted", crew, "")]
+    assert rows[4]["attributes"] == ["title", f"{FAC}:locker_no"]
+    assert rows[5]["attributes"] == ["designation", "custom_fields"]
+    assert changes(scim, "after=13&count=1") == [rows[13]]
+
+
+def test_a_reader_that_waits_is_woken_by_a_write_or_by_the_end(
+        server: scim_server.ScimServer, scim: Scim) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        waiting = pool.submit(changes, scim, "after=0&wait=60")
+        Scim(server.url, "acme-secret").user("ada")
+        assert waiting.result()[0]["kind"] == "user.created"
+        endless = pool.submit(changes, scim, "after=2&wait=60")
+        while not any(not handler.idle for handler in list(server._connections)):
+            pass
+        server.application.interrupt()
+        assert endless.result() == []
+
+
+def test_changes_of_another_process_are_seen_and_callbacks_harm_nobody(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    stores = [scim_server.Store(tmp_path / "a.sqlite3") for _ in range(2)]
+    reader, writer = (scim_server.Directory(store, TYPES) for store in stores)
+    seen: queue.Queue[scim_server.Change] = queue.Queue()
+
+    def callback(change: scim_server.Change) -> None:
+        seen.put(change)
+        raise ValueError("somebody else's mistake")
+
+    follower = reader.on_change(callback)
+    writer.acting("okta").create(USER_TYPE, {"userName": "ada"})
+    found = [seen.get(timeout=20), seen.get(timeout=20)]
+    assert [one.kind for one in found] == ["user.created", "employee.created"]
+    assert found[0].token == "okta"
+    stores[0].interrupt()
+    follower.join(20)
+    assert "somebody else's mistake" in capsys.readouterr().err
+    for store in stores:
+        store.close()
+
+
+def test_a_reader_of_forgotten_changes_is_told_where_to_start_again(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "changes": {"keep": 6}}) as server:
+        scim = Scim(server.url, "acme-secret")
+        for number in range(5):
+            scim.user(f"u{number}")
+        assert_error(beside(scim, "/changes?after=0"), 410, "", "after=10")
+        assert_error(beside(scim, "/changes?after=11"), 410, "", "after=10")
+        assert [row["seq"] for row in changes(scim, "after=4")] == [5, 6, 7, 8, 9, 10]
+    store = scim_server.Store(":memory:")
+    now = scim_server.utc_now()
+    directory = scim_server.Directory(store, TYPES, clock=lambda: now, keep_days=7)
+    directory.create(USER_TYPE, {"userName": "old"})
+    directory.clock = lambda: now + timedelta(days=8)
+    directory.create(USER_TYPE, {"userName": "new"})
+    assert [one.seq for one in directory.changes(after=2)] == [3, 4]
+    store.close()
+
+
+def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
+    path = tmp_path / "acme.sqlite3"
+    store = scim_server.Store(path)
+    scim_server.Directory(store, TYPES).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
+    store.close()
+    with sqlite3.connect(path) as connection:              # as the first version made it
+        connection.executescript("DROP TABLE employee; DROP TABLE change; PRAGMA user_version = 1;"
+                                 "DELETE FROM setting WHERE name = 'employees'")
+    store = scim_server.Store(path)
+    [ada] = scim_server.Directory(store, TYPES).employees()
+    assert (ada.id, ada.designation) == (1, "Engineer")
+    store.close()
+
+
+def test_changes_are_printed_a_line_each(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        Scim(server.url, "acme-secret").user("ada")
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "."}))
+    printed = command("changes", "--tenant", "acme", "--config", str(file), "--after", "1")
+    assert [json.loads(line)["kind"] for line in printed.stdout.splitlines()] == ["employee.created"]
+    for arguments in (["--tenant", "nobody"], ["--tenant", "acme", "--after", "9"]):
+        ended = command("changes", "--config", str(file), *arguments)
+        assert ended.returncode == 2 and len(ended.stderr.splitlines()) == 1
 
 
 # -- 9. Configuration --------------------------------------------------------------
@@ -1454,6 +1695,9 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
         for id, title in acknowledged.items():
             found = scim.get(f"/Users/{id}").get("title", "")
             assert found == title or (not title and found.startswith("t"))
+        rows = changes(scim, "after=0&count=1000")
+        assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
+        assert {row["id"] for row in rows if row["kind"] == "user.created"} >= acknowledged.keys()
 
 
 # -- Properties: random people against a second reading of the RFCs ------------------
@@ -1937,6 +2181,22 @@ def test_an_example_of_the_readme_runs(tmp_path: Path, example: str) -> None:
     assert ended.returncode == 0, ended.stderr
     for expected in re.findall(r"print\(.*# (\w+)$", example, re.MULTILINE):
         assert expected in ended.stdout
+
+
+def test_the_commands_of_the_readme_show_employees_and_changes(tmp_path: Path) -> None:
+    for name in ("scim_server.py", "sample_config.json"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    with process(file=tmp_path / "scim_server.py") as (_, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        scim.user("ada", title="Engineer", **{FAC: {"costcode": "C7"}})
+        for line in "\n".join(blocks("sh")).splitlines():
+            if match := re.match(r"python3 scim_server.py (employees|changes) (.*)", line):
+                arguments = match[2].replace("--follow", "").split()
+                ended = command(match[1], *arguments, file=tmp_path / "scim_server.py")
+                assert ended.returncode == 0 and "2" in ended.stdout, ended
+            if match := re.match(r'curl .*"Authorization.*8080(/(?:employees|changes)\S*)"', line):
+                accept = "text/csv" if "text/csv" in line else "*/*"
+                assert beside(scim, match[1].replace("wait=30", "wait=0"), accept).status_code == 200
 
 
 def test_the_configuration_of_the_readme_is_one() -> None:
