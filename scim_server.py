@@ -9,7 +9,7 @@ Run it        python scim_server.py                       serves sample_config.j
               python scim_server.py check --config FILE   explains a configuration
               python scim_server.py employees --tenant acme   (and changes) shows what the sync did
 Embed it      config = load_config("config.json")
-              server = ScimServer(Application(open_directories(config)), "127.0.0.1", 0)
+              server = ScimServer(Application(open_directories(config)), config)
               threading.Thread(target=server.serve_forever).start(); print(server.url)
 Test with it  directory = Directory(Store(":memory:"), resource_types(()))
               user = directory.create(directory.resource_types["User"], {"userName": "ada"})
@@ -51,30 +51,33 @@ import csv
 import hashlib
 import hmac
 import io
+import ipaddress
+import itertools
 import json
 import operator
 import os
+import queue
 import re
 import secrets
 import signal
 import socket
 import sqlite3
+import ssl
 import sys
 import threading
 import time
 import traceback
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from functools import partial
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
 # ----------------------------------------------------------------------------
@@ -101,6 +104,9 @@ MAX_COUNT = 1_000                 # and at the most
 MAX_ANSWERED_MEMBERS = 1_000      # a PATCH of a larger group answers 204: it costs what it changes
 MAX_FILTER_LENGTH = 8 * 1024      # characters
 MAX_FILTER_DEPTH = 50
+MAX_TEXT = 64 * 1024              # characters of a value
+MAX_VALUES = 1_000                # of an attribute; members are bounded by the body alone
+MAX_DEPTH = 50                    # of objects and lists in a body
 MAX_BODY = 2 * 1024 * 1024        # octets
 MAX_BULK_BODY = 10 * 1024 * 1024
 MAX_BULK_OPERATIONS = 1_000
@@ -243,6 +249,9 @@ class Attribute:
                 raise ScimError(400, "invalidValue", f"{self.path}: {shown(value)} is beyond the "
                                                      "64 bits of an Integer")
         elif isinstance(value, str) and self.type != "complex":
+            if len(value) > MAX_TEXT:
+                raise ScimError(400, "invalidValue", f"{self.path}: the text has {len(value)} "
+                                                     f"characters, more than {MAX_TEXT}")
             if self.type != "dateTime":
                 return value
             try:
@@ -955,6 +964,8 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
         if sub.linked:
             for item in value.get(sub.name, ()):
                 require(sub, item)
+        elif sub.multi_valued and len(value.get(sub.name, ())) > MAX_VALUES:
+            raise ScimError(400, "invalidValue", f"{sub.path}: more than {MAX_VALUES} values")
 
 
 def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resource:
@@ -1406,6 +1417,8 @@ LINKED_ENTRIES = {
                       "FROM member JOIN value ON value.seq = group_seq AND path = 'displayname'",
 }
 
+BUSY_SECONDS = 5                  # how long a write waits for that of another process
+READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
 Sql = tuple[str, list[Any]]          # a condition and its parameters, in order
@@ -1474,6 +1487,19 @@ def after_prefix(prefix: str) -> str:
 
 class StoreError(Exception):
     """A tenant's file cannot be used; the text says why and what to do."""
+
+
+def damaged(path: str, finding: str) -> StoreError:
+    """Return the error of a file that SQLite cannot trust."""
+    return StoreError(f"{path}: damaged ({finding}); put a backup in its place: "
+                      "python scim_server.py restore --tenant NAME FILE")
+
+
+def storage_error(error: sqlite3.Error) -> ScimError:
+    """Return the answer to a failure of the disk or the file, after which nothing was written."""
+    full = "full" in str(error)
+    return ScimError(507 if full else 503, "", f"the tenant's database failed: {error}; "
+                     "nothing was changed, the request may be repeated", {"Retry-After": "5"})
 
 
 @dataclass(frozen=True)
@@ -1833,33 +1859,47 @@ class Store:
         self._written = threading.Condition()
         self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
+        self._readers = threading.Semaphore(READERS)
         try:
             if self.path != ":memory:":
                 # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._writer = self._connect()
-            self._migrate()
-        except (OSError, sqlite3.Error) as error:
+            self._writer = self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise StoreError(f"{self.path}: cannot be used ({error})") from error
+            raise damaged(self.path, str(error)) from error
+        except OSError as error:
             raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
                              "choose a directory that this user may write to") from error
 
+    def _open(self) -> sqlite3.Connection:
+        """Return the connection that writes, on a file that is whole and of this version."""
+        wal = f"{self.path}-wal"
+        unclean = os.path.exists(wal) and os.path.getsize(wal) > 0    # a clean end leaves none
+        connection = self._connect()
+        if unclean and (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            raise damaged(self.path, found)
+        self._migrate(connection)
+        return connection
+
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=30, isolation_level=None,
+        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
                                      check_same_thread=False, cached_statements=256)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
-    def _migrate(self) -> None:
-        with self._transaction(self._writer, "BEGIN IMMEDIATE"):
-            version = self._writer.execute("PRAGMA user_version").fetchone()[0]
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        with self._transaction(connection, "BEGIN IMMEDIATE"):
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):
                 raise StoreError(f"{self.path}: written by a newer scim_server (format {version}, "
                                  f"this one knows {len(MIGRATIONS)}); run that version")
             for script in MIGRATIONS[version:]:
                 for statement in script.split(";"):
-                    self._writer.execute(statement)
-            self._writer.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+                    connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[Session]:
@@ -1905,12 +1945,39 @@ class Store:
             with self._writing, self._transaction(self._writer, "BEGIN") as session:
                 yield session
             return
-        connection = self._idle.pop() if self._idle else self._connect()
+        with self._readers:
+            connection = self._idle.pop() if self._idle else self._connect()
+            try:
+                with self._transaction(connection, "BEGIN") as session:
+                    yield session
+            finally:
+                self._idle.append(connection)
+
+    def backup(self, path: str) -> None:
+        """Write a copy of one commit to a new file, while others read and write; StoreError."""
         try:
-            with self._transaction(connection, "BEGIN") as session:
-                yield session
-        finally:
-            self._idle.append(connection)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            with closing(self._connect()) as source, closing(sqlite3.connect(path)) as copy_of_it:
+                source.backup(copy_of_it)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"{path}: cannot be written ({error}); "
+                             "name a new file for the backup") from error
+
+    def restore(self, path: str) -> None:
+        """Become what a backup holds, all or nothing; StoreError for a file that is none."""
+        # A backup may lie where nothing can be written, which SQLite believes when told.
+        mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
+        try:
+            with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?{mode}", uri=True,
+                                         isolation_level=None)) as source, self._writing:
+                if (found := source.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise damaged(path, found)
+                if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
+                    raise StoreError(f"{path}: not a backup that this scim_server knows")
+                source.backup(self._writer)
+                self._migrate(self._writer)
+        except sqlite3.Error as error:
+            raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""
@@ -2100,6 +2167,7 @@ class Directory:
     parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
     for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
     keep is how many changes the feed holds, keep_days for how long; on_change is called with each.
+    Raises StoreError for a store that cannot be used.
     """
 
     def __init__(self, store: Store, types: Mapping[str, ResourceType],
@@ -2113,9 +2181,12 @@ class Directory:
         self.keep_days = keep_days
         self.token = ""
         self._recipe = employee_recipe(types["User"])
-        self.cursor_key = self._secret("cursor_key")
-        self._adopt_custom_fields()
-        self._adopt_users()
+        try:
+            self.cursor_key = self._secret("cursor_key")
+            self._adopt_custom_fields()
+            self._adopt_users()
+        except sqlite3.DatabaseError as error:
+            raise damaged(store.path, str(error)) from error
 
     def acting(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
@@ -2234,6 +2305,16 @@ class Directory:
             gone = revived(resource_type, row)
             session.delete(row, index_entries(resource_type.root, gone))
             self._record(session, resource_type, id, gone, {})
+
+    def note_use(self, token: str) -> None:
+        """Keep when a token was used last; once a minute is enough to know which one is idle."""
+        with self.store.writing() as session:
+            session.set_setting(f"used {token}", time_text(self.clock()))
+
+    def last_use(self, token: str) -> str:
+        """Return when a token was used last, as a dateTime; "" for never."""
+        with self.store.reading() as session:
+            return session.setting(f"used {token}")
 
     # -- Employees and changes --
 
@@ -2569,6 +2650,9 @@ class Tenant:
     custom_fields: tuple[CustomField, ...] = ()
 
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
 @dataclass(frozen=True)
 class Config:
     """What a server serves, and where."""
@@ -2577,6 +2661,11 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8080
     data_dir: str = "scim-data"
+    tls: tuple[str, str] | None = None             # the files of certificate and key
+    trusted_proxies: tuple[Network, ...] = ()      # whose Forwarded headers are believed
+    max_connections: int = 512
+    access_log: str = "text"                       # or json, or off
+    metrics_sha256: str = ""                       # of the token that reads /metrics from afar
     keep_changes: int = KEEP_CHANGES
     keep_days: int = KEEP_DAYS
 
@@ -2598,9 +2687,13 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config = parse_config(document)
+    folder = Path(path).resolve().parent
+    if config.tls:
+        certificate, key = config.tls
+        config = replace(config, tls=(str(folder / certificate), str(folder / key)))
     if config.data_dir == ":memory:":
         return config
-    return replace(config, data_dir=str(Path(path).resolve().parent / config.data_dir))
+    return replace(config, data_dir=str(folder / config.data_dir))
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -2614,17 +2707,28 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
 def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
-    found = reader.members("", document, {"listen", "data_dir", "tenants", "changes"}, {"tenants"})
+    found = reader.members("", document, {
+        "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections",
+        "access_log", "metrics_token"}, {"tenants"})
     host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
-    data_dir = reader.text("data_dir", found.get("data_dir", "scim-data"))
-    tenants = [reader.tenant(path, item)
-               for path, item in reader.items("tenants", found.get("tenants", []), least=1)]
     changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
-    keep = reader.number("changes.keep", changes.get("keep", KEEP_CHANGES))
-    days = reader.number("changes.days", changes.get("days", KEEP_DAYS))
+    config = Config(
+        tuple(reader.tenant(path, item)
+              for path, item in reader.items("tenants", found.get("tenants", []), least=1)),
+        host, port, reader.text("data_dir", found.get("data_dir", "scim-data")),
+        reader.tls("tls", found["tls"]) if "tls" in found else None,
+        tuple(reader.network(path, item) for path, item in reader.items(
+            "trusted_proxies", found.get("trusted_proxies", []))),
+        reader.number("max_connections", found.get("max_connections", 512)),
+        reader.text("access_log", found.get("access_log", "text"), re.compile("text|json|off"),
+                    "text, json or off"),
+        digest(reader.text("metrics_token", found["metrics_token"])) if "metrics_token" in found
+        else "",
+        reader.number("changes.keep", changes.get("keep", KEEP_CHANGES)),
+        reader.number("changes.days", changes.get("days", KEEP_DAYS)))
     if reader.problems:
         raise ConfigError(reader.problems)
-    return Config(tuple(tenants), host, port, data_dir, keep, days)
+    return config
 
 
 class ConfigReader:
@@ -2671,6 +2775,21 @@ class ConfigReader:
             return value
         self.wrong(path, f"expected {expected}, got {shown(value)}")
         return ""
+
+    def tls(self, path: str, value: Json) -> tuple[str, str]:
+        """Return the files of a certificate and its key."""
+        found = self.members(path, value, {"certificate", "key"}, {"certificate", "key"})
+        return (self.text(f"{path}.certificate", found.get("certificate", "-")),
+                self.text(f"{path}.key", found.get("key", "-")))
+
+    def network(self, path: str, value: Json) -> Network:
+        """Return the network of a proxy: an address, or addresses with a mask."""
+        try:
+            return ipaddress.ip_network(self.text(path, value))
+        except ValueError:
+            self.wrong(path, f"expected an address such as 10.0.0.1 or 10.0.0.0/8, "
+                             f"got {shown(value)}")
+            return ipaddress.ip_network("127.0.0.1")
 
     def number(self, path: str, value: Json) -> int:
         """Return a whole number from 1 to 100 million."""
@@ -2767,7 +2886,10 @@ class Request:
     query: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
     body: bytes | Json = b""           # Bulk hands in JSON that was read already
-    scheme: str = "http"
+    scheme: str = "http"               # and host: how the client named this server
+    host: str = "localhost"
+    client: str = ""                   # the address that it came from
+    id: str = "-"                      # for the logs
 
 
 @dataclass(frozen=True)
@@ -2780,6 +2902,8 @@ class Response:
     status: int
     body: Json = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    tenant: str = ""                   # for the logs: whose request it was, and for what route
+    route: str = ""
 
 
 @dataclass(frozen=True)
@@ -2831,17 +2955,35 @@ class Call:
 
 
 def parse_body(body: bytes | Json) -> Json:
-    """Return the JSON of a body; ScimError 400 invalidSyntax."""
+    """Return the JSON of a body; ScimError 400 invalidSyntax names the place of what is wrong."""
     if not isinstance(body, bytes):
         return body
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json)
-        if b"\\u" in body and any(map(unstorable, texts_in(value))):
-            raise ValueError("text with NUL or half a surrogate pair")
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json,
+                           object_pairs_hook=unique_names)
+        # Only a body with escapes or many brackets can hold what the walk looks for.
+        if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+            check_json(value, "", 0)
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
+
+
+def check_json(value: Json, path: str, depth: int) -> None:
+    """Raise ValueError for nesting beyond MAX_DEPTH and text that no UTF-8 database takes."""
+    if depth > MAX_DEPTH:
+        raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
+    if isinstance(value, str):
+        if unstorable(value):
+            raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            check_json(name, path, depth)
+            check_json(item, f"{path}.{name}" if path else name, depth + 1)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            check_json(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
@@ -3353,7 +3495,7 @@ def list_employees(call: Call) -> Response:
     if active not in ("", "true", "false"):
         raise ScimError(400, "invalidValue", f"active: expected true or false, got {shown(active)}")
     count = max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
-    found = list(islice(call.directory.employees(
+    found = list(itertools.islice(call.directory.employees(
         active == "true" if active else None, call.parameters.get("changed_since", ""),
         call.integer("id", 0) or None, call.integer("cursor", 0)), count + 1))
     headers, cursor = {}, {}
@@ -3412,8 +3554,9 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
 )
 
 
-def find_operations(segments: Sequence[str], endpoints: Container[str]) -> dict[str, Operate]:
-    """Return the operations at a path by method; the first pattern that fits is the one that counts."""
+def find_operations(segments: Sequence[str], endpoints: Container[str],
+                    ) -> tuple[dict[str, Operate], tuple[str, ...]]:
+    """Return the operations at a path by method, and the first pattern that fits, which counts."""
     methods: dict[str, Operate] = {}
     matched: tuple[str, ...] | None = None
     for method, pattern, operation in ROUTES:
@@ -3425,63 +3568,120 @@ def find_operations(segments: Sequence[str], endpoints: Container[str]) -> dict[
             methods[method] = operation
     if "GET" in methods:
         methods["HEAD"] = methods["GET"]
-    return methods
+    return methods, matched or ()
+
+
+class Metrics:
+    """Counts of what was answered, as Prometheus reads them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+
+    def add(self, method: str, response: Response, seconds: float) -> None:
+        """Count an answer."""
+        key = (response.tenant, method, response.route, response.status)
+        with self._lock:
+            count, total = self._counts.get(key, (0, 0.0))
+            self._counts[key] = (count + 1, total + seconds)
+
+    def text(self) -> str:
+        """Return all counts in the text format of Prometheus."""
+        lines = []
+        for number, (name, help) in enumerate((
+                ("scim_requests_total", "Requests answered"),
+                ("scim_request_seconds_total", "Seconds spent on them"))):
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
+            with self._lock:
+                counts = sorted(self._counts.items())
+            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
+                      f'status="{status}"}} {values[number]:g}'
+                      for (tenant, method, route, status), values in counts]
+        return "\n".join(lines) + "\n"
 
 
 class Application:
-    """All tenants behind one endpoint; the bearer token alone says which one is meant."""
+    """All tenants behind one endpoint; the bearer token alone says which one is meant.
 
-    def __init__(self, directories: Mapping[Tenant, Directory],
-                 clock: Callable[[], datetime] = utc_now) -> None:
-        self.directories = directories
+    A tenant whose file cannot be used has its StoreError in place of a directory: it is answered
+    503, the others are served. metrics_sha256 is the hash of a token for /metrics.
+    """
+
+    def __init__(self, directories: Mapping[Tenant, Directory | StoreError],
+                 clock: Callable[[], datetime] = utc_now, metrics_sha256: str = "") -> None:
+        self.metrics = Metrics()
         self._clock = clock
-        self._tokens = {token.sha256: (token, directory)
+        self._used: dict[str, datetime] = {}
+        self.serve(directories, metrics_sha256)
+
+    def serve(self, directories: Mapping[Tenant, Directory | StoreError],
+              metrics_sha256: str = "") -> None:
+        """Serve these tenants from now on; of their tokens only the hashes are kept."""
+        self.metrics_sha256 = metrics_sha256
+        self.directories = {tenant.name: directory for tenant, directory in directories.items()}
+        self._tokens = {token.sha256: (tenant.name, replace(token, secret=""), directory)
                         for tenant, directory in directories.items() for token in tenant.tokens}
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
+        tenant, route = "", ""
         try:
             segments = [unquote(part) for part in request.path.split("/") if part]
+            if public := PUBLIC.get(path := "/".join(segments)):
+                return replace(public(self, request), route=f"/{path}")
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
-            elif not find_operations(segments := ["/", *segments], ()):
+            elif not find_operations(segments := ["/", *segments], ())[0]:
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
-            directory = self._authenticate(request.headers.get("authorization", ""))
-            return self._dispatch(request, directory, segments)
+            tenant, directory = self._authenticate(request.headers.get("authorization", ""))
+            types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
+            methods, pattern = find_operations(segments, types)
+            route = "/".join(["", *pattern]).replace("//", "").replace("{type}", segments[0]
+                                                                       if segments else "")
+            response = self._dispatch(request, directory, types, segments, methods)
         except ScimError as error:
-            return error_response(error)
-        except sqlite3.OperationalError as error:
+            response = error_response(error)
+        except sqlite3.DatabaseError as error:
             traceback.print_exc()
-            return error_response(ScimError(503, "", f"the tenant's database failed: {error}",
-                                            {"Retry-After": "5"}))
+            response = error_response(storage_error(error))
         except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
             traceback.print_exc()
-            return error_response(ScimError(500, "", "the server failed; its log says why"))
+            response = error_response(ScimError(500, "", "the server failed; its log says why"))
+        return replace(response, tenant=tenant, route=route)
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
         return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
 
-    def _authenticate(self, authorization: str) -> Directory:
+    def interrupt(self) -> None:
+        """End all long polls, for good."""
+        for directory in self.directories.values():
+            if isinstance(directory, Directory):
+                directory.store.interrupt()
+
+    def _authenticate(self, authorization: str) -> tuple[str, Directory]:
         scheme, _, secret = authorization.strip().partition(" ")
-        token, directory = self._tokens.get(digest(secret.strip()), (None, None))
+        sha256 = digest(secret.strip())
+        tenant, token, directory = self._tokens.get(sha256, ("", None, None))
         expired = token and token.expires and token.expires <= self._clock()
         if scheme.lower() != "bearer" or not token or not directory or expired:
             raise ScimError(401, "", "the bearer token is missing, unknown or expired; "
                                      "check the Secret Token of the enterprise application",
                             {"WWW-Authenticate": 'Bearer realm="scim"'})
-        return directory.acting(token.name)
+        if isinstance(directory, StoreError):
+            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says "
+                                     "why", {"Retry-After": "60"})
+        now = self._clock()
+        if sha256 not in self._used or now - self._used[sha256] > timedelta(minutes=1):
+            self._used[sha256] = now
+            with suppress(sqlite3.Error):
+                directory.note_use(token.name)
+        return tenant, directory.acting(token.name)
 
-    def interrupt(self) -> None:
-        """End all long polls, for good."""
-        for directory in self.directories.values():
-            directory.store.interrupt()
-
-    def _dispatch(self, request: Request, directory: Directory, segments: list[str]) -> Response:
-        types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
+    def _dispatch(self, request: Request, directory: Directory, types: Mapping[str, ResourceType],
+                  segments: list[str], methods: dict[str, Operate]) -> Response:
         if segments[:1] == ["Me"]:
             raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
-        methods = find_operations(segments, types)
         if not methods:
             raise ScimError(404, "", f"{request.path} does not exist")
         allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
@@ -3495,8 +3695,43 @@ class Application:
         return methods[request.method](Call(
             request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
-            f"{request.scheme}://{request.headers.get('host', 'localhost')}{BASE_PATH}",
+            f"{request.scheme}://{request.host}{BASE_PATH}",
             self.handle))
+
+
+# -- For the operator: no tenant's token, and nothing of a tenant --------------------
+
+
+def get_health(application: Application, request: Request) -> Response:
+    """Answer GET /healthz: the process is up."""
+    return Response(200, "ok\n", {"Content-Type": "text/plain"})
+
+
+def get_readiness(application: Application, request: Request) -> Response:
+    """Answer GET /readyz: the database of each tenant answers."""
+    try:
+        for directory in application.directories.values():
+            if isinstance(directory, StoreError):
+                raise directory
+            directory.last_use("")
+    except (StoreError, sqlite3.Error):
+        return Response(503, "not ready\n", {"Content-Type": "text/plain", "Retry-After": "5"})
+    return Response(200, "ready\n", {"Content-Type": "text/plain"})
+
+
+def get_metrics(application: Application, request: Request) -> Response:
+    """Answer GET /metrics, for this machine or with the token that the configuration names."""
+    local = request.client in ("127.0.0.1", "::1") and "forwarded" not in request.headers \
+        and "x-forwarded-for" not in request.headers
+    secret = request.headers.get("authorization", "").partition(" ")[2].strip()
+    if not local and digest(secret) != application.metrics_sha256:
+        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as "
+                                                 "bearer token", {"WWW-Authenticate": "Bearer"}))
+    return Response(200, application.metrics.text(),
+                    {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics}
 
 
 # ----------------------------------------------------------------------------
@@ -3505,14 +3740,19 @@ class Application:
 # Bytes become a Request and a Response becomes bytes: strict framing, limits,
 # keep-alive, one write per answer. The head is read by our own parser; the stock
 # one goes through the email package and costs several times as much.
-# Uses chapters 1 and 10. Knows nothing of SCIM but the form of its errors.
+# Uses chapters 1, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 MAX_REQUEST_LINE = 8 * 1024
 MAX_HEAD = 32 * 1024
 MAX_FIELDS = 100
 MAX_CHUNK_LINE = 1024
+HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first octet of a body
+SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
+LOG_LINES = 10_000                # that wait for a stream
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
@@ -3636,58 +3876,207 @@ def origin_form(target: str) -> str:
     return urlsplit(target)._replace(scheme="", netloc="").geturl() or "/"
 
 
+def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
+    nearest = headers.get("forwarded", "").rpartition(",")[2]
+    found = {name.strip().lower(): value.strip(' "')
+             for name, _, value in (pair.partition("=") for pair in nearest.split(";"))}
+    for name in ("proto", "host", "for"):
+        value = headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+        found[name] = found.get(name) or value
+    return found
+
+
+class Tls:
+    """The TLS context of a certificate and its key, made anew when the files change.
+
+    Raises OSError or ssl.SSLError where they cannot be used at the start.
+    """
+
+    def __init__(self, certificate: str, key: str) -> None:
+        self._files = (certificate, key)
+        self._stamp: list[int] = []
+        self._context = self._load()
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for a new connection; files that cannot be used change nothing."""
+        with suppress(OSError):
+            stamp = [os.stat(file).st_mtime_ns for file in self._files]
+            if stamp != self._stamp:
+                try:
+                    self._context = self._load()
+                except ssl.SSLError as error:
+                    self._stamp = stamp          # said once
+                    print(f"scim_server: {' and '.join(self._files)}: cannot be used ({error}); "
+                          "the earlier certificate serves on", file=sys.stderr, flush=True)
+        return self._context
+
+    def _load(self) -> ssl.SSLContext:
+        stamp = [os.stat(file).st_mtime_ns for file in self._files]
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.load_cert_chain(*self._files)
+        self._stamp = stamp
+        return context
+
+
+class AccessLog:
+    """A line for each request on a stream, written by a thread of its own: text, json or off.
+
+    A stream that takes nothing loses lines once LOG_LINES of them wait; no request waits for it.
+    """
+
+    def __init__(self, style: str, stream: TextIO) -> None:
+        self._style = style
+        self._stream = stream
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, daemon=True)
+        self._writer.start()
+
+    def add(self, **line: Any) -> None:
+        """Log a request; its values hold no blank and no line end."""
+        if self._style != "off" and self._lines.qsize() < LOG_LINES:
+            self._lines.put(line)
+
+    def close(self) -> None:
+        """Write what waits, for a second at the most."""
+        self._lines.put(None)
+        self._writer.join(1)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            values = (str(value) or "-" for value in line.values())
+            text = json.dumps(line) if self._style == "json" else " ".join(values)
+            with suppress(OSError, ValueError):          # nobody reads it, or it is closed
+                print(text, file=self._stream, flush=True)
+
+
+IDLE, READING, ANSWERING = "idle", "reading", "answering"
+
+
+class Connection(io.RawIOBase):
+    """A connection's octets, each awaited until a deadline alone; and what it is at.
+
+    since is when it was accepted or last brought a request with a good token. TimeoutError
+    where the deadline passes, at whatever pace the octets come.
+    """
+
+    def __init__(self, socket: socket.socket) -> None:
+        self.socket = socket
+        self.state = IDLE
+        self.evicted = False
+        self.since = time.monotonic()
+        self.allow(HEAD_SECONDS)
+
+    def allow(self, seconds: float, pace: float = 0) -> None:
+        """Set the deadline, and by how many seconds each octet that comes puts it off."""
+        self._deadline = time.monotonic() + seconds
+        self._pace = pace
+
+    def readable(self) -> bool:
+        """Return True, for BufferedReader."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what has come into a buffer and return its length, 0 at the end."""
+        left = self._deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self.socket.settimeout(left)
+        count = self.socket.recv_into(buffer)
+        self._deadline += count * self._pace
+        return count
+
+    def send(self, octets: bytes) -> None:
+        """Send octets, at SLOWEST or better."""
+        self.socket.settimeout(HEAD_SECONDS + len(octets) / SLOWEST)
+        self.socket.sendall(octets)
+
+    def end(self, how: int) -> None:
+        """End reading, writing or both, from whatever thread."""
+        with suppress(OSError):
+            socket.socket.shutdown(self.socket, how)     # that of ssl.SSLSocket ends encryption too
+
+    def linger(self) -> None:
+        """Read on for a moment after a refusal: closing on unread octets would take it back."""
+        self.end(socket.SHUT_WR)
+        self.allow(1)
+        while self.readinto(bytearray(64 * 1024)):
+            pass
+
+
 class Handler(BaseHTTPRequestHandler):
     """One connection: requests in, answers out, one after the other."""
 
-    idle = True                           # nothing of a request has arrived
-
-    protocol_version = "HTTP/1.1"
-    timeout = IDLE_SECONDS
-    disable_nagle_algorithm = True
     server: ScimServer
+
+    def setup(self) -> None:
+        """Find the connection of the socket."""
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.peer = self.server.connections.get(self.request) or Connection(self.request)
 
     def handle(self) -> None:
         """Serve requests until either side ends the connection."""
-        self.server.connected(self)
         try:
-            super().handle()
+            if self.server.tls:
+                self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
+                self.peer.socket = self.server.tls.context().wrap_socket(self.request,
+                                                                         server_side=True)
+            self.rfile = io.BufferedReader(self.peer, 64 * 1024)
+            self.close_connection = False
+            while not self.close_connection:
+                self.handle_one_request()
         except (EOFError, OSError):
             pass                          # the client is gone, or was silent for too long
-        finally:
-            self.server.disconnected(self)
+
+    def finish(self) -> None:
+        """Close the connection."""
+        with suppress(OSError):
+            self.peer.socket.close()
 
     def handle_one_request(self) -> None:
-        """Read a request, have it answered, write the answer in one piece."""
-        self.idle, self.close_connection, method = True, True, ""
+        """Read a request, have it answered, write the answer in one piece, log it."""
+        self.peer.state = IDLE
+        self.peer.allow(IDLE_SECONDS)
+        if not self.rfile.peek(1):                        # type: ignore[attr-defined]
+            raise EOFError
+        self.peer.state, started = READING, time.perf_counter()
+        self.close_connection, request = True, Request("", "")
         try:
-            head = read_head(self.rfile)      # type: ignore[arg-type]
-            self.idle, method = False, head.method
-            path, _, query = origin_form(head.target).partition("?")
-            limit = self.server.application.body_limit(path)
-            request = Request(method, path, query, head.headers, self._body(head, limit))
-        except (ScimError, ValueError) as error:
-            refusal = error if isinstance(error, ScimError) else ScimError(400, "", str(error))
-            self._write(error_response(refusal), method)
-            return self._linger()
+            self.peer.allow(HEAD_SECONDS)
+            head = read_head(self.rfile)                  # type: ignore[arg-type]
+            request = self.server.located(head, self.client_address[0])
+            request = replace(request, body=self._body(head, request.path))
+        except (ScimError, ValueError, TimeoutError) as error:
+            refusal = error if isinstance(error, ScimError) else ScimError(
+                408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
+                         f"its body at {SLOWEST} octets a second")
+            self._answer(error_response(refusal), request, started)
+            return self.peer.linger()
+        self.server.begin(self.peer)
         response = self.server.application.handle(request)
+        if response.tenant:
+            self.peer.since = time.monotonic()
         options = head.headers.get("connection", "").lower()
         self.close_connection = (self.server.stopping.is_set() or "close" in options
                                  or (head.minor_version == 0 and "keep-alive" not in options))
-        self._write(response, method)
+        self._answer(response, request, started)
 
-    def _body(self, head: Head, limit: int) -> bytes:
+    def _body(self, head: Head, path: str) -> bytes:
+        limit = self.server.application.body_limit(path)
         if int(head.headers.get("content-length", 0)) > limit:
             raise too_large(limit)
         if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
-            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
         return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
 
-    def _write(self, response: Response, method: str) -> None:
+    def _answer(self, response: Response, request: Request, started: float) -> None:
         text = response.body if isinstance(response.body, str) else json.dumps(
             response.body, ensure_ascii=False, separators=(",", ":"))
         body = b"" if response.body is None else text.encode()
         lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-                 f"Date: {self.date_time_string()}",
+                 f"Date: {self.date_time_string()}", f"X-Request-Id: {request.id}",
                  *(f"{name}: {value}" for name, value in response.headers.items())]
         if response.body is not None and "Content-Type" not in response.headers:
             lines.append("Content-Type: application/scim+json")
@@ -3696,36 +4085,37 @@ class Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
-        self.wfile.write(head if method == "HEAD" else head + body)
-
-    def _linger(self) -> None:
-        """Read on for a moment after a refusal: closing on unread octets would take back the answer."""
-        self.connection.shutdown(socket.SHUT_WR)
-        self.connection.settimeout(1)
-        for _ in range(64):
-            if not self.connection.recv(64 * 1024):
-                break
+        try:
+            self.peer.send(head if request.method == "HEAD" else head + body)
+        finally:
+            self.server.note(request, response, time.perf_counter() - started, len(body))
 
 
 class ScimServer(ThreadingHTTPServer):
-    """The server on a socket, a thread per connection. Port 0 picks a free one; see url.
+    """An application on a socket, a thread per connection: host, port (0 picks one), tls,
+    trusted_proxies, max_connections and access_log of a configuration. See url.
 
-    OSError where the address cannot be had.
+    OSError where the address or the certificate cannot be had.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, application: Application, host: str, port: int) -> None:
+    def __init__(self, application: Application, config: Config) -> None:
         self.application = application
+        self.config = config
+        self.tls = Tls(*config.tls) if config.tls else None
         self.stopping = threading.Event()
         self.stopped = threading.Event()
-        self._connections: set[Handler] = set()
+        self.log = AccessLog(config.access_log, sys.stderr)
+        self.connections: dict[socket.socket, Connection] = {}
         self._changed = threading.Condition()
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        super().__init__((host, port), Handler)
-        shown_host = f"[{host}]" if ":" in host else host
-        self.url = f"http://{shown_host}:{self.server_address[1]}{BASE_PATH}"
+        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
+        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        super().__init__((config.host, config.port), Handler)
+        shown_host = f"[{config.host}]" if ":" in config.host else config.host
+        scheme = "https" if config.tls else "http"
+        self.url = f"{scheme}://{shown_host}:{self.server_address[1]}{BASE_PATH}"
 
     def server_bind(self) -> None:
         """Bind without the look-up of the host's name, which stalls where there is no DNS."""
@@ -3733,15 +4123,36 @@ class ScimServer(ThreadingHTTPServer):
         self.socket.bind(self.server_address)
         self.server_address = self.socket.getsockname()
 
-    def connected(self, handler: Handler) -> None:
-        """Note a connection."""
-        with self._changed:
-            self._connections.add(handler)
+    # -- Connections --
 
-    def disconnected(self, handler: Handler) -> None:
-        """Forget a connection."""
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
-            self._connections.discard(handler)
+            while len(self.connections) >= self.config.max_connections \
+                    and not self.stopping.is_set():
+                resting = {peer.since: sock for sock, peer in self.connections.items()
+                           if peer.state != ANSWERING}
+                if resting:
+                    loser = self.connections.pop(resting[min(resting)])
+                    loser.evicted = True
+                    loser.end(socket.SHUT_RDWR)
+                else:
+                    self._changed.wait(1)                # for one of the answers
+            self.connections[request] = Connection(request)
+        super().process_request(request, client_address)
+
+    def begin(self, peer: Connection) -> None:
+        """Note that a request is answered now; EOFError if its connection had to make room."""
+        with self._changed:
+            if peer.evicted:
+                raise EOFError
+            peer.state = ANSWERING
+
+    def shutdown_request(self, request: Any) -> None:
+        """Close a connection and forget it."""
+        super().shutdown_request(request)
+        with self._changed:
+            self.connections.pop(request, None)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -3750,39 +4161,85 @@ class ScimServer(ThreadingHTTPServer):
         self.application.interrupt()
         self.shutdown()
         with self._changed:
-            for handler in self._connections:
-                if handler.idle:
-                    handler.connection.shutdown(socket.SHUT_RD)      # its read ends
-            self._changed.wait_for(lambda: not self._connections, STOP_SECONDS)
+            for peer in self.connections.values():
+                if peer.state == IDLE:
+                    peer.end(socket.SHUT_RD)             # its read ends
+            self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
+        self.log.close()
         self.stopped.set()
+
+    # -- Requests --
+
+    def located(self, head: Head, client: str) -> Request:
+        """Return a request without its body: where it came from, and how it named this server."""
+        path, _, query = origin_form(head.target).partition("?")
+        scheme, host = "https" if self.tls else "http", head.headers.get("host", "localhost")
+        if any(ipaddress.ip_address(client.partition("%")[0]) in network
+               for network in self.config.trusted_proxies):
+            told = forwarded(head.headers)
+            client = told["for"] or client
+            scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
+            host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
+        given = head.headers.get("x-request-id", "")
+        return Request(head.method, path, query, head.headers, scheme=scheme, host=host, client=client,
+                       id=given if REQUEST_ID.fullmatch(given)
+                       else f"{self._run}-{next(self._numbers)}")
+
+    def note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
+        """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
+        method = request.method if request.method in METHODS else "other"
+        self.application.metrics.add(method, response, seconds)
+        self.log.add(time=time_text(utc_now()), tenant=response.tenant, method=method,
+                     route=response.route, status=response.status,
+                     milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
 
 
 # ----------------------------------------------------------------------------
 # 13. Command line
 #
-# serve (the default), token, check, employees, changes. What a person must mend is one line on
-# standard error and exit status 2.
+# serve (the default), token, check, employees, changes, backup, restore. What a person must mend
+# is one line on standard error and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
 
-def open_directories(config: Config) -> dict[Tenant, Directory]:
-    """Return a directory for each tenant of a configuration, its file in data_dir; StoreError."""
+RELOAD_SECONDS = 1                # how often the configuration file is looked at
+
+
+def open_directories(config: Config, known: Mapping[str, Directory | StoreError] | None = None,
+                     ) -> dict[Tenant, Directory | StoreError]:
+    """Return a directory for each tenant of a configuration, its file in data_dir.
+
+    A tenant whose file cannot be used has the error instead. Of the directories known by the names
+    of their tenants, the stores are used on. Raises StoreError where data_dir cannot be made.
+    """
     if config.data_dir != ":memory:":
         try:
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
         except OSError as error:
             raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
                              "choose another place with --data-dir") from error
-    found = {}
-    for tenant in config.tenants:
-        path = config.data_dir
-        if path != ":memory:":
-            path = os.path.join(path, f"{tenant.name.lower()}.sqlite3")
-        found[tenant] = Directory(Store(path), resource_types(tenant.custom_fields),
-                                  keep=config.keep_changes, keep_days=config.keep_days)
-    return found
+    return {tenant: open_directory(config, tenant, (known or {}).get(tenant.name))
+            for tenant in config.tenants}
+
+
+def open_directory(config: Config, tenant: Tenant, known: Directory | StoreError | None = None,
+                   ) -> Directory | StoreError:
+    """Return the directory of one tenant, or why there is none."""
+    try:
+        store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
+        return Directory(store, resource_types(tenant.custom_fields), keep=config.keep_changes,
+                         keep_days=config.keep_days)
+    except StoreError as error:
+        return error
+
+
+def store_path(config: Config, tenant: Tenant) -> str:
+    """Return the file of a tenant."""
+    if config.data_dir == ":memory:":
+        return ":memory:"
+    return os.path.join(config.data_dir, f"{tenant.name.lower()}.sqlite3")
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -3798,39 +4255,114 @@ def chosen_config(options: argparse.Namespace) -> Config:
     return replace(config, data_dir=options.data_dir) if options.data_dir else config
 
 
-def chosen_directory(options: argparse.Namespace) -> Directory:
-    """Return the directory of --tenant, beside the server that may be at work on it."""
+def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
+    """Return the configuration and the tenant that --tenant names; StoreError."""
     config = chosen_config(options)
-    chosen = [tenant for tenant in config.tenants if tenant.name == options.tenant]
-    if not chosen:
-        raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are "
-                         f"{', '.join(tenant.name for tenant in config.tenants)}")
-    return open_directories(replace(config, tenants=tuple(chosen)))[chosen[0]]
+    for tenant in config.tenants:
+        if tenant.name == options.tenant:
+            return config, tenant
+    raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are "
+                     f"{', '.join(tenant.name for tenant in config.tenants)}")
+
+
+def chosen_directory(options: argparse.Namespace) -> Directory:
+    """Return the directory of --tenant, beside the server that may be at work on it; StoreError."""
+    config, tenant = chosen_tenant(options)
+    return usable(open_directories(replace(config, tenants=(tenant,)))[tenant])
+
+
+def usable(found: Directory | StoreError) -> Directory:
+    """Return a directory; StoreError where there is none."""
+    if isinstance(found, StoreError):
+        raise found
+    return found
 
 
 def serve(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM; return the exit status."""
-    config = chosen_config(options)
-    if options.listen:
-        config = replace(config, **listen_option(options.listen))
-    application = Application(open_directories(config))
+    """Serve until SIGINT or SIGTERM, the configuration of the day; return the exit status."""
+    config = listened(chosen_config(options), options)
+    directories = open_directories(config)
+    if not any(isinstance(found, Directory) for found in directories.values()):
+        usable(directories[config.tenants[0]])
+    application = Application(directories, metrics_sha256=config.metrics_sha256)
     try:
-        server = ScimServer(application, config.host, config.port)
+        server = ScimServer(application, config)
+    except ssl.SSLError as error:
+        raise StoreError(f"tls: {' and '.join(config.tls or ())} cannot be used ({error})") from error
     except OSError as error:
-        raise StoreError(f"{config.host}:{config.port}: cannot listen ({error.strerror}); "
-                         "choose another address with --listen HOST:PORT") from error
+        place = error.filename or f"{config.host}:{config.port}"
+        raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
+                         "--listen HOST:PORT, or other files in tls") from error
 
     def stop(number: int, frame: FrameType | None) -> None:
         threading.Thread(target=server.stop).start()     # shutdown() waits for this thread's loop
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    reload = threading.Event()
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
+    threading.Thread(target=follow_file, args=(options, config, server, reload), daemon=True).start()
+    warn(config, directories)
     print(greeting(server.url, config), flush=True)
     server.serve_forever(poll_interval=0.1)
     server.stopped.wait()
-    for directory in application.directories.values():
-        directory.store.close()
+    for found in application.directories.values():
+        if isinstance(found, Directory):
+            found.store.close()
     return 0
+
+
+def follow_file(options: argparse.Namespace, config: Config, server: ScimServer,
+                reload: threading.Event) -> None:
+    """Serve what the configuration file says when it changes, or on a signal, while the server runs.
+
+    A file with mistakes changes nothing, and is told on standard error.
+    """
+    def stamp() -> int:
+        with suppress(OSError):
+            return os.stat(chosen_file(options)).st_mtime_ns
+        return 0
+    seen = stamp()
+    while not server.stopping.is_set():
+        if not reload.wait(RELOAD_SECONDS) and stamp() == seen:
+            continue
+        reload.clear()
+        seen = stamp()
+        try:
+            fresh = listened(chosen_config(options), options)
+            directories = open_directories(fresh, server.application.directories)
+        except (ConfigError, StoreError) as error:
+            complain(f"{chosen_file(options)}: not taken, the earlier configuration serves on: "
+                     + str(error).replace("\n", "; "))
+            continue
+        server.application.serve(directories, fresh.metrics_sha256)
+        warn(config, directories)
+        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "access_log")
+        changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
+        complain(f"{chosen_file(options)}: taken, {len(directories)} tenant(s)"
+                 + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
+
+
+def complain(text: str) -> None:
+    """Print a line for the operator."""
+    print(f"scim_server: {text}", file=sys.stderr, flush=True)
+
+
+def warn(config: Config, directories: Mapping[Tenant, Directory | StoreError]) -> None:
+    """Tell the operator what is unsafe, and who is not served."""
+    for tenant, found in directories.items():
+        if isinstance(found, StoreError):
+            complain(f"tenant {tenant.name} is not served, the others are: {found}")
+    loopback = config.host == "localhost" or config.host == "::1" or config.host.startswith("127.")
+    if not (loopback or config.tls or config.trusted_proxies):
+        complain(f"warning: {config.host} is beyond this machine and tokens travel in clear; "
+                 "configure tls, or trusted_proxies for a proxy that has it")
+
+
+def listened(config: Config, options: argparse.Namespace) -> Config:
+    """Return a configuration that listens where the command line says."""
+    return replace(config, **listen_option(options.listen)) if options.listen else config
 
 
 def listen_option(text: str) -> dict[str, Any]:
@@ -3868,8 +4400,54 @@ def check(options: argparse.Namespace) -> int:
     for tenant in config.tenants:
         print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
               f"{len(tenant.custom_fields)} custom field(s)")
+        for token in tenant.tokens:
+            ends = f", expires {time_text(token.expires)}" if token.expires else ""
+            print(f"  token    {token.name}, {last_use(store_path(config, tenant), token)}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
+    return 0
+
+
+def last_use(path: str, token: Token) -> str:
+    """Return when a token was used last, as words: one that nobody uses can be withdrawn."""
+    if not os.path.exists(path):
+        return "never used"
+    with closing(Store(path)) as store, store.reading() as session:
+        used = session.setting(f"used {token.name}")
+    return f"last used {used}" if used else "never used"
+
+
+def back_up(options: argparse.Namespace) -> int:
+    """Copy a tenant's database to a new file, while the server may run; return the exit status."""
+    config, tenant = chosen_tenant(options)
+    path = store_path(config, tenant)
+    if not os.path.exists(path):
+        raise StoreError(f"{path}: does not exist, tenant {tenant.name} has no data yet")
+    with closing(Store(path)) as store:
+        store.backup(options.file)
+    print(f"tenant {tenant.name}: {path} copied to {options.file}")
+    return 0
+
+
+def restore(options: argparse.Namespace) -> int:
+    """Put a backup in the place of a tenant's database; return the exit status."""
+    config, tenant = chosen_tenant(options)
+    path = store_path(config, tenant)
+    if not os.path.isfile(options.file) or path == ":memory:":
+        raise StoreError(f"{options.file}: is no file" if path != ":memory:"
+                         else "data_dir: :memory: keeps nothing, so there is nothing to restore to")
+    os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+    try:
+        store = Store(path)
+    except StoreError as error:
+        complain(f"{error}; kept beside as *.damaged")
+        for file in (path, f"{path}-wal"):
+            if os.path.exists(file):
+                os.replace(file, f"{file}.damaged")
+        store = Store(path)
+    with closing(store):
+        store.restore(options.file)
+    print(f"tenant {tenant.name}: {path} is as {options.file} was")
     return 0
 
 
@@ -3927,12 +4505,19 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     feed.add_argument("--after", type=int, default=0, metavar="SEQ", help="only those behind this one")
     feed.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
     feed.set_defaults(run=show_changes)
-    for command in (people, feed):
+    keep = commands.add_parser("backup", help="copy a tenant's database to a new file, even while "
+                                              "the server runs")
+    keep.set_defaults(run=back_up)
+    bring = commands.add_parser("restore", help="put a backup in the place of a tenant's database")
+    bring.set_defaults(run=restore)
+    for command in (keep, bring):
+        command.add_argument("file", metavar="FILE")
+    for command in (people, feed, keep, bring):
         command.add_argument("--tenant", required=True, metavar="NAME")
         command.add_argument("--data-dir", default=argparse.SUPPRESS, metavar="DIR",
                              help="where the tenants' files are")
     for command, default in ((parser, None), *((command, argparse.SUPPRESS)
-                                               for command in (checker, people, feed))):
+                                               for command in (checker, people, feed, keep, bring))):
         command.add_argument("--config", metavar="FILE", default=default,
                              help="configuration (default: sample_config.json beside this file, "
                                   "else a built-in demo tenant)")

@@ -114,9 +114,11 @@ def assert_error(answer: requests.Response, status: int, scim_type: str = "",
 @contextmanager
 def serving(data_dir: Path, document: Any = CONFIG) -> Iterator[scim_server.ScimServer]:
     """Run a server on a free port of this process."""
-    config = scim_server.parse_config({**document, "data_dir": str(data_dir)})
-    directories = scim_server.open_directories(config)
-    server = scim_server.ScimServer(scim_server.Application(directories), "127.0.0.1", 0)
+    config = scim_server.parse_config({"listen": "127.0.0.1:0", "access_log": "off",
+                                       **document, "data_dir": str(data_dir)})
+    application = scim_server.Application(scim_server.open_directories(config),
+                                          metrics_sha256=config.metrics_sha256)
+    server = scim_server.ScimServer(application, config)
     thread = threading.Thread(target=server.serve_forever, args=(0.01,))
     thread.start()
     try:
@@ -124,8 +126,9 @@ def serving(data_dir: Path, document: Any = CONFIG) -> Iterator[scim_server.Scim
     finally:
         server.stop()
         thread.join()
-        for directory in directories.values():
-            directory.store.close()
+        for directory in application.directories.values():
+            if isinstance(directory, scim_server.Directory):
+                directory.store.close()
 
 
 @pytest.fixture
@@ -827,7 +830,7 @@ def test_entras_cycle_makes_an_employee_that_is_read_three_ways(tmp_path: Path) 
         assert (tomas["employeeNumber"], tomas["department"], tomas["manager"]) == (
             "004417", "Lifts", 1)
         assert (tomas["user_id"], tomas["external_id"]) == (id, TOMAS["externalId"])
-        directory = server.application.directories[next(iter(server.application.directories))]
+        directory = server.application.directories["acme"]
         assert [asdict(one) for one in directory.employees()] == employees(scim)
         for form in ("json", "csv", "table"):
             printed = command("employees", "--tenant", "acme", "--config", str(file), "--format",
@@ -964,7 +967,7 @@ def test_a_reader_that_waits_is_woken_by_a_write_or_by_the_end(
         Scim(server.url, "acme-secret").user("ada")
         assert waiting.result()[0]["kind"] == "user.created"
         endless = pool.submit(changes, scim, "after=2&wait=60")
-        while not any(not handler.idle for handler in list(server._connections)):
+        while not any(peer.state == "answering" for peer in list(server.connections.values())):
             pass
         server.application.interrupt()
         assert endless.result() == []
@@ -2212,9 +2215,9 @@ CHAPTERS = [(text.count("\n"), int(number)) for text, number in (
     (SOURCE[:found.start()], found[1])
     for found in re.finditer(r"^# -{70,}\n# (\d+)\. ", SOURCE, re.MULTILINE))]
 AT_HOME = {                       # modules that few chapters may use
-    "sqlite3": {6, 10}, "socket": {11}, "http": {11}, "BaseHTTPRequestHandler": {11},
+    "sqlite3": {6, 8, 10}, "socket": {11}, "ssl": {11, 13}, "queue": {11}, "http": {11}, "BaseHTTPRequestHandler": {11},
     "ThreadingHTTPServer": {11}, "HTTPStatus": {11}, "argparse": {13}, "signal": {13},
-    "secrets": {8, 13}, "uuid": {8}, "hmac": {10},
+    "secrets": {8, 11, 13}, "uuid": {8}, "hmac": {10},
 }
 
 
