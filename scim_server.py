@@ -78,7 +78,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO, TextIO
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
@@ -3757,6 +3757,7 @@ STOP_SECONDS = 10                 # how long a stopping server waits for request
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
+ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 
 
@@ -3869,11 +3870,16 @@ def read_chunks(stream: BinaryIO, limit: int) -> bytes:
     raise malformed
 
 
-def origin_form(target: str) -> str:
-    """Return path and query of a target, which a proxy may send as a whole URL (RFC 9112 §3.2)."""
-    if target.startswith("/"):
-        return target
-    return urlsplit(target)._replace(scheme="", netloc="").geturl() or "/"
+def origin_form(target: str, host: str) -> tuple[str, str]:
+    """Return host and path with query of a target, which may be a whole URL (RFC 9112 §3.2).
+
+    Raises ScimError 400.
+    """
+    if target.startswith("/") or target == "*":
+        return host, target
+    if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
+        raise ScimError(400, "", "the request target is neither a path nor a URL")
+    return parts[1], parts[2] if parts[2].startswith("/") else f"/{parts[2]}"
 
 
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
@@ -4047,7 +4053,7 @@ class Handler(BaseHTTPRequestHandler):
             head = read_head(self.rfile)                  # type: ignore[arg-type]
             request = self.server.located(head, self.client_address[0])
             request = replace(request, body=self._body(head, request.path))
-        except (ScimError, ValueError, TimeoutError) as error:
+        except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
                          f"its body at {SLOWEST} octets a second")
@@ -4173,8 +4179,9 @@ class ScimServer(ThreadingHTTPServer):
 
     def located(self, head: Head, client: str) -> Request:
         """Return a request without its body: where it came from, and how it named this server."""
-        path, _, query = origin_form(head.target).partition("?")
-        scheme, host = "https" if self.tls else "http", head.headers.get("host", "localhost")
+        host, path = origin_form(head.target, head.headers.get("host") or "localhost")
+        path, _, query = path.partition("?")
+        scheme = "https" if self.tls else "http"
         if any(ipaddress.ip_address(client.partition("%")[0]) in network
                for network in self.config.trusted_proxies):
             told = forwarded(head.headers)

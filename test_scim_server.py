@@ -5,20 +5,25 @@ from __future__ import annotations
 import ast
 import csv
 import io
+import itertools
 import json
 import os
 import queue
 import random
 import re
+import resource
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 import threading
+import uuid
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +40,7 @@ ENT = scim_server.ENTERPRISE
 FAC = scim_server.FACILIO
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 HERE = Path(__file__).parent
+SEED = int(os.environ.get("SCIM_SEED", "0")) or random.randrange(1, 10 ** 9)
 
 CONFIG = {"tenants": [
     {"name": "acme", "tokens": [{"name": "entra", "secret": "acme-secret"}], "custom_fields": [
@@ -148,6 +154,17 @@ def scim(server: scim_server.ScimServer) -> Scim:
 def globex(server: scim_server.ScimServer) -> Scim:
     """The client of another tenant on the same server."""
     return Scim(server.url, "globex-secret")
+
+
+def wait_until(holds: Any) -> None:
+    """Wait for what another thread or process is about to make true."""
+    while not holds():
+        threading.Event().wait(0.01)
+
+
+def is_answering(server: scim_server.ScimServer) -> bool:
+    """Return whether a request is at work."""
+    return any(peer.state == "answering" for peer in server.connections.copy().values())
 
 
 # -- 2. Schemas ----------------------------------------------------------------
@@ -967,8 +984,7 @@ def test_a_reader_that_waits_is_woken_by_a_write_or_by_the_end(
         Scim(server.url, "acme-secret").user("ada")
         assert waiting.result()[0]["kind"] == "user.created"
         endless = pool.submit(changes, scim, "after=2&wait=60")
-        while not any(peer.state == "answering" for peer in list(server.connections.values())):
-            pass
+        wait_until(lambda: is_answering(server))
         server.application.interrupt()
         assert endless.result() == []
 
@@ -1551,12 +1567,12 @@ def test_urls_in_answers_follow_the_host_header(scim: Scim) -> None:
     assert answer.headers["Location"].startswith("http://scim.example.com/scim/v2/Users/")
 
 
-def test_two_racing_creates_of_one_name_make_one_user(scim: Scim) -> None:
-    with ThreadPoolExecutor(8) as pool:
+def test_of_32_writers_that_race_for_one_name_one_gets_it(scim: Scim) -> None:
+    with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda _: requests.post(
             scim.url + "/Users", json={"userName": "ada"}, headers=dict(scim.session.headers)
-        ).status_code, range(16)))
-    assert sorted(answers) == [201] + [409] * 15
+        ).status_code, range(32)))
+    assert sorted(answers) == [201] + [409] * 31
 
 
 def test_racing_patches_of_a_group_lose_nobody(scim: Scim) -> None:
@@ -1566,6 +1582,627 @@ def test_racing_patches_of_a_group_lose_nobody(scim: Scim) -> None:
         list(pool.map(lambda id: Scim(scim.url, "acme-secret").patch(
             path, add("members", [{"value": id}])), ids))
     assert {one["value"] for one in scim.get(path)["members"]} == set(ids)
+
+
+SMUGGLED = [                      # fields and body of a POST that two readers could frame in two ways
+    b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
+    b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello",
+    b"Content-Length: +5\r\n\r\nhello",
+    b"Content-Length: -1\r\n\r\nhello",
+    b"Content-Length: 0x5\r\n\r\nhello",
+    b"Content-Length: 5, 5\r\n\r\nhello",
+    b"Content-Length: 5 5\r\n\r\nhello",
+    b"Content-Length:\r\n\r\nhello",
+    b"Content-Length: 00000000000000000005\r\n\r\nhello",
+    b"Content-Length: \xb2\r\n\r\nhello",
+    b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked, chunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: identity\r\n\r\nhello",
+    b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding : chunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding\t: chunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: \x0bchunked\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n0x0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n-0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n2\nhi\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n2\r\nhiX\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n2;a=\x00\r\nhi\r\n0\r\n\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n2" + b"0" * 1100 + b"\r\n",
+    b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 200 + b"\r\n",
+    b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n",
+    b" X: a\r\nContent-Length: 0\r\n\r\n",
+    b"X: a\rb\r\nContent-Length: 0\r\n\r\n",
+    b"X: a\x00b\r\nContent-Length: 0\r\n\r\n",
+    b"X: a\nContent-Length: 0\r\n\r\n",
+    b": a\r\nContent-Length: 0\r\n\r\n",
+    b"X\r\nContent-Length: 0\r\n\r\n",
+    b"Host: y\r\nContent-Length: 0\r\n\r\n",
+]
+
+
+@pytest.mark.parametrize("rest", SMUGGLED)
+def test_a_request_that_could_hide_another_is_refused_and_ends_the_connection(
+        server: scim_server.ScimServer, rest: bytes) -> None:
+    answer = exchange(server, b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + rest + LAST)
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"400"]
+    assert b"\r\nConnection: close\r\n" in answer and scim_server.ERROR.encode() in answer
+
+
+MALFORMED = [                     # a request line and fields, the status
+    (b"GET /scim/v2/Users HTTP/1.1\r\nAuthorization: Bearer acme-secret\r\n\r\n", b"400"),
+    (b"GET /scim/v2/Users HTTP/1.1\r\nHost: a b\r\n\r\n", b"400"),
+    (b"GET /scim/v2/Users HTTP/1.1\r\nHost: a/b\r\n\r\n", b"400"),
+    (b"GET /scim/v2/Users HTTP/1.1\r\nHost: a, b\r\n\r\n", b"400"),
+    (b"GET  /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET /scim/v2/Users  HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET /scim/v2/Users\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET /scim/v2/Users http/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"G\x00T /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET /scim/v2/Us\xe9rs HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET scim/v2/Users HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"CONNECT example.com:443 HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET http://[x/ HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"GET ftp://x/scim/v2/Users HTTP/1.1\r\n" + HEAD + b"\r\n", b"400"),
+    (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n", b"400"),
+    (b"GET /scim/v2/Users HTTP/2.0\r\n" + HEAD + b"\r\n", b"505"),
+    (b"GET /" + b"a" * 9000 + b" HTTP/1.1\r\n" + HEAD + b"\r\n", b"414"),
+    (b"GET / HTTP/1.1\r\n" + HEAD + b"X: " + b"a" * 33_000 + b"\r\n\r\n", b"431"),
+    (b"GET / HTTP/1.1\r\n" + HEAD + b"X: a\r\n" * 99 + b"\r\n", b"431"),
+    (b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Content-Length: 2097153\r\n\r\n", b"413"),
+    (b"POST /scim/v2/Bulk HTTP/1.1\r\n" + HEAD + b"Content-Length: 10485761\r\n\r\n", b"413"),
+    (b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD
+     + b"Transfer-Encoding: chunked\r\n\r\n200001\r\n", b"413"),
+]
+
+
+@pytest.mark.parametrize("octets, status", MALFORMED)
+def test_a_malformed_or_too_long_head_is_refused_before_its_body_is_read(
+        server: scim_server.ScimServer, octets: bytes, status: bytes) -> None:
+    answer = exchange(server, octets)
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [status]
+
+
+@pytest.mark.parametrize("target, status", [
+    ("/scim/v2/%55sers", 200), ("//scim//v2/Users/", 200), ("http://x/scim/v2/Users", 200),
+    ("/scim/v2/Users?filter=userName%20eq%20%22%61da%22", 200), ("*", 404), ("http://x", 404),
+    ("/scim/v2/../../etc/passwd", 404), ("/scim/v2/Users/..%2f..%2fetc%2fpasswd", 404),
+    ("/scim/v2/Users/%00", 404), ("/scim/v2/Users/%ff%fe", 404), ("/%2e%2e/scim_server.py", 404),
+    ("/sample_config.json", 404), ("/scim-data/acme.sqlite3", 404)])
+def test_a_target_is_read_as_a_uri_and_never_reaches_a_file(
+        server: scim_server.ScimServer, target: str, status: int) -> None:
+    answer = exchange(server, f"GET {target} HTTP/1.1\r\nConnection: close\r\n".encode() + HEAD
+                      + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+def test_the_authority_of_a_whole_url_counts_for_more_than_the_host_header(
+        server: scim_server.ScimServer, scim: Scim) -> None:
+    id = scim.user("ada")["id"].encode()
+    answer = exchange(server, b"GET http://scim.example/scim/v2/Users/" + id
+                      + b" HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n")
+    assert b'"location":"http://scim.example/scim/v2/Users/' + id in answer
+
+
+SLOW = [                          # what is sent and then no more, the answer to it
+    (b"", b""),
+    (b"GET /scim/v2/Users HT", b"408"),
+    (b"GET /scim/v2/Users HTTP/1.1\r\n" + HEAD, b"408"),
+    (b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Content-Length: 90\r\n\r\n{", b"408"),
+    (b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{", b"408"),
+    (LAST.replace(b"Connection: close\r\n", b""), b"200"),
+]
+
+
+@pytest.mark.parametrize("octets, status", SLOW)
+def test_a_client_that_falls_silent_is_let_go(
+        monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer, octets: bytes,
+        status: bytes) -> None:
+    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)
+    monkeypatch.setattr(scim_server, "IDLE_SECONDS", 0.2)
+    answer = exchange(server, octets)
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == ([status] if status else [])
+
+
+def test_three_hundred_slow_clients_keep_nobody_out(tmp_path: Path) -> None:
+    limit = 64
+    with serving(tmp_path, {**CONFIG, "max_connections": limit}) as server:
+        slow: deque[socket.socket] = deque(maxlen=300)       # the oldest is closed as it is dropped
+        done = threading.Event()
+
+        def flood() -> int:
+            for number in itertools.count(1):
+                slow.append(socket.create_connection(server.server_address[:2], timeout=10))
+                slow[-1].sendall(b"GET /scim/v2/Us")
+                if number >= 300 and done.is_set():
+                    return number
+            return 0
+
+        with ThreadPoolExecutor(1) as pool:
+            flooding = pool.submit(flood)
+            for number in range(40):
+                Scim(server.url, "acme-secret").user(f"u{number}")
+                assert len(server.connections) <= limit
+            done.set()
+            assert flooding.result() >= 300
+        assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 40
+        assert threading.active_count() < 2 * limit
+        for one in slow:
+            one.close()
+
+
+def test_at_the_limit_a_newcomer_waits_for_an_answer_but_never_cuts_one(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_connections": 1}) as server, ThreadPoolExecutor(2) as pool:
+        poll = pool.submit(changes, Scim(server.url, "acme-secret"), "after=0&wait=60")
+        wait_until(lambda: is_answering(server))
+        newcomer = pool.submit(Scim(server.url, "globex-secret").get, "/Users")
+        directory = server.application.directories["acme"]
+        directory.create(TYPES["User"], {"userName": "ada"})
+        assert {row["kind"] for row in poll.result()} == {"employee.created", "user.created"}
+        assert newcomer.result()["totalResults"] == 0
+
+
+BAD_JSON = [                      # a body, scimType, what the detail names
+    (b'{"userName": "a\xff"}', "invalidSyntax", "JSON"),
+    (b'{"userName": "\\ud800"}', "invalidSyntax", "userName"),
+    (b'{"name": {"givenName": "a\\u0000"}}', "invalidSyntax", "name.givenName"),
+    (b'{"emails": [{"value": "x"}, {"value": "\\udfff"}]}', "invalidSyntax", "emails[1].value"),
+    (b'{"userName": NaN}', "invalidSyntax", "NaN"),
+    (b'{"userName": "a", "userName": "b"}', "invalidSyntax", "userName"),
+    (b'{"emails": [{"type": "work", "type": "home"}]}', "invalidSyntax", "type"),
+    (b'{"a": ' + b"[" * 60 + b"]" * 60 + b"}", "invalidSyntax", "50"),
+    (b"[" * 100_000, "invalidSyntax", "deep"),
+    (b'{"userName": "ada", "displayName": "' + b"a" * 65537 + b'"}', "invalidValue", "displayName"),
+    (json.dumps({"userName": "ada", "roles": [{"value": f"r{n}"} for n in range(1001)]}).encode(),
+     "invalidValue", "roles"),
+    (b'{"userName": "ada", "%s": {"locker_no": 1e400}}' % FAC.encode(), "invalidValue", "locker_no"),
+    (b'{"userName": "ada", "%s": {"locker_no": %s}}' % (FAC.encode(), b"9" * 5000), "", ""),
+]
+
+
+@pytest.mark.parametrize("body, type, word", BAD_JSON)
+def test_a_bad_body_is_refused_with_the_place_named(
+        scim: Scim, body: bytes, type: str, word: str) -> None:
+    answer = scim.session.post(scim.url + "/Users", data=body)
+    assert_error(answer, 400, type or answer.json()["scimType"], word)
+    assert scim.get("/Users")["totalResults"] == 0
+
+
+def test_two_thousand_broken_requests_make_no_500_and_leave_the_server_whole(
+        server: scim_server.ScimServer, scim: Scim) -> None:
+    chance = random.Random(SEED)
+    id = scim.create("/Users", **TOMAS)["id"]
+    group = scim.group("Crew", id)["id"]
+    scraps = ["Users", "Groups", id, group, "Bulk", ".search", "Schemas", "employees", "changes",
+              "..", "%00", "%", "Me", "", "Users.search", FAC]
+    headers = [b"Content-Length: 3", b"If-Match: W/\"1\"", b"X: \xff", b"Accept: text/csv",
+               b"Expect: x", b"Connection: close", b"X-Request-Id: a\tb", b"Range: bytes=0-1"]
+    values: list[Any] = [
+        "x", 1, -1.5, True, None, [], {}, [[]], ["x"], {"value": 1}, [{"value": "x"}], id, "a" * 300,
+        10 ** 30, [{"op": "add"}], [{"op": "replace", "path": "emails[", "value": {}}],
+        [{"op": "remove", "path": f"members[value eq \"{id}\"]"}]]
+    names = ["userName", "displayName", "members", "emails", "Operations", "schemas", FAC, ENT,
+             "filter", "name", "active", "meta", "id", "failOnErrors", "count", "startIndex",
+             "attributes", "groups"]
+    for number in range(2_000):
+        path = "/".join(chance.sample(scraps, chance.randint(0, 2)))
+        query = chance.choice(["", f"?{chance.choice(names)}={chance.choice(scraps)}",
+                               "?filter=" + "".join(chance.choices("ab(\"[]%20. andeqr)", k=9)),
+                               f"?cursor={chance.choice(scraps)}&sortBy={chance.choice(names)}"])
+        document = {name: chance.choice(values) for name in chance.sample(names, chance.randint(0, 4))}
+        body = json.dumps(document).encode()
+        if chance.random() < 0.2:                        # broken below JSON
+            body = body[:chance.randrange(len(body))] + bytes(chance.choices(range(256), k=3))
+        line = f"{chance.choice(['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'BREW'])} " \
+               f"{chance.choice(['/scim/v2/', '/'])}{path.replace(' ', '')}{query} HTTP/1.1\r\n"
+        octets = line.encode() + HEAD + b"".join(
+            field + b"\r\n" for field in chance.sample(headers, chance.randint(0, 2)))
+        octets += b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
+        if chance.random() < 0.2:                        # broken below HTTP
+            place = chance.randrange(len(octets))
+            octets = octets[:place] + bytes([chance.randrange(256)]) + octets[place + 1:]
+        statuses = re.findall(rb"HTTP/1\.1 (\d+) ", exchange(server, octets + b"\r\n\r\n"))
+        assert statuses and all(status != b"500" for status in statuses), (SEED, number, octets)
+    assert scim.get("/Users")["totalResults"] >= 0
+    wait_until(lambda: len(server.connections) <= 1)
+
+
+# Made for these tests: two self-signed certificates for localhost, each with its key.
+CERTIFICATES = ["""-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg1uGXOsr5qTOn9cVG
+skRQSQT8WJIy+Yy1aO8y0A4SZbuhRANCAARxSIi+09RrqNud6/wV/zGLApmjJzJu
+RGOfugAkz2oh0od8EPPMPfEAxzZ9ZppzHNm+Mo7zV7X+xbCpMfz3qVRs
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUe0RbM2Qo53iDkvln2mZJs8v+OdMwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTAxNTkwMVoYDzIxMjYxMTAx
+MDE1OTAxWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARxSIi+09RrqNud6/wV/zGLApmjJzJuRGOfugAkz2oh0od8EPPMPfEA
+xzZ9ZppzHNm+Mo7zV7X+xbCpMfz3qVRso28wbTAdBgNVHQ4EFgQU1JCPmrsuC1j7
+jYleLTBFY8vEOvowHwYDVR0jBBgwFoAU1JCPmrsuC1j7jYleLTBFY8vEOvowDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIgNFF33BEcYAJC0VA4ZPkHQEd6StZE2rOo4q9c7Ri8zvsCIQC4
+hPDKdqosK91pVizUBFQtN0HX7MEg5zzv/pWR3uTQow==
+-----END CERTIFICATE-----
+""", """-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQg/ORWE7lJ/YFlekud
+b+NGt0LeSUSzsIcf/gMdRFOff36hRANCAASfzbg6Y0ZEAc+6eIgjGTNQ7pY1fY3Y
+lPPMZPWafNaFAfMOU5/VGU2vL+3aMhDLTOf24zHTFKn0K956uHdI53a9
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBmzCCAUGgAwIBAgIUMRTO+05fvhxDiAc9zKn3Cn5tZoQwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyNTAxNTkwMVoYDzIxMjYxMTAx
+MDE1OTAxWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAASfzbg6Y0ZEAc+6eIgjGTNQ7pY1fY3YlPPMZPWafNaFAfMOU5/VGU2v
+L+3aMhDLTOf24zHTFKn0K956uHdI53a9o28wbTAdBgNVHQ4EFgQUzVO8hZADLPhq
+D0bZxByaz+KGG+0wHwYDVR0jBBgwFoAUzVO8hZADLPhqD0bZxByaz+KGG+0wDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSAAwRQIhAO5/eaTLhRMsWVkgtJety0voQScbVpqKaiNrKUbJc5XuAiBP
+AagJlQ98mYNe7uFHd5JX+5z/zB+blnjxjyByB68fuA==
+-----END CERTIFICATE-----
+"""]
+
+
+def tls_files(folder: Path, number: int = 0) -> Any:
+    """Write a certificate with its key; return the configuration that names them."""
+    file = folder / "tls.pem"
+    file.write_text(CERTIFICATES[number])
+    os.utime(file, ns=(number, number))                  # another time for another file
+    return {"certificate": str(file), "key": str(file)}
+
+
+def peer_certificate(server: scim_server.ScimServer) -> str:
+    """Return the certificate that a server shows."""
+    return ssl.get_server_certificate(server.server_address[:2])
+
+
+def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
+        assert server.url.startswith("https://")
+        assert server.tls and server.tls.context().minimum_version == ssl.TLSVersion.TLSv1_2
+        with socket.create_connection(server.server_address[:2]) as silent, \
+                socket.create_connection(server.server_address[:2]) as plain:
+            silent.sendall(b"\x16")                      # a handshake that stalls
+            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            scim = Scim(server.url, "acme-secret")
+            scim.session.verify, scim.session.trust_env = str(tmp_path / "tls.pem"), False
+            location = scim.create("/Users", userName="ada")["meta"]["location"]
+            assert location.startswith(server.url)
+            with suppress(ConnectionResetError):
+                assert not plain.recv(100).startswith(b"HTTP")
+        first = peer_certificate(server)
+        assert first in CERTIFICATES[0]
+        tls_files(tmp_path, 1)
+        assert peer_certificate(server) in CERTIFICATES[1]
+        (tmp_path / "tls.pem").write_text("half a certifi")
+        assert peer_certificate(server) in CERTIFICATES[1]
+        assert "tls.pem" in capsys.readouterr().err
+        (tmp_path / "tls.pem").unlink()
+        assert peer_certificate(server) in CERTIFICATES[1]
+
+
+@pytest.mark.parametrize("headers, expected", [
+    ({"X_Forwarded_Proto": "https", "X_Forwarded_Host": "scim.example"}, "https://scim.example"),
+    ({"Forwarded": 'for=1.2.3.4;proto=http;host=a, for="[::1]";proto=https;host="b.example:8443"'},
+     "https://b.example:8443"),
+    ({"X_Forwarded_Proto": "gopher", "X_Forwarded_Host": "a b", "Host": "own"}, "http://own"),
+    ({"Forwarded": ";;==;,", "Host": "own"}, "http://own"),
+])
+def test_what_a_proxy_says_of_the_url_is_believed_of_a_trusted_one_alone(
+        tmp_path: Path, headers: Any, expected: str) -> None:
+    with serving(tmp_path, {**CONFIG, "trusted_proxies": ["127.0.0.0/8", "::1"]}) as server:
+        answer = Scim(server.url, "acme-secret").call("POST", "/Users", {"userName": "a"}, **headers)
+        assert answer.headers["Location"].startswith(f"{expected}/scim/v2/Users/")
+    with serving(tmp_path, {**CONFIG, "trusted_proxies": ["10.0.0.1"]}) as server:
+        answer = Scim(server.url, "acme-secret").call("POST", "/Users", {"userName": "b"}, **headers)
+        assert answer.headers["Location"].startswith(
+            f"http://{headers.get('Host', server.url[7:].partition('/')[0])}/scim/v2/Users/")
+
+
+def test_nothing_of_a_tenant_can_be_told_from_what_does_not_exist_by_another(
+        scim: Scim, globex: Scim) -> None:
+    user, absent = scim.user("ada", externalId="e1", title="Chief"), str(uuid.uuid4())
+    group = scim.group("Crew", user["id"])
+    scim.user("bob", title="x")
+    cursor = scim.get("/Users", cursor="", count=1, filter="title pr")["nextCursor"]
+
+    def told(answer: requests.Response) -> Any:
+        """Return all that an answer says, but for what names the request itself."""
+        text = answer.text
+        for id in (user["id"], group["id"], absent):
+            text = text.replace(id, "ID")
+        return answer.status_code, re.sub(r'"(created|lastModified)":"[^"]*"', "", text)
+
+    for kind, id in (("Users", user["id"]), ("Groups", group["id"])):
+        body = {"userName": "x", "displayName": "x"}
+        patch = {"schemas": [PATCH_OP], "Operations": [put("displayName", "x")]}
+        for method, content in (("GET", None), ("PUT", body), ("PATCH", patch), ("DELETE", None)):
+            for path in (f"/{kind}/{id}", f"/{kind}/{id}?attributes=members"):
+                assert told(globex.call(method, path, content)) == told(
+                    globex.call(method, path.replace(id, absent), content)), (method, path)
+        operations = [(method, f"/{kind}/{id}", "", patch) for method in ("PATCH", "DELETE")]
+        assert [one["status"] for one in bulk(globex, *operations)] == ["404", "404"]
+    for text in (f'id eq "{user["id"]}"', 'userName eq "ada"', 'externalId eq "e1"', "title pr",
+                 f'members.value eq "{user["id"]}"'):
+        path = "/Groups" if "members" in text else "/Users"
+        assert globex.get(path, filter=text)["totalResults"] == 0
+        assert globex.call("POST", f"{path}/.search", {"filter": text}).json()["totalResults"] == 0
+    assert globex.get("/")["totalResults"] == 0
+    assert_error(globex.call("GET", f"/Users?filter=title+pr&count=1&cursor={cursor}"), 400,
+                 "invalidCursor")
+    assert employees(globex) == [] and beside(globex, "/employees/1").status_code == 404
+    assert changes(globex) == []
+    own = globex.user("ada", externalId="e1", **{ENT: {"manager": {"value": user["id"]}}})
+    crew = globex.group("Crew", user["id"], absent, own["id"])
+    assert [one["value"] for one in crew["members"]] == [own["id"]]
+    assert [one["manager"] for one in employees(globex)] == [None]
+    assert scim.get(f"/Users/{user['id']}")["title"] == "Chief"
+    assert {one["name"] for one in employees(scim)} == {"ada", "bob"}
+
+
+def test_racing_writers_on_one_version_let_one_win(scim: Scim) -> None:
+    ada = scim.user("ada")
+    version = ada["meta"]["version"]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda number: Scim(scim.url, "acme-secret").call(
+            "PATCH", f"/Users/{ada['id']}", {"schemas": [PATCH_OP], "Operations": [
+                put("title", f"t{number}")]}, If_Match=version).status_code, range(16)))
+    assert sorted(answers) == [200] + [412] * 15
+
+
+# -- 11. When the disk fails, and for the operator -------------------------------------
+
+
+def spoiled(server: scim_server.ScimServer, pragma: str) -> None:
+    """Make SQLite itself fail the writes of the tenant acme."""
+    server.application.directories["acme"].store._writer.execute(f"PRAGMA {pragma}")
+
+
+@pytest.mark.parametrize("spoil, mend, status", [
+    ("max_page_count = 1", "max_page_count = 1000000", 507), ("query_only = 1", "query_only = 0", 503)])
+def test_a_full_or_read_only_database_undoes_the_write_and_recovers_by_itself(
+        server: scim_server.ScimServer, scim: Scim, globex: Scim, spoil: str, mend: str,
+        status: int) -> None:
+    ada = scim.user("ada")
+    spoiled(server, spoil)
+    for number in range(200):                            # the file has some pages to spare
+        answer = scim.call("POST", "/Users", {"userName": f"u{number}", "title": "t" * 9_000})
+        if answer.status_code != 201:
+            break
+    assert_error(answer, status, "", "nothing was changed")
+    assert int(answer.headers["Retry-After"]) > 0
+    assert scim.get(f"/Users/{ada['id']}")["userName"] == "ada"
+    assert scim.get("/Users")["totalResults"] == 1 + number
+    globex.user("ada")
+    spoiled(server, mend)
+    scim.user("bob")
+    assert len(employees(scim, "?count=999")) == 2 + number
+
+
+def test_a_file_that_another_process_locks_is_503_until_it_is_free(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
+    with serving(tmp_path) as server:
+        scim = Scim(server.url, "acme-secret")
+        scim.user("ada")
+        other = sqlite3.connect(tmp_path / "acme.sqlite3", isolation_level=None)
+        other.execute("BEGIN IMMEDIATE")
+        assert_error(scim.call("POST", "/Users", {"userName": "bob"}), 503, "", "locked")
+        assert scim.get("/Users")["totalResults"] == 1
+        other.close()
+        scim.user("bob")
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
+def test_a_disk_that_fills_up_under_the_server_loses_nothing(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (running, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        scim.user("ada")
+        unlimited = resource.prlimit(running.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (1 << 20, unlimited[1]))
+        written = 1
+        while (answer := scim.call("POST", "/Users", {
+                "userName": f"u{written}", "title": "t" * 30_000})).status_code == 201:
+            written += 1
+        assert answer.status_code in (503, 507) and "Retry-After" in answer.headers
+        assert scim.get("/Users")["totalResults"] == written
+        resource.prlimit(running.pid, resource.RLIMIT_FSIZE, unlimited)
+        scim.user("bob")
+        assert scim.get("/Users")["totalResults"] == written + 1
+
+
+def test_a_damaged_file_is_refused_by_name_while_the_other_tenants_are_served(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        Scim(server.url, "acme-secret").user("ada")
+    (tmp_path / "acme.sqlite3").write_bytes(b"SQLite format 3\0" + b"\xff" * 8192)
+    with serving(tmp_path) as server:
+        assert_error(Scim(server.url, "acme-secret").call("GET", "/Users"), 503, "", "log")
+        Scim(server.url, "globex-secret").user("ada")
+        assert requests.get(server.url.replace("/scim/v2", "/readyz")).status_code == 503
+        error = server.application.directories["acme"]
+        assert isinstance(error, scim_server.StoreError)
+        assert "acme.sqlite3: damaged" in str(error) and "restore" in str(error)
+
+
+def test_a_page_that_was_torn_by_a_crash_is_found_at_the_next_start(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (running, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        for number in range(100):
+            scim.user(f"u{number}")
+        running.kill()
+        running.wait()
+    file = tmp_path / "acme.sqlite3"
+    sqlite3.connect(file).execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    octets = bytearray(file.read_bytes())
+    octets[8192:len(octets) - 4096] = os.urandom(len(octets) - 12288)
+    file.write_bytes(octets)
+    (tmp_path / "acme.sqlite3-wal").write_bytes(b"\0" * 32)   # an end that was not clean
+    with pytest.raises(scim_server.StoreError, match="damaged"):
+        scim_server.Store(file)
+
+
+def test_a_backup_made_while_writing_is_one_commit_and_can_be_restored(tmp_path: Path) -> None:
+    place = ["--tenant", "acme", "--data-dir", str(tmp_path / "data")]
+    copy = tmp_path / "acme.backup"
+    with process("--data-dir", str(tmp_path / "data")) as (_, url, _), ThreadPoolExecutor(1) as pool:
+        scim = Scim(url, "acme-sample-secret-token")
+        for number in range(30):
+            scim.user(f"u{number}")
+        done = threading.Event()
+
+        def write() -> int:
+            number = 30
+            while not done.is_set():
+                scim.user(f"u{number}")
+                number += 1
+            return number
+        writing = pool.submit(write)
+        saved = command("backup", *place, str(copy))
+        done.set()
+        assert saved.returncode == 0, saved.stderr
+        written = writing.result()
+        assert command("backup", *place, str(copy)).returncode == 2     # never over a file
+    assert copy.stat().st_mode & 0o777 == 0o600
+    (tmp_path / "data" / "acme.sqlite3").write_bytes(b"rubbish" * 999)
+    refused = command("restore", *place, str(HERE / "README.md"))
+    assert refused.returncode == 2 and "README.md" in refused.stderr
+    brought = command("restore", *place, str(copy))
+    assert brought.returncode == 0, brought.stderr
+    with process("--data-dir", str(tmp_path / "data")) as (_, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        total = scim.get("/Users")["totalResults"]
+        assert 30 <= total <= written
+        assert len(employees(scim, "?count=1000")) == total
+        scim.user("after")
+
+
+def test_sigterm_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Path) -> None:
+    acknowledged: list[str] = []
+
+    def write(url: str, writer: int) -> None:
+        scim = Scim(url, "acme-sample-secret-token")
+        with suppress(requests.ConnectionError):
+            for number in range(10_000):
+                acknowledged.append(scim.user(f"u{writer}-{number}")["id"])
+
+    with process("--data-dir", str(tmp_path)) as (running, url, _), ThreadPoolExecutor(4) as pool:
+        writers = [pool.submit(write, url, number) for number in range(4)]
+        wait_until(lambda: len(acknowledged) > 40)
+        running.terminate()
+        assert running.wait(20) == 0
+        for writer in writers:
+            writer.result()
+    assert not list(tmp_path.glob("*-wal"))              # a clean end
+    with process("--data-dir", str(tmp_path)) as (_, url, _):
+        scim = Scim(url, "acme-sample-secret-token")
+        assert all(scim.call("GET", f"/Users/{id}").status_code == 200 for id in acknowledged)
+
+
+def test_health_readiness_and_metrics_tell_the_operator_and_nobody_else(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "metrics_token": "watcher"}) as server:
+        root = server.url.removesuffix("/scim/v2")
+        scim = Scim(server.url, "acme-secret")
+        scim.user("ada")
+        scim.call("GET", "/Users/nobody")
+        scim.call("BREW", "/Users")
+        assert requests.get(f"{root}/healthz").text == "ok\n"
+        assert requests.get(f"{root}/readyz").text == "ready\n"
+        text = requests.get(f"{root}/metrics").text
+        assert 'scim_requests_total{tenant="acme",method="POST",route="/Users",status="201"} 1' in text
+        assert 'method="GET",route="/Users/{id}",status="404"' in text and "BREW" not in text
+        far = {"X-Forwarded-For": "1.2.3.4"}
+        for headers, status in [(far, 401), ({**far, "Authorization": "Bearer watcher"}, 200),
+                                ({**far, "Authorization": "Bearer acme-secret"}, 401)]:
+            assert requests.get(f"{root}/metrics", headers=headers).status_code == status
+
+
+def logging_process(*arguments: str) -> Any:
+    """Run a server whose standard error is read."""
+    return process(*arguments, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("style", ["text", "json", "off"])
+def test_each_request_is_a_line_of_the_access_log_without_secrets(tmp_path: Path, style: str) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": ":memory:", "access_log": style}))
+    with logging_process("--config", str(file)) as (running, url, _):
+        scim = Scim(url, "acme-secret")
+        answer = scim.call("POST", "/Users", {"userName": "ada", "password": "pass-secret"},
+                           X_Request_Id="from-entra.1")
+        assert answer.headers["X-Request-Id"] == "from-entra.1"
+        forged = scim.call("GET", "/Users/a%0d%0aforged", X_Request_Id="x\" 200 forged")
+        assert re.fullmatch(r"[0-9a-f]+-\d+", forged.headers["X-Request-Id"])
+        Scim(url, "wrong-secret").call("GET", "/Users?token=query-secret")
+        running.terminate()
+        lines = running.stderr.read().splitlines()
+    assert "secret" not in "".join(lines) and "forged" not in "".join(lines)
+    if style == "text":
+        told = [line.split()[1:5] for line in lines]
+        assert told == [["acme", "POST", "/Users", "201"], ["acme", "GET", "/Users/{id}", "404"],
+                        ["-", "GET", "-", "401"]]
+        assert lines[0].endswith(" from-entra.1")
+    elif style == "json":
+        first = json.loads(lines[0])
+        assert (first["tenant"], first["route"], first["status"]) == ("acme", "/Users", 201)
+        assert first["bytes"] > 100 and first["milliseconds"] > 0 and len(lines) == 3
+    else:
+        assert lines == []
+
+
+def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path) -> None:
+    file, serial = tmp_path / "config.json", iter(range(1, 9))
+
+    def configure(text: str) -> None:
+        file.write_text(text)
+        os.utime(file, ns=(next(serial), 1))             # a time that no earlier file had
+    acme, globex = CONFIG["tenants"]
+    configure(json.dumps({"data_dir": "data", "tenants": [acme]}))
+    with logging_process("--config", str(file)) as (running, url, _):
+        scim = Scim(url, "acme-secret")
+        ada = scim.user("ada", **{FAC: {"locker_no": 7}})
+        fresh = {**acme, "tokens": [{"name": "second", "secret": "second-secret"}],
+                 "custom_fields": [*acme["custom_fields"],
+                                   {"link_name": "shoe_size", "type": "Integer"}]}
+        os.utime(file, ns=(77, 77))
+        configure(json.dumps({"data_dir": "data", "tenants": [fresh, globex], "listen": "0.0.0.0:1"}))
+        os.utime(file, ns=(78, 78))
+        later = Scim(url, "second-secret")
+        wait_until(lambda: later.call("GET", "/Users").status_code == 200)
+        assert scim.call("GET", "/Users").status_code == 401
+        assert later.get(f"/Users/{ada['id']}")[FAC] == {"locker_no": 7}
+        later.patch(f"/Users/{ada['id']}", put(f"{FAC}:shoe_size", 44))
+        Scim(url, "globex-secret").user("ada")
+        file.write_text('{"tenants": [{"name": 5}]}')
+        running.send_signal(signal.SIGHUP)
+        told = ""
+        while "not taken" not in told:
+            told = running.stderr.readline()
+        assert "tenants[0].name" in told
+        assert later.get("/Users")["totalResults"] == 1
+
+
+def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
+    with process("--config", str(file)) as (_, url, _):
+        Scim(url, "acme-secret").get("/Users")
+    printed = command("check", "--config", str(file)).stdout
+    today = scim_server.time_text(scim_server.utc_now())[:10]
+    assert f"last used {today}" in printed and "never used" in printed
+
+
+def test_listening_beyond_this_machine_without_tls_is_warned_of(tmp_path: Path) -> None:
+    running = subprocess.Popen([sys.executable, str(HERE / "scim_server.py"), "--listen", "0.0.0.0:0",
+                                "--data-dir", str(tmp_path)], stderr=subprocess.PIPE, text=True,
+                               stdout=subprocess.DEVNULL)
+    assert running.stderr
+    told = running.stderr.readline()
+    running.terminate()
+    running.communicate()
+    assert "warning: 0.0.0.0" in told and "tls" in told
 
 
 # -- 13. Command line --------------------------------------------------------------
@@ -1578,11 +2215,11 @@ def command(*arguments: str, cwd: Path = HERE, file: Path = HERE / "scim_server.
 
 
 @contextmanager
-def process(*arguments: str, file: Path = HERE / "scim_server.py",
+def process(*arguments: str, file: Path = HERE / "scim_server.py", stderr: Any = subprocess.DEVNULL,
             ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
     """Run a server as a process of its own; gives it, its URL, and the lines it prints."""
     running = subprocess.Popen([sys.executable, str(file), "--listen", "127.0.0.1:0", *arguments],
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert running.stdout
     try:
         lines = [running.stdout.readline().rstrip()]
@@ -1705,7 +2342,6 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
 
 # -- Properties: random people against a second reading of the RFCs ------------------
 
-SEED = int(os.environ.get("SCIM_SEED", "0")) or random.randrange(1, 10 ** 9)
 FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "5000"))
 PATCH_COUNT = int(os.environ.get("SCIM_PATCHES", "2000"))
 TEXTS = ["a", "A", "ab", "B", "ß", "SS", "é", "É", "%", "_", 'q"q', "back\\slash", "a b", "x", "zz",
@@ -2215,7 +2851,8 @@ CHAPTERS = [(text.count("\n"), int(number)) for text, number in (
     (SOURCE[:found.start()], found[1])
     for found in re.finditer(r"^# -{70,}\n# (\d+)\. ", SOURCE, re.MULTILINE))]
 AT_HOME = {                       # modules that few chapters may use
-    "sqlite3": {6, 8, 10}, "socket": {11}, "ssl": {11, 13}, "queue": {11}, "http": {11}, "BaseHTTPRequestHandler": {11},
+    "sqlite3": {6, 8, 10}, "socket": {11}, "ssl": {11, 13}, "queue": {11}, "http": {11},
+    "BaseHTTPRequestHandler": {11},
     "ThreadingHTTPServer": {11}, "HTTPStatus": {11}, "argparse": {13}, "signal": {13},
     "secrets": {8, 11, 13}, "uuid": {8}, "hmac": {10},
 }
