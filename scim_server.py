@@ -8,12 +8,13 @@ Run it        python scim_server.py                       serves sample_config.j
               python scim_server.py token                 makes a secret for a tenant
               python scim_server.py check --config FILE   explains a configuration
               python scim_server.py employees --tenant acme   (and changes) shows what the sync did
-Embed it      config = load_config("config.json")
-              server = ScimServer(Application(open_directories(config)), config)
-              threading.Thread(target=server.serve_forever).start(); print(server.url)
-Test with it  directory = Directory(Store(":memory:"), resource_types(()))
-              user = directory.create(directory.resource_types["User"], {"userName": "ada"})
-              directory.read(directory.resource_types["User"], user["id"])
+              python scim_server.py demo                  plays Entra ID against the running server
+Embed it      with running("config.json") as server: print(server.url)
+              application = wsgi("config.json")           for gunicorn, or under a prefix in Flask
+              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})   no HTTP at all
+Test with it  with running() as server:                   an empty one in memory, on a free port
+                  requests.get(server.url + "/Users", headers={
+                      "Authorization": "Bearer " + server.token("demo")})
 
 Chapters      1 Vocabulary      schema URNs, limits, ScimError
               2 Schemas         Attribute, Schema, ResourceType: the data that decides everything
@@ -67,6 +68,8 @@ import sys
 import threading
 import time
 import traceback
+import urllib.error
+import urllib.request
 import uuid
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -96,6 +99,7 @@ RESOURCE_TYPE = "urn:ietf:params:scim:schemas:core:2.0:ResourceType"
 PROVIDER_CONFIG = "urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"
 LIST_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
 BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
+PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
 
 BASE_PATH = "/scim/v2"
@@ -113,6 +117,13 @@ MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60                     # seconds that a long poll may wait
 CURSOR_SECONDS = 3_600            # how long a cursor may be used
 SIGNATURE_LENGTH = 16             # octets of its HMAC
+
+__version__ = "1.0.0"
+__all__ = [                       # the public interface; the rest may change
+    "Application", "Change", "Config", "ConfigError", "CustomField", "Directory", "Employee",
+    "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
+    "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
+]
 
 UTC = timezone.utc                # noqa: UP017  (Python 3.10 has no datetime.UTC)
 Json = Any                        # what json.loads returns
@@ -2148,6 +2159,7 @@ class Condition:
 
 
 ALWAYS = Condition()
+Clock = Callable[[], datetime]
 
 
 def utc_now() -> datetime:
@@ -2161,8 +2173,9 @@ def random_id() -> str:
 
 
 class Directory:
-    """One tenant's users and groups. Safe from several threads.
+    """One tenant's users, groups and employees, without any HTTP. Safe from several threads.
 
+    A resource type is one of resource_types or its name; bodies and resources are JSON objects.
     Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
     parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
     for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
@@ -2170,11 +2183,12 @@ class Directory:
     Raises StoreError for a store that cannot be used.
     """
 
-    def __init__(self, store: Store, types: Mapping[str, ResourceType],
-                 clock: Callable[[], datetime] = utc_now, new_id: Callable[[], str] = random_id,
+    def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (),
+                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
                  keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
         self.store = store
-        self.resource_types = types
+        self.custom_fields = tuple(custom_fields)
+        self.resource_types = types = resource_types(custom_fields)
         self.clock = clock
         self.new_id = new_id
         self.keep = keep
@@ -2194,8 +2208,9 @@ class Directory:
         view.token = token
         return view
 
-    def create(self, resource_type: ResourceType, body: Json) -> Resource:
+    def create(self, type: ResourceType | str, body: Json) -> Resource:
         """Store a new resource and return it (RFC 7644 §3.3)."""
+        resource_type = self._type(type)
         accepted = accept(resource_type, body)
         accepted.update(defaults(resource_type, accepted))
         require(resource_type.root, accepted)
@@ -2210,20 +2225,24 @@ class Directory:
             self._record(session, resource_type, row.id, {}, revived(resource_type, row))
             return self._complete(session, resource_type, [row])[0]
 
-    def read(self, resource_type: ResourceType, id: str, selection: Selection = WHOLE) -> Resource:
+    def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
         """Return a resource (RFC 7644 §3.4.1), with its members only where they are selected."""
+        resource_type = self._type(type)
         with self.store.reading() as session:
             row = self._find(session, resource_type, id)
             return self._complete(session, resource_type, [row], selection)[0]
 
-    def query(self, resource_type: ResourceType, filter: Filter = EVERYTHING,
+    def query(self, type: ResourceType | str, filter: Filter | str = EVERYTHING,
               sorting: Sorting | None = None, start_index: int = 1, count: int = DEFAULT_COUNT,
               selection: Selection = WHOLE) -> Page:
         """Return the count resources of a type that match, from the 1-based start_index.
 
         Without sorting the order is that of creation, so that paging sees each resource once
-        (RFC 7644 §3.4.2).
+        (RFC 7644 §3.4.2). A filter as text raises ScimError 400 invalidFilter.
         """
+        resource_type = self._type(type)
+        if isinstance(filter, str):
+            filter = parse_filter(filter, resource_type)
         window = Window(max(count, 0), max(start_index, 1) - 1)
         return self.search({resource_type.name: (filter, selection)}, sorting, window)
 
@@ -2253,9 +2272,10 @@ class Directory:
                 return Page(total, resources)
             return Page(total, resources, found[0][0], found[-1][0], more)
 
-    def replace(self, resource_type: ResourceType, id: str, body: Json,
+    def replace(self, type: ResourceType | str, id: str, body: Json,
                 condition: Condition = ALWAYS) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
+        resource_type = self._type(type)
         accepted = accept(resource_type, body)
         with self.store.writing() as session:
             row = self._find(session, resource_type, id)
@@ -2267,13 +2287,14 @@ class Directory:
             row = self._save(session, resource_type, row, before, accepted)
             return self._complete(session, resource_type, [row])[0]
 
-    def patch(self, resource_type: ResourceType, id: str, body: Json,
+    def patch(self, type: ResourceType | str, id: str, body: Json,
               condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
         """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
 
         Returns None for a group of more members than an answer holds, unless some of its
         attributes are selected: then RFC 7644 asks for them.
         """
+        resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
         members = resource_type.root.sub_attribute("members")
         named = named_members(members, operations) if members else None
@@ -2287,8 +2308,9 @@ class Directory:
                 return None
             return self._complete(session, resource_type, [row], selection)[0]
 
-    def delete(self, resource_type: ResourceType, id: str, condition: Condition = ALWAYS) -> None:
+    def delete(self, type: ResourceType | str, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
+        resource_type = self._type(type)
         group_type = self.resource_types["Group"]
         with self.store.writing() as session:
             row = self._find(session, resource_type, id)
@@ -2305,6 +2327,23 @@ class Directory:
             gone = revived(resource_type, row)
             session.delete(row, index_entries(resource_type.root, gone))
             self._record(session, resource_type, id, gone, {})
+
+    def seed(self, document: Json) -> dict[str, str]:
+        """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them.
+
+        Members may be given by userName or displayName, as {"value": name} or the name alone.
+        Returns the ids by name.
+        """
+        ids: dict[str, str] = {}
+        with self.store.writing():
+            for body in document.get("Users", ()):
+                ids[body["userName"]] = self.create("User", body)["id"]
+            for body in document.get("Groups", ()):
+                given = [member if isinstance(member, dict) else {"value": member}
+                         for member in body.get("members", ())]
+                members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
+                ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
+        return ids
 
     def note_use(self, token: str) -> None:
         """Keep when a token was used last; once a minute is enough to know which one is idle."""
@@ -2442,6 +2481,9 @@ class Directory:
                 key = secrets.token_hex(32)
                 session.set_setting(name, key)
             return bytes.fromhex(key)
+
+    def _type(self, type: ResourceType | str) -> ResourceType:
+        return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(self, session: Session, resource_type: ResourceType, id: str) -> Row:
         if row := session.find(resource_type.name, id):
@@ -2731,6 +2773,37 @@ def parse_config(document: Json) -> Config:
     return config
 
 
+def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
+    """Return a configuration: one as it is, that of a file, that of a document, or the demo's.
+
+    A document, for a program that embeds the server, keeps nothing on disk, listens on a free port
+    and writes no access log unless it says so. Raises ConfigError.
+    """
+    if isinstance(source, Config):
+        return source
+    if source is None or isinstance(source, Mapping):
+        return parse_config({"listen": "127.0.0.1:0", "data_dir": ":memory:", "access_log": "off",
+                             **(DEMO if source is None else source)})
+    return load_config(source)
+
+
+def store_path(config: Config, tenant: Tenant) -> str:
+    """Return the file of a tenant."""
+    if config.data_dir == ":memory:":
+        return ":memory:"
+    return os.path.join(config.data_dir, f"{tenant.name.lower()}.sqlite3")
+
+
+def make_data_dir(config: Config) -> None:
+    """Make the directory of the tenants' files where there is none; StoreError."""
+    if config.data_dir != ":memory:":
+        try:
+            os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
+                             "choose another place with --data-dir") from error
+
+
 class ConfigReader:
     """The rules of a configuration; each takes a JSON path and a value, and notes what is wrong."""
 
@@ -2888,6 +2961,7 @@ class Request:
     body: bytes | Json = b""           # Bulk hands in JSON that was read already
     scheme: str = "http"               # and host: how the client named this server
     host: str = "localhost"
+    root: str = ""                     # the path that the server is mounted at
     client: str = ""                   # the address that it came from
     id: str = "-"                      # for the logs
 
@@ -3158,7 +3232,7 @@ def create_resource(call: Call) -> Response:
 
 def get_resource(call: Call) -> Response:
     """Answer GET /Users/{id}."""
-    found = call.directory.read(call.resource_type, call.id, call.selection(call.resource_type))
+    found = call.directory.get(call.resource_type, call.id, call.selection(call.resource_type))
     version = found["meta"]["version"]
     if call.condition.if_match:
         replace(call.condition, if_none_match="").check(version)
@@ -3600,27 +3674,118 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-class Application:
-    """All tenants behind one endpoint; the bearer token alone says which one is meant.
+def unauthorized() -> ScimError:
+    """Return the one answer to a bearer token that is not good, whatever is wrong with it."""
+    return ScimError(401, "", "the bearer token is missing, unknown or expired; "
+                              "check the Secret Token of the enterprise application",
+                     {"WWW-Authenticate": 'Bearer realm="scim"'})
 
-    A tenant whose file cannot be used has its StoreError in place of a directory: it is answered
-    503, the others are served. metrics_sha256 is the hash of a token for /metrics.
+
+class Application:
+    """All tenants of a configuration behind one endpoint; the bearer token alone says which one.
+
+    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the
+    StoreError instead: it is answered 503, the others are served. Of secrets only hashes are kept.
+    authenticate, for a program that keeps tokens itself, takes a bearer token that no tenant has
+    and returns a tenant's name, or None.
     """
 
-    def __init__(self, directories: Mapping[Tenant, Directory | StoreError],
-                 clock: Callable[[], datetime] = utc_now, metrics_sha256: str = "") -> None:
+    def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
+                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id) -> None:
         self.metrics = Metrics()
+        self.directories: dict[str, Directory | StoreError] = {}
+        self._ask = authenticate
         self._clock = clock
-        self._used: dict[str, datetime] = {}
-        self.serve(directories, metrics_sha256)
+        self._new_id = new_id
+        self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
+        self._configuring = threading.RLock()
+        self.configure(config)
 
-    def serve(self, directories: Mapping[Tenant, Directory | StoreError],
-              metrics_sha256: str = "") -> None:
-        """Serve these tenants from now on; of their tokens only the hashes are kept."""
-        self.metrics_sha256 = metrics_sha256
-        self.directories = {tenant.name: directory for tenant, directory in directories.items()}
-        self._tokens = {token.sha256: (tenant.name, replace(token, secret=""), directory)
-                        for tenant, directory in directories.items() for token in tenant.tokens}
+    # -- Tenants --
+
+    def configure(self, config: Config) -> None:
+        """Serve the tenants of a configuration from now on; known ones keep their data and store.
+
+        Raises StoreError where data_dir cannot be made: then nothing is changed.
+        """
+        make_data_dir(config)
+        with self._configuring:
+            self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
+            hashed = tuple(replace(tenant, tokens=tuple(replace(token, secret="")
+                                                        for token in tenant.tokens))
+                           for tenant in config.tenants)
+            self.config = replace(config, tenants=hashed)
+            self._tokens = {token.sha256: (tenant.name, token)
+                            for tenant in hashed for token in tenant.tokens}
+
+    def add_tenant(self, document: Json) -> Directory:
+        """Serve one more tenant, given as in a configuration, or one anew; return its directory.
+
+        Raises ConfigError and StoreError.
+        """
+        reader = ConfigReader()
+        tenant = reader.tenant("tenant", document)
+        with self._configuring:
+            others = tuple(one for one in self.config.tenants if one.name != tenant.name)
+            for other in others:
+                for token in other.tokens:
+                    if token.sha256 in [own.sha256 for own in tenant.tokens]:
+                        reader.wrong("tenant.tokens", f"the same token as that of {other.name}")
+            if reader.problems:
+                raise ConfigError(reader.problems)
+            self.configure(replace(self.config, tenants=(*others, tenant)))
+        return self.directory(tenant.name)
+
+    def remove_tenant(self, name: str) -> None:
+        """Serve a tenant no more; its file stays."""
+        with self._configuring:
+            gone = self.directories.get(name)
+            self.configure(replace(self.config, tenants=tuple(
+                tenant for tenant in self.config.tenants if tenant.name != name)))
+        if isinstance(gone, Directory):
+            gone.store.interrupt()               # it is closed when its last request is answered
+
+    def directory(self, name: str) -> Directory:
+        """Return the directory of a tenant; KeyError, or StoreError where its file is no good."""
+        found = self.directories[name]
+        if isinstance(found, StoreError):
+            raise found
+        return found
+
+    def token(self, name: str) -> str:
+        """Return a new secret of a tenant, good until the next configuration."""
+        secret = secrets.token_urlsafe(32)
+        with self._configuring:
+            [tenant] = [tenant for tenant in self.config.tenants if tenant.name == name]
+            self._tokens = {**self._tokens, digest(secret): (tenant.name, Token("made", ""))}
+        return secret
+
+    def interrupt(self) -> None:
+        """End all long polls, for good."""
+        for directory in self.directories.values():
+            if isinstance(directory, Directory):
+                directory.store.interrupt()
+
+    def close(self) -> None:
+        """Close the files; nobody may use the application afterwards."""
+        for directory in self.directories.values():
+            if isinstance(directory, Directory):
+                directory.store.close()
+
+    def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
+        """Return the directory of a tenant, the one that is in use where it fits, or why not."""
+        known = self.directories.get(tenant.name)
+        if isinstance(known, Directory) and known.custom_fields == tenant.custom_fields:
+            known.keep, known.keep_days = config.keep_changes, config.keep_days
+            return known
+        try:
+            store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
+            return Directory(store, tenant.custom_fields, self._clock, self._new_id,
+                             config.keep_changes, config.keep_days)
+        except StoreError as error:
+            return error
+
+    # -- Requests --
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
@@ -3653,27 +3818,23 @@ class Application:
         """Return how many octets the body of a request to a path may have."""
         return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
 
-    def interrupt(self) -> None:
-        """End all long polls, for good."""
-        for directory in self.directories.values():
-            if isinstance(directory, Directory):
-                directory.store.interrupt()
-
     def _authenticate(self, authorization: str) -> tuple[str, Directory]:
+        """Return the tenant that a token selects, and its directory in the name of that token."""
         scheme, _, secret = authorization.strip().partition(" ")
-        sha256 = digest(secret.strip())
-        tenant, token, directory = self._tokens.get(sha256, ("", None, None))
-        expired = token and token.expires and token.expires <= self._clock()
-        if scheme.lower() != "bearer" or not token or not directory or expired:
-            raise ScimError(401, "", "the bearer token is missing, unknown or expired; "
-                                     "check the Secret Token of the enterprise application",
-                            {"WWW-Authenticate": 'Bearer realm="scim"'})
+        if scheme.lower() != "bearer" or not (secret := secret.strip()):
+            raise unauthorized()
+        sha256 = digest(secret)
+        tenant, token = self._tokens.get(sha256) or (self._ask and self._ask(secret) or "",
+                                                     Token("authenticate", ""))
+        directory = self.directories.get(tenant)
+        now, used = self._clock(), self._used.get((tenant, token.name))
+        if not directory or (token.expires and token.expires <= now):
+            raise unauthorized()
         if isinstance(directory, StoreError):
             raise ScimError(503, "", "the tenant's database cannot be used; the server's log says "
                                      "why", {"Retry-After": "60"})
-        now = self._clock()
-        if sha256 not in self._used or now - self._used[sha256] > timedelta(minutes=1):
-            self._used[sha256] = now
+        if not used or now - used > timedelta(minutes=1):
+            self._used[tenant, token.name] = now
             with suppress(sqlite3.Error):
                 directory.note_use(token.name)
         return tenant, directory.acting(token.name)
@@ -3695,7 +3856,7 @@ class Application:
         return methods[request.method](Call(
             request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
-            f"{request.scheme}://{request.host}{BASE_PATH}",
+            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
             self.handle))
 
 
@@ -3724,7 +3885,7 @@ def get_metrics(application: Application, request: Request) -> Response:
     local = request.client in ("127.0.0.1", "::1") and "forwarded" not in request.headers \
         and "x-forwarded-for" not in request.headers
     secret = request.headers.get("authorization", "").partition(" ")[2].strip()
-    if not local and digest(secret) != application.metrics_sha256:
+    if not local and digest(secret) != application.config.metrics_sha256:
         return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as "
                                                  "bearer token", {"WWW-Authenticate": "Bearer"}))
     return Response(200, application.metrics.text(),
@@ -3753,6 +3914,7 @@ IDLE_SECONDS = 65
 LOG_LINES = 10_000                # that wait for a stream
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+FIRST_TICK = datetime(2026, 1, 1, tzinfo=UTC)            # of a deterministic clock
 STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
@@ -3957,6 +4119,58 @@ class AccessLog:
                 print(text, file=self._stream, flush=True)
 
 
+def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
+    """Return the header fields and the body of an answer."""
+    text = response.body if isinstance(response.body, str) else json.dumps(
+        response.body, ensure_ascii=False, separators=(",", ":"))
+    body = b"" if response.body is None else text.encode()
+    fields = [("X-Request-Id", request.id), *response.headers.items()]
+    if response.body is not None and "Content-Type" not in response.headers:
+        fields.append(("Content-Type", "application/scim+json"))
+    if response.status != 204:                           # RFC 9110 §8.6: never with a 204
+        fields.append(("Content-Length", str(len(body))))
+    return fields, b"" if request.method == "HEAD" else body
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A request and its answer, as a test of a client looks at them."""
+
+    request: Request
+    response: Response
+
+
+@dataclass
+class Fault:
+    """What the next requests meet, for tests of clients: a status in place of the answer, a delay,
+    or an answer that is cut in the middle of its body.
+
+    401 is what an expired token gets, 412 what a conflict of ETags gets. It is met so many times by
+    requests of a method ("" is any) whose path has a text in it.
+    """
+
+    status: int = 0
+    times: int = 1
+    method: str = ""
+    path: str = ""
+    delay: float = 0                   # seconds
+    cut: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def meets(self, request: Request) -> bool:
+        """Return whether a request meets this fault."""
+        return self.times > 0 and self.method in ("", request.method) and self.path in request.path
+
+    def response(self) -> Response:
+        """Return the answer that the status means."""
+        error = unauthorized() if self.status == 401 else ScimError(
+            self.status, "", "If-Match: the version is another now; read it again"
+            if self.status == 412 else "a fault that a test asked for",
+            {"Retry-After": "1"} if self.status in (429, 503) else {})
+        return error_response(ScimError(error.status, "", error.detail,
+                                        {**error.headers, **self.headers}))
+
+
 IDLE, READING, ANSWERING = "idle", "reading", "answering"
 
 
@@ -4044,7 +4258,7 @@ class Handler(BaseHTTPRequestHandler):
         """Read a request, have it answered, write the answer in one piece, log it."""
         self.peer.state = IDLE
         self.peer.allow(IDLE_SECONDS)
-        if not self.rfile.peek(1):                        # type: ignore[attr-defined]
+        if self.server.stopping.is_set() or not self.rfile.peek(1):     # type: ignore[attr-defined]
             raise EOFError
         self.peer.state, started = READING, time.perf_counter()
         self.close_connection, request = True, Request("", "")
@@ -4060,13 +4274,13 @@ class Handler(BaseHTTPRequestHandler):
             self._answer(error_response(refusal), request, started)
             return self.peer.linger()
         self.server.begin(self.peer)
-        response = self.server.application.handle(request)
+        response, cut = self.server.answer(request)
         if response.tenant:
             self.peer.since = time.monotonic()
         options = head.headers.get("connection", "").lower()
-        self.close_connection = (self.server.stopping.is_set() or "close" in options
+        self.close_connection = (self.server.stopping.is_set() or "close" in options or cut
                                  or (head.minor_version == 0 and "keep-alive" not in options))
-        self._answer(response, request, started)
+        self._answer(response, request, started, cut)
 
     def _body(self, head: Head, path: str) -> bytes:
         limit = self.server.application.body_limit(path)
@@ -4077,43 +4291,40 @@ class Handler(BaseHTTPRequestHandler):
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
         return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
 
-    def _answer(self, response: Response, request: Request, started: float) -> None:
-        text = response.body if isinstance(response.body, str) else json.dumps(
-            response.body, ensure_ascii=False, separators=(",", ":"))
-        body = b"" if response.body is None else text.encode()
+    def _answer(self, response: Response, request: Request, started: float,
+                cut: bool = False) -> None:
+        fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-                 f"Date: {self.date_time_string()}", f"X-Request-Id: {request.id}",
-                 *(f"{name}: {value}" for name, value in response.headers.items())]
-        if response.body is not None and "Content-Type" not in response.headers:
-            lines.append("Content-Type: application/scim+json")
-        if response.status != 204:                       # RFC 9110 §8.6: never with a 204
-            lines.append(f"Content-Length: {len(body)}")
+                 f"Date: {self.date_time_string()}", *(f"{name}: {value}" for name, value in fields)]
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
         try:
-            self.peer.send(head if request.method == "HEAD" else head + body)
+            self.peer.send(head + (body[:len(body) // 2] if cut else body))
         finally:
             self.server.note(request, response, time.perf_counter() - started, len(body))
 
 
 class ScimServer(ThreadingHTTPServer):
-    """An application on a socket, a thread per connection: host, port (0 picks one), tls,
-    trusted_proxies, max_connections and access_log of a configuration. See url.
+    """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
-    OSError where the address or the certificate cannot be had.
+    Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
+    appended to, and exchanges has what was asked and answered where it is not None. Raises OSError
+    where the address or the certificate cannot be had.
     """
 
     daemon_threads = True
     request_queue_size = 128
 
-    def __init__(self, application: Application, config: Config) -> None:
+    def __init__(self, application: Application) -> None:
         self.application = application
-        self.config = config
+        self.config = config = application.config
         self.tls = Tls(*config.tls) if config.tls else None
         self.stopping = threading.Event()
         self.stopped = threading.Event()
         self.log = AccessLog(config.access_log, sys.stderr)
+        self.faults: list[Fault] = []
+        self.exchanges: list[Exchange] | None = None
         self.connections: dict[socket.socket, Connection] = {}
         self._changed = threading.Condition()
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
@@ -4122,6 +4333,14 @@ class ScimServer(ThreadingHTTPServer):
         shown_host = f"[{config.host}]" if ":" in config.host else config.host
         scheme = "https" if config.tls else "http"
         self.url = f"{scheme}://{shown_host}:{self.server_address[1]}{BASE_PATH}"
+
+    def token(self, tenant: str) -> str:
+        """Return a new secret of a tenant, for the client of a test."""
+        return self.application.token(tenant)
+
+    def directory(self, tenant: str) -> Directory:
+        """Return the directory of a tenant, which works while the server does."""
+        return self.application.directory(tenant)
 
     def server_bind(self) -> None:
         """Bind without the look-up of the host's name, which stalls where there is no DNS."""
@@ -4165,7 +4384,11 @@ class ScimServer(ThreadingHTTPServer):
         """Accept nothing more, wait for the requests in flight, close all connections."""
         self.stopping.set()
         self.application.interrupt()
-        self.shutdown()
+        ending = threading.Thread(target=self.shutdown)
+        ending.start()
+        with suppress(OSError):                          # a knock, which ends the wait for one
+            socket.create_connection(self.socket.getsockname()[:2], 1).close()
+        ending.join()
         with self._changed:
             for peer in self.connections.values():
                 if peer.state == IDLE:
@@ -4193,6 +4416,18 @@ class ScimServer(ThreadingHTTPServer):
                        id=given if REQUEST_ID.fullmatch(given)
                        else f"{self._run}-{next(self._numbers)}")
 
+    def answer(self, request: Request) -> tuple[Response, bool]:
+        """Return the answer to a request, and whether it is to be cut; faults come first."""
+        with self._changed:
+            fault = next((one for one in self.faults if one.meets(request)), Fault())
+            fault.times -= 1
+        if fault.delay:
+            self.stopping.wait(fault.delay)
+        response = fault.response() if fault.status else self.application.handle(request)
+        if self.exchanges is not None:
+            self.exchanges.append(Exchange(request, response))
+        return response, fault.cut
+
     def note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
@@ -4202,51 +4437,98 @@ class ScimServer(ThreadingHTTPServer):
                      milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
 
 
+@contextmanager
+def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
+            authenticate: Callable[[str], str | None] | None = None, deterministic: bool = False,
+            ) -> Iterator[ScimServer]:
+    """Run a server on a free port while a with block lasts; see its url, token() and directory().
+
+    config is a configuration, its file, its document, or nothing for a demo tenant in memory.
+    deterministic lets ids count up and the clock tick a millisecond at each look. Raises
+    ConfigError, StoreError and OSError.
+    """
+    ids, ticks = itertools.count(1), itertools.count()
+    made = to_config(config)
+    application = Application(
+        replace(made, port=0), authenticate,
+        (lambda: FIRST_TICK + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id)
+    try:
+        for tenant in made.tenants:
+            application.directory(tenant.name)           # a test wants each of them
+        server = ScimServer(application)
+        server.exchanges = []
+        thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+    finally:
+        application.close()
+
+
+def wsgi(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
+         authenticate: Callable[[str], str | None] | None = None) -> WsgiApplication:
+    """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
+
+    Arguments and errors are those of running().
+    """
+    return WsgiApplication(Application(to_config(config), authenticate))
+
+
+class WsgiApplication:
+    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
+
+    def __init__(self, application: Application) -> None:
+        self.application = application
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """Answer a request."""
+        request = self._request(environ)
+        try:
+            response = self.application.handle(replace(request, body=self._body(environ, request)))
+        except ScimError as error:
+            response = error_response(error)
+        fields, body = wire_form(response, request)
+        start_response(f"{response.status} {HTTPStatus(response.status).phrase}", fields)
+        return [body]
+
+    def _request(self, environ: dict[str, Any]) -> Request:
+        """Return a request without its body; WSGI has decoded the path, as Latin-1."""
+        headers = {name[5:].replace("_", "-").lower(): value
+                   for name, value in environ.items() if name.startswith("HTTP_")}
+        given = headers.get("x-request-id", "")
+        return Request(
+            environ["REQUEST_METHOD"], quote(environ.get("PATH_INFO", "").encode("latin-1")),
+            environ.get("QUERY_STRING", ""), headers, b"", environ["wsgi.url_scheme"],
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            quote(environ.get("SCRIPT_NAME", "").encode("latin-1")), environ.get("REMOTE_ADDR", ""),
+            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
+
+    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
+        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
+        if length and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+            raise ScimError(400, "", "content-length: expected a number")
+        # A server that takes chunked bodies ends the stream itself, and says so.
+        size = int(length) if length else limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(size, limit + 1))
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
+
+
 # ----------------------------------------------------------------------------
 # 13. Command line
 #
-# serve (the default), token, check, employees, changes, backup, restore. What a person must mend
-# is one line on standard error and exit status 2.
+# serve (the default), token, check, employees, changes, backup, restore, demo. What a person must
+# mend is one line on standard error and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
 
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
-
-
-def open_directories(config: Config, known: Mapping[str, Directory | StoreError] | None = None,
-                     ) -> dict[Tenant, Directory | StoreError]:
-    """Return a directory for each tenant of a configuration, its file in data_dir.
-
-    A tenant whose file cannot be used has the error instead. Of the directories known by the names
-    of their tenants, the stores are used on. Raises StoreError where data_dir cannot be made.
-    """
-    if config.data_dir != ":memory:":
-        try:
-            os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
-                             "choose another place with --data-dir") from error
-    return {tenant: open_directory(config, tenant, (known or {}).get(tenant.name))
-            for tenant in config.tenants}
-
-
-def open_directory(config: Config, tenant: Tenant, known: Directory | StoreError | None = None,
-                   ) -> Directory | StoreError:
-    """Return the directory of one tenant, or why there is none."""
-    try:
-        store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
-        return Directory(store, resource_types(tenant.custom_fields), keep=config.keep_changes,
-                         keep_days=config.keep_days)
-    except StoreError as error:
-        return error
-
-
-def store_path(config: Config, tenant: Tenant) -> str:
-    """Return the file of a tenant."""
-    if config.data_dir == ":memory:":
-        return ":memory:"
-    return os.path.join(config.data_dir, f"{tenant.name.lower()}.sqlite3")
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -4275,25 +4557,17 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 def chosen_directory(options: argparse.Namespace) -> Directory:
     """Return the directory of --tenant, beside the server that may be at work on it; StoreError."""
     config, tenant = chosen_tenant(options)
-    return usable(open_directories(replace(config, tenants=(tenant,)))[tenant])
-
-
-def usable(found: Directory | StoreError) -> Directory:
-    """Return a directory; StoreError where there is none."""
-    if isinstance(found, StoreError):
-        raise found
-    return found
+    return Application(replace(config, tenants=(tenant,))).directory(tenant.name)
 
 
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, the configuration of the day; return the exit status."""
     config = listened(chosen_config(options), options)
-    directories = open_directories(config)
-    if not any(isinstance(found, Directory) for found in directories.values()):
-        usable(directories[config.tenants[0]])
-    application = Application(directories, metrics_sha256=config.metrics_sha256)
+    application = Application(config)
+    if not any(isinstance(found, Directory) for found in application.directories.values()):
+        application.directory(config.tenants[0].name)
     try:
-        server = ScimServer(application, config)
+        server = ScimServer(application)
     except ssl.SSLError as error:
         raise StoreError(f"tls: {' and '.join(config.tls or ())} cannot be used ({error})") from error
     except OSError as error:
@@ -4310,13 +4584,11 @@ def serve(options: argparse.Namespace) -> int:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
     threading.Thread(target=follow_file, args=(options, config, server, reload), daemon=True).start()
-    warn(config, directories)
+    warn(application)
     print(greeting(server.url, config), flush=True)
-    server.serve_forever(poll_interval=0.1)
+    server.serve_forever()
     server.stopped.wait()
-    for found in application.directories.values():
-        if isinstance(found, Directory):
-            found.store.close()
+    application.close()
     return 0
 
 
@@ -4338,16 +4610,15 @@ def follow_file(options: argparse.Namespace, config: Config, server: ScimServer,
         seen = stamp()
         try:
             fresh = listened(chosen_config(options), options)
-            directories = open_directories(fresh, server.application.directories)
+            server.application.configure(fresh)
         except (ConfigError, StoreError) as error:
             complain(f"{chosen_file(options)}: not taken, the earlier configuration serves on: "
                      + str(error).replace("\n", "; "))
             continue
-        server.application.serve(directories, fresh.metrics_sha256)
-        warn(config, directories)
+        warn(server.application)
         fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "access_log")
         changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
-        complain(f"{chosen_file(options)}: taken, {len(directories)} tenant(s)"
+        complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
                  + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
 
 
@@ -4356,11 +4627,12 @@ def complain(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-def warn(config: Config, directories: Mapping[Tenant, Directory | StoreError]) -> None:
+def warn(application: Application) -> None:
     """Tell the operator what is unsafe, and who is not served."""
-    for tenant, found in directories.items():
+    for name, found in application.directories.items():
         if isinstance(found, StoreError):
-            complain(f"tenant {tenant.name} is not served, the others are: {found}")
+            complain(f"tenant {name} is not served, the others are: {found}")
+    config = application.config
     loopback = config.host == "localhost" or config.host == "::1" or config.host.startswith("127.")
     if not (loopback or config.tls or config.trusted_proxies):
         complain(f"warning: {config.host} is beyond this machine and tokens travel in clear; "
@@ -4443,7 +4715,7 @@ def restore(options: argparse.Namespace) -> int:
     if not os.path.isfile(options.file) or path == ":memory:":
         raise StoreError(f"{options.file}: is no file" if path != ":memory:"
                          else "data_dir: :memory: keeps nothing, so there is nothing to restore to")
-    os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
+    make_data_dir(config)
     try:
         store = Store(path)
     except StoreError as error:
@@ -4490,6 +4762,133 @@ def show_changes(options: argparse.Namespace) -> int:
     return 0
 
 
+# -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
+
+
+@dataclass(frozen=True)
+class Step:
+    """A request of Entra ID, and what must come back: a status, and some values of the answer.
+
+    {ada}, {bob} and {crew} stand for the ids that the steps of those names were answered with.
+    """
+
+    title: str
+    method: str
+    path: str
+    body: Json
+    status: int
+    expected: Mapping[str, Json] = field(default_factory=dict)
+    name: str = ""
+
+
+def demo_steps(dialect: str, custom: Json) -> Iterator[Step]:
+    """Yield Entra ID's cycle in a dialect of PATCH: "default", or "aadOptscim062020" of the flag.
+
+    custom is a custom field as /Schemas lists it, {} for none.
+    """
+    def change(path: str, value: Json, op: str = "Replace") -> Json:
+        named = {"op": op, "path": path, "value": value} if dialect == "default" else {
+            "op": op.lower(), "value": {path: value}}
+        return {"schemas": [PATCH_OP], "Operations": [named]}
+
+    def members(op: str, *ids: str) -> Json:
+        return {"schemas": [PATCH_OP], "Operations": [
+            {"op": op, "path": "members", "value": [{"value": id} for id in ids]}]}
+
+    user_name = f"ada.{secrets.token_hex(4)}@demo.example"
+    ada = {"schemas": [USER, ENTERPRISE], "userName": user_name, "externalId": str(uuid.uuid4()),
+           "displayName": "Ada Demo", "title": "Engineer", "active": True,
+           "emails": [{"type": "work", "value": user_name, "primary": True}],
+           ENTERPRISE: {"department": "Lifts"}}
+    found = quote(f'userName eq "{user_name}"')
+    off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
+    yield Step("Test Connection: look up somebody who is not there", "GET",
+               f"/Users?filter={quote(f'userName eq {dump(str(uuid.uuid4()))}')}", None, 200,
+               {"totalResults": 0})
+    yield Step("Ada is assigned: look her up", "GET", f"/Users?filter={found}", None, 200,
+               {"totalResults": 0})
+    yield Step("Create Ada, an engineer", "POST", "/Users", ada, 201, {"title": "Engineer"}, "ada")
+    yield Step("Create her once more: refused", "POST", "/Users", ada, 409,
+               {"scimType": "uniqueness"})
+    yield Step("Create Bob", "POST", "/Users", {**ada, "userName": f"bob.{user_name}",
+                                                "externalId": str(uuid.uuid4())}, 201, {}, "bob")
+    yield Step("Her job title changes", "PATCH", "/Users/{ada}", change("title", "Chief"), 200,
+               {"title": "Chief"})
+    yield Step("Her department changes", "PATCH", "/Users/{ada}",
+               change(f"{ENTERPRISE}:department", "Roofs"), 200, {ENTERPRISE: {"department": "Roofs"}})
+    if custom:
+        value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
+        yield Step(f"The custom field {custom['name']} is mapped", "PATCH", "/Users/{ada}",
+                   change(f"{FACILIO}:{custom['name']}", value), 200)
+    yield Step("A mapping mistake, no such custom field: refused", "PATCH", "/Users/{ada}",
+               change(f"{FACILIO}:no_such_field", "1"), 400)
+    yield Step("The group Night Crew, with Ada", "POST", "/Groups", {
+        "schemas": [GROUP], "displayName": f"Night Crew {user_name}",
+        "members": [{"value": "{ada}"}]}, 201, {}, "crew")
+    yield Step("Bob joins the crew", "PATCH", "/Groups/{crew}", members("Add", "{bob}"), 200)
+    yield Step("Ada leaves the crew", "PATCH", "/Groups/{crew}", members("Remove", "{ada}"), 200)
+    yield Step("Ada is disabled", "PATCH", "/Users/{ada}", change("active", off), 200,
+               {"active": False})
+    yield Step("Ada is back", "PATCH", "/Users/{ada}", change("active", True), 200, {"active": True})
+    for name, path in (("Ada", "/Users/{ada}"), ("Bob", "/Users/{bob}"), ("The crew", "/Groups/{crew}")):
+        yield Step(f"{name} is deleted for good", "DELETE", path, None, 204)
+    yield Step("Nothing is left of her", "GET", "/Users/{ada}", None, 404)
+
+
+def send(url: str, token: str, method: str, body: Json) -> tuple[int, Json]:
+    """Return status and JSON of the answer to a request; OSError where nobody answers."""
+    request = urllib.request.Request(
+        url, None if body is None else dump(body).encode(), method=method, headers={
+            "Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        with suppress(ValueError):
+            return error.code, json.loads(error.read() or b"{}")
+        return error.code, {}
+
+
+def play(url: str, token: str, steps: Iterable[Step]) -> int:
+    """Send steps, print each with its verdict, and return how many went wrong."""
+    wrong = 0
+    ids: dict[str, str] = {}
+    for step in steps:
+        def filled(text: str) -> str:
+            return re.sub(r"\{(ada|bob|crew)\}", lambda found: ids.get(found[1], found[1]), text)
+        body = None if step.body is None else json.loads(filled(dump(step.body)))
+        status, answer = send(url + filled(step.path), token, step.method, body)
+        good = status == step.status and step.expected.items() <= answer.items()
+        wrong += not good
+        ids[step.name] = answer.get("id", "")
+        told = answer.get("detail", "") or ("" if good else shown(answer))
+        print(f"  {'ok   ' if good else 'WRONG'}  {step.title:<52} {status}  {told}".rstrip(), flush=True)
+        if not good:
+            print(f"         expected {step.status} {dump(dict(step.expected))}")
+    return wrong
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Play Entra ID's cycle in both dialects against a server; return the exit status."""
+    config = listened(chosen_config(options), options)
+    secrets_of = [token.secret for token in config.tenants[0].tokens if token.secret]
+    url = (options.url or f"http://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
+    if not (token := options.token or (secrets_of[0] if secrets_of else "")):
+        raise StoreError("--token is needed: the configuration holds hashes alone")
+    try:
+        status, schema = send(f"{url}/Schemas/{FACILIO}", token, "GET", None)
+        custom = schema["attributes"][0] if status == 200 else {}
+        wrong = 0
+        for dialect in ("default", "aadOptscim062020"):
+            print(f"\n{url}, dialect {dialect}")
+            wrong += play(url, token, demo_steps(dialect, custom))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{url}: no answer ({error}); start the server in another terminal: "
+                         "python3 scim_server.py") from error
+    print(f"\n{wrong or 'no'} step(s) went wrong")
+    return 1 if wrong else 0
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
@@ -4519,18 +4918,23 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     bring.set_defaults(run=restore)
     for command in (keep, bring):
         command.add_argument("file", metavar="FILE")
+    player = commands.add_parser("demo", help="play Entra ID's cycle against a running server")
+    player.add_argument("--url", metavar="URL", help="its Tenant URL (default: as configured)")
+    player.add_argument("--token", help="its Secret Token (default: that of the first tenant)")
+    player.set_defaults(run=demo)
     for command in (people, feed, keep, bring):
         command.add_argument("--tenant", required=True, metavar="NAME")
         command.add_argument("--data-dir", default=argparse.SUPPRESS, metavar="DIR",
                              help="where the tenants' files are")
     for command, default in ((parser, None), *((command, argparse.SUPPRESS)
-                                               for command in (checker, people, feed, keep, bring))):
+                                               for command in (checker, people, feed, keep, bring, player))):
         command.add_argument("--config", metavar="FILE", default=default,
                              help="configuration (default: sample_config.json beside this file, "
                                   "else a built-in demo tenant)")
     parser.add_argument("--listen", metavar="HOST:PORT", help="address; port 0 picks a free one")
     parser.add_argument("--data-dir", metavar="DIR", help="where the tenants' files are; :memory: "
                                                           "keeps nothing")
+    parser.add_argument("--version", action="version", version=f"scim_server {__version__}")
     parser.set_defaults(run=serve)
     return parser.parse_args(arguments)
 

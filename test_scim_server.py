@@ -20,6 +20,10 @@ import subprocess
 import sys
 import threading
 import uuid
+import wsgiref.simple_server
+import wsgiref.util
+import wsgiref.validate
+import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -51,7 +55,8 @@ CONFIG = {"tenants": [
     {"name": "globex", "tokens": [{"name": "entra", "secret": "globex-secret"}]},
 ]}
 
-TYPES = scim_server.resource_types(scim_server.parse_config(CONFIG).tenants[0].custom_fields)
+FIELDS = scim_server.parse_config(CONFIG).tenants[0].custom_fields
+TYPES = scim_server.resource_types(FIELDS)
 USER_TYPE = TYPES["User"]
 
 
@@ -117,24 +122,9 @@ def assert_error(answer: requests.Response, status: int, scim_type: str = "",
     assert error["detail"] and all(word in error["detail"] for word in words), error
 
 
-@contextmanager
-def serving(data_dir: Path, document: Any = CONFIG) -> Iterator[scim_server.ScimServer]:
-    """Run a server on a free port of this process."""
-    config = scim_server.parse_config({"listen": "127.0.0.1:0", "access_log": "off",
-                                       **document, "data_dir": str(data_dir)})
-    application = scim_server.Application(scim_server.open_directories(config),
-                                          metrics_sha256=config.metrics_sha256)
-    server = scim_server.ScimServer(application, config)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.stop()
-        thread.join()
-        for directory in application.directories.values():
-            if isinstance(directory, scim_server.Directory):
-                directory.store.close()
+def serving(data_dir: Path, document: Any = CONFIG) -> Any:
+    """Run a server on a free port of this process, its data in files."""
+    return scim_server.running({**document, "data_dir": str(data_dir)})
 
 
 @pytest.fixture
@@ -249,7 +239,7 @@ FILTERS = [                       # filter, who matches
 def people() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
     """A directory of the people above, and their resources by name."""
     store = scim_server.Store(":memory:")
-    directory = scim_server.Directory(store, TYPES)
+    directory = scim_server.Directory(store, FIELDS)
     yield directory, {name: directory.create(USER_TYPE, body) for name, body in PEOPLE.items()}
     store.close()
 
@@ -626,7 +616,8 @@ def filled(operations: Any, **ids: str) -> Any:
 
 @pytest.mark.parametrize("speaks", [SPEAKS_DEFAULT, SPEAKS_FLAG], ids=["default", "flag"])
 def test_entra_provisions_a_person_from_the_test_connection_to_the_deletion(
-        scim: Scim, speaks: Any) -> None:
+        either: Scim, speaks: Any) -> None:
+    scim = either
     query = "?aadOptscim062020" if speaks is SPEAKS_FLAG else ""
     # Test Connection, and what it reads when the configuration is saved
     for path, name in (("/Users", "userName"), ("/Groups", "displayName")):
@@ -785,7 +776,8 @@ EXCHANGES: dict[str, list[Any]] = {   # (method, path, body, status, part of the
 
 
 @pytest.mark.parametrize("name", EXCHANGES)
-def test_an_identity_provider_gets_the_answers_it_needs(scim: Scim, name: str) -> None:
+def test_an_identity_provider_gets_the_answers_it_needs(either: Scim, name: str) -> None:
+    scim = either
     id = ""
     for method, path, body, status, part in EXCHANGES[name]:
         answer = scim.call(method, path.replace("{id}", id), body, Accept="*/*")
@@ -847,7 +839,7 @@ def test_entras_cycle_makes_an_employee_that_is_read_three_ways(tmp_path: Path) 
         assert (tomas["employeeNumber"], tomas["department"], tomas["manager"]) == (
             "004417", "Lifts", 1)
         assert (tomas["user_id"], tomas["external_id"]) == (id, TOMAS["externalId"])
-        directory = server.application.directories["acme"]
+        directory = server.directory("acme")
         assert [asdict(one) for one in directory.employees()] == employees(scim)
         for form in ("json", "csv", "table"):
             printed = command("employees", "--tenant", "acme", "--config", str(file), "--format",
@@ -883,7 +875,7 @@ def test_an_employee_is_never_lost_and_never_doubled() -> None:
     chance = random.Random(SEED)
     for _ in range(12):
         store = scim_server.Store(":memory:")
-        directory = scim_server.Directory(store, TYPES)
+        directory = scim_server.Directory(store, FIELDS)
         users: dict[str, str] = {}                     # SCIM ids to people
         everybody: dict[str, int] = {}                 # people to employee ids
         for _ in range(40):
@@ -904,7 +896,7 @@ def test_an_employee_is_never_lost_and_never_doubled() -> None:
             for row in rows:
                 assert everybody.setdefault(row.external_id, row.id) == row.id, SEED
                 here = users.get(row.user_id)
-                assert row.active == (here is not None and directory.read(
+                assert row.active == (here is not None and directory.get(
                     USER_TYPE, row.user_id)["active"]), SEED
             assert len(rows) == len(everybody) == len({row.id for row in rows}), SEED
         store.close()
@@ -992,7 +984,7 @@ def test_a_reader_that_waits_is_woken_by_a_write_or_by_the_end(
 def test_changes_of_another_process_are_seen_and_callbacks_harm_nobody(
         tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stores = [scim_server.Store(tmp_path / "a.sqlite3") for _ in range(2)]
-    reader, writer = (scim_server.Directory(store, TYPES) for store in stores)
+    reader, writer = (scim_server.Directory(store, FIELDS) for store in stores)
     seen: queue.Queue[scim_server.Change] = queue.Queue()
 
     def callback(change: scim_server.Change) -> None:
@@ -1021,7 +1013,7 @@ def test_a_reader_of_forgotten_changes_is_told_where_to_start_again(tmp_path: Pa
         assert [row["seq"] for row in changes(scim, "after=4")] == [5, 6, 7, 8, 9, 10]
     store = scim_server.Store(":memory:")
     now = scim_server.utc_now()
-    directory = scim_server.Directory(store, TYPES, clock=lambda: now, keep_days=7)
+    directory = scim_server.Directory(store, FIELDS, clock=lambda: now, keep_days=7)
     directory.create(USER_TYPE, {"userName": "old"})
     directory.clock = lambda: now + timedelta(days=8)
     directory.create(USER_TYPE, {"userName": "new"})
@@ -1032,13 +1024,13 @@ def test_a_reader_of_forgotten_changes_is_told_where_to_start_again(tmp_path: Pa
 def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     path = tmp_path / "acme.sqlite3"
     store = scim_server.Store(path)
-    scim_server.Directory(store, TYPES).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
+    scim_server.Directory(store, FIELDS).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
     store.close()
     with sqlite3.connect(path) as connection:              # as the first version made it
         connection.executescript("DROP TABLE employee; DROP TABLE change; PRAGMA user_version = 1;"
                                  "DELETE FROM setting WHERE name = 'employees'")
     store = scim_server.Store(path)
-    [ada] = scim_server.Directory(store, TYPES).employees()
+    [ada] = scim_server.Directory(store, FIELDS).employees()
     assert (ada.id, ada.designation) == (1, "Engineer")
     store.close()
 
@@ -1174,7 +1166,8 @@ def post(path: str, bulk_id: str, **data: Any) -> Any:
     return "POST", path, bulk_id, data
 
 
-def test_bulk_does_each_operation_and_answers_in_the_order_of_the_request(scim: Scim) -> None:
+def test_bulk_does_each_operation_and_answers_in_the_order_of_the_request(either: Scim) -> None:
+    scim = either
     gone, kept = scim.user("gone"), scim.user("kept")
     answers = bulk(
         scim,
@@ -1368,7 +1361,8 @@ PRECONDITIONS = [                 # header, its value for version W/"1", status 
 @pytest.mark.parametrize("header, value, read, written", PRECONDITIONS)
 @pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE"])
 def test_a_conditional_request_looks_at_the_version(
-        scim: Scim, header: str, value: str, read: int, written: int, method: str) -> None:
+        either: Scim, header: str, value: str, read: int, written: int, method: str) -> None:
+    scim = either
     ada = scim.user("ada")
     assert ada["meta"]["version"] == 'W/"1"'
     body = {"PUT": {"userName": "ada", "title": "x"}, "PATCH": {"Operations": [
@@ -1411,7 +1405,8 @@ PROJECTIONS = [                   # parameters, the names that are left beside s
 
 @pytest.mark.parametrize("parameters, left", PROJECTIONS)
 def test_a_client_sees_the_attributes_it_asks_for_on_every_method(
-        scim: Scim, parameters: dict[str, str], left: set[str]) -> None:
+        either: Scim, parameters: dict[str, str], left: set[str]) -> None:
+    scim = either
     query = "?" + "&".join(f"{name}={value}" for name, value in parameters.items())
     body = {"userName": "ada", "title": "E", "password": "secret", "name": {
         "familyName": "L", "givenName": "A"}, "emails": [{"value": "b"}, {"value": "a"}],
@@ -1738,7 +1733,7 @@ def test_at_the_limit_a_newcomer_waits_for_an_answer_but_never_cuts_one(tmp_path
         poll = pool.submit(changes, Scim(server.url, "acme-secret"), "after=0&wait=60")
         wait_until(lambda: is_answering(server))
         newcomer = pool.submit(Scim(server.url, "globex-secret").get, "/Users")
-        directory = server.application.directories["acme"]
+        directory = server.directory("acme")
         directory.create(TYPES["User"], {"userName": "ada"})
         assert {row["kind"] for row in poll.result()} == {"employee.created", "user.created"}
         assert newcomer.result()["totalResults"] == 0
@@ -1958,7 +1953,7 @@ def test_racing_writers_on_one_version_let_one_win(scim: Scim) -> None:
 
 def spoiled(server: scim_server.ScimServer, pragma: str) -> None:
     """Make SQLite itself fail the writes of the tenant acme."""
-    server.application.directories["acme"].store._writer.execute(f"PRAGMA {pragma}")
+    server.directory("acme").store._writer.execute(f"PRAGMA {pragma}")
 
 
 @pytest.mark.parametrize("spoil, mend, status", [
@@ -2018,13 +2013,15 @@ def test_a_damaged_file_is_refused_by_name_while_the_other_tenants_are_served(tm
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
     (tmp_path / "acme.sqlite3").write_bytes(b"SQLite format 3\0" + b"\xff" * 8192)
-    with serving(tmp_path) as server:
-        assert_error(Scim(server.url, "acme-secret").call("GET", "/Users"), 503, "", "log")
-        Scim(server.url, "globex-secret").user("ada")
-        assert requests.get(server.url.replace("/scim/v2", "/readyz")).status_code == 503
-        error = server.application.directories["acme"]
-        assert isinstance(error, scim_server.StoreError)
-        assert "acme.sqlite3: damaged" in str(error) and "restore" in str(error)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "."}))
+    with logging_process("--config", str(file)) as (running, url, _):
+        assert_error(Scim(url, "acme-secret").call("GET", "/Users"), 503, "", "log")
+        Scim(url, "globex-secret").user("ada")
+        assert requests.get(url.replace("/scim/v2", "/readyz")).status_code == 503
+        told = running.stderr.readline()
+        assert "tenant acme is not served" in told and "acme.sqlite3: damaged" in told
+        assert "restore" in told
 
 
 def test_a_page_that_was_torn_by_a_crash_is_found_at_the_next_start(tmp_path: Path) -> None:
@@ -2203,6 +2200,207 @@ def test_listening_beyond_this_machine_without_tls_is_warned_of(tmp_path: Path) 
     running.terminate()
     running.communicate()
     assert "warning: 0.0.0.0" in told and "tls" in told
+
+
+# -- 11. Embedding -------------------------------------------------------------------
+
+
+class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
+    """The handler of wsgiref, without its log."""
+
+    def log_message(self, *arguments: Any) -> None:
+        """Print nothing."""
+
+
+@contextmanager
+def mounted(application: Any, prefix: str = "/idp") -> Iterator[str]:
+    """Run a WSGI application below a prefix, watched by wsgiref's validator; gives its URL."""
+    def mount(environ: Any, start_response: Any) -> Any:
+        assert wsgiref.util.shift_path_info(environ) == prefix[1:]
+        return wsgiref.validate.validator(application)(environ, start_response)
+
+    server = wsgiref.simple_server.make_server("127.0.0.1", 0, mount, handler_class=QuietHandler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}{prefix}/scim/v2"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(params=["http", "wsgi"])
+def either(request: Any, tmp_path: Path) -> Iterator[Scim]:
+    """The client of the tenant acme, by the built-in server and by WSGI."""
+    if request.param == "http":
+        with serving(tmp_path) as server:
+            yield Scim(server.url, "acme-secret")
+    else:
+        application = scim_server.wsgi({**CONFIG, "data_dir": str(tmp_path)})
+        with mounted(application) as url:
+            yield Scim(url, "acme-secret")
+        application.application.close()
+
+
+def test_wsgi_mounted_under_a_prefix_names_it_in_every_location(tmp_path: Path) -> None:
+    application = scim_server.wsgi(CONFIG)
+    with mounted(application) as url:
+        scim = Scim(url, "acme-secret")
+        ada = scim.call("POST", "/Users", {"userName": "ada é"}, X_Request_Id="r-1")
+        assert ada.headers["Location"] == f"{url}/Users/{ada.json()['id']}"
+        assert ada.headers["X-Request-Id"] == "r-1"
+        assert scim.session.get(ada.headers["Location"]).json() == ada.json()
+        assert scim.call("HEAD", "/Users").text == ""
+        assert scim.call("GET", "/Users/a%2Fb").status_code == 404
+        assert_error(scim.session.post(f"{url}/Users", data=b"x" * (2 * 1024 * 1024 + 1)), 413)
+        assert_error(Scim(url, "wrong").call("GET", "/Users"), 401)
+
+
+def test_running_starts_empty_stops_clean_and_shares_nothing() -> None:
+    before = threading.active_count()
+    with scim_server.running() as one, scim_server.running() as other:
+        first, second = Scim(one.url, one.token("demo")), Scim(other.url, other.token("demo"))
+        first.user("ada")
+        assert one.directory("demo").query("User").total_results == 1
+        assert second.get("/Users")["totalResults"] == 0
+        assert_error(Scim(one.url, other.token("demo")).call("GET", "/Users"), 401)
+        with pytest.raises(ValueError, match="not enough values"):
+            one.token("nobody")
+    assert threading.active_count() == before
+    assert not requests_accepted(int(one.url.split(":")[2].partition("/")[0]))
+
+
+def test_running_takes_a_file_and_refuses_a_wrong_document() -> None:
+    with scim_server.running(HERE / "sample_config.json") as server:
+        assert Scim(server.url, "globex-sample-secret-token").get("/Users")["totalResults"] >= 0
+    with pytest.raises(scim_server.ConfigError, match="tenants: is missing"), scim_server.running({}):
+        pass
+
+
+def test_a_hook_knows_tokens_and_tenants_come_and_go_while_the_server_runs() -> None:
+    secrets = {"vault-secret": "initech"}
+    with scim_server.running(authenticate=secrets.get) as server:
+        vault = Scim(server.url, "vault-secret")
+        assert_error(vault.call("GET", "/Users"), 401)               # the tenant is not there yet
+        token = {"name": "entra", "secret": "initech-secret"}
+        directory = server.application.add_tenant({"name": "initech", "tokens": [token]})
+        vault.user("ada")
+        assert changes(vault)[0]["token"] == "authenticate"
+        fields = [{"link_name": "desk", "type": "Integer"}]
+        server.application.add_tenant({"name": "initech", "tokens": [token], "custom_fields": fields})
+        Scim(server.url, "initech-secret").user("bob", **{FAC: {"desk": 7}})
+        assert directory.query("User").total_results == 2            # the same store
+        with pytest.raises(scim_server.ConfigError, match="initech"):
+            server.application.add_tenant({"name": "other", "tokens": [token]})
+        server.application.remove_tenant("initech")
+        assert_error(vault.call("GET", "/Users"), 401)
+        assert_error(Scim(server.url, "initech-secret").call("GET", "/Users"), 401)
+
+
+def test_a_directory_works_without_http_and_from_several_threads() -> None:
+    directory = scim_server.Directory(scim_server.Store(":memory:"), FIELDS)
+    with ThreadPoolExecutor(8) as pool:
+        users = list(pool.map(lambda number: directory.create(
+            "User", {"userName": f"u{number}", FAC: {"locker_no": number}}), range(40)))
+    id = users[0]["id"]
+    assert directory.query("User", f"{FAC}:locker_no lt 10").total_results == 10
+    assert directory.patch("User", id, {"Operations": [put("title", "Chief")]})["title"] == "Chief"
+    assert "title" not in directory.replace("User", id, {"userName": "zoe"})
+    directory.delete("User", id)
+    with pytest.raises(scim_server.ScimError) as caught:
+        directory.get("User", id)
+    assert caught.value.status == 404
+    assert sum(employee.active for employee in directory.employees()) == 39
+
+
+def test_seeds_name_members_by_their_names_and_are_all_or_none() -> None:
+    with scim_server.running() as server:
+        directory = server.directory("demo")
+        ids = directory.seed({"Users": [{"userName": "ada"}], "Groups": [
+            {"displayName": "Crew", "members": ["ada"]},
+            {"displayName": "All", "members": [{"value": "Crew", "display": "C"}]}]})
+        [crew, everybody] = directory.query("Group").resources
+        assert [one["value"] for one in crew["members"]] == [ids["ada"]]
+        assert [one["value"] for one in everybody["members"]] == [ids["Crew"]]
+        with pytest.raises(scim_server.ScimError):
+            directory.seed({"Users": [{"userName": "bob"}, {"userName": "ADA"}]})
+        assert directory.query("User").total_results == 1
+
+
+def test_a_deterministic_server_gives_the_same_answers_each_time() -> None:
+    def answers() -> list[str]:
+        with scim_server.running(deterministic=True) as server:
+            scim = Scim(server.url, server.token("demo"))
+            ada = scim.user("ada")
+            scim.patch(f"/Users/{ada['id']}", put("title", "Chief"))
+            return [json.dumps(one.response.body).replace(server.url, "")
+                    for one in server.exchanges or ()]
+    first = answers()
+    assert first == answers() and "00000000-0000-0000-0000-000000000001" in first[0]
+    assert '"created": "2026-01-01T00:00:00.' in first[0]
+
+
+def test_faults_meet_the_requests_that_they_name_so_many_times() -> None:
+    with scim_server.running() as server:
+        scim = Scim(server.url, server.token("demo"))
+        server.faults.append(scim_server.Fault(429, times=2, method="GET", path="/Users"))
+        scim.user("ada")
+        for _ in range(2):
+            answer = scim.call("GET", "/Users")
+            assert_error(answer, 429)
+            assert answer.headers["Retry-After"] == "1"
+        for status in (500, 503, 401, 412):
+            server.faults.append(scim_server.Fault(status))
+            assert_error(scim.call("GET", "/Users"), status)
+        assert scim.get("/Users")["totalResults"] == 1
+        server.faults.append(scim_server.Fault(cut=True, method="POST"))
+        with pytest.raises((requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
+            scim.call("POST", "/Users", {"userName": "bob"})
+        assert scim.get("/Users")["totalResults"] == 2               # it was done all the same
+        server.faults.append(scim_server.Fault(delay=60))
+        with pytest.raises(requests.Timeout):
+            scim.session.get(scim.url + "/Users", timeout=0.2)
+        asked = [(one.request.method, one.response.status) for one in server.exchanges or ()]
+        assert asked[:3] == [("POST", 201), ("GET", 429), ("GET", 429)]
+
+
+def test_importing_the_file_does_nothing_and_works_from_a_zip(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "appliance.zip", "w") as archive:
+        archive.write(HERE / "scim_server.py", "scim_server.py")
+    program = ("import signal, sys, threading; sys.path.insert(0, 'appliance.zip')\n"
+               "before = [signal.getsignal(n) for n in signal.valid_signals()]\n"
+               "import scim_server\n"
+               "assert threading.active_count() == 1\n"
+               "with scim_server.running() as server: print(server.url)\n"
+               "assert before == [signal.getsignal(n) for n in signal.valid_signals()]\n"
+               "print(scim_server.__file__)")
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, check=True,
+                           capture_output=True)
+    assert "appliance.zip" in ended.stdout
+    assert [one.name for one in tmp_path.iterdir()] == ["appliance.zip"]
+
+
+def test_the_public_interface_is_what_all_lists_and_each_name_says_what_it_is() -> None:
+    for name in scim_server.__all__:
+        assert getattr(scim_server, name).__doc__, name
+    assert list(scim_server.__all__) == sorted(scim_server.__all__)
+    assert scim_server.__version__ in (HERE / "README.md").read_text()
+    assert command("--version").stdout == f"scim_server {scim_server.__version__}\n"
+
+
+def test_the_demo_plays_entras_cycle_and_tells_what_goes_wrong(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (_, url, _):
+        played = command("demo", "--url", url)
+        assert played.returncode == 0, played.stdout
+        assert played.stdout.count("  ok  ") == 36 and "no step(s) went wrong" in played.stdout
+        scim = Scim(url, "acme-sample-secret-token")
+        assert scim.get("/")["totalResults"] == 0
+        assert not any(one["active"] for one in employees(scim))
+        refused = command("demo", "--url", url, "--token", "wrong")
+        assert refused.returncode == 1 and "WRONG" in refused.stdout and "401" in refused.stdout
+    gone = command("demo", "--url", url)
+    assert gone.returncode == 2 and "no answer" in gone.stderr
 
 
 # -- 13. Command line --------------------------------------------------------------
@@ -2419,7 +2617,7 @@ def crowd() -> Iterator[tuple[scim_server.Directory, list[Any]]]:
     """A directory of random users and groups, and all its resources."""
     chance = random.Random(SEED)
     store = scim_server.Store(":memory:")
-    directory = scim_server.Directory(store, TYPES)
+    directory = scim_server.Directory(store, FIELDS)
     ids = [directory.create(USER_TYPE, some_user(chance, f"{chance.choice(TEXTS)}{number}"))["id"]
            for number in range(40)]
     for number in range(6):
@@ -2854,7 +3052,7 @@ AT_HOME = {                       # modules that few chapters may use
     "sqlite3": {6, 8, 10}, "socket": {11}, "ssl": {11, 13}, "queue": {11}, "http": {11},
     "BaseHTTPRequestHandler": {11},
     "ThreadingHTTPServer": {11}, "HTTPStatus": {11}, "argparse": {13}, "signal": {13},
-    "secrets": {8, 11, 13}, "uuid": {8}, "hmac": {10},
+    "secrets": {8, 10, 11, 13}, "uuid": {8, 11, 13}, "hmac": {10},
 }
 
 
