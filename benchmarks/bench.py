@@ -9,44 +9,36 @@
 
 README.md beside this file says what each row means. Standard library only; Linux, for /proc.
 
-Sections: requests and connections; load from processes; people and the filled server; limits of the
-machine; rows; start, memory and first sync; the peer; results; command line.
+Beside it, load.py makes the load, limits.py knows what the machine could do, report.py prints. Here:
+people and the filled server; rows; start, memory and first sync; the peer; command line.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import http.server
-import importlib
 import itertools
 import json
-import multiprocessing
-import os
-import platform
 import random
 import re
-import select
 import shutil
 import socket
-import sqlite3
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
 import time
-import uuid
-from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection as Pipe
+from contextlib import closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
-SERVER = Path(__file__).resolve().parent.parent / "scim_server.py"
+from limits import NUMBER, SERVER, Limits
+from load import BenchError, Json, Load, Requests, Target, Wire, measure, now
+from report import Report, Result, compare
+
 ENTERPRISE = "urn:ietf:params:scim:schemas:extension:enterprise:2.0:User"
 FACILIO = "urn:ietf:params:scim:schemas:extension:facilio:2.0:User"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
@@ -60,249 +52,6 @@ PAGE = 100                        # resources in a page of the list rows
 FILL_BATCH = 500                  # users in a Bulk request
 MEMBER_BATCH = 10_000             # members in a PATCH
 GROUP_SIZES = (10, 1_000, 10_000, 100_000)
-PATIENCE = 300                    # seconds that an answer may take
-FORK = multiprocessing.get_context("fork")
-Json = Any
-now = time.perf_counter
-
-
-class BenchError(Exception):
-    """The bench cannot go on; the text says why."""
-
-
-# -- Requests and connections ------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server under load."""
-
-    host: str
-    port: int
-    path: str = ""
-    token: str = ""
-
-    @classmethod
-    def of(cls, url: str, token: str) -> Target:
-        """Return the target of a URL."""
-        parts = urlsplit(url)
-        if parts.scheme != "http" or not parts.hostname:
-            raise BenchError(f"{url}: expected http://HOST:PORT/PATH (the bench speaks no TLS)")
-        return cls(parts.hostname, parts.port or 80, parts.path.rstrip("/"), token)
-
-    def render(self, method: str, path: str, body: Json = None) -> bytes:
-        """Return the octets of a request."""
-        octets = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
-        lines = [f"{method} {self.path}{path} HTTP/1.1", f"Host: {self.host}:{self.port}",
-                 f"Authorization: Bearer {self.token}", "Accept: application/scim+json"]
-        if body is not None:
-            lines += ["Content-Type: application/scim+json", f"Content-Length: {len(octets)}"]
-        return "\r\n".join(lines).encode() + b"\r\n\r\n" + octets
-
-    def lookup(self, filter: str, resources: str = "Users") -> bytes:
-        """Return the octets of a query."""
-        return self.render("GET", f"/{resources}?filter={quote(filter)}")
-
-
-class Wire:
-    """A keep-alive connection with one request in flight; opened again where the server ends it."""
-
-    LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-    CLOSES = re.compile(rb"HTTP/1\.0|.*\r\nconnection: *close", re.IGNORECASE | re.DOTALL)
-
-    def __init__(self, target: Target) -> None:
-        self.target = target
-        self.durations = array("d")
-        self.answer = b""
-        self.socket: socket.socket | None = None
-        self.connect()
-
-    def connect(self) -> socket.socket:
-        """Open the connection if it is not open."""
-        if self.socket is None:
-            self.socket = socket.create_connection((self.target.host, self.target.port), PATIENCE)
-            self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            # A timeout of Python costs a poll for each recv; one of the kernel costs nothing.
-            self.socket.settimeout(None)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                   struct.pack("ll", PATIENCE, 0))
-        return self.socket
-
-    def send(self, request: bytes) -> None:
-        """Start a request and its clock."""
-        self.request, self.answer, self.needed = request, b"", 0
-        self.started = now()
-        (self.socket or self.connect()).sendall(request)
-
-    def receive(self) -> bool:
-        """Read once; return whether the answer is there."""
-        chunk = self.socket.recv(1 << 18)                # type: ignore[union-attr]
-        if not chunk:
-            raise BenchError(f"the server closed the connection on {self.shown()}")
-        self.answer = self.answer + chunk if self.answer else chunk
-        if not self.needed:
-            self.head_end = self.answer.find(b"\r\n\r\n")
-            if self.head_end < 0:
-                return False
-            length = self.LENGTH.search(self.answer, 0, self.head_end)
-            self.needed = self.head_end + 4 + (int(length[1]) if length else 0)
-        return len(self.answer) >= self.needed
-
-    def finish(self, statuses: tuple[int, ...]) -> None:
-        """Stop the clock; BenchError where the status is not an expected one."""
-        self.durations.append(now() - self.started)
-        if int(self.answer[9:12]) not in statuses:
-            raise BenchError(f"expected {' or '.join(map(str, statuses))} of {self.shown()}, got "
-                             f"{self.answer[:2000].decode(errors='replace')}")
-        if self.CLOSES.match(self.answer, 0, self.head_end):
-            self.close()
-
-    def exchange(self, request: bytes, *statuses: int) -> Json:
-        """Send a request and return the JSON of its answer, None where it is empty."""
-        self.send(request)
-        while not self.receive():
-            pass
-        self.finish(statuses or (200,))
-        body = self.answer[self.head_end + 4:]
-        return json.loads(body) if body else None
-
-    def shown(self) -> str:
-        """Return the request line of the request in flight."""
-        return self.request.partition(b"\r\n")[0].decode()
-
-    def close(self) -> None:
-        """Close the connection."""
-        if self.socket:
-            self.socket.close()
-            self.socket = None
-
-
-# -- Load from processes -----------------------------------------------------------
-
-
-Requests = Callable[[Target, int], Iterator[bytes]]      # of the connection with a number
-
-
-@dataclass(frozen=True)
-class Load:
-    """What came of a measurement: requests a second, and percentiles in milliseconds."""
-
-    rate: float
-    p50: float
-    p99: float
-    count: int
-
-    @classmethod
-    def of(cls, durations: Sequence[float], rate: float) -> Load:
-        """Return the load of some durations in seconds."""
-        ordered = sorted(durations)
-        at = [ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (.5, .99)]
-        return cls(rate, at[0] * 1000, at[1] * 1000, len(ordered))
-
-    @classmethod
-    def median(cls, loads: Sequence[Load]) -> Load:
-        """Return the medians of several runs."""
-        rate, p50, p99 = (statistics.median(getattr(load, name) for load in loads)
-                          for name in ("rate", "p50", "p99"))
-        return cls(rate, p50, p99, sum(load.count for load in loads))
-
-
-def measure(target: Target, requests: Requests, connections: int, seconds: float,
-            statuses: tuple[int, ...] = (200,), cycle: int = 1) -> list[Load]:
-    """Load a target over some connections; return a Load for each place in the cycle of requests.
-
-    A connection ends after a whole cycle, such as the adding and the removing of a member.
-    """
-    count = min(connections, os.cpu_count() or 1)
-    pipes, processes = [], []
-    for first in range(count):
-        ours, theirs = FORK.Pipe()
-        numbers = range(first, connections, count)
-        processes.append(FORK.Process(target=load_worker, daemon=True, args=(
-            theirs, target, requests, numbers, seconds, statuses, cycle)))
-        processes[-1].start()
-        theirs.close()
-        pipes.append(ours)
-    try:
-        for _ in map(received, pipes):
-            pass                                          # all are connected
-        for pipe in pipes:
-            pipe.send("go")
-        answers = [received(pipe) for pipe in pipes]
-    finally:
-        for process in processes:
-            process.terminate()
-            process.join()
-    elapsed = max(ended for _, ended, _ in answers) - min(started for started, _, _ in answers)
-    series = [array("d", octets) for _, _, wires in answers for octets in wires]
-    if cycle == 1:
-        durations = [one for wire in series for one in wire]
-        return [Load.of(durations, len(durations) / elapsed)]
-    parts = [[one for wire in series for one in wire[place::cycle]] for place in range(cycle)]
-    return [Load.of(part, connections / statistics.fmean(part)) for part in parts]
-
-
-def received(pipe: Pipe) -> Any:
-    """Return what a worker says; BenchError where that is an error."""
-    try:
-        message = pipe.recv()
-    except EOFError:
-        raise BenchError("a load process died") from None
-    if isinstance(message, str):
-        raise BenchError(message)
-    return message
-
-
-def load_worker(pipe: Pipe, target: Target, requests: Requests, numbers: Sequence[int],
-                seconds: float, statuses: tuple[int, ...], cycle: int) -> None:
-    """Be a process that loads a target over its share of the connections."""
-    try:
-        wires = {Wire(target): requests(target, number) for number in numbers}
-        pipe.send(None)
-        pipe.recv()
-        started = now()
-        drive = drive_one if len(wires) == 1 else drive_many
-        drive(wires, started + seconds, statuses, cycle)
-        pipe.send((started, now(), [wire.durations.tobytes() for wire in wires]))
-    except (BenchError, OSError) as error:
-        pipe.send(str(error) or repr(error))
-
-
-def drive_one(wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...],
-              cycle: int) -> None:
-    """Send one request after the other until a deadline."""
-    [(wire, requests)] = wires.items()
-    while now() < deadline or len(wire.durations) % cycle:
-        wire.send(next(requests))
-        while not wire.receive():
-            pass
-        wire.finish(statuses)
-
-
-def drive_many(wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...],
-               cycle: int) -> None:
-    """Keep a request in flight on each connection until a deadline, then await the answers."""
-    poll, by_number = select.poll(), {}
-    for wire, requests in wires.items():
-        number = wire.connect().fileno()
-        by_number[number] = (wire, requests)
-        poll.register(number, select.POLLIN)
-        wire.send(next(requests))
-    while by_number:
-        for number, _ in poll.poll(PATIENCE * 1000) or [(-1, 0)]:
-            if number < 0:
-                raise BenchError(f"no answer within {PATIENCE} s")
-            wire, requests = by_number[number]
-            if not wire.receive():
-                continue
-            wire.finish(statuses)
-            if now() >= deadline and len(wire.durations) % cycle == 0:
-                poll.unregister(number)
-                del by_number[number]
-            elif wire.socket is None:
-                raise BenchError("the server does not keep connections alive; use --connections 1")
-            else:
-                wire.send(next(requests))
 
 
 # -- People and the filled server --------------------------------------------------
@@ -486,9 +235,7 @@ class Server:
         self.folder, self.token = folder, TOKEN
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
-        settings = dict(option.split("=", 1) for option in options.set)
-        (folder / "config.json").write_text(json.dumps(
-            CONFIG | {name: setting(text) for name, text in settings.items()}))
+        (folder / "config.json").write_text(json.dumps(CONFIG | dict(options.set)))
         delay = [] if options.commit_delay is None else [
             "-c", SLOW_COMMITS, str(options.commit_delay / 1000), str(self.commits_file)]
         workers = ["--workers", str(options.workers)] if options.workers else []
@@ -535,206 +282,6 @@ class Server:
     def commits(self) -> int:
         """Return how many commits wrote something, as --commit-delay counts them."""
         return self.commits_file.stat().st_size if self.commits_file.exists() else 0
-
-
-def setting(text: str) -> Json:
-    """Return the value of --set: JSON, else text."""
-    with suppress(ValueError):
-        return json.loads(text)
-    return text
-
-
-# -- Limits of this machine --------------------------------------------------------
-
-
-@contextmanager
-def served(serve: Callable[[Pipe, int], None], size: int) -> Iterator[Target]:
-    """Run a server of a constant of some size in a process."""
-    ours, theirs = FORK.Pipe()
-    process = FORK.Process(target=serve, args=(theirs, size), daemon=True)
-    process.start()
-    try:
-        yield Target("127.0.0.1", ours.recv())
-    finally:
-        process.terminate()
-        process.join()
-
-
-def serve_stock(pipe: Pipe, size: int) -> None:
-    """Serve a constant by http.server as it comes, one write an answer and no log: at its best."""
-    body = b"x" * size
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        wbufsize = -1
-        disable_nagle_algorithm = True
-
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.send_header("Content-Type", "application/scim+json")
-            self.send_header("Content-Length", str(size))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
-
-    class Server(http.server.ThreadingHTTPServer):
-        request_queue_size = 128
-
-    server = Server(("127.0.0.1", 0), Handler)
-    pipe.send(server.server_address[1])
-    server.serve_forever()
-
-
-def serve_echo(pipe: Pipe, size: int) -> None:
-    """Serve a constant for whatever comes: what is left is the cost of the generator."""
-    answer = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % size + b"x" * size
-    poll, listener = select.poll(), socket.create_server(("127.0.0.1", 0), backlog=128)
-    poll.register(listener, select.POLLIN)
-    peers: dict[int, socket.socket] = {}
-    pipe.send(listener.getsockname()[1])
-    while True:
-        for number, _ in poll.poll():
-            if number == listener.fileno():
-                peer, _ = listener.accept()
-                peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                peers[peer.fileno()] = peer
-                poll.register(peer, select.POLLIN)
-            elif peers[number].recv(65536):
-                peers[number].sendall(answer)
-            else:
-                poll.unregister(number)
-                peers.pop(number).close()
-
-
-def constant_requests(target: Target, number: int) -> Iterator[bytes]:
-    """Yield the request for a constant, with the head of any other GET."""
-    return itertools.repeat(target.lookup('userName eq "user0000000@example.com"'))
-
-
-def fsyncs(folder: Path, seconds: float) -> Load:
-    """Measure appending 4 KiB to a file and one fsync."""
-    durations, end = [], now() + seconds
-    with tempfile.TemporaryFile(dir=folder) as file:
-        while (started := now()) < end:
-            file.write(b"x" * 4096)
-            file.flush()
-            os.fsync(file.fileno())
-            durations.append(now() - started)
-    return Load.of(durations, len(durations) / sum(durations))
-
-
-def server_module() -> Any:
-    """Return scim_server as a module."""
-    sys.path.insert(0, str(SERVER.parent))
-    return importlib.import_module(SERVER.stem)
-
-
-NUMBER, ID = "9876543210", "id-of-the-user"      # stand in the rows of a create for what differs
-Insert = tuple[str, str, list[dict[str, Any]]]   # table, statement, rows
-
-
-def rows_of_a_create(path: Path) -> list[Insert]:
-    """Return what a create writes, taken from the tables of an empty store before and after one."""
-    module = server_module()
-    fields = [module.CustomField("costcode", "String"), module.CustomField("badge_number", "Integer")]
-    directory = module.Directory(module.Store(path), module.resource_types(fields), new_id=lambda: ID)
-    inserts: list[Insert] = []
-    with closing(sqlite3.connect(path)) as reader:
-        tables = reader.execute("SELECT name, sql LIKE '%AUTOINCREMENT%' FROM sqlite_master "
-                                "WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
-        before = {name: reader.execute(f"SELECT * FROM {name}").fetchall() for name, _ in tables}
-        directory.create(directory.resource_types["User"], person(NUMBER))
-        for name, numbered in tables:                      # the first column may number itself
-            found = reader.execute(f"SELECT * FROM {name}")
-            columns = [column[0] for column in found.description][numbered:]
-            rows = [dict(zip(columns, row[numbered:], strict=True))
-                    for row in found if row not in before[name]]
-            marks = ", ".join(f":{column}" for column in columns)
-            inserts += [(name, f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({marks})", rows)]
-    directory.store.close()
-    return [insert for insert in inserts if insert[2]]
-
-
-class RawSqlite:
-    """What a create costs in SQLite alone: the same rows, a commit each, on a copy of the database."""
-
-    def __init__(self, folder: Path, filled: Path | None, delay: float) -> None:
-        self.delay = delay
-        path = folder / "raw.sqlite3"
-        for stale in folder.glob("raw.sqlite3*"):
-            stale.unlink()
-        self.inserts = rows_of_a_create(path)
-        if filled:
-            with closing(sqlite3.connect(filled)) as source, closing(sqlite3.connect(path)) as copy:
-                source.backup(copy)
-        self.connection = sqlite3.connect(path, isolation_level=None)
-        self.connection.execute("PRAGMA journal_mode = WAL")
-        self.connection.execute("PRAGMA synchronous = FULL")
-
-    def run(self, seconds: float) -> Load:
-        """Measure creates, the making of the rows not counted."""
-        durations, end = [], now() + seconds
-        execute, execute_many = self.connection.execute, self.connection.executemany
-        while now() < end:
-            inserts, seq = self._fresh(), 0
-            started = now()
-            execute("BEGIN IMMEDIATE")
-            for table, statement, rows in inserts:
-                if table == "resource":
-                    seq = execute(statement, rows[0]).lastrowid or 0
-                else:
-                    execute_many(statement, [{**row, "seq": seq} for row in rows])
-            time.sleep(self.delay) if self.delay else None
-            execute("COMMIT")
-            durations.append(now() - started)
-        return Load.of(durations, len(durations) / sum(durations))
-
-    def _fresh(self) -> list[Insert]:
-        number, id = f"{random.randrange(10 ** 10):010}", str(uuid.uuid4())
-        return [(table, statement, [
-            {name: value.replace(NUMBER, number).replace(ID, id) if isinstance(value, str) else value
-             for name, value in row.items()} for row in rows])
-            for table, statement, rows in self.inserts]
-
-
-@dataclass
-class Limits:
-    """What this machine could do, each measured when it is first asked for and reported."""
-
-    options: argparse.Namespace
-    report: Report
-    folder: Path
-    filled: Path | None
-    known: dict[tuple[str, int, int], float] = field(default_factory=dict)
-
-    def rate(self, kind: str, size: int, connections: int) -> tuple[float, str]:
-        """Return requests a second of a limit, and its name; size is that of the answer's body."""
-        step = 1 << max(size.bit_length() - 2, 7)          # neighbours in size share a measurement
-        size = max(round(size / step), 1) * step
-        name, key = {
-            "stock": (f"http.server, {size:,} B", (kind, size, connections)),
-            "generator": (f"the generator, {size:,} B", (kind, size, connections)),
-            "sqlite": ("raw SQLite create", (kind, 0, 1)), "fsync": ("one fsync", (kind, 0, 1))}[kind]
-        if key not in self.known:
-            load = Load.median(list(self._loads(*key)))
-            self.known[key] = load.rate
-            self.report.add(Result("limit", name, key[2], load.rate, "a second", load.p50, load.p99))
-        return self.known[key], name
-
-    def _loads(self, kind: str, size: int, connections: int) -> Iterator[Load]:
-        seconds, runs = self.options.seconds, range(self.options.runs)
-        if kind == "fsync":
-            yield from (fsyncs(self.folder, seconds) for _ in runs)
-        elif kind == "sqlite":
-            raw = RawSqlite(self.folder, self.filled, (self.options.commit_delay or 0) / 1000)
-            yield from (raw.run(seconds) for _ in runs)
-            raw.connection.close()
-        else:
-            with served(serve_stock if kind == "stock" else serve_echo, size) as target:
-                for _ in runs:
-                    yield measure(target, constant_requests, connections, seconds)[0]
 
 
 # -- Rows --------------------------------------------------------------------------
@@ -899,64 +446,47 @@ def probe(row: Row, target: Target) -> int:
     return size
 
 
-def measure_row(row: Row, target: Target, connections: int, options: argparse.Namespace) -> list[Load]:
-    """Return the medians of several runs of a row, for each of its names."""
-    runs = [measure(target, row.requests, connections, options.seconds, row.statuses,
-                    len(row.names)) for _ in range(options.runs)]
-    return [Load.median(loads) for loads in zip(*runs, strict=True)]
-
-
-def run_rows(rows: Sequence[Row], target: Target, server: Server | None, limits: Limits,
-             options: argparse.Namespace) -> None:
-    """Measure rows and report them against their limits."""
-    for row in rows:
-        size = probe(row, target)
-        for connections in (n for n in row.connections if n in options.connections):
-            before = server.commits() if server else 0
-            loads = measure_row(row, target, connections, options)
-            commits = server.commits() - before if server else 0
-            writes = row.limit != "stock"
-            if writes and options.commit_delay is not None and not commits:
+def run_row(row: Row, target: Target, server: Server | None, limits: Limits, report: Report,
+            options: argparse.Namespace) -> None:
+    """Measure a row over each number of connections and report it against its limit."""
+    size = probe(row, target)
+    for connections in (n for n in row.connections if n in options.connections):
+        before = server.commits() if server else 0
+        runs = [measure(target, row.requests, connections, options.seconds, row.statuses,
+                        len(row.names)) for _ in range(options.runs)]
+        loads = [Load.median(loads) for loads in zip(*runs, strict=True)]
+        note = ""
+        if options.commit_delay is not None and row.limit != "stock":
+            if not (commits := server.commits() - before if server else 0):
                 raise BenchError(f"{row.names[0]}: the wrapper of --commit-delay saw no commit")
-            note = f"{sum(load.count for load in loads) / commits:.1f} requests a commit" \
-                if writes and commits else ""
-            limit, limit_name = limits.rate(row.limit, size, connections)
-            ceiling, _ = limits.rate("generator", 1024, connections)
-            if sum(load.rate for load in loads) / len(loads) > ceiling / 2:
-                note += " (half of the generator's ceiling: measures both)"
-            for name, what, load in zip(row.names, row.what, loads, strict=True):
-                rate = load.rate * row.things
-                limits.report.add(Result(name, what, connections, rate, row.unit, load.p50, load.p99,
-                                         rate / limit, limit_name, note))
+            note = f"{sum(load.count for load in loads) / commits:.1f} requests a commit"
+        limit, limit_name = limits.rate(row.limit, size, connections)
+        ceiling, _ = limits.rate("generator", 1024, connections)
+        if statistics.fmean(load.rate for load in loads) > ceiling / 2:
+            note += " (over half of the generator's ceiling: it is measured too)"
+        for name, what, load in zip(row.names, row.what, loads, strict=True):
+            rate = load.rate * row.things
+            report.add(Result(name, what, connections, rate, row.unit, load.p50, load.p99,
+                              rate / limit, limit_name, note))
 
 
 # -- Start, memory, first sync -------------------------------------------------------
-
-
-def time_start(server: Server) -> float:
-    """Return the seconds from the start of a server to its first answer, and leave it running."""
-    started = now()
-    target = server.start()
-    with closing(Wire(target)) as wire:
-        wire.exchange(target.lookup('userName eq "user0000000@example.com"'))
-    return now() - started
-
-
-def bare_start() -> float:
-    """Return the seconds that Python takes to start and do nothing."""
-    started = now()
-    subprocess.run([sys.executable, "-c", "pass"], check=True)
-    return now() - started
 
 
 def report_start(server: Server, what: str, report: Report, runs: int) -> None:
     """Measure the start of a server that is not running, and its memory after the first answer."""
     times, sizes, bare = [], [], []
     for _ in range(runs):
-        times.append(time_start(server))
+        started = now()
+        target = server.start()
+        with closing(Wire(target)) as wire:
+            wire.exchange(target.lookup('userName eq "user0000000@example.com"'))
+            times.append(now() - started)
         sizes.append(server.rss())
         server.stop()
-        bare.append(bare_start())
+        started = now()
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+        bare.append(now() - started)
     seconds, limit = statistics.median(times), statistics.median(bare)
     report.add(Result("start", f"to the first answer, {what}", 1, seconds, "s", None, None,
                       seconds / limit, "python -c pass"))
@@ -1083,76 +613,16 @@ def run_against(folder: Path, options: argparse.Namespace, report: Report) -> No
             server.stop()
 
 
-# -- Results -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Result:
-    """A line of the table: a value in a unit, and its ratio to the limit that is named."""
-
-    name: str
-    what: str
-    connections: int
-    value: float
-    unit: str
-    p50: float | None = None
-    p99: float | None = None
-    ratio: float | None = None
-    limit: str = ""
-    note: str = ""
-
-
-class Report:
-    """The table, printed as it grows."""
-
-    LINE = "{:<19} {:<38} {:>5} {:>9} {:<10} {:>8} {:>8} {:>7}  {}"
-
-    def __init__(self) -> None:
-        self.results: list[Result] = []
-
-    def add(self, result: Result) -> None:
-        """Print and keep a result."""
-        if not self.results:
-            print(self.LINE.format("row", "what", "conn.", "value", "unit", "p50 ms", "p99 ms",
-                                   "ratio", "to"))
-        self.results.append(result)
-        print(self.LINE.format(
-            result.name, result.what, result.connections, digits(result.value), result.unit,
-            digits(result.p50), digits(result.p99), digits(result.ratio),
-            f"{result.limit}  {result.note}".strip()), flush=True)
-
-    def save(self, path: str, options: argparse.Namespace) -> None:
-        """Write the results for --compare."""
-        machine = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version,
-                   "system": platform.platform(), "cpus": os.cpu_count(),
-                   "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        Path(path).write_text(json.dumps({
-            "machine": machine, "options": vars(options),
-            "results": [asdict(result) for result in self.results]}, indent=1) + "\n")
-
-
-def digits(value: float | None) -> str:
-    """Return a number with three digits or all before the point, "" for None."""
-    if value is None:
-        return ""
-    places = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 else 3
-    return f"{value:,.{places}f}"
-
-
-def compare(paths: Sequence[str]) -> None:
-    """Print the values of two files of results beside each other, and the second by the first."""
-    before, after = ({(found["name"], found["what"], found["connections"]): found
-                      for found in json.loads(Path(path).read_text())["results"]} for path in paths)
-    line = "{:<19} {:<38} {:>5} {:<10} {:>10} {:>10} {:>7} {:>7}"
-    print(line.format("row", "what", "conn.", "unit", "A", "B", "B / A", "p99"))
-    for key in before.keys() & after.keys() and [key for key in before if key in after]:
-        old, new = before[key], after[key]
-        p99 = new["p99"] / old["p99"] if old["p99"] and new["p99"] else None
-        print(line.format(*key, old["unit"], digits(old["value"]), digits(new["value"]),
-                          digits(new["value"] / old["value"]), digits(p99)))
-
-
 # -- Command line ------------------------------------------------------------------
+
+
+def setting(text: str) -> tuple[str, Json]:
+    """Return the name and the value of --set: JSON, else text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -1176,44 +646,47 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--commit-delay", type=float, metavar="MS", help="delay each commit, and count them (0: "
                                                          "only count)")
     add("--workers", type=int, metavar="N", help="passed on to the server")
-    add("--set", action="append", default=[], metavar="NAME=VALUE",
+    add("--set", action="append", default=[], metavar="NAME=VALUE", type=setting,
         help="of the server's configuration, such as access_log=off")
     options = parser.parse_args(arguments)
     if options.users < 100 or options.users % 100:
         parser.error("--users: expected a multiple of 100")
     if options.url and (options.commit_delay is not None or options.workers or options.against):
         parser.error("--url: the server runs already; not with --commit-delay, --workers, --against")
-    options.only = tuple(filter(None, options.only.split(",")))
+    options.only = tuple(options.only.split(","))         # every name starts with ""
     options.connections = [int(text) for text in options.connections.split(",")]
     options.sync_users = options.sync_users or min(options.users, 10_000)
     return options
 
 
+def run_rows(folder: Path, people: People, server: Server | None, options: argparse.Namespace,
+             report: Report) -> None:
+    """Measure the rows that are wanted."""
+    filled = folder / "server" / "data" / "bench.sqlite3" if server else None
+    limits = Limits(options, report, folder, filled, person(NUMBER))
+    for row in all_rows(people):
+        if any(name.startswith(options.only) for name in row.names):
+            run_row(row, people.target, server, limits, report, options)
+
+
 def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> None:
     """Measure a server of our own on a folder."""
-    def wanted(*names: str) -> bool:
-        return not options.only or any(name.startswith(options.only) for name in names)
-
     server = Server(folder / "server", options)
     try:
         People(server.start(), options.users).fill()
         server.stop()
-        if wanted("start", "rss"):
+        if "start".startswith(options.only) or "rss".startswith(options.only):
             report_start(Server(folder / "empty", options), "empty", report, options.runs)
             shutil.rmtree(folder / "empty")
             report_start(server, f"{options.users:,} users", report, options.runs)
-        target = server.start()
-        rows = [row for row in all_rows(People(target, options.users)) if wanted(*row.names)]
-        limits = Limits(options, report, folder, folder / "server" / "data" / "bench.sqlite3")
-        run_rows(rows, target, server, limits, options)
-        if wanted("rss") and rows:
-            report.add(Result("rss-load", "resident after all rows", 1, server.rss(), "MiB"))
+        run_rows(folder, People(server.start(), options.users), server, options, report)
+        report.add(Result("rss-load", "resident after all rows", 1, server.rss(), "MiB"))
     except BenchError as error:
         tail = (server.folder / "server.log").read_text()[-1000:]
         raise BenchError(f"{error}\nthe server's log ends:\n{tail}") from None
     finally:
         server.stop()
-    if wanted("sync"):
+    if "sync".startswith(options.only):
         report_sync(folder, options, report)
 
 
@@ -1221,9 +694,7 @@ def run_url(folder: Path, options: argparse.Namespace, report: Report) -> None:
     """Measure a server that runs somewhere."""
     people = People(Target.of(options.url, options.token), options.users, custom=False)
     people.fill()
-    rows = [row for row in all_rows(people) if not options.only
-            or any(name.startswith(options.only) for name in row.names)]
-    run_rows(rows, people.target, None, Limits(options, report, folder, None), options)
+    run_rows(folder, people, None, options, report)
 
 
 def main() -> int:
