@@ -51,6 +51,7 @@ import copy
 import csv
 import hashlib
 import hmac
+import http.client
 import io
 import ipaddress
 import itertools
@@ -71,12 +72,12 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
-from functools import partial
-from http import HTTPStatus
+from email.utils import formatdate
+from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
@@ -601,6 +602,7 @@ def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribu
     return None
 
 
+@lru_cache(1024)
 def resolve(name: str, resource_type: ResourceType) -> tuple[Attribute, ...] | None:
     """Return the attributes from the root down to a name in attrPath notation; None if unknown.
 
@@ -1025,6 +1027,7 @@ class Selection:
             self.wanted is None or attribute.name in self.wanted)
 
 
+@lru_cache(1024)
 def parse_selection(attributes: str, excluded: str, resource_type: ResourceType) -> Selection:
     """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty."""
     return Selection(name_tree(attributes, resource_type) if attributes.strip() else None,
@@ -2499,16 +2502,16 @@ class Directory:
         groups = session.groups([row.seq for row in found]) if has_groups and found else {}
         resources = []
         for row in found:
-            resource = revived(resource_type, row)
-            resource["meta"]["version"] = f'W/"{row.revision}"'
+            version, linked = f'W/"{row.revision}"', {}
             if joined := groups.get(row.seq):
                 # A group that is renamed changes its members' groups, and so their versions.
                 mark = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
-                resource["meta"]["version"] = f'W/"{row.revision}-{mark}"'
-                resource["groups"] = joined
+                version, linked = f'W/"{row.revision}-{mark}"', {"groups": joined}
             if members and row.member_count and selection.includes(members):
-                resource["members"] = session.members(row.seq, named)
-            resources.append(canonical(resource_type, resource))
+                linked["members"] = session.members(row.seq, named)
+            resource = revived(resource_type, row, linked)
+            resource["meta"]["version"] = version
+            resources.append(resource)
         return resources
 
     def _check_unique(self, session: Session, resource_type: ResourceType, row: Row,
@@ -2641,10 +2644,10 @@ def stored(resource: Resource) -> Resource:
     return {name: value for name, value in resource.items() if name not in computed}
 
 
-def revived(resource_type: ResourceType, row: Row) -> Resource:
-    """Return the resource of a row, without its version and memberships."""
+def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
+    """Return the resource of a row with its memberships, but without its version."""
     meta = {"resourceType": row.type, "created": row.created, "lastModified": row.modified}
-    return canonical(resource_type, {**row.body, "id": row.id, "meta": meta})
+    return canonical(resource_type, {**row.body, **(linked or {}), "id": row.id, "meta": meta})
 
 
 # ----------------------------------------------------------------------------
@@ -3622,27 +3625,34 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("PUT", ("{type}", "{id}"), replace_resource),
     ("PATCH", ("{type}", "{id}"), patch_resource),
     ("DELETE", ("{type}", "{id}"), delete_resource),
-    ("GET", ("/", "employees"), list_employees),           # "/" is outside of BASE_PATH
-    ("GET", ("/", "employees", "{id}"), get_employee),
-    ("GET", ("/", "changes"), list_changes),
+    ("GET", ("", "employees"), list_employees),            # "" is outside of BASE_PATH
+    ("GET", ("", "employees", "{id}"), get_employee),
+    ("GET", ("", "changes"), list_changes),
 )
 
 
-def find_operations(segments: Sequence[str], endpoints: Container[str],
-                    ) -> tuple[dict[str, Operate], tuple[str, ...]]:
-    """Return the operations at a path by method, and the first pattern that fits, which counts."""
-    methods: dict[str, Operate] = {}
-    matched: tuple[str, ...] | None = None
+Route = tuple[dict[str, Operate], str]          # operations by method, and the path for the logs
+
+
+def route_table() -> dict[tuple[str, ...], Route]:
+    """Return the routes by the segments of their paths, with "{id}" for any id."""
+    table: dict[tuple[str, ...], Route] = {}
     for method, pattern, operation in ROUTES:
-        fits = len(pattern) == len(segments) and all(
-            part in ("{id}", segment) or (part == "{type}" and segment in endpoints)
-            for part, segment in zip(pattern, segments, strict=True))
-        if fits and matched in (None, pattern):
-            matched = pattern
+        for endpoint in ("Users", "Groups") if "{type}" in pattern else ("",):
+            key = tuple(endpoint if part == "{type}" else part for part in pattern)
+            methods, _ = table.setdefault(key, ({}, "/" + "/".join(key).removeprefix("/")))
             methods[method] = operation
-    if "GET" in methods:
-        methods["HEAD"] = methods["GET"]
-    return methods, matched or ()
+            if method == "GET":
+                methods["HEAD"] = operation
+    return table
+
+
+ROUTE_TABLE = route_table()
+
+
+def find_route(segments: Sequence[str]) -> Route | None:
+    """Return the route of a path, literal ones first."""
+    return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
 
 
 class Metrics:
@@ -3796,14 +3806,15 @@ class Application:
                 return replace(public(self, request), route=f"/{path}")
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
-            elif not find_operations(segments := ["/", *segments], ())[0]:
+            elif not find_route(segments := ["", *segments]):
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
             tenant, directory = self._authenticate(request.headers.get("authorization", ""))
-            types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
-            methods, pattern = find_operations(segments, types)
-            route = "/".join(["", *pattern]).replace("//", "").replace("{type}", segments[0]
-                                                                       if segments else "")
-            response = self._dispatch(request, directory, types, segments, methods)
+            if segments[:1] == ["Me"]:
+                raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
+            if not (found := find_route(segments)):
+                raise ScimError(404, "", f"{request.path} does not exist")
+            methods, route = found
+            response = self._dispatch(request, directory, segments, methods)
         except ScimError as error:
             response = error_response(error)
         except sqlite3.DatabaseError as error:
@@ -3839,22 +3850,19 @@ class Application:
                 directory.note_use(token.name)
         return tenant, directory.acting(token.name)
 
-    def _dispatch(self, request: Request, directory: Directory, types: Mapping[str, ResourceType],
-                  segments: list[str], methods: dict[str, Operate]) -> Response:
-        if segments[:1] == ["Me"]:
-            raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
-        if not methods:
-            raise ScimError(404, "", f"{request.path} does not exist")
-        allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
-        if request.method == "OPTIONS":
-            return Response(204, headers=allow)
+    def _dispatch(self, request: Request, directory: Directory, segments: list[str],
+                  methods: Mapping[str, Operate]) -> Response:
         if request.method not in methods:
+            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            if request.method == "OPTIONS":
+                return Response(204, headers=allow)
             raise ScimError(405, "", f"{request.method} is not for {request.path}; "
                                      f"it takes {allow['Allow']}", allow)
-        query = parse_qsl(request.query, keep_blank_values=True)
-        asked = tuple(found for name, found in types.items() if name in segments[:1])
+        query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
+        types = tuple(directory.resource_types.values())
+        asked = tuple(found for found in types if segments and found.endpoint == f"/{segments[0]}")
         return methods[request.method](Call(
-            request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
+            request, directory, asked or types, segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
             f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
             self.handle))
@@ -3912,6 +3920,7 @@ HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first
 SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
 LOG_LINES = 10_000                # that wait for a stream
+LOG_SECONDS = 0.05                # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 FIRST_TICK = datetime(2026, 1, 1, tzinfo=UTC)            # of a deterministic clock
@@ -3933,11 +3942,11 @@ class Head:
     headers: dict[str, str]
 
 
-def read_line(stream: BinaryIO, limit: int, error: ScimError) -> bytes:
-    """Return a line with its CRLF; the error if it is longer, EOFError where the stream ends."""
+def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
+    """Return a line with its CRLF; ScimError if it is longer, EOFError where the stream ends."""
     line = stream.readline(limit + 1)
     if len(line) > limit:
-        raise error
+        raise ScimError(status, "", detail)
     if not line.endswith(b"\n"):
         raise EOFError
     return line
@@ -3948,10 +3957,10 @@ def read_head(stream: BinaryIO) -> Head:
 
     Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends.
     """
-    line_error = ScimError(414, "", f"the request line is longer than {MAX_REQUEST_LINE} octets")
-    line = read_line(stream, MAX_REQUEST_LINE, line_error)
+    long_line = f"the request line is longer than {MAX_REQUEST_LINE} octets"
+    line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
-        line = read_line(stream, MAX_REQUEST_LINE, line_error)
+        line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -3959,8 +3968,7 @@ def read_head(stream: BinaryIO) -> Head:
     headers: dict[str, str] = {}
     left = MAX_HEAD
     for _ in range(MAX_FIELDS + 1):
-        line = read_line(stream, left, ScimError(431, "", f"the header fields take more than "
-                                                          f"{MAX_HEAD} octets"))
+        line = read_line(stream, left, 431, f"the header fields take more than {MAX_HEAD} octets")
         if line == b"\r\n":
             minor_version = int(start[4])
             check_framing(headers, minor_version)
@@ -3969,9 +3977,11 @@ def read_head(stream: BinaryIO) -> Head:
         if not (parts := FIELD_LINE.fullmatch(line)):
             raise ScimError(400, "", "a header field is malformed")
         name, value = parts[1].decode().lower(), parts[2].decode("latin-1")
-        if name in ("host", "content-length", "transfer-encoding") and name in headers:
-            raise ScimError(400, "", f"{name}: given twice")
-        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        if name in headers:
+            if name in ("host", "content-length", "transfer-encoding"):
+                raise ScimError(400, "", f"{name}: given twice")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
     raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
 
 
@@ -4014,22 +4024,22 @@ def read_exactly(stream: BinaryIO, length: int) -> bytes:
 
 def read_chunks(stream: BinaryIO, limit: int) -> bytes:
     """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over."""
-    malformed = ScimError(400, "", "the chunked body is malformed")
+    malformed = (400, "the chunked body is malformed")
     body = bytearray()
     while True:
-        if not (line := CHUNK_LINE.fullmatch(read_line(stream, MAX_CHUNK_LINE, malformed))):
-            raise malformed
+        if not (line := CHUNK_LINE.fullmatch(read_line(stream, MAX_CHUNK_LINE, *malformed))):
+            raise ScimError(400, "", malformed[1])
         if not (size := int(line[1], 16)):
             break
         if len(body) + size > limit:
             raise too_large(limit)
         body += read_exactly(stream, size)
         if read_exactly(stream, 2) != b"\r\n":
-            raise malformed
+            raise ScimError(400, "", malformed[1])
     for _ in range(MAX_FIELDS):
-        if read_line(stream, MAX_CHUNK_LINE, malformed) == b"\r\n":
+        if read_line(stream, MAX_CHUNK_LINE, *malformed) == b"\r\n":
             return bytes(body)
-    raise malformed
+    raise ScimError(400, "", malformed[1])
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
@@ -4098,8 +4108,10 @@ class AccessLog:
         self._style = style
         self._stream = stream
         self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
         self._writer = threading.Thread(target=self._write, daemon=True)
-        self._writer.start()
+        if style != "off":
+            self._writer.start()
 
     def add(self, **line: Any) -> None:
         """Log a request; its values hold no blank and no line end."""
@@ -4108,15 +4120,34 @@ class AccessLog:
 
     def close(self) -> None:
         """Write what waits, for a second at the most."""
-        self._lines.put(None)
-        self._writer.join(1)
+        if self._style != "off":
+            self._closing.set()
+            self._lines.put(None)
+            self._writer.join(1)
 
     def _write(self) -> None:
-        while (line := self._lines.get()) is not None:
-            values = (str(value) or "-" for value in line.values())
-            text = json.dumps(line) if self._style == "json" else " ".join(values)
+        more = True
+        while more:
+            lines = [self._lines.get()]
+            self._closing.wait(LOG_SECONDS)              # what comes meanwhile is one write
+            lines += [self._lines.get() for _ in range(self._lines.qsize())]
+            more = lines[-1] is not None
+            text = "".join(self._line(line) for line in lines if line)
             with suppress(OSError, ValueError):          # nobody reads it, or it is closed
-                print(text, file=self._stream, flush=True)
+                self._stream.write(text)
+                self._stream.flush()
+
+    def _line(self, line: dict[str, Any]) -> str:
+        line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
+        if self._style == "json":
+            return json.dumps(line) + "\n"
+        return " ".join(str(value) or "-" for value in line.values()) + "\n"
+
+
+@lru_cache(1)
+def http_date(second: int) -> str:
+    """Return a time as the Date header has it."""
+    return formatdate(second, usegmt=True)
 
 
 def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
@@ -4265,8 +4296,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.peer.allow(HEAD_SECONDS)
             head = read_head(self.rfile)                  # type: ignore[arg-type]
-            request = self.server.located(head, self.client_address[0])
-            request = replace(request, body=self._body(head, request.path))
+            host, path = origin_form(head.target, head.headers.get("host") or "localhost")
+            path, _, query = path.partition("?")
+            request = self.server.located(head, host, path, query, self._body(head, path),
+                                          self.client_address[0])
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
@@ -4294,8 +4327,8 @@ class Handler(BaseHTTPRequestHandler):
     def _answer(self, response: Response, request: Request, started: float,
                 cut: bool = False) -> None:
         fields, body = wire_form(response, request)
-        lines = [f"HTTP/1.1 {response.status} {HTTPStatus(response.status).phrase}",
-                 f"Date: {self.date_time_string()}", *(f"{name}: {value}" for name, value in fields)]
+        lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
+                 f"Date: {http_date(int(time.time()))}", *(f"{name}: {value}" for name, value in fields)]
         if self.close_connection:
             lines.append("Connection: close")
         head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
@@ -4400,10 +4433,9 @@ class ScimServer(ThreadingHTTPServer):
 
     # -- Requests --
 
-    def located(self, head: Head, client: str) -> Request:
-        """Return a request without its body: where it came from, and how it named this server."""
-        host, path = origin_form(head.target, head.headers.get("host") or "localhost")
-        path, _, query = path.partition("?")
+    def located(self, head: Head, host: str, path: str, query: str, body: bytes,
+                client: str) -> Request:
+        """Return a request: where it came from, and how it named this server."""
         scheme = "https" if self.tls else "http"
         if any(ipaddress.ip_address(client.partition("%")[0]) in network
                for network in self.config.trusted_proxies):
@@ -4412,8 +4444,8 @@ class ScimServer(ThreadingHTTPServer):
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
         given = head.headers.get("x-request-id", "")
-        return Request(head.method, path, query, head.headers, scheme=scheme, host=host, client=client,
-                       id=given if REQUEST_ID.fullmatch(given)
+        return Request(head.method, path, query, head.headers, body, scheme, host, "", client,
+                       given if REQUEST_ID.fullmatch(given)
                        else f"{self._run}-{next(self._numbers)}")
 
     def answer(self, request: Request) -> tuple[Response, bool]:
@@ -4432,7 +4464,7 @@ class ScimServer(ThreadingHTTPServer):
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        self.log.add(time=time_text(utc_now()), tenant=response.tenant, method=method,
+        self.log.add(time=time.time(), tenant=response.tenant, method=method,
                      route=response.route, status=response.status,
                      milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
 
@@ -4492,7 +4524,7 @@ class WsgiApplication:
         except ScimError as error:
             response = error_response(error)
         fields, body = wire_form(response, request)
-        start_response(f"{response.status} {HTTPStatus(response.status).phrase}", fields)
+        start_response(f"{response.status} {http.client.responses[response.status]}", fields)
         return [body]
 
     def _request(self, environ: dict[str, Any]) -> Request:
