@@ -1412,6 +1412,10 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     );
     CREATE INDEX change_at ON change (at);
     """,
+    """
+    CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
+    """,
 )
 
 # Membership is rows of its own; these make index entries of them, under the attributes' paths.
@@ -1432,6 +1436,7 @@ LINKED_ENTRIES = {
 }
 
 BUSY_SECONDS = 5                  # how long a write waits for that of another process
+MAX_BATCH = 64                    # writes that share a commit
 READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
@@ -1637,6 +1642,7 @@ class Session:
             row.modified, row.member_count])
         seq = cursor.lastrowid or 0
         self._index(seq, set(), set(entries))
+        self._tally(row.type, 1)
         return seq
 
     def update(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> None:
@@ -1651,9 +1657,17 @@ class Session:
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._index(row.seq, set(entries), set())
+        self._tally(row.type, -1)
+
+    def _tally(self, type: str, more: int) -> None:
+        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT (type) DO UPDATE SET count = count + ?",
+                 [type, more, more])
 
     def total(self, filters: Mapping[str, Filter]) -> int:
         """Return how many resources match; filters has a filter for each type asked for."""
+        if all(filter == EVERYTHING for filter in filters.values()):
+            counts = dict(self.run("SELECT type, count FROM tally").fetchall())
+            return sum(counts.get(type, 0) for type in filters)
         condition, parameters = self._condition(filters)
         sql = f"SELECT count(*) FROM resource WHERE {condition}"
         return self.run(sql, parameters).fetchone()[0]     # type: ignore[no-any-return]
@@ -1860,6 +1874,15 @@ class Session:
                  [name, value, value])
 
 
+class Batch:
+    """Writes that share a commit: how many, and how it ended."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.done = threading.Event()
+        self.error: sqlite3.Error | None = None
+
+
 class Store:
     """One tenant's database: a file, or with ":memory:" one that is gone with the store.
 
@@ -1870,6 +1893,10 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._writing = threading.RLock()
+        self._owner = 0                          # the thread that writes now
+        self._counting = threading.Lock()
+        self._waiting = 0                        # threads that will write next
+        self._batch = Batch()
         self._written = threading.Condition()
         self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
@@ -1917,7 +1944,6 @@ class Store:
 
     @contextmanager
     def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[Session]:
-        # Inside a transaction of the same thread (Bulk) it is a step of that one.
         end, undo = "COMMIT", "ROLLBACK"
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT step", "RELEASE step", "ROLLBACK TO step; RELEASE step"
@@ -1933,9 +1959,51 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """Give a session whose changes are on the disk when the block ends, or undone if it raises."""
-        with self._writing, self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
-            yield session
+        """Give a session whose changes are on the disk when the block ends, or undone if it raises.
+
+        Who waits for a turn joins the transaction of the one before, in a savepoint of its own; the
+        last one commits for all. Inside a write of the same thread (Bulk) it is a step of that one.
+        """
+        if self._owner == threading.get_ident():
+            with self._transaction(self._writer, "") as session:
+                yield session
+            return
+        with self._counting:
+            self._waiting += 1
+        with self._writing:
+            with self._counting:
+                self._waiting -= 1
+            self._owner = threading.get_ident()
+            try:
+                batch = self._join()
+                with self._transaction(self._writer, "") as session:
+                    yield session
+            finally:
+                self._owner = 0
+                if not self._waiting or self._batch.size >= MAX_BATCH \
+                        or not self._writer.in_transaction:
+                    self._commit()
+        batch.done.wait()
+        if batch.error:
+            raise sqlite3.OperationalError(str(batch.error)) from batch.error
+
+    def _join(self) -> Batch:
+        """Return the batch that a write is part of: that of the open transaction, or a new one."""
+        if not self._writer.in_transaction:
+            self._batch = Batch()
+            self._writer.execute("BEGIN IMMEDIATE")
+        self._batch.size += 1
+        return self._batch
+
+    def _commit(self) -> None:
+        """End the batch; where SQLite gave the transaction up, or does so now, all of it failed."""
+        try:
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._batch.error = error
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+        self._batch.done.set()
         with self._written:
             self._written.notify_all()
 
@@ -2224,7 +2292,8 @@ class Directory:
             seq = session.insert(row, index_entries(resource_type.root, revived(resource_type, row)))
             count = self._link(session, resource_type, row.id, seq, {}, accepted)[0]
             row = replace(row, seq=seq, member_count=count)
-            session.update(row, (), ())
+            if count:
+                session.update(row, (), ())
             self._record(session, resource_type, row.id, {}, revived(resource_type, row))
             return self._complete(session, resource_type, [row])[0]
 
@@ -3642,8 +3711,9 @@ def route_table() -> dict[tuple[str, ...], Route]:
             key = tuple(endpoint if part == "{type}" else part for part in pattern)
             methods, _ = table.setdefault(key, ({}, "/" + "/".join(key).removeprefix("/")))
             methods[method] = operation
-            if method == "GET":
-                methods["HEAD"] = operation
+    for methods, _ in table.values():
+        if "GET" in methods:
+            methods["HEAD"] = methods["GET"]
     return table
 
 

@@ -1027,7 +1027,8 @@ def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     scim_server.Directory(store, FIELDS).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
     store.close()
     with sqlite3.connect(path) as connection:              # as the first version made it
-        connection.executescript("DROP TABLE employee; DROP TABLE change; PRAGMA user_version = 1;"
+        connection.executescript("DROP TABLE employee; DROP TABLE change; DROP TABLE tally;"
+                                 "PRAGMA user_version = 1;"
                                  "DELETE FROM setting WHERE name = 'employees'")
     store = scim_server.Store(path)
     [ada] = scim_server.Directory(store, FIELDS).employees()
