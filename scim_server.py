@@ -1897,6 +1897,7 @@ class Store:
         self._counting = threading.Lock()
         self._waiting = 0                        # threads that will write next
         self._batch = Batch()
+        self._resting = False
         self._written = threading.Condition()
         self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
@@ -1974,6 +1975,8 @@ class Store:
             with self._counting:
                 self._waiting -= 1
             self._owner = threading.get_ident()
+            if self._resting:
+                self._writer, self._resting = self._connect(), False
             try:
                 batch = self._join()
                 with self._transaction(self._writer, "") as session:
@@ -2060,6 +2063,16 @@ class Store:
                 self._migrate(self._writer)
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
+
+    def rest(self) -> None:
+        """Close the file's handles until they are needed again, but for those at work."""
+        if self.path != ":memory:" and self._writing.acquire(blocking=False):
+            if not self._resting and not self._writer.in_transaction:
+                self._writer.close()
+                self._resting = True
+            while self._idle:
+                self._idle.pop().close()
+            self._writing.release()
 
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""
@@ -2778,6 +2791,7 @@ class Config:
     tls: tuple[str, str] | None = None             # the files of certificate and key
     trusted_proxies: tuple[Network, ...] = ()      # whose Forwarded headers are believed
     max_connections: int = 512
+    workers: int = 1                               # processes
     access_log: str = "text"                       # or json, or off
     metrics_sha256: str = ""                       # of the token that reads /metrics from afar
     keep_changes: int = KEEP_CHANGES
@@ -2822,7 +2836,7 @@ def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
     found = reader.members("", document, {
-        "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections",
+        "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections", "workers",
         "access_log", "metrics_token"}, {"tenants"})
     host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
     changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
@@ -2834,6 +2848,7 @@ def parse_config(document: Json) -> Config:
         tuple(reader.network(path, item) for path, item in reader.items(
             "trusted_proxies", found.get("trusted_proxies", []))),
         reader.number("max_connections", found.get("max_connections", 512)),
+        reader.number("workers", found.get("workers", 1)),
         reader.text("access_log", found.get("access_log", "text"), re.compile("text|json|off"),
                     "text, json or off"),
         digest(reader.text("metrics_token", found["metrics_token"])) if "metrics_token" in found
@@ -3725,6 +3740,9 @@ def find_route(segments: Sequence[str]) -> Route | None:
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
 
 
+OPEN_TENANTS = 64                 # whose files are kept open
+
+
 class Metrics:
     """Counts of what was answered, as Prometheus reads them."""
 
@@ -3778,6 +3796,7 @@ class Application:
         self._clock = clock
         self._new_id = new_id
         self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
+        self._awake: dict[str, Directory] = {}               # whose files are open, oldest use first
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -3860,10 +3879,12 @@ class Application:
             return known
         try:
             store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
-            return Directory(store, tenant.custom_fields, self._clock, self._new_id,
-                             config.keep_changes, config.keep_days)
+            directory = Directory(store, tenant.custom_fields, self._clock, self._new_id,
+                                  config.keep_changes, config.keep_days)
         except StoreError as error:
             return error
+        self._wake(tenant.name, directory)
+        return directory
 
     # -- Requests --
 
@@ -3918,7 +3939,17 @@ class Application:
             self._used[tenant, token.name] = now
             with suppress(sqlite3.Error):
                 directory.note_use(token.name)
+        self._wake(tenant, directory)
         return tenant, directory.acting(token.name)
+
+    def _wake(self, tenant: str, directory: Directory) -> None:
+        """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
+        if next(reversed(self._awake), "") != tenant:
+            with self._configuring:
+                self._awake.pop(tenant, None)
+                self._awake[tenant] = directory
+                if len(self._awake) > OPEN_TENANTS:
+                    self._awake.pop(next(iter(self._awake))).store.rest()
 
     def _dispatch(self, request: Request, directory: Directory, segments: list[str],
                   methods: Mapping[str, Operate]) -> Response:
@@ -4408,18 +4439,35 @@ class Handler(BaseHTTPRequestHandler):
             self.server.note(request, response, time.perf_counter() - started, len(body))
 
 
+Listener = socket.socket
+
+
+def listen(config: Config) -> Listener:
+    """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.create_server((config.host, config.port), family=family, backlog=128)
+    listener.setblocking(False)                          # of workers that are woken one gets it
+    return listener
+
+
+def url_of(config: Config, listener: Listener) -> str:
+    """Return the Tenant URL of a server on a socket."""
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    scheme = "https" if config.tls else "http"
+    return f"{scheme}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
+
+
 class ScimServer(ThreadingHTTPServer):
     """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
-    appended to, and exchanges has what was asked and answered where it is not None. Raises OSError
-    where the address or the certificate cannot be had.
+    appended to, and exchanges has what was asked and answered where it is not None. Without a socket
+    that listens it makes one. Raises OSError where the address or the certificate cannot be had.
     """
 
     daemon_threads = True
-    request_queue_size = 128
 
-    def __init__(self, application: Application) -> None:
+    def __init__(self, application: Application, listener: Listener | None = None) -> None:
         self.application = application
         self.config = config = application.config
         self.tls = Tls(*config.tls) if config.tls else None
@@ -4431,11 +4479,11 @@ class ScimServer(ThreadingHTTPServer):
         self.connections: dict[socket.socket, Connection] = {}
         self._changed = threading.Condition()
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
-        self.address_family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        super().__init__((config.host, config.port), Handler)
-        shown_host = f"[{config.host}]" if ":" in config.host else config.host
-        scheme = "https" if config.tls else "http"
-        self.url = f"{scheme}://{shown_host}:{self.server_address[1]}{BASE_PATH}"
+        super().__init__((config.host, config.port), Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket = listener or listen(config)
+        self.server_address = self.socket.getsockname()
+        self.url = url_of(config, self.socket)
 
     def token(self, tenant: str) -> str:
         """Return a new secret of a tenant, for the client of a test."""
@@ -4444,12 +4492,6 @@ class ScimServer(ThreadingHTTPServer):
     def directory(self, tenant: str) -> Directory:
         """Return the directory of a tenant, which works while the server does."""
         return self.application.directory(tenant)
-
-    def server_bind(self) -> None:
-        """Bind without the look-up of the host's name, which stalls where there is no DNS."""
-        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self.socket.bind(self.server_address)
-        self.server_address = self.socket.getsockname()
 
     # -- Connections --
 
@@ -4630,6 +4672,7 @@ class WsgiApplication:
 # ----------------------------------------------------------------------------
 
 
+KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
 
 
@@ -4668,38 +4711,88 @@ def serve(options: argparse.Namespace) -> int:
     application = Application(config)
     if not any(isinstance(found, Directory) for found in application.directories.values()):
         application.directory(config.tenants[0].name)
+    warn(application)
     try:
-        server = ScimServer(application)
+        listener = listen(config)
+        if config.tls:
+            Tls(*config.tls)
     except ssl.SSLError as error:
         raise StoreError(f"tls: {' and '.join(config.tls or ())} cannot be used ({error})") from error
     except OSError as error:
         place = error.filename or f"{config.host}:{config.port}"
         raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
                          "--listen HOST:PORT, or other files in tls") from error
+    if config.workers == 1:
+        return work(options, application, listener, greeting(url_of(config, listener), config))
+    application.close()                                  # SQLite's files do not outlive a fork
+    return supervise(options, config, listener)
+
+
+def work(options: argparse.Namespace, application: Application, listener: Listener,
+         greeting: str = "") -> int:
+    """Serve on a socket until a signal; return the exit status."""
+    server = ScimServer(application, listener)
 
     def stop(number: int, frame: FrameType | None) -> None:
         threading.Thread(target=server.stop).start()     # shutdown() waits for this thread's loop
 
+    reload = threading.Event()
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    reload = threading.Event()
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
-    threading.Thread(target=follow_file, args=(options, config, server, reload), daemon=True).start()
-    warn(application)
-    print(greeting(server.url, config), flush=True)
-    server.serve_forever()
+    threading.Thread(target=follow_file, args=(options, server, reload), daemon=True).start()
+    if greeting:
+        print(greeting, flush=True)
+    server.serve_forever(KNOCK_SECONDS)
     server.stopped.wait()
     application.close()
     return 0
 
 
-def follow_file(options: argparse.Namespace, config: Config, server: ScimServer,
-                reload: threading.Event) -> None:
+def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> int:
+    """Run workers on one socket, and a new one for each that dies, until a signal."""
+    if not hasattr(os, "fork"):
+        raise StoreError("workers: more than one needs an operating system that forks")
+    workers: set[int] = set()
+    stopping = False
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        nonlocal stopping
+        stopping = stopping or number in (signal.SIGINT, signal.SIGTERM)
+        for worker in workers:
+            with suppress(ProcessLookupError):
+                os.kill(worker, number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    for number in numbers:
+        signal.signal(number, pass_on)
+    print(greeting(url_of(config, listener), config), flush=True)
+    while workers or not stopping:
+        while len(workers) < config.workers and not stopping:
+            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)       # until both sides can take them
+            if not (worker := os.fork()):
+                for number in numbers:
+                    signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+                os._exit(work(options, Application(config), listener))
+            workers.add(worker)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        worker, status = os.wait()
+        workers.discard(worker)
+        if not stopping:
+            complain(f"worker {worker} ended with status {status}; another one takes its place")
+            time.sleep(KNOCK_SECONDS)                    # one that cannot start does not spin
+    return 0
+
+
+def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event) -> None:
     """Serve what the configuration file says when it changes, or on a signal, while the server runs.
 
     A file with mistakes changes nothing, and is told on standard error.
     """
+    config = server.config
+
     def stamp() -> int:
         with suppress(OSError):
             return os.stat(chosen_file(options)).st_mtime_ns
@@ -4718,7 +4811,8 @@ def follow_file(options: argparse.Namespace, config: Config, server: ScimServer,
                      + str(error).replace("\n", "; "))
             continue
         warn(server.application)
-        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "access_log")
+        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections",
+                 "workers", "access_log")
         changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
         complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
                  + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
@@ -4743,6 +4837,8 @@ def warn(application: Application) -> None:
 
 def listened(config: Config, options: argparse.Namespace) -> Config:
     """Return a configuration that listens where the command line says."""
+    if options.workers:
+        config = replace(config, workers=max(1, options.workers))
     return replace(config, **listen_option(options.listen)) if options.listen else config
 
 
@@ -5036,6 +5132,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--listen", metavar="HOST:PORT", help="address; port 0 picks a free one")
     parser.add_argument("--data-dir", metavar="DIR", help="where the tenants' files are; :memory: "
                                                           "keeps nothing")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the work")
     parser.add_argument("--version", action="version", version=f"scim_server {__version__}")
     parser.set_defaults(run=serve)
     return parser.parse_args(arguments)

@@ -2182,6 +2182,43 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         assert later.get("/Users")["totalResults"] == 1
 
 
+def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
+    with logging_process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
+        def write(number: int) -> int:
+            return Scim(url, "acme-sample-secret-token").user(f"u{number}")["meta"]["version"] != ""
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(write, range(60)))
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        assert len(children) == 2
+        os.kill(int(children[0]), signal.SIGKILL)
+        while "another one takes its place" not in running.stderr.readline():
+            pass
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(write, range(60, 120)))
+        scim = Scim(url, "acme-sample-secret-token")
+        assert scim.get("/Users")["totalResults"] == 120
+        rows = changes(scim, "after=0&count=1000")
+        assert [row["seq"] for row in rows] == list(range(1, 241))
+        running.terminate()
+        assert running.wait(20) == 0
+
+
+def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scim_server, "OPEN_TENANTS", 2)
+    tenants = [{"name": f"t{number}", "tokens": [{"name": "entra", "secret": f"secret-{number}"}]}
+               for number in range(8)]
+    with serving(tmp_path, {"tenants": tenants}) as server:
+        for _ in range(2):
+            for number in range(8):
+                scim = Scim(server.url, f"secret-{number}")
+                scim.user(f"u{scim.get('/Users')['totalResults']}")
+        opened = {os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")}
+        assert len([one for one in opened if one.startswith(str(tmp_path))
+                    and one.endswith(".sqlite3")]) == 2
+        assert Scim(server.url, "secret-0").get("/Users")["totalResults"] == 2
+
+
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
