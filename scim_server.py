@@ -26,6 +26,7 @@ Chapters      1 Vocabulary      schema URNs, limits, ScimError
               9 Configuration   tenants, tokens, custom fields
              10 Application     handle(Request) -> Response: authentication, routes, discovery, Bulk
              11 HTTP server     sockets
+             12 Console         the page that shows why a sync works or fails
              13 Command line    main()
 
 One request   bytes -> Handler (strict framing, limits) -> Request -> Application.handle (token to
@@ -48,6 +49,7 @@ import argparse
 import base64
 import copy
 import csv
+import difflib
 import hashlib
 import hmac
 import io
@@ -1398,6 +1400,16 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     );
     CREATE INDEX change_at ON change (at);
     """,
+    """
+    CREATE TABLE request (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
+        subject TEXT NOT NULL,        -- id of the user or group, or ''
+        entry TEXT NOT NULL           -- JSON
+    );
+    CREATE INDEX change_id ON change (id);
+    CREATE INDEX change_member ON change (member) WHERE member <> '';
+    """,
 )
 
 # Membership is rows of its own; these make index entries of them, under the attributes' paths.
@@ -1833,6 +1845,40 @@ class Session:
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
         self.run("DELETE FROM change WHERE at < ?", [older_than])
 
+    def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
+        """Return the newest changes of a user or group and of an employee (0 for none)."""
+        sql = ("SELECT seq, at, kind, id, member, token, attributes FROM change WHERE seq IN ("
+               "SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
+               "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
+               "SELECT seq FROM change WHERE member = ? AND member <> '') ORDER BY seq DESC LIMIT ?")
+        return [Change(seq, at, kind, id, member, token, json.loads(attributes)) for
+                seq, at, kind, id, member, token, attributes in
+                self.run(sql, [id, str(employee), id, count])]
+
+    # -- The provisioning log --
+
+    def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
+        """Append entries, each behind its level and its subject, and keep so many of the newest."""
+        self.run_many("INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
+                      [(level, subject, dump(entry).encode("utf-8", "replace").decode())
+                       for level, subject, entry in rows])
+        self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
+
+    def requests(self, after: int, before: int, count: int, level: int, subject: str,
+                 text: str) -> list[Json]:
+        """Return entries with their numbers, newest first: between two numbers, from a level on."""
+        sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? "
+               "AND level >= ? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) "
+               "ORDER BY seq DESC LIMIT ?")
+        return [{"seq": seq, "level": level, "subject": subject, **json.loads(entry)}
+                for seq, level, subject, entry in
+                self.run(sql, [after, before, level, subject, text, count])]
+
+    def unknown_ids(self, ids: Iterable[str]) -> list[str]:
+        """Return those of some ids that no resource has."""
+        sql = "SELECT 1 FROM resource WHERE id = ?"
+        return [id for id in ids if not self.run(sql, [id]).fetchone()]
+
     # -- Settings --
 
     def setting(self, name: str) -> str:
@@ -1924,6 +1970,17 @@ class Store:
             yield session
         with self._written:
             self._written.notify_all()
+
+    @contextmanager
+    def noting(self) -> Iterator[Session]:
+        """Give a session as writing() does for what may be lost with the power: no disk is awaited."""
+        with self._writing:
+            self._writer.execute("PRAGMA synchronous = NORMAL")
+            try:
+                with self.writing() as session:
+                    yield session
+            finally:
+                self._writer.execute("PRAGMA synchronous = FULL")
 
     def wait(self, seconds: float) -> bool:
         """Wait for a write, or what another process may have written; return whether to go on."""
@@ -2102,6 +2159,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
+KEEP_LOG = 10_000
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -2362,6 +2420,28 @@ class Directory:
             left = end - time.monotonic()
             if found or left <= 0 or not self.store.wait(left):
                 return found
+
+    def requests(self, after: int = 0, before: int = 0, count: int = DEFAULT_COUNT, level: int = 0,
+                 subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
+        """Return entries of the provisioning log, newest first; wait seconds where there is none.
+
+        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text stands
+        anywhere in an entry.
+        """
+        end = time.monotonic() + wait
+        while True:
+            with self.store.reading() as session:
+                found = session.requests(after, before or 2 ** 62, count, level, subject, text)
+            left = end - time.monotonic()
+            if found or left <= 0 or not self.store.wait(left):
+                return found
+
+    def history(self, id: str) -> tuple[Employee | None, list[Change]]:
+        """Return the employee that a user is or was, and the newest changes of a user or group."""
+        with self.store.reading() as session:
+            row = session.employee_of(id)
+            changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
+        return next(self.employees(id=row.id), None) if row else None, changes
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; returns the thread.
@@ -2648,6 +2728,8 @@ class Tenant:
     name: str
     tokens: tuple[Token, ...]
     custom_fields: tuple[CustomField, ...] = ()
+    keep_log: int = KEEP_LOG
+    log_bodies: bool = False
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -2668,6 +2750,7 @@ class Config:
     metrics_sha256: str = ""                       # of the token that reads /metrics from afar
     keep_changes: int = KEEP_CHANGES
     keep_days: int = KEEP_DAYS
+    console: bool = True
 
 
 def digest(secret: str) -> str:
@@ -2709,7 +2792,7 @@ def parse_config(document: Json) -> Config:
     reader = ConfigReader()
     found = reader.members("", document, {
         "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections",
-        "access_log", "metrics_token"}, {"tenants"})
+        "access_log", "metrics_token", "console"}, {"tenants"})
     host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
     changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
     config = Config(
@@ -2725,7 +2808,8 @@ def parse_config(document: Json) -> Config:
         digest(reader.text("metrics_token", found["metrics_token"])) if "metrics_token" in found
         else "",
         reader.number("changes.keep", changes.get("keep", KEEP_CHANGES)),
-        reader.number("changes.days", changes.get("days", KEEP_DAYS)))
+        reader.number("changes.days", changes.get("days", KEEP_DAYS)),
+        reader.flag("console", found.get("console", True)))
     if reader.problems:
         raise ConfigError(reader.problems)
     return config
@@ -2798,6 +2882,12 @@ class ConfigReader:
         self.wrong(path, f"expected a whole number of 1 or more, got {shown(value)}")
         return 1
 
+    def flag(self, path: str, value: Json) -> bool:
+        """Return true or false."""
+        if not isinstance(value, bool):
+            self.wrong(path, f"expected true or false, got {shown(value)}")
+        return value is True
+
     def address(self, path: str, value: Json) -> tuple[str, int]:
         """Return host and port."""
         host, _, port = str(value).rpartition(":")
@@ -2808,7 +2898,8 @@ class ConfigReader:
 
     def tenant(self, path: str, value: Json) -> Tenant:
         """Return a tenant."""
-        found = self.members(path, value, {"name", "tokens", "custom_fields"}, {"name", "tokens"})
+        found = self.members(path, value, {"name", "tokens", "custom_fields", "log"},
+                             {"name", "tokens"})
         name = ""
         if "name" in found:
             name = self.text(f"{path}.name", found["name"], TENANT_NAME,
@@ -2816,8 +2907,11 @@ class ConfigReader:
             self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
         tokens = self.items(f"{path}.tokens", found["tokens"], least=1) if "tokens" in found else []
         fields = self.items(f"{path}.custom_fields", found.get("custom_fields", []))
+        log = self.members(f"{path}.log", found.get("log", {}), {"keep", "bodies"}, set())
         return Tenant(name, tuple(self.token(path, *item) for item in tokens),
-                      tuple(self.custom_field(path, *item) for item in fields))
+                      tuple(self.custom_field(path, *item) for item in fields),
+                      self.number(f"{path}.log.keep", log.get("keep", KEEP_LOG)),
+                      self.flag(f"{path}.log.bodies", log.get("bodies", False)))
 
     def token(self, tenant_path: str, path: str, value: Json) -> Token:
         """Return a token; its hash must be the only one of its kind among all tenants."""
@@ -2917,6 +3011,7 @@ class Call:
     parameters: Mapping[str, str]                 # of the query, names in lower case
     base_url: str
     handle: Callable[[Request], Response]         # what answers the operations of Bulk
+    application: Application
 
     @property
     def resource_type(self) -> ResourceType:
@@ -3530,6 +3625,410 @@ def list_changes(call: Call) -> Response:
                     {"Content-Type": "application/json"})
 
 
+# -- The provisioning log ------------------------------------------------------------
+
+LOG_WAITING = 1_000               # calls that wait to be written; what comes on top is lost
+LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
+LOGGED_BODY = 64 * 1024           # octets; a longer body is not looked into
+SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
+OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
+
+# How "STATUS detail" or a line of findings() begins and the kind of trouble; what it means; what to
+# do. The first that fits counts; the last fits everything.
+EXPLANATIONS = (
+    (r"401 expired", "authentication",
+     "The token “{token}” expired on {expires}; a call from {client} was refused.",
+     "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra."),
+    (r"401 ", "authentication", "A call from {client} sent the token “{token}”, but not as a bearer token.",
+     "Choose bearer authentication in the client."),
+    (r"404 .*SCIM is at (?P<base>.*)", "connection", "The call went to {path}, where nothing is.",
+     "Let the Tenant URL end in {base}."),
+    (r".*facilio:2.0:User has no attribute '(?P<name>.*)'; its attributes are: (?P<known>.*)", "mapping",
+     "No custom field has the link name “{name}”{hint}",
+     "Correct the name in Entra's attribute list for customappsso; this tenant has {known}."),
+    (r"400 (?P<name>\S+): expected an Integer, got (?P<value>.*)", "mapping",
+     "The field “{name}” takes a whole number, and {value} was sent.",
+     "Map it from an attribute that holds digits alone, or make the custom field a String."),
+    (r"400 (?P<name>\S+): expected a Boolean, got (?P<value>.*)", "mapping",
+     "The field “{name}” takes true or false, and {value} was sent.",
+     "Use an expression that gives true or false; for active it is Not([IsSoftDeleted])."),
+    (r"400 (?P<name>\S+): expected (?P<type>.*), got (?P<value>.*)", "mapping",
+     "The attribute “{name}” takes {type}, and {value} was sent.", "Map it from another attribute."),
+    (r"400 (?P<name>\S+) is required", "mapping", "“{name}” was sent without a value.",
+     "Map it from an attribute that every account has; for userName that is userPrincipalName."),
+    (r"409 (?P<name>\S+) (?P<value>.*) is already in use by another (?P<type>\w+)", "mapping",
+     "Another {type} has the {name} {value} already.",
+     "Change one of the two in Entra; if they are the same, match by {name} (precedence 1)."),
+    (r"404 (?P<type>\w+) .* does not exist", "mapping", "Entra refers to a {type} that is not here any more.",
+     "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
+    (r"4\d\d (?P<detail>the body .*)", "connection", "The body could not be read: {detail}.",
+     "See whether a proxy in front of the server changes or cuts requests."),
+    (r"5\d\d (?P<detail>.*)", "connection", "The server could not do it: {detail}.",
+     "Entra repeats the call by itself; the server's log says why it failed."),
+    (r"active: (?P<value>.*)", "mapping",
+     "active was sent as the text {value}: Entra's expression is still Switch(…), or its dialect the old one.",
+     "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL."),
+    (r"emails: (?P<value>.*) for (?P<name>.*)", "mapping",
+     "The work e-mail {value} is not the userName {name}: emails is not fed from userPrincipalName.",
+     "Map userPrincipalName to emails[type eq \"work\"].value."),
+    (r"externalId: (?P<value>.*)", "mapping", "externalId is {value}, which is no objectId.",
+     "Map objectId to externalId, so that a person who is renamed stays the same employee."),
+    (r"members: (?P<value>.*)", "mapping", "Nobody has the id {value}; such members were passed over.",
+     "Assign these people to the application too, so that Entra creates them before their group."),
+    (r"(\d{3} )?(?P<detail>.*)", "mapping", "The call was refused: {detail}.",
+     "Compare the mapping in Entra with the table on the Set-up page."),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A call of a tenant's client on its way to the log; request and response without what it omits."""
+
+    at: str
+    tenant: Tenant
+    token: Token
+    directory: Directory
+    request: Request
+    response: Response
+    seconds: float
+
+    @property
+    def type(self) -> str:
+        """User, Group, or "" where the call was for something else."""
+        types, endpoint = self.directory.resource_types.values(), self.response.route.split("/")[1:2]
+        return next((found.name for found in types if [found.endpoint[1:]] == endpoint), "")
+
+    @property
+    def resource(self) -> Resource:
+        """The user or group in the answer, or the only one that a query found; {} for none."""
+        body = self.response.body if self.type and self.response.status < 300 else {}
+        found = (body or {}).get("Resources", [body or {}])
+        return found[0] if len(found) == 1 else {}
+
+
+Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
+
+
+def sent_values(body: Json) -> Iterator[Sent]:
+    """Yield what the body of a write says; the attributes of an extension one by one."""
+    found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
+    steps = found.get("operations") if "operations" in found else [{"op": "add", "value": body}]
+    for item in steps if isinstance(steps, list) else []:
+        step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
+        op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
+        pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
+        for name, one in pairs:
+            if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(one, dict):
+                yield from ((op, f"{name}:{sub}", inner) for sub, inner in one.items())
+            elif name.lower() not in ("schemas", "id", "meta"):
+                yield op, name, one
+
+
+def member_ids(path: str, value: Json) -> list[str]:
+    """Return the ids of the members that a path and a value mean, "" for one in another form."""
+    items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
+    return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
+
+
+def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator[str]:
+    """Yield what is doubtful in a call that was done, in words that EXPLANATIONS knows."""
+    user_type, user = call.directory.resource_types["User"], call.resource
+    if call.type == "Group":
+        asked = {id for op, path, value in sent if path.lower() == "members" and op != "remove"
+                 for id in member_ids(path, value)}
+        if missing := session.unknown_ids(sorted(asked)):
+            yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
+    for _, path, value in sent if call.type == "User" else ():
+        name = path.lower().partition("[")[0]
+        if name == "active" and isinstance(value, str):
+            yield f"active: {shown(value)}"
+        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
+            yield f"externalId: {shown(value)}"
+        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+            yield unknown(path, user_type)
+        elif name in ("emails", "username"):
+            for mail in user.get("emails", []):
+                if mail.get("type") == "work" and user.get("userName", "").casefold() != \
+                        str(mail.get("value")).casefold():
+                    yield f"emails: {shown(mail.get('value'))} for {shown(user.get('userName'))}"
+
+
+def explain(finding: str, call: Answered) -> Json:
+    """Return the kind of a trouble, the sentence that explains it, and the remedy."""
+    match, (_, kind, text, remedy) = next((match, row) for row in EXPLANATIONS if (
+        match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL)))
+    found = {name: part.strip(".") for name, part in match.groupdict().items()}
+    links = {name.lower(): name for name in call.directory.link_names}
+    close = difflib.get_close_matches(found.get("name", "").lower(), links, 1)
+    found |= {"hint": f": did you mean “{links[close[0]]}”?" if close else ".",
+              "token": call.token.name, "path": call.request.path, "client": call.request.client,
+              "expires": time_text(call.token.expires)[:16] if call.token.expires else ""}
+    return {"kind": kind, "text": text.format(**found), "remedy": remedy.format(**found)}
+
+
+def refusal(call: Answered, raw: str) -> str:
+    """Return status and detail of an error, without values where a secret was among what was sent."""
+    detail = (call.response.body or {}).get("detail", "")
+    if call.response.status == 401 and call.token.expires and time_text(call.token.expires) <= call.at:
+        detail = "expired"
+    if SECRET.search(raw + call.request.query):
+        detail = re.sub(r'got .*|"(\\.|[^"\\])*("|$)', "•••", detail, flags=re.DOTALL)
+    return f"{call.response.status} {detail}"
+
+
+def in_words(call: Answered, sent: Sequence[Sent]) -> str:
+    """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
+    method, route, thing = call.request.method, call.response.route, call.type.lower()
+    if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
+        return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
+    states = [str(value).lower() for _, path, value in sent if path.lower() == "active"]
+    if method == "PATCH" and thing == "user" and states:
+        return "Deactivate user" if states[-1] == "false" else "Activate user"
+    counts = {"add": 0, "remove": 0, "set": 0}
+    for op, path, value in sent if method == "PATCH" else ():
+        if path.lower().startswith("members"):
+            counts[op if op in counts else "set"] += len(member_ids(path, value))
+    parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
+    link = "to" if parts and parts[-1].startswith("add") else "of"
+    listed = method == "GET" and "{id}" not in route
+    return f"{' and '.join(parts)} {link}".capitalize() if parts else \
+        f"List {thing}s" if listed else f"{VERBS.get(method, method)} {thing}"
+
+
+def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
+    """Return the name of whom a call concerns, as far as anybody knows it."""
+    row = session.find(call.type, id)
+    employee = session.employee_of(id) if call.type == "User" else None
+    for known in (call.resource, body if isinstance(body, dict) else {}, row.body if row else {},
+                  employee.record if employee else {}):
+        for name in ("displayName", "userName", "name"):
+            if known.get(name) and isinstance(known[name], str):
+                return str(known[name])
+    filter = dict(parse_qsl(call.request.query)).get("filter", "")
+    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
+    return literal[1] if literal else ""
+
+
+def masked(value: Json) -> Json:
+    """Return a body with the values of secrets hidden, in a PATCH too."""
+    if not isinstance(value, dict):
+        return [masked(item) for item in value] if isinstance(value, list) else value
+    hidden = SECRET.search(" ".join(str(item) for name, item in value.items() if name.lower() == "path"))
+    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value")
+            else masked(item) for name, item in value.items()}
+
+
+def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
+    """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
+    body, status, raw = call.request.body, call.response.status, ""
+    if isinstance(body, bytes):
+        raw, body = body.decode("utf-8", "replace"), None
+        with suppress(ValueError, RecursionError):
+            body = json.loads(raw)
+    sent = list(sent_values(body)) if call.type else []
+    notes = [refusal(call, raw or dump(body))] if status >= 400 else list(findings(session, call, sent))
+    in_path = unquote(call.request.path.rstrip("/").split("/")[-1])
+    id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
+    entry = {"at": call.at, "token": call.token.name, "operation": in_words(call, sent),
+             "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status,
+             "milliseconds": round(call.seconds * 1000, 1), "method": call.request.method,
+             "path": call.request.path[:500], "client": call.request.client, "id": call.request.id,
+             "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
+             "detail": notes[0][4:] if status >= 400 else "",
+             "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
+    if call.tenant.log_bodies and body is not None:
+        entry["body"] = masked(body)
+    return 2 if status >= 400 else int(bool(notes)), id, entry
+
+
+def write_log(store: Store, calls: Sequence[Answered]) -> None:
+    """Store calls of one tenant in its log, and when a step of the set-up was done first."""
+    with store.reading() as session:
+        rows = [describe(session, call) for call in calls]
+    with store.noting() as session:
+        session.note_requests(rows, calls[-1].tenant.keep_log)
+        for call, (level, _, entry) in zip(calls, rows, strict=True):
+            done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
+            done += ["custom"] if call.resource.get(FACILIO) and entry["attributes"] else []
+            for step in done if level < 2 else ():
+                if not session.setting(f"first {step}"):
+                    session.set_setting(f"first {step}", call.at)
+
+
+class ProvisioningLog:
+    """Calls on their way to the logs of their tenants, written by a thread of its own.
+
+    No request waits for it or fails by it: a call that finds LOG_WAITING others waiting, or cannot
+    be written, counts as lost.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.strangers, self.strange_since = 0, ""       # calls with an unknown token
+        self._waiting: queue.SimpleQueue[Answered | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._hurry = threading.Event()
+
+    def add(self, call: Answered) -> None:
+        """Have a call written, without secrets, long bodies and long lists."""
+        if self._waiting.qsize() >= LOG_WAITING:
+            self.lost += 1
+            return
+        body, answer = call.request.body, call.response.body
+        if isinstance(answer, dict) and "Resources" in answer:
+            answer = {"Resources": answer["Resources"][:2]}
+        if isinstance(body, bytes) and len(body) > LOGGED_BODY:
+            body = b""
+        self._waiting.put(replace(call, request=replace(call.request, headers={}, body=body),
+                                  response=replace(call.response, body=answer)))
+        with self._lock:
+            if not self._writer:
+                self._writer = threading.Thread(target=self._write, daemon=True)
+                self._writer.start()
+
+    def add_stranger(self, at: str) -> None:
+        """Count a call with an unknown token, which belongs to no tenant."""
+        with self._lock:
+            self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
+
+    def close(self) -> None:
+        """Write what waits, for five seconds at the most."""
+        self._hurry.set()
+        self._waiting.put(None)
+        if self._writer:
+            self._writer.join(5)
+
+    def _write(self) -> None:
+        batch: list[Answered | None] = []
+        while None not in batch:
+            batch = [self._waiting.get()]
+            self._hurry.wait(LOG_PAUSE)
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            by_store: dict[Store, list[Answered]] = {}
+            for call in filter(None, batch):
+                by_store.setdefault(call.directory.store, []).append(call)
+            for store, calls in by_store.items():
+                try:
+                    write_log(store, calls)
+                except Exception:         # noqa: BLE001  trouble with the log is none of the sync
+                    self.lost += len(calls)
+
+
+# -- The console's API ---------------------------------------------------------------
+
+STEPS = (                         # of the set-up: key, operation, title, how to get there
+    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
+    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
+    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
+    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
+    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
+)
+MAPPING = (                       # source in Entra ID, customappsso attribute, what is to be changed
+    ("userPrincipalName", "userName", "make it required, matching precedence 1"),
+    ("Not([IsSoftDeleted])", "active", "this expression instead of Switch([IsSoftDeleted], …)"),
+    ("objectId", "externalId", "instead of mailNickname"),
+    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail"),
+    ("displayName", "displayName", ""),
+    ("jobTitle", "title", ""),
+    ("givenName", "name.givenName", ""),
+    ("surname", "name.familyName", ""),
+    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', ""),
+    ("mobile", 'phoneNumbers[type eq "mobile"].value', ""),
+    ("preferredLanguage", "preferredLanguage", ""),
+    ("department", f"{ENTERPRISE}:department", ""),
+    ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
+    ("manager", f"{ENTERPRISE}:manager", ""),
+)
+
+
+def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer for the console, which no cache keeps."""
+    return Response(200, body, {"Content-Type": type, "Cache-Control": "no-store",
+                                "X-Content-Type-Options": "nosniff", **headers})
+
+
+def page_response(page: str) -> Response:
+    """Return the console; its policy lets run what is in the page and nothing else."""
+    own = "; ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL))
+    return console_response(page, "text/html; charset=utf-8", **{
+        "Referrer-Policy": "no-referrer", "Content-Security-Policy":
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"})
+
+
+def entra_mapping(directory: Directory) -> list[list[str]]:
+    """Return rows of source, customappsso attribute, type for Entra, and what is to be changed."""
+    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+    fields = (("", f"{FACILIO}:{name}", "custom field: choose its source") for name in directory.link_names)
+    for source, target, change in (*MAPPING, *fields):
+        path = parse_path(target, directory.resource_types["User"])
+        type = (path.sub_attribute or path.attributes[-1]).type
+        rows.append([source, target, types.get(type, "String"), change])
+    return rows
+
+
+def get_log(call: Call) -> Response:
+    """Answer GET /console/api/log: entries newest first, those after or before a number."""
+    found = call.directory.requests(
+        call.integer("after", 0), call.integer("before", 0),
+        max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT)), call.integer("level", 0),
+        call.parameters.get("subject", ""), call.parameters.get("text", ""),
+        max(0, min(call.integer("wait", 0), MAX_WAIT)))
+    return console_response({"entries": found, "lost": call.application.log.lost})
+
+
+def get_setup(call: Call) -> Response:
+    """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
+    directory, log = call.directory, call.application.log
+    tenant = call.application.owner(call.request)[0]     # type: ignore[index]
+    user_type, now = directory.resource_types["User"], directory.clock()
+    with directory.store.reading() as session:
+        steps = [{"title": title, "hint": hint, "at": session.setting(f"first {step}")}
+                 for step, _, title, hint in STEPS if tenant.custom_fields or step != "custom"]
+    return console_response({
+        "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
+        "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
+                    "expires": time_text(token.expires) if token.expires else "",
+                    "expired": bool(token.expires and token.expires <= now)}
+                   for token in tenant.tokens],
+        "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
+        "strangers": log.strangers, "strange_since": log.strange_since,
+        "mapping": entra_mapping(directory),
+        "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
+            user_type, parse_filter(f"{custom.urn} pr", user_type), count=0).total_results}
+            for custom in tenant.custom_fields]})
+
+
+def get_mapping(call: Call) -> Response:
+    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
+    header = ["Entra ID source", "customappsso attribute", "type", "change"]
+    lines = employee_csv([header, *entra_mapping(call.directory)])
+    return console_response("".join(lines), "text/csv; charset=utf-8")
+
+
+def get_entra_schema(call: Call) -> Response:
+    """Answer GET /console/api/schema: customappsso as Entra's schema editor (Microsoft Graph) has it."""
+    attributes = [{"name": target, "type": type, "required": target == "userName", "anchor": False,
+                   "caseExact": False, "multivalued": False, "mutability": "ReadWrite",
+                   "defaultValue": None, "flowNullValues": False, "apiExpressions": [], "metadata": [],
+                   "referencedObjects": [{"referencedObjectName": "User", "referencedProperty": None}]
+                   if type == "Reference" else []} for _, target, type, _ in entra_mapping(call.directory)]
+    return console_response({"directories": [{
+        "name": "customappsso", "objects": [{"name": "User", "attributes": attributes}]}]})
+
+
+def get_history(call: Call) -> Response:
+    """Answer GET /console/api/history/{id}: a user's employee, and the changes of a user or group."""
+    employee, changes = call.directory.history(call.id)
+    return console_response({"employee": employee and asdict(employee),
+                             "changes": [asdict(found) for found in changes]})
+
+
 Operate = Callable[[Call], Response]
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
@@ -3551,6 +4050,11 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("GET", ("/", "employees"), list_employees),           # "/" is outside of BASE_PATH
     ("GET", ("/", "employees", "{id}"), get_employee),
     ("GET", ("/", "changes"), list_changes),
+    ("GET", ("/", "console", "api", "log"), get_log),
+    ("GET", ("/", "console", "api", "setup"), get_setup),
+    ("GET", ("/", "console", "api", "mapping"), get_mapping),
+    ("GET", ("/", "console", "api", "schema"), get_entra_schema),
+    ("GET", ("/", "console", "api", "history", "{id}"), get_history),
 )
 
 
@@ -3604,11 +4108,15 @@ class Application:
     """All tenants behind one endpoint; the bearer token alone says which one is meant.
 
     A tenant whose file cannot be used has its StoreError in place of a directory: it is answered
-    503, the others are served. metrics_sha256 is the hash of a token for /metrics.
+    503, the others are served. metrics_sha256 is the hash of a token for /metrics; page is the
+    console, "" for none.
     """
 
     def __init__(self, directories: Mapping[Tenant, Directory | StoreError],
-                 clock: Callable[[], datetime] = utc_now, metrics_sha256: str = "") -> None:
+                 clock: Callable[[], datetime] = utc_now, metrics_sha256: str = "",
+                 page: str = "") -> None:
+        self.page = page
+        self.log = ProvisioningLog()
         self.metrics = Metrics()
         self._clock = clock
         self._used: dict[str, datetime] = {}
@@ -3619,19 +4127,50 @@ class Application:
         """Serve these tenants from now on; of their tokens only the hashes are kept."""
         self.metrics_sha256 = metrics_sha256
         self.directories = {tenant.name: directory for tenant, directory in directories.items()}
+        self.tenants = {tenant.name: tenant for tenant in directories}
         self._tokens = {token.sha256: (tenant.name, replace(token, secret=""), directory)
                         for tenant, directory in directories.items() for token in tenant.tokens}
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
+        started = time.perf_counter()
+        response = self._answer(request)
+        with suppress(Exception):         # whatever becomes of the log, the answer goes out
+            self._note(request, response, time.perf_counter() - started)
+        return response
+
+    def owner(self, request: Request) -> tuple[Tenant, Token] | None:
+        """Return the tenant and the token that a request names, be it expired; None for nobody's."""
+        secret = request.headers.get("authorization", "").strip().partition(" ")[2].strip()
+        name, token, _ = self._tokens.get(digest(secret), ("", None, None))
+        return (self.tenants[name], token) if token else None
+
+    def _note(self, request: Request, response: Response, seconds: float) -> None:
+        """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
+        ours = request.path.startswith(BASE_PATH)
+        if not (ours or (response.status == 404 and not response.route)) or (
+                request.method == "GET" and "x-console" in request.headers):
+            return                        # reading what the sync did is no part of it
+        if owner := self.owner(request):
+            directory = self.directories[owner[0].name]
+            if isinstance(directory, Directory):
+                self.log.add(Answered(time_text(self._clock()), *owner, directory, request,
+                                      response, seconds))
+        elif response.status == 401:
+            self.log.add_stranger(time_text(self._clock()))
+
+    def _answer(self, request: Request) -> Response:
         tenant, route = "", ""
         try:
             segments = [unquote(part) for part in request.path.split("/") if part]
             if public := PUBLIC.get(path := "/".join(segments)):
                 return replace(public(self, request), route=f"/{path}")
+            if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
+                return replace(page_response(self.page), route="/")
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
-            elif not find_operations(segments := ["/", *segments], ())[0]:
+            elif not find_operations(segments := ["/", *segments], ())[0] \
+                    or (segments[1] == "console" and not self.page):
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
             tenant, directory = self._authenticate(request.headers.get("authorization", ""))
             types = {found.endpoint[1:]: found for found in directory.resource_types.values()}
@@ -3696,7 +4235,7 @@ class Application:
             request, directory, asked or tuple(types.values()), segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
             f"{request.scheme}://{request.host}{BASE_PATH}",
-            self.handle))
+            self.handle, self))
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
@@ -4166,6 +4705,7 @@ class ScimServer(ThreadingHTTPServer):
                     peer.end(socket.SHUT_RD)             # its read ends
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
+        self.application.log.close()
         self.log.close()
         self.stopped.set()
 
@@ -4193,6 +4733,19 @@ class ScimServer(ThreadingHTTPServer):
         self.log.add(time=time_text(utc_now()), tenant=response.tenant, method=method,
                      route=response.route, status=response.status,
                      milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
+
+
+# ----------------------------------------------------------------------------
+# 12. Console
+#
+# The page at / by which an administrator sees why a sync works or fails: HTML,
+# style and script in one string, that reads the API of chapter 10.
+# Uses nothing.
+# ----------------------------------------------------------------------------
+
+CONSOLE_PAGE = """<!doctype html>
+<title>Console</title><style></style><script></script>
+"""
 
 
 # ----------------------------------------------------------------------------
@@ -4284,7 +4837,8 @@ def serve(options: argparse.Namespace) -> int:
     directories = open_directories(config)
     if not any(isinstance(found, Directory) for found in directories.values()):
         usable(directories[config.tenants[0]])
-    application = Application(directories, metrics_sha256=config.metrics_sha256)
+    application = Application(directories, metrics_sha256=config.metrics_sha256,
+                              page=CONSOLE_PAGE if config.console else "")
     try:
         server = ScimServer(application, config)
     except ssl.SSLError as error:
@@ -4338,7 +4892,8 @@ def follow_file(options: argparse.Namespace, config: Config, server: ScimServer,
             continue
         server.application.serve(directories, fresh.metrics_sha256)
         warn(config, directories)
-        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "access_log")
+        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "access_log",
+                 "console")
         changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
         complain(f"{chosen_file(options)}: taken, {len(directories)} tenant(s)"
                  + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
