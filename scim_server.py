@@ -3627,9 +3627,9 @@ def list_changes(call: Call) -> Response:
 
 # -- The provisioning log ------------------------------------------------------------
 
-LOG_WAITING = 1_000               # calls that wait to be written; what comes on top is lost
+LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
 LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
-LOGGED_BODY = 64 * 1024           # octets; a longer body is not looked into
+LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
@@ -3798,10 +3798,14 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
 
 def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
     """Return the name of whom a call concerns, as far as anybody knows it."""
-    row = session.find(call.type, id)
-    employee = session.employee_of(id) if call.type == "User" else None
-    for known in (call.resource, body if isinstance(body, dict) else {}, row.body if row else {},
-                  employee.record if employee else {}):
+    def candidates() -> Iterator[Mapping[str, Json]]:
+        yield call.resource
+        yield body if isinstance(body, dict) else {}
+        if row := session.find(call.type, id):
+            yield row.body
+        elif employee := session.employee_of(id):
+            yield employee.record
+    for known in candidates():
         for name in ("displayName", "userName", "name"):
             if known.get(name) and isinstance(known[name], str):
                 return str(known[name])
@@ -3840,6 +3844,15 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
     return 2 if status >= 400 else int(bool(notes)), id, entry
+
+
+STEPS = (                         # of the set-up: key, operation, title, how to get there
+    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
+    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
+    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
+    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
+    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
+)
 
 
 def write_log(store: Store, calls: Sequence[Answered]) -> None:
@@ -3922,13 +3935,6 @@ class ProvisioningLog:
 
 # -- The console's API ---------------------------------------------------------------
 
-STEPS = (                         # of the set-up: key, operation, title, how to get there
-    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
-    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
-    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
-    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
-    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
-)
 MAPPING = (                       # source in Entra ID, customappsso attribute, what is to be changed
     ("userPrincipalName", "userName", "make it required, matching precedence 1"),
     ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)"),
@@ -4788,7 +4794,7 @@ section, .card { background: var(--card); border: 1px solid var(--line); border-
 .bar { display: flex; flex-wrap: wrap; gap: 10px 16px; align-items: center; margin: 0 0 14px; min-height: 38px; }
 .bar label { display: flex; gap: 8px; align-items: center; } .bar .grow { flex: 1 1 220px; max-width: 420px; }
 .live { margin-left: auto; color: var(--soft); font-size: 13px; min-width: 8em; text-align: right; }
-input, select, button, .button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px;
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px;
   background: var(--card); padding: 7px 12px; min-height: 38px; } input[type=search], input[type=password] { width: 100%; }
 input[type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); margin: 0; }
 button { cursor: pointer; white-space: nowrap; } ::placeholder { color: var(--soft); opacity: 1; } button:hover:enabled { background: var(--hover); } button:disabled { opacity: .45; cursor: default; }
@@ -4832,8 +4838,7 @@ th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0
   .more { padding: 2px 12px 14px; } thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block;
   padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
   td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > * { min-width: 0; flex: 1; }
-  .live { flex: 1; } td > .pill { flex: none; }
-  td:has(> span:empty) { display: none; } }
+  .live { flex: 1; } td > .pill { flex: none; } td:has(> span:empty) { display: none; } }
 @media (prefers-reduced-motion: no-preference) { button, nav a, summary, .mark { transition: background .15s, color .15s; } }
 </style>
 <header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
@@ -4845,6 +4850,7 @@ const ENTERPRISE = 'urn:ietf:params:scim:schemas:extension:enterprise:2.0:User';
 const FACILIO = 'urn:ietf:params:scim:schemas:extension:facilio:2.0:User';
 const SECTIONS = {log: 'Log', setup: 'Set-up', people: 'Employees', groups: 'Groups'};
 const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
+const KINDS = {connection: 'Connection', authentication: 'Authentication', mapping: 'Attribute mapping'};
 const main = document.querySelector('main'), header = document.querySelector('header');
 let setup = null, view = new AbortController();       // what the server knows of the tenant; the view on show
 
@@ -4874,13 +4880,7 @@ const copyable = text => h('div', {className: 'copy'}, h('code', {}, text), h('b
   ariaLabel: 'Copy ' + text, onclick: ({target}) => {       // browsers copy by themselves on https and localhost alone
     getSelection().selectAllChildren(target.previousSibling);
     navigator.clipboard?.writeText(text);
-    target.textContent = navigator.clipboard ? 'Copied' : 'Selected';
-  }}, 'Copy'));
-function ago(at) {
-  const seconds = Math.max(0, (Date.now() - new Date(at)) / 1000);
-  const [unit, length] = [['day', 86400], ['hour', 3600], ['minute', 60]].find(([, size]) => seconds >= size) || [];
-  return unit ? new Intl.RelativeTimeFormat('en').format(-Math.floor(seconds / length), unit) : 'just now';
-}
+    target.textContent = navigator.clipboard ? 'Copied' : 'Selected'; }}, 'Copy'));
 
 // -- The server: the token goes in a header, and nowhere else --
 
@@ -4901,7 +4901,7 @@ async function download(path, name) {
 async function follow(signal, after, state, use) {     // long polls; each failure doubles the pause
   for (let pause = 1000; !signal.aborted;) {
     try {
-      if (!state.textContent) state.textContent = 'Live';
+      state.textContent ||= 'Live';
       const {entries} = await get('/console/api/log', {after, wait: 25, count: 100}, signal);
       state.textContent = 'Live';
       pause = 1000;
@@ -4924,8 +4924,7 @@ function entry(found) {
     h('span', {}, found.operation, ' ', h('b', {}, found.name)), when(found.at),
     note && h('span', {className: 'why'}, note.text)),
   h('div', {className: 'more'}, found.notes.map(one => h('div', {className: 'note'},
-    h('p', {className: 'soft'}, {connection: 'Connection', authentication: 'Authentication',
-      mapping: 'Attribute mapping'}[one.kind]), h('p', {}, one.text), h('p', {}, h('b', {}, 'What to do: '), one.remedy))),
+    h('p', {className: 'soft'}, KINDS[one.kind]), h('p', {}, one.text), h('p', {}, h('b', {}, 'What to do: '), one.remedy))),
   pairs([['About', place && found.subject && link(place, found.subject, found.name)],
     ['Attributes', short(found.attributes)], ['Answer', found.detail],
     ['Request', h('code', {}, `${found.method} ${found.path}`)],
@@ -4942,7 +4941,7 @@ function health(found) {
   const state = (level, title, ...text) => h('div', {className: `card state ${level}`}, h('h2', {}, title), h('p', {}, ...text));
   return h('div', {className: 'grid'},
     state(!last || lost ? 'warn' : 'ok', 'Connection', !last ? ['Nobody has called yet. Enter the ',
-      h('a', {href: '#/setup'}, 'Tenant URL'), ' in Entra ID.'] : `Last call ${ago(last.at)}, token “${last.token}”. `,
+      h('a', {href: '#/setup'}, 'Tenant URL'), ' in Entra ID.'] : `Last call on ${full(last.at)}, token “${last.token}”. `,
     lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
     state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
       `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` :
@@ -4958,9 +4957,13 @@ async function showLog(id, signal) {
   const problems = h('input', {type: 'checkbox'}), list = h('div'), top = h('div'), state = h('span', {role: 'status'});
   const fresh = h('button', {className: 'small', hidden: true, onclick: () => load()});
   const fetchPage = before => get('/console/api/log', {before, count: 50, level: +problems.checked, text: search.value}, signal);
+  let typing, turn = 0;
   async function load() {
-    const [page, troubles] = [await fetchPage(0), await get('/console/api/log', {level: 1}, signal)];
-    setup = await get('/console/api/setup', null, signal);
+    const mine = ++turn;                               // an answer that another search has overtaken is dropped
+    const [page, troubles, known] = await Promise.all([fetchPage(0), get('/console/api/log', {level: 1}, signal),
+      get('/console/api/setup', null, signal)]);
+    if (mine !== turn) return;
+    setup = known;
     top.replaceChildren(health(troubles.entries));
     fresh.hidden = true;
     const older = h('button', {hidden: page.entries.length < 50, onclick: async () => {
@@ -4974,7 +4977,6 @@ async function showLog(id, signal) {
         empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
           h('a', {href: '#/setup'}, 'Set-up'), ' for what to enter there.')]);
   }
-  let typing;
   search.oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
   problems.onchange = load;
   await load();
@@ -5025,7 +5027,7 @@ async function showSetup(id, signal) {
   follow(signal, setup.last[0]?.seq || 0, state, load);
   const tokens = setup.tokens.map(one => [one.name, one.expired ? h('span', {className: 'pill bad'}, '✕ expired') : '',
     one.expires ? ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; ` : '',
-    one.last_use ? `last used ${ago(one.last_use)}` : 'never used']);
+    one.last_use ? `last used on ${full(one.last_use)}` : 'never used']);
   return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.',
     h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Connection'), h('p', {className: 'soft'},
       'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
@@ -5033,7 +5035,7 @@ async function showSetup(id, signal) {
     h('button', {className: 'main', onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
     h('section', {}, h('h2', {}, 'Check list ', state), steps)),
     h('section', {}, h('h2', {}, 'Attribute mapping'), h('p', {className: 'soft'}, 'Mappings → Provision Microsoft Entra ID ' +
-      'Users: from the source in Entra ID to the target in customappsso. Highlighted is what differs from Entra\'s proposal.'), 
+      'Users: from the source in Entra ID to the target in customappsso. Highlighted is what differs from Entra\'s proposal.'),
     table(TARGETS, h('tbody', {}, setup.mapping.map(([source, target, type, change]) => cells(TARGETS,
       [source || '(your choice)', h('code', {}, target), type, change], change)))),
     h('p'), h('button', {onclick: () => download('/console/api/mapping', 'mapping.csv')}, 'Download as CSV')),
@@ -5050,21 +5052,21 @@ function listing(endpoint, columns, searched, none, base, signal) {
   const search = h('input', {type: 'search', ariaLabel: 'Search', placeholder: 'Search'});
   const state = h('select', {ariaLabel: 'Show'}, [['', 'All'], ['active eq true', 'Active'],
     ['active eq false', 'Inactive']].map(([value, text]) => h('option', {value}, text)));
-  const body = h('tbody'), count = h('span', {role: 'status', className: 'soft'}), place = h('div', {className: 'card list'});
-  const lacking = h('div');
-  let start = 1, sort = columns[0].sort, down = false, total = 0, typing;
+  const lacking = h('div'), body = h('tbody'), count = h('span', {role: 'status', className: 'soft'});
+  let start = 1, sort = columns[0].sort, down = false, typing, turn = 0;
   const move = by => { start = Math.max(1, start + by); return load(); };
   const back = h('button', {onclick: () => move(-25)}, 'Previous'), next = h('button', {onclick: () => move(25)}, 'Next');
   const head = columns.map(column => h('th', {scope: 'col'}, column.sort ? h('button', {className: 'plain', onclick: () => {
     down = sort === column.sort && !down; sort = column.sort; start = 1; return load();
   }}, column.title) : column.title));
+  const place = h('div', {className: 'card list'}, table(head, body));
   async function load() {
     const text = JSON.stringify(search.value.trim());
     const terms = [base, state.value, text !== '""' && `(${searched.map(name => `${name} co ${text}`).join(' or ')})`];
     const parameters = {startIndex: start, count: 25, sortBy: sort, sortOrder: down ? 'descending' : 'ascending',
       excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')};
-    const found = await get('/scim/v2/' + endpoint, parameters, signal);
-    total = found.totalResults;
+    const mine = ++turn, found = await get('/scim/v2/' + endpoint, parameters, signal), total = found.totalResults;
+    if (mine !== turn) return;
     columns.forEach((column, n) => column.sort && (head[n].ariaSort = column.sort !== sort ? 'none' :
       down ? 'descending' : 'ascending', head[n].firstChild.textContent = column.title + (column.sort !== sort ? '' :
       down ? ' ↓' : ' ↑')));
@@ -5079,7 +5081,6 @@ function listing(endpoint, columns, searched, none, base, signal) {
   }
   state.onchange = () => { start = 1; return load(); };
   search.oninput = () => { clearTimeout(typing); typing = setTimeout(state.onchange, 250); };
-  place.append(table(head, body));
   return load().then(() => [h('div', {className: 'bar'}, h('span', {className: 'grow'}, search),
     endpoint === 'Users' && h('label', {}, 'Show', state)), lacking, place, h('div', {className: 'bar'}, back, next, count)]);
 }
@@ -5148,13 +5149,11 @@ async function showGroup(id, signal) {
 
 function signIn(problem) {
   sessionStorage.removeItem('token');
-  setup = null;
-  view.abort();
+  setup = null; view.abort();
   header.hidden = true;
   const input = h('input', {type: 'password', id: 'token', autocomplete: 'off', required: true});
   main.replaceChildren(h('form', {className: 'card sign', onsubmit: event => {
-    event.preventDefault();
-    sessionStorage.setItem('token', input.value.trim());
+    event.preventDefault(); sessionStorage.setItem('token', input.value.trim());
     show();
   }}, h('h1', {tabIndex: -1}, 'SCIM console'), h('p', {className: 'lead'}, 'Sign in with the Secret Token of your tenant: the one ' +
     'that Entra ID has. It stays in this tab, and what you see is read-only.'), h('label', {htmlFor: 'token'}, 'Secret Token'), input,
@@ -5187,8 +5186,13 @@ async function show(event) {
   if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
 }
 document.querySelector('#out').onclick = () => signIn('');
+addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+  event.preventDefault();
+  if (!view.signal.aborted && event.reason.name !== 'AbortError')
+    main.prepend(h('div', {role: 'alert', className: 'bad'}, h('p', {className: 'note'}, event.reason.message)));
+});
 function enter(event) {
-  const [, given] = location.hash.match(/^#token=(.+)$/) || [];
+  const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
   if (given) { sessionStorage.setItem('token', decodeURIComponent(given)); setup = null; }
   if (given || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);

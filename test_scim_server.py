@@ -1656,6 +1656,12 @@ def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -
     assert [one["seq"] for one in logged(console, 11, text="night crew", before=seqs[5])] == seqs[6:8]
 
 
+def test_each_operation_of_a_bulk_request_is_an_entry(scim: Scim, console: Scim) -> None:
+    bulk(scim, post("/Users", "a", userName="ada"), post("/Users", "b", title="nameless"))
+    assert [(entry["operation"], entry["name"], entry["level"]) for entry in logged(console, 3)] == [
+        ("Call /Bulk", "", 0), ("Create user", "", 2), ("Create user", "ada", 0)]
+
+
 def test_no_secret_enters_the_log(tmp_path: Path, scim: Scim) -> None:
     tenant = {**CONFIG["tenants"][0], "log": {"bodies": True, "keep": 8}}
     with serving(tmp_path / "own", {"tenants": [tenant]}) as server:
@@ -1836,6 +1842,16 @@ def test_a_bare_command_serves_the_sample_configuration(tmp_path: Path) -> None:
         lines = [running.stdout.readline().strip() for _ in range(7)]
     assert f"Tenant URL    {url}" in lines and "tenant globex" in lines
     assert "Secret Token  acme-sample-secret-token  (entra)" in lines
+
+
+def test_a_link_that_signs_in_is_printed_on_loopback_alone() -> None:
+    config = scim_server.parse_config(CONFIG)
+    link = "http://127.0.0.1:80/#token=acme-secret"
+    assert link in scim_server.greeting("http://127.0.0.1:80/scim/v2", config)
+    hashed = {"name": "a", "tokens": [{"sha256": "0" * 64}]}
+    for document in ({**CONFIG, "console": False}, {**CONFIG, "listen": "0.0.0.0:80"}, {"tenants": [hashed]}):
+        text = scim_server.greeting("http://127.0.0.1:80/scim/v2", scim_server.parse_config(document))
+        assert "#token" not in text and "Tenant URL" in text
 
 
 def test_a_file_alone_serves_a_demo_tenant(tmp_path: Path) -> None:

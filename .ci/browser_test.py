@@ -268,6 +268,15 @@ def check_quiet(browser: Browser, base: str) -> None:
     assert len(urls) > 50 and strange == [], strange
 
 
+def check_refused(browser: Browser) -> None:
+    """A token that nobody has is refused in words, and not kept."""
+    browser.run("document.querySelector('#out').click()")
+    heading(browser, "SCIM console")
+    browser.press(*"wrong", "\ue007")
+    browser.until("document.querySelector('[role=alert]')?.innerText.includes('does not know the token')")
+    assert browser.run("return sessionStorage.length") == 0
+
+
 def main() -> None:
     """Run all checks, in the order in which a person would come by them."""
     screenshots = Path(sys.argv[1]) if len(sys.argv) > 1 else None
@@ -286,6 +295,7 @@ def main() -> None:
             check_views(browser, base, person, screenshots)
             check_live(browser, base, token)
             check_quiet(browser, base)
+            check_refused(browser)
             print("the console: signed in, explained, followed, attacked, looked at in both themes and widths")
         finally:
             send("DELETE", browser.url)
