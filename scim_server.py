@@ -27,7 +27,8 @@ Chapters      1 Vocabulary      schema URNs, limits, ScimError
               9 Configuration   tenants, tokens, custom fields
              10 Application     handle(Request) -> Response: authentication, routes, discovery, Bulk
              11 HTTP server     sockets
-             13 Command line    main()
+             12 Console         the page that shows why a sync works or fails
+             13 Interface       running(), wsgi(), main()
 
 One request   bytes -> Handler (strict framing, limits) -> Request -> Application.handle (token to
               tenant, route) -> Directory operation (accept, patch or query, one transaction) ->
@@ -49,6 +50,7 @@ import argparse
 import base64
 import copy
 import csv
+import difflib
 import hashlib
 import hmac
 import http.client
@@ -1416,6 +1418,16 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
     """,
+    """
+    CREATE TABLE request (
+        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
+        subject TEXT NOT NULL,        -- id of the user or group, or ''
+        entry TEXT NOT NULL           -- JSON
+    );
+    CREATE INDEX change_id ON change (id);
+    CREATE INDEX change_member ON change (member) WHERE member <> '';
+    """,
 )
 
 # Membership is rows of its own; these make index entries of them, under the attributes' paths.
@@ -1861,6 +1873,40 @@ class Session:
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
         self.run("DELETE FROM change WHERE at < ?", [older_than])
 
+    def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
+        """Return the newest changes of a user or group and of an employee (0 for none)."""
+        sql = ("SELECT seq, at, kind, id, member, token, attributes FROM change WHERE seq IN ("
+               "SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
+               "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
+               "SELECT seq FROM change WHERE member = ? AND member <> '') ORDER BY seq DESC LIMIT ?")
+        return [Change(seq, at, kind, id, member, token, json.loads(attributes)) for
+                seq, at, kind, id, member, token, attributes in
+                self.run(sql, [id, str(employee), id, count])]
+
+    # -- The provisioning log --
+
+    def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
+        """Append entries, each behind its level and its subject, and keep so many of the newest."""
+        self.run_many("INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
+                      [(level, subject, dump(entry).encode("utf-8", "replace").decode())
+                       for level, subject, entry in rows])
+        self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
+
+    def requests(self, after: int, before: int, count: int, level: int, subject: str,
+                 text: str) -> list[Json]:
+        """Return entries with their numbers, newest first: between two numbers, from a level on."""
+        sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? "
+               "AND level >= ? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) "
+               "ORDER BY seq DESC LIMIT ?")
+        return [{"seq": seq, "level": level, "subject": subject, **json.loads(entry)}
+                for seq, level, subject, entry in
+                self.run(sql, [after, before, level, subject, text, count])]
+
+    def unknown_ids(self, ids: Iterable[str]) -> list[str]:
+        """Return those of some ids that no resource has."""
+        sql = "SELECT 1 FROM resource WHERE id = ?"
+        return [id for id in ids if not self.run(sql, [id]).fetchone()]
+
     # -- Settings --
 
     def setting(self, name: str) -> str:
@@ -2197,6 +2243,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
+KEEP_LOG = 10_000
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -2487,6 +2534,28 @@ class Directory:
             if found or left <= 0 or not self.store.wait(left):
                 return found
 
+    def requests(self, after: int = 0, before: int = 0, count: int = DEFAULT_COUNT, level: int = 0,
+                 subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
+        """Return entries of the provisioning log, newest first; wait seconds where there is none.
+
+        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text stands
+        anywhere in an entry.
+        """
+        end = time.monotonic() + wait
+        while True:
+            with self.store.reading() as session:
+                found = session.requests(after, before or 2 ** 62, count, level, subject, text)
+            left = end - time.monotonic()
+            if found or left <= 0 or not self.store.wait(left):
+                return found
+
+    def history(self, id: str) -> tuple[Employee | None, list[Change]]:
+        """Return the employee that a user is or was, and the newest changes of a user or group."""
+        with self.store.reading() as session:
+            row = session.employee_of(id)
+            changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
+        return next(self.employees(id=row.id), None) if row else None, changes
+
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; returns the thread.
 
@@ -2775,6 +2844,8 @@ class Tenant:
     name: str
     tokens: tuple[Token, ...]
     custom_fields: tuple[CustomField, ...] = ()
+    keep_log: int = KEEP_LOG
+    log_bodies: bool = False
 
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
@@ -2796,6 +2867,7 @@ class Config:
     metrics_sha256: str = ""                       # of the token that reads /metrics from afar
     keep_changes: int = KEEP_CHANGES
     keep_days: int = KEEP_DAYS
+    console: bool = True
 
 
 def digest(secret: str) -> str:
@@ -2837,7 +2909,7 @@ def parse_config(document: Json) -> Config:
     reader = ConfigReader()
     found = reader.members("", document, {
         "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections", "workers",
-        "access_log", "metrics_token"}, {"tenants"})
+        "access_log", "metrics_token", "console"}, {"tenants"})
     host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
     changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
     config = Config(
@@ -2854,7 +2926,8 @@ def parse_config(document: Json) -> Config:
         digest(reader.text("metrics_token", found["metrics_token"])) if "metrics_token" in found
         else "",
         reader.number("changes.keep", changes.get("keep", KEEP_CHANGES)),
-        reader.number("changes.days", changes.get("days", KEEP_DAYS)))
+        reader.number("changes.days", changes.get("days", KEEP_DAYS)),
+        reader.flag("console", found.get("console", True)))
     if reader.problems:
         raise ConfigError(reader.problems)
     return config
@@ -2958,6 +3031,12 @@ class ConfigReader:
         self.wrong(path, f"expected a whole number of 1 or more, got {shown(value)}")
         return 1
 
+    def flag(self, path: str, value: Json) -> bool:
+        """Return true or false."""
+        if not isinstance(value, bool):
+            self.wrong(path, f"expected true or false, got {shown(value)}")
+        return value is True
+
     def address(self, path: str, value: Json) -> tuple[str, int]:
         """Return host and port."""
         host, _, port = str(value).rpartition(":")
@@ -2968,7 +3047,8 @@ class ConfigReader:
 
     def tenant(self, path: str, value: Json) -> Tenant:
         """Return a tenant."""
-        found = self.members(path, value, {"name", "tokens", "custom_fields"}, {"name", "tokens"})
+        found = self.members(path, value, {"name", "tokens", "custom_fields", "log"},
+                             {"name", "tokens"})
         name = ""
         if "name" in found:
             name = self.text(f"{path}.name", found["name"], TENANT_NAME,
@@ -2976,8 +3056,11 @@ class ConfigReader:
             self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
         tokens = self.items(f"{path}.tokens", found["tokens"], least=1) if "tokens" in found else []
         fields = self.items(f"{path}.custom_fields", found.get("custom_fields", []))
+        log = self.members(f"{path}.log", found.get("log", {}), {"keep", "bodies"}, set())
         return Tenant(name, tuple(self.token(path, *item) for item in tokens),
-                      tuple(self.custom_field(path, *item) for item in fields))
+                      tuple(self.custom_field(path, *item) for item in fields),
+                      self.number(f"{path}.log.keep", log.get("keep", KEEP_LOG)),
+                      self.flag(f"{path}.log.bodies", log.get("bodies", False)))
 
     def token(self, tenant_path: str, path: str, value: Json) -> Token:
         """Return a token; its hash must be the only one of its kind among all tenants."""
@@ -3078,6 +3161,7 @@ class Call:
     parameters: Mapping[str, str]                 # of the query, names in lower case
     base_url: str
     handle: Callable[[Request], Response]         # what answers the operations of Bulk
+    application: Application
 
     @property
     def resource_type(self) -> ResourceType:
@@ -3691,6 +3775,419 @@ def list_changes(call: Call) -> Response:
                     {"Content-Type": "application/json"})
 
 
+# -- The provisioning log ------------------------------------------------------------
+
+LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
+LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
+LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
+SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
+OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
+
+# How "STATUS detail" or a line of findings() begins and the kind of trouble; what it means; what to
+# do. The first that fits counts; the last fits everything.
+EXPLANATIONS = (
+    (r"401 expired", "authentication",
+     "The token “{token}” expired on {expires}; a call from {client} was refused.",
+     "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra."),
+    (r"401 ", "authentication", "A call from {client} sent the token “{token}”, but not as a bearer token.",
+     "Choose bearer authentication in the client."),
+    (r"404 .*SCIM is at (?P<base>.*)", "connection", "The call went to {path}, where nothing is.",
+     "Let the Tenant URL end in {base}."),
+    (r".*facilio:2.0:User has no attribute '(?P<name>.*)'; its attributes are: (?P<known>.*)", "mapping",
+     "No custom field has the link name “{name}”{hint}",
+     "Correct the name in Entra's attribute list for customappsso; this tenant has {known}."),
+    (r"400 (?P<name>\S+): expected an Integer, got (?P<value>.*)", "mapping",
+     "The field “{name}” takes a whole number, and {value} was sent.",
+     "Map it from an attribute that holds digits alone, or make the custom field a String."),
+    (r"400 (?P<name>\S+): expected a Boolean, got (?P<value>.*)", "mapping",
+     "The field “{name}” takes true or false, and {value} was sent.",
+     "Use an expression that gives true or false; for active it is Not([IsSoftDeleted])."),
+    (r"400 (?P<name>\S+): expected (?P<type>.*), got (?P<value>.*)", "mapping",
+     "The attribute “{name}” takes {type}, and {value} was sent.", "Map it from another attribute."),
+    (r"400 (?P<name>\S+) is required", "mapping", "“{name}” was sent without a value.",
+     "Map it from an attribute that every account has; for userName that is userPrincipalName."),
+    (r"409 (?P<name>\S+) (?P<value>.*) is already in use by another (?P<type>\w+)", "mapping",
+     "Another {type} has the {name} {value} already.",
+     "Change one of the two in Entra; if they are the same, match by {name} (precedence 1)."),
+    (r"404 (?P<type>\w+) .* does not exist", "mapping", "Entra refers to a {type} that is not here any more.",
+     "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
+    (r"4\d\d (?P<detail>the body .*)", "connection", "The body could not be read: {detail}.",
+     "See whether a proxy in front of the server changes or cuts requests."),
+    (r"5\d\d (?P<detail>.*)", "connection", "The server could not do it: {detail}.",
+     "Entra repeats the call by itself; the server's log says why it failed."),
+    (r"active: (?P<value>.*)", "mapping",
+     "active was sent as the text {value}: Entra's expression is still Switch(…), or its dialect the old one.",
+     "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL."),
+    (r"emails: (?P<value>.*) for (?P<name>.*)", "mapping",
+     "The work e-mail {value} is not the userName {name}: emails is not fed from userPrincipalName.",
+     "Map userPrincipalName to emails[type eq \"work\"].value."),
+    (r"externalId: (?P<value>.*)", "mapping", "externalId is {value}, which is no objectId.",
+     "Map objectId to externalId, so that a person who is renamed stays the same employee."),
+    (r"members: (?P<value>.*)", "mapping", "Nobody has the id {value}; such members were passed over.",
+     "Assign these people to the application too, so that Entra creates them before their group."),
+    (r"(\d{3} )?(?P<detail>.*)", "mapping", "The call was refused: {detail}.",
+     "Compare the mapping in Entra with the table on the Set-up page."),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A call of a tenant's client on its way to the log; request and response without what it omits."""
+
+    at: str
+    tenant: Tenant
+    token: Token
+    directory: Directory
+    request: Request
+    response: Response
+    seconds: float
+
+    @property
+    def type(self) -> str:
+        """User, Group, or "" where the call was for something else."""
+        types, endpoint = self.directory.resource_types.values(), self.response.route.split("/")[1:2]
+        return next((found.name for found in types if [found.endpoint[1:]] == endpoint), "")
+
+    @property
+    def resource(self) -> Resource:
+        """The user or group in the answer, or the only one that a query found; {} for none."""
+        body = self.response.body if self.type and self.response.status < 300 else {}
+        found = (body or {}).get("Resources", [body or {}])
+        return found[0] if len(found) == 1 else {}
+
+
+Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
+
+
+def sent_values(body: Json) -> Iterator[Sent]:
+    """Yield what the body of a write says; the attributes of an extension one by one."""
+    found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
+    steps = found.get("operations") if "operations" in found else [{"op": "add", "value": body}]
+    for item in steps if isinstance(steps, list) else []:
+        step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
+        op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
+        pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
+        for name, one in pairs:
+            if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(one, dict):
+                yield from ((op, f"{name}:{sub}", inner) for sub, inner in one.items())
+            elif name.lower() not in ("schemas", "id", "meta"):
+                yield op, name, one
+
+
+def member_ids(path: str, value: Json) -> list[str]:
+    """Return the ids of the members that a path and a value mean, "" for one in another form."""
+    items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
+    return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
+
+
+def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator[str]:
+    """Yield what is doubtful in a call that was done, in words that EXPLANATIONS knows."""
+    user_type, user = call.directory.resource_types["User"], call.resource
+    if call.type == "Group":
+        asked = {id for op, path, value in sent if path.lower() == "members" and op != "remove"
+                 for id in member_ids(path, value)}
+        if missing := session.unknown_ids(sorted(asked)):
+            yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
+    for _, path, value in sent if call.type == "User" else ():
+        name = path.lower().partition("[")[0]
+        if name == "active" and isinstance(value, str):
+            yield f"active: {shown(value)}"
+        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
+            yield f"externalId: {shown(value)}"
+        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+            yield unknown(path, user_type)
+        elif name in ("emails", "username"):
+            for mail in user.get("emails", []):
+                if mail.get("type") == "work" and user.get("userName", "").casefold() != \
+                        str(mail.get("value")).casefold():
+                    yield f"emails: {shown(mail.get('value'))} for {shown(user.get('userName'))}"
+
+
+def explain(finding: str, call: Answered) -> Json:
+    """Return the kind of a trouble, the sentence that explains it, and the remedy."""
+    match, (_, kind, text, remedy) = next((match, row) for row in EXPLANATIONS if (
+        match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL)))
+    found = {name: part.strip(".") for name, part in match.groupdict().items()}
+    links = {name.lower(): name for name in call.directory.link_names}
+    close = difflib.get_close_matches(found.get("name", "").lower(), links, 1)
+    found |= {"hint": f": did you mean “{links[close[0]]}”?" if close else ".",
+              "token": call.token.name, "path": call.request.path, "client": call.request.client,
+              "expires": time_text(call.token.expires)[:16] if call.token.expires else ""}
+    return {"kind": kind, "text": text.format(**found), "remedy": remedy.format(**found)}
+
+
+def refusal(call: Answered, raw: str) -> str:
+    """Return status and detail of an error, without values where a secret was among what was sent."""
+    detail = (call.response.body or {}).get("detail", "")
+    if call.response.status == 401 and call.token.expires and time_text(call.token.expires) <= call.at:
+        detail = "expired"
+    if SECRET.search(raw + call.request.query):
+        detail = re.sub(r'got .*|"(\\.|[^"\\])*("|$)', "•••", detail, flags=re.DOTALL)
+    return f"{call.response.status} {detail}"
+
+
+def in_words(call: Answered, sent: Sequence[Sent]) -> str:
+    """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
+    method, route, thing = call.request.method, call.response.route, call.type.lower()
+    if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
+        return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
+    states = [str(value).lower() for _, path, value in sent if path.lower() == "active"]
+    if method == "PATCH" and thing == "user" and states:
+        return "Deactivate user" if states[-1] == "false" else "Activate user"
+    counts = {"add": 0, "remove": 0, "set": 0}
+    for op, path, value in sent if method == "PATCH" else ():
+        if path.lower().startswith("members"):
+            counts[op if op in counts else "set"] += len(member_ids(path, value))
+    parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
+    link = "to" if parts and parts[-1].startswith("add") else "of"
+    listed = method == "GET" and "{id}" not in route
+    return f"{' and '.join(parts)} {link}".capitalize() if parts else \
+        f"List {thing}s" if listed else f"{VERBS.get(method, method)} {thing}"
+
+
+def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
+    """Return the name of whom a call concerns, as far as anybody knows it."""
+    def candidates() -> Iterator[Mapping[str, Json]]:
+        yield call.resource
+        yield body if isinstance(body, dict) else {}
+        if row := session.find(call.type, id):
+            yield row.body
+        elif employee := session.employee_of(id):
+            yield employee.record
+    for known in candidates():
+        for name in ("displayName", "userName", "name"):
+            if known.get(name) and isinstance(known[name], str):
+                return str(known[name])
+    filter = dict(parse_qsl(call.request.query)).get("filter", "")
+    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
+    return literal[1] if literal else ""
+
+
+def masked(value: Json) -> Json:
+    """Return a body with the values of secrets hidden, in a PATCH too."""
+    if not isinstance(value, dict):
+        return [masked(item) for item in value] if isinstance(value, list) else value
+    hidden = SECRET.search(" ".join(str(item) for name, item in value.items() if name.lower() == "path"))
+    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value")
+            else masked(item) for name, item in value.items()}
+
+
+def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
+    """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
+    body, status, raw = call.request.body, call.response.status, ""
+    if isinstance(body, bytes):
+        raw, body = body.decode("utf-8", "replace"), None
+        with suppress(ValueError, RecursionError):
+            body = json.loads(raw)
+    sent = list(sent_values(body)) if call.type else []
+    notes = [refusal(call, raw or dump(body))] if status >= 400 else list(findings(session, call, sent))
+    in_path = unquote(call.request.path.rstrip("/").split("/")[-1])
+    id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
+    entry = {"at": call.at, "token": call.token.name, "operation": in_words(call, sent),
+             "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status,
+             "milliseconds": round(call.seconds * 1000, 1), "method": call.request.method,
+             "path": call.request.path[:500], "client": call.request.client, "id": call.request.id,
+             "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
+             "detail": notes[0][4:] if status >= 400 else "",
+             "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
+    if call.tenant.log_bodies and body is not None:
+        entry["body"] = masked(body)
+    return 2 if status >= 400 else int(bool(notes)), id, entry
+
+
+STEPS = (                         # of the set-up: key, operation, title, how to get there
+    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
+    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
+    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
+    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
+    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
+)
+
+
+def write_log(store: Store, calls: Sequence[Answered]) -> None:
+    """Store calls of one tenant in its log, and when a step of the set-up was done first."""
+    with store.reading() as session:
+        rows = [describe(session, call) for call in calls]
+    with store.writing() as session:
+        session.note_requests(rows, calls[-1].tenant.keep_log)
+        for call, (level, _, entry) in zip(calls, rows, strict=True):
+            done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
+            done += ["custom"] if call.resource.get(FACILIO) and entry["attributes"] else []
+            for step in done if level < 2 else ():
+                if not session.setting(f"first {step}"):
+                    session.set_setting(f"first {step}", call.at)
+
+
+class ProvisioningLog:
+    """Calls on their way to the logs of their tenants, written by a thread of its own.
+
+    No request waits for it or fails by it: a call that finds LOG_WAITING others waiting, or cannot
+    be written, counts as lost.
+    """
+
+    def __init__(self) -> None:
+        self.lost = 0
+        self.strangers, self.strange_since = 0, ""       # calls with an unknown token
+        self._waiting: queue.SimpleQueue[Answered | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._writer: threading.Thread | None = None
+        self._hurry = threading.Event()
+
+    def add(self, call: Answered) -> None:
+        """Have a call written, without secrets, long bodies and long lists."""
+        if self._waiting.qsize() >= LOG_WAITING:
+            self.lost += 1
+            return
+        body, answer = call.request.body, call.response.body
+        if isinstance(answer, dict) and "Resources" in answer:
+            answer = {"Resources": answer["Resources"][:2]}
+        if isinstance(body, bytes) and len(body) > LOGGED_BODY:
+            body = b""
+        self._waiting.put(replace(call, request=replace(call.request, headers={}, body=body),
+                                  response=replace(call.response, body=answer)))
+        with self._lock:
+            if not self._writer:
+                self._writer = threading.Thread(target=self._write, daemon=True)
+                self._writer.start()
+
+    def add_stranger(self, at: str) -> None:
+        """Count a call with an unknown token, which belongs to no tenant."""
+        with self._lock:
+            self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
+
+    def close(self) -> None:
+        """Write what waits, for five seconds at the most; a later call starts another thread."""
+        with self._lock:
+            writer, self._writer = self._writer, None
+        if writer:
+            self._hurry.set()
+            self._waiting.put(None)
+            writer.join(5)
+            self._hurry.clear()
+
+    def _write(self) -> None:
+        batch: list[Answered | None] = []
+        while None not in batch:
+            batch = [self._waiting.get()]
+            self._hurry.wait(LOG_PAUSE)
+            while not self._waiting.empty():
+                batch.append(self._waiting.get())
+            by_store: dict[Store, list[Answered]] = {}
+            for call in filter(None, batch):
+                by_store.setdefault(call.directory.store, []).append(call)
+            for store, calls in by_store.items():
+                try:
+                    write_log(store, calls)
+                except Exception:         # noqa: BLE001  trouble with the log is none of the sync
+                    self.lost += len(calls)
+
+
+# -- The console's API ---------------------------------------------------------------
+
+MAPPING = (                       # source in Entra ID, customappsso attribute, what is to be changed
+    ("userPrincipalName", "userName", "make it required, matching precedence 1"),
+    ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)"),
+    ("objectId", "externalId", "instead of mailNickname"),
+    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail"),
+    ("displayName", "displayName", ""),
+    ("jobTitle", "title", ""),
+    ("givenName", "name.givenName", ""),
+    ("surname", "name.familyName", ""),
+    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', ""),
+    ("mobile", 'phoneNumbers[type eq "mobile"].value', ""),
+    ("preferredLanguage", "preferredLanguage", ""),
+    ("department", f"{ENTERPRISE}:department", ""),
+    ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
+    ("manager", f"{ENTERPRISE}:manager", ""),
+)
+
+
+def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer for the console, which no cache keeps."""
+    return Response(200, body, {"Content-Type": type, "Cache-Control": "no-store",
+                                "X-Content-Type-Options": "nosniff", **headers})
+
+
+def page_response(page: str) -> Response:
+    """Return the console; its policy lets run what is in the page and nothing else."""
+    own = "; ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL))
+    return console_response(page, "text/html; charset=utf-8", **{
+        "Referrer-Policy": "no-referrer", "Content-Security-Policy":
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"})
+
+
+def entra_mapping(directory: Directory) -> list[list[str]]:
+    """Return rows of source, customappsso attribute, type for Entra, and what is to be changed."""
+    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+    fields = (("", f"{FACILIO}:{name}", "custom field: choose its source") for name in directory.link_names)
+    for source, target, change in (*MAPPING, *fields):
+        path = parse_path(target, directory.resource_types["User"])
+        type = (path.sub_attribute or path.attributes[-1]).type
+        rows.append([source, target, types.get(type, "String"), change])
+    return rows
+
+
+def get_log(call: Call) -> Response:
+    """Answer GET /console/api/log: entries newest first, those after or before a number."""
+    found = call.directory.requests(
+        call.integer("after", 0), call.integer("before", 0),
+        max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT)), call.integer("level", 0),
+        call.parameters.get("subject", ""), call.parameters.get("text", ""),
+        max(0, min(call.integer("wait", 0), MAX_WAIT)))
+    return console_response({"entries": found, "lost": call.application.log.lost})
+
+
+def get_setup(call: Call) -> Response:
+    """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
+    directory, log = call.directory, call.application.log
+    tenant = call.application.owner(call.request)[0]     # type: ignore[index]
+    user_type, now = directory.resource_types["User"], directory.clock()
+    with directory.store.reading() as session:
+        steps = [{"title": title, "hint": hint, "at": session.setting(f"first {step}")}
+                 for step, _, title, hint in STEPS if tenant.custom_fields or step != "custom"]
+    return console_response({
+        "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
+        "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
+                    "expires": time_text(token.expires) if token.expires else "",
+                    "expired": bool(token.expires and token.expires <= now)}
+                   for token in tenant.tokens],
+        "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
+        "strangers": log.strangers, "strange_since": log.strange_since,
+        "mapping": entra_mapping(directory),
+        "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
+            user_type, parse_filter(f"{custom.urn} pr", user_type), count=0).total_results}
+            for custom in tenant.custom_fields]})
+
+
+def get_mapping(call: Call) -> Response:
+    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
+    header = ["Entra ID source", "customappsso attribute", "type", "change"]
+    lines = employee_csv([header, *entra_mapping(call.directory)])
+    return console_response("".join(lines), "text/csv; charset=utf-8")
+
+
+def get_entra_schema(call: Call) -> Response:
+    """Answer GET /console/api/schema: customappsso as Entra's schema editor (Microsoft Graph) has it."""
+    attributes = [{"name": target, "type": type, "required": target == "userName", "anchor": False,
+                   "caseExact": False, "multivalued": False, "mutability": "ReadWrite",
+                   "defaultValue": None, "flowNullValues": False, "apiExpressions": [], "metadata": [],
+                   "referencedObjects": [{"referencedObjectName": "User", "referencedProperty": None}]
+                   if type == "Reference" else []} for _, target, type, _ in entra_mapping(call.directory)]
+    return console_response({"directories": [{
+        "name": "customappsso", "objects": [{"name": "User", "attributes": attributes}]}]})
+
+
+def get_history(call: Call) -> Response:
+    """Answer GET /console/api/history/{id}: a user's employee, and the changes of a user or group."""
+    employee, changes = call.directory.history(call.id)
+    return console_response({"employee": employee and asdict(employee),
+                             "changes": [asdict(found) for found in changes]})
+
+
 Operate = Callable[[Call], Response]
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
@@ -3712,6 +4209,11 @@ ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("GET", ("", "employees"), list_employees),            # "" is outside of BASE_PATH
     ("GET", ("", "employees", "{id}"), get_employee),
     ("GET", ("", "changes"), list_changes),
+    ("GET", ("", "console", "api", "log"), get_log),
+    ("GET", ("", "console", "api", "setup"), get_setup),
+    ("GET", ("", "console", "api", "mapping"), get_mapping),
+    ("GET", ("", "console", "api", "schema"), get_entra_schema),
+    ("GET", ("", "console", "api", "history", "{id}"), get_history),
 )
 
 
@@ -3740,6 +4242,7 @@ def find_route(segments: Sequence[str]) -> Route | None:
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
 
 
+Owner = tuple[Tenant, Token]      # of a request
 OPEN_TENANTS = 64                 # whose files are kept open
 
 
@@ -3785,11 +4288,14 @@ class Application:
     directories has each tenant's Directory by its name; a tenant whose file cannot be used has the
     StoreError instead: it is answered 503, the others are served. Of secrets only hashes are kept.
     authenticate, for a program that keeps tokens itself, takes a bearer token that no tenant has
-    and returns a tenant's name, or None.
+    and returns a tenant's name, or None. page is the console, "" for none.
     """
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
-                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id) -> None:
+                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
+                 page: str = "") -> None:
+        self.page = page
+        self.log = ProvisioningLog()
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
         self._ask = authenticate
@@ -3814,7 +4320,8 @@ class Application:
                                                         for token in tenant.tokens))
                            for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
-            self._tokens = {token.sha256: (tenant.name, token)
+            self.tenants = {tenant.name: tenant for tenant in hashed}
+            self._tokens = {token.sha256: (tenant, token)
                             for tenant in hashed for token in tenant.tokens}
 
     def add_tenant(self, document: Json) -> Directory:
@@ -3856,7 +4363,7 @@ class Application:
         secret = secrets.token_urlsafe(32)
         with self._configuring:
             [tenant] = [tenant for tenant in self.config.tenants if tenant.name == name]
-            self._tokens = {**self._tokens, digest(secret): (tenant.name, Token("made", ""))}
+            self._tokens = {**self._tokens, digest(secret): (tenant, Token("made", ""))}
         return secret
 
     def interrupt(self) -> None:
@@ -3890,16 +4397,43 @@ class Application:
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
-        tenant, route = "", ""
+        started = time.perf_counter()
+        response, owner = self._answer(request)
+        with suppress(Exception):         # whatever becomes of the log, the answer goes out
+            self._note(request, response, owner, time.perf_counter() - started)
+        return response
+
+    def _note(self, request: Request, response: Response, owner: Owner | None,
+              seconds: float) -> None:
+        """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
+        ours = request.path.startswith(BASE_PATH)
+        if not (ours or (response.status == 404 and not response.route)) or (
+                request.method == "GET" and "x-console" in request.headers):
+            return                        # reading what the sync did is no part of it
+        if owner:
+            directory = self.directories[owner[0].name]
+            if isinstance(directory, Directory):
+                self.log.add(Answered(time_text(self._clock()), *owner, directory, request,
+                                      response, seconds))
+        elif response.status == 401:
+            self.log.add_stranger(time_text(self._clock()))
+
+    def _answer(self, request: Request) -> tuple[Response, Owner | None]:
+        """Return the answer to a request, and whose request it was."""
+        owner, route = None, ""
         try:
             segments = [unquote(part) for part in request.path.split("/") if part]
             if public := PUBLIC.get(path := "/".join(segments)):
-                return replace(public(self, request), route=f"/{path}")
+                return replace(public(self, request), route=f"/{path}"), None
+            if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
+                return replace(page_response(self.page), route="/"), None
+            owner = self.owner(request)
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
-            elif not find_route(segments := ["", *segments]):
+            elif not find_route(segments := ["", *segments]) \
+                    or (segments[1] == "console" and not self.page):
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
-            tenant, directory = self._authenticate(request.headers.get("authorization", ""))
+            directory = self._authenticate(request, owner)
             if segments[:1] == ["Me"]:
                 raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
             if not (found := find_route(segments)):
@@ -3914,33 +4448,38 @@ class Application:
         except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
             traceback.print_exc()
             response = error_response(ScimError(500, "", "the server failed; its log says why"))
-        return replace(response, tenant=tenant, route=route)
+        tenant = owner[0].name if owner and response.status != 401 else ""
+        return replace(response, tenant=tenant, route=route), owner
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
         return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
 
-    def _authenticate(self, authorization: str) -> tuple[str, Directory]:
-        """Return the tenant that a token selects, and its directory in the name of that token."""
-        scheme, _, secret = authorization.strip().partition(" ")
-        if scheme.lower() != "bearer" or not (secret := secret.strip()):
+    def owner(self, request: Request) -> Owner | None:
+        """Return the tenant and the token that a request names, be it expired; None for nobody's."""
+        secret = request.headers.get("authorization", "").partition(" ")[2].strip()
+        if not secret or (found := self._tokens.get(digest(secret))) or not self._ask:
+            return found if secret else None
+        tenant = self.tenants.get(self._ask(secret) or "")
+        return (tenant, Token("authenticate", "")) if tenant else None
+
+    def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
+        """Return the directory that a request is for, in the name of its token."""
+        scheme, now = request.headers.get("authorization", "").partition(" ")[0], self._clock()
+        if not owner or scheme.lower() != "bearer" or (owner[1].expires and owner[1].expires <= now):
             raise unauthorized()
-        sha256 = digest(secret)
-        tenant, token = self._tokens.get(sha256) or (self._ask and self._ask(secret) or "",
-                                                     Token("authenticate", ""))
-        directory = self.directories.get(tenant)
-        now, used = self._clock(), self._used.get((tenant, token.name))
-        if not directory or (token.expires and token.expires <= now):
-            raise unauthorized()
+        tenant, token = owner[0].name, owner[1].name
+        directory = self.directories[tenant]
         if isinstance(directory, StoreError):
             raise ScimError(503, "", "the tenant's database cannot be used; the server's log says "
                                      "why", {"Retry-After": "60"})
+        used = self._used.get((tenant, token))
         if not used or now - used > timedelta(minutes=1):
-            self._used[tenant, token.name] = now
+            self._used[tenant, token] = now
             with suppress(sqlite3.Error):
-                directory.note_use(token.name)
+                directory.note_use(token)
         self._wake(tenant, directory)
-        return tenant, directory.acting(token.name)
+        return directory.acting(token)
 
     def _wake(self, tenant: str, directory: Directory) -> None:
         """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
@@ -3966,7 +4505,7 @@ class Application:
             request, directory, asked or types, segments[-1] if segments else "",
             {name.lower(): value for name, value in query},
             f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
-            self.handle))
+            self.handle, self))
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
@@ -4540,6 +5079,7 @@ class ScimServer(ThreadingHTTPServer):
                     peer.end(socket.SHUT_RD)             # its read ends
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
+        self.application.log.close()
         self.log.close()
         self.stopped.set()
 
@@ -4579,47 +5119,6 @@ class ScimServer(ThreadingHTTPServer):
         self.log.add(time=time.time(), tenant=response.tenant, method=method,
                      route=response.route, status=response.status,
                      milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
-
-
-@contextmanager
-def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-            authenticate: Callable[[str], str | None] | None = None, deterministic: bool = False,
-            ) -> Iterator[ScimServer]:
-    """Run a server on a free port while a with block lasts; see its url, token() and directory().
-
-    config is a configuration, its file, its document, or nothing for a demo tenant in memory.
-    deterministic lets ids count up and the clock tick a millisecond at each look. Raises
-    ConfigError, StoreError and OSError.
-    """
-    ids, ticks = itertools.count(1), itertools.count()
-    made = to_config(config)
-    application = Application(
-        replace(made, port=0), authenticate,
-        (lambda: FIRST_TICK + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id)
-    try:
-        for tenant in made.tenants:
-            application.directory(tenant.name)           # a test wants each of them
-        server = ScimServer(application)
-        server.exchanges = []
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stop()
-            thread.join()
-    finally:
-        application.close()
-
-
-def wsgi(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-         authenticate: Callable[[str], str | None] | None = None) -> WsgiApplication:
-    """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
-
-    Arguments and errors are those of running().
-    """
-    return WsgiApplication(Application(to_config(config), authenticate))
 
 
 class WsgiApplication:
@@ -4664,16 +5163,524 @@ class WsgiApplication:
 
 
 # ----------------------------------------------------------------------------
-# 13. Command line
+# 12. Console
 #
-# serve (the default), token, check, employees, changes, backup, restore, demo. What a person must
-# mend is one line on standard error and exit status 2.
+# The page at / by which an administrator sees why a sync works or fails: HTML,
+# style and script in one string, that reads the API of chapter 10.
+# Uses nothing.
+# ----------------------------------------------------------------------------
+
+CONSOLE_PAGE = r"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>SCIM console</title>
+<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect
+ width='16' height='16' rx='4' fill='%232f5fd0'/%3E%3Cpath d='M4 8.5l2.6 2.6L12 5.4' fill='none' stroke='white'
+ stroke-width='1.8'/%3E%3C/svg%3E">
+<style>
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
+  --link: #2450b8; --fill: #2f5fd0; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8;
+  --bad: #a3211b; --bad-bg: #fce9e7; --hover: #f0f3f8; }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --ink: #e7ebf2; --soft: #a2aec0;
+  --line: #2b3341; --link: #93b4ff; --fill: #3a66cf; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c;
+  --warn-bg: #332812; --bad: #ffa29a; --bad-bg: #3a1b1b; --hover: #1f2732; } }
+* { box-sizing: border-box; }
+html { overflow-y: scroll; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
+  overflow-wrap: anywhere; } table { overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
+header { background: var(--card); border-bottom: 1px solid var(--line); }
+header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
+header > div { display: flex; flex-wrap: wrap; align-items: center; gap: 0 24px; min-height: 56px; }
+header b { font-size: 16px; } header b span { color: var(--soft); font-weight: 400; }
+nav { display: flex; gap: 4px; flex: 1; }
+nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
+nav a:hover { color: var(--ink); } nav a[aria-current] { color: var(--ink); border-color: var(--fill); }
+main { padding-top: 28px; padding-bottom: 80px; }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; }
+h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; } .lead { color: var(--soft); max-width: 75ch; }
+a { color: var(--link); } code { overflow-wrap: anywhere; }
+code, pre { font: 13px/1.5 ui-monospace, monospace; }
+:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
+section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
+  margin: 0 0 18px; min-width: 0; }
+.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr));
+  margin: 18px 0; } .grid > * { margin: 0; } .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
+.state h2::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px;
+  background: currentColor; } .state h2 { font-size: 15px; margin: 0 0 4px; } .state p { margin: 0; }
+.state.ok h2 { color: var(--ok); } .state.warn h2 { color: var(--warn); } .state.bad h2 { color: var(--bad); }
+.bar { display: flex; flex-wrap: wrap; gap: 10px 16px; align-items: center; margin: 0 0 14px; min-height: 38px; }
+.bar label { display: flex; gap: 8px; align-items: center; } .bar .grow { flex: 1 1 220px; max-width: 420px; }
+.live { margin-left: auto; color: var(--soft); font-size: 13px; min-width: 8em; text-align: right; }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px;
+  background: var(--card); padding: 7px 12px; min-height: 38px; } input[type=search], input[type=password] { width: 100%; }
+input[type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); margin: 0; }
+button { cursor: pointer; white-space: nowrap; } ::placeholder { color: var(--soft); opacity: 1; } button:hover:enabled { background: var(--hover); } button:disabled { opacity: .45; cursor: default; }
+button.main { background: var(--fill); border-color: var(--fill); color: #fff; }
+button.main:hover:enabled { background: var(--fill); filter: brightness(1.1); }
+button.plain { border: 0; padding: 0; min-height: 24px; background: none; font-weight: inherit; text-align: left; }
+button.small { padding: 2px 10px; min-height: 28px; font-size: 13px; }
+ol, ul { list-style: none; margin: 0; padding: 0; }
+.log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
+.log > li + li { border-top: 1px solid var(--line); }
+summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px;
+  cursor: pointer; list-style: none; align-items: baseline; } summary::-webkit-details-marker { display: none; }
+summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
+[open] .why { display: none; } 
+.history b { display: inline-block; } .history b::first-letter { text-transform: uppercase; }
+summary time, .soft { color: var(--soft); font-size: 13px; } summary .why { grid-column: 2 / -1; font-size: 14px; }
+.pill { display: inline-block; border-radius: 20px; padding: 0 9px; font-size: 13px; white-space: nowrap;
+  font-variant-numeric: tabular-nums; } .ok .pill, .pill.ok { color: var(--ok); background: var(--ok-bg); }
+.warn .pill, .pill.warn { color: var(--warn); background: var(--warn-bg); }
+.bad .pill, .pill.bad { color: var(--bad); background: var(--bad-bg); }
+.warn .why { color: var(--warn); } .bad .why { color: var(--bad); }
+.more { padding: 4px 18px 18px; } .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
+.note p { margin: 0; } .warn .note { background: var(--warn-bg); } .bad .note { background: var(--bad-bg); }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; }
+pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
+.scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; } tr.change { background: var(--warn-bg);
+  box-shadow: -20px 0 var(--warn-bg), 20px 0 var(--warn-bg); }
+.steps li { display: flex; gap: 12px; padding: 8px 0; } .steps li > :last-child { min-width: 0; }
+.steps p { margin: 0; } .mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line);
+  text-align: center; line-height: 20px; } .done .mark { background: var(--ok-bg); border-color: var(--ok); color: var(--ok); }
+.empty { text-align: center; padding: 48px 20px; } .empty p { max-width: 56ch; margin: 0 auto 8px; color: var(--soft); }
+.copy { display: flex; gap: 10px; align-items: center; justify-content: space-between; }
+.sign { max-width: 420px; margin: 10vh auto; } .sign > * { margin-bottom: 12px; } .sign button { width: 100%; }
+@media (max-width: 640px) { header > div, main { padding-left: 14px; padding-right: 14px; } main { padding-top: 18px; }
+  header > div { padding-top: 8px; } header b { flex: 1; } nav { order: 3; flex: 1 0 100%; margin: 0 -8px; }
+  nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .scroll { margin: 0 -14px; padding: 0 14px; }
+  summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } summary time { grid-column: 2; }
+  .more { padding: 2px 12px 14px; } thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block;
+  padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
+  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > * { min-width: 0; flex: 1; }
+  .live { flex: 1; } td > .pill { flex: none; } td:has(> span:empty) { display: none; } }
+@media (prefers-reduced-motion: no-preference) { button, nav a, summary, .mark { transition: background .15s, color .15s; } }
+</style>
+<header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
+<button id="out" class="small">Sign out</button></div></header>
+<main></main>
+<script>
+'use strict';
+const ENTERPRISE = 'urn:ietf:params:scim:schemas:extension:enterprise:2.0:User';
+const FACILIO = 'urn:ietf:params:scim:schemas:extension:facilio:2.0:User';
+const SECTIONS = {log: 'Log', setup: 'Set-up', people: 'Employees', groups: 'Groups'};
+const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
+const KINDS = {connection: 'Connection', authentication: 'Authentication', mapping: 'Attribute mapping'};
+const main = document.querySelector('main'), header = document.querySelector('header');
+let setup = null, view = new AbortController();       // what the server knows of the tenant; the view on show
+
+// -- Elements: whatever comes from the server becomes text, never HTML --
+
+function h(tag, properties, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties || {}))
+    if (name in element) element[name] = value; else element.setAttribute(name, value);
+  element.append(...children.flat(9).filter(Boolean));
+  return element;
+}
+const link = (section, id, text) => h('a', {href: `#/${section}/${encodeURIComponent(id)}`}, text || id);
+const full = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
+const when = at => h('time', {dateTime: at}, full(at));
+const words = value => value === true ? 'Yes' : value === false ? 'No' : value ?? '';
+const cells = (titles, row, change) => h('tr', {className: change ? 'change' : ''}, row.map((value, n) =>
+  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', {}, value))));
+const table = (titles, body) => h('div', {className: 'scroll'}, h('table', {}, h('thead', {}, h('tr', {},
+  titles.map(title => title instanceof Element ? title : h('th', {scope: 'col'}, title)))), body));
+const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
+const short = names => names.join(', ').replaceAll(FACILIO + ':', '').replaceAll(ENTERPRISE + ':', '');
+const pairs = rows => h('dl', {}, rows.filter(([, ...value]) => value.some(Boolean))
+  .map(([name, ...value]) => [h('dt', {}, name), h('dd', {}, ...value)]));
+const empty = (title, ...text) => h('div', {className: 'card empty'}, h('h2', {}, title), h('p', {}, ...text));
+const copyable = text => h('div', {className: 'copy'}, h('code', {}, text), h('button', {className: 'small',
+  ariaLabel: 'Copy ' + text, onclick: ({target}) => {       // browsers copy by themselves on https and localhost alone
+    getSelection().selectAllChildren(target.previousSibling);
+    navigator.clipboard?.writeText(text);
+    target.textContent = navigator.clipboard ? 'Copied' : 'Selected'; }}, 'Copy'));
+
+// -- The server: the token goes in a header, and nowhere else --
+
+async function ask(path, options) {
+  const token = sessionStorage.getItem('token');
+  const answer = await fetch(path, {...options, headers: {Authorization: 'Bearer ' + token, 'X-Console': '1'}});
+  if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
+  if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
+  return answer;
+}
+const get = async (path, parameters, signal) => (await ask(
+  path + (parameters ? '?' + new URLSearchParams(parameters) : ''), {signal})).json();
+async function download(path, name) {
+  const url = URL.createObjectURL(await (await ask(path)).blob());
+  h('a', {href: url, download: name}).click();
+  setTimeout(() => URL.revokeObjectURL(url), 1000);
+}
+async function follow(signal, after, state, use) {     // long polls; each failure doubles the pause
+  for (let pause = 1000; !signal.aborted;) {
+    try {
+      state.textContent ||= 'Live';
+      const {entries} = await get('/console/api/log', {after, wait: 25, count: 100}, signal);
+      state.textContent = 'Live';
+      pause = 1000;
+      if (entries.length) { after = entries[0].seq; await use(entries); }
+    } catch (error) {
+      if (signal.aborted) return;
+      state.textContent = `No answer, next try in ${pause / 1000} s`;
+      await new Promise(wake => setTimeout(wake, pause));
+      pause = Math.min(2 * pause, 60000);
+    }
+  }
+}
+
+// -- The log --
+
+function entry(found) {
+  const [level, sign, meaning] = LEVELS[found.level], [note] = found.notes, place = {User: 'people', Group: 'groups'}[found.type];
+  return h('li', {}, h('details', {className: level}, h('summary', {},
+    h('span', {className: 'pill', title: meaning}, `${sign} ${found.status}`),
+    h('span', {}, found.operation, ' ', h('b', {}, found.name)), when(found.at),
+    note && h('span', {className: 'why'}, note.text)),
+  h('div', {className: 'more'}, found.notes.map(one => h('div', {className: 'note'},
+    h('p', {className: 'soft'}, KINDS[one.kind]), h('p', {}, one.text), h('p', {}, h('b', {}, 'What to do: '), one.remedy))),
+  pairs([['About', place && found.subject && link(place, found.subject, found.name)],
+    ['Attributes', short(found.attributes)], ['Answer', found.detail],
+    ['Request', h('code', {}, `${found.method} ${found.path}`)],
+    ['Token', `${found.token}, from ${found.client || 'an unknown address'}`],
+    ['Took', `${found.milliseconds} ms`], ['Request id', found.id]]), found.body && json(found.body))));
+}
+const entries = found => h('ol', {className: 'log'}, found.map(entry));
+
+function health(found) {
+  const {last: [last], refused, strangers} = setup, troubles = found.filter(one => one.seq > last.seq - 100);
+  const of = kind => troubles.filter(one => one.notes.some(note => note.kind === kind)), [lost] = of('connection');
+  const wrong = of('mapping'), missing = last ? setup.fields.filter(one => !one.people).map(one => one.display_name) : [];
+  const strange = strangers ? ` ${strangers} with an unknown token since ${full(setup.strange_since)}.` : '';
+  const state = (level, title, ...text) => h('div', {className: `card state ${level}`}, h('h2', {}, title), h('p', {}, ...text));
+  return h('div', {className: 'grid'},
+    state(!last || lost ? 'warn' : 'ok', 'Connection', !last ? ['Nobody has called yet. Enter the ',
+      h('a', {href: '#/setup'}, 'Tenant URL'), ' in Entra ID.'] : `Last call on ${full(last.at)}, token “${last.token}”. `,
+    lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
+    state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
+      `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` :
+      strange ? 'Calls were refused:' : 'No call was refused.', strange),
+    state(wrong.length ? wrong[0].level > 1 ? 'bad' : 'warn' : missing.length ? 'warn' : 'ok', 'Attribute mapping',
+      wrong.length ? `${wrong.length} of the last 100 calls had trouble. ${wrong[0].notes[0].text} ` : last ?
+        'Everything that was sent fits. ' : 'Nothing was sent yet. ', missing.length && [h('a', {href: '#/setup'},
+        missing.length > 1 ? 'Custom fields' : 'A custom field'), ` never arrived: ${missing.join(', ')}.`]));
+}
+
+async function showLog(id, signal) {
+  const search = h('input', {type: 'search', ariaLabel: 'Search the log', placeholder: 'Search names, attributes, answers'});
+  const problems = h('input', {type: 'checkbox'}), list = h('div'), top = h('div'), state = h('span', {role: 'status'});
+  const fresh = h('button', {className: 'small', hidden: true, onclick: () => load()});
+  const fetchPage = before => get('/console/api/log', {before, count: 50, level: +problems.checked, text: search.value}, signal);
+  let typing, turn = 0;
+  async function load() {
+    const mine = ++turn;                               // an answer that another search has overtaken is dropped
+    const [page, troubles, known] = await Promise.all([fetchPage(0), get('/console/api/log', {level: 1}, signal),
+      get('/console/api/setup', null, signal)]);
+    if (mine !== turn) return;
+    setup = known;
+    top.replaceChildren(health(troubles.entries));
+    fresh.hidden = true;
+    const older = h('button', {hidden: page.entries.length < 50, onclick: async () => {
+      const more = await fetchPage(page.entries.at(-1).seq);
+      page.entries = more.entries;
+      older.hidden = more.entries.length < 50;
+      list.querySelector('ol').append(...more.entries.map(entry));
+    }}, 'Show older calls');
+    list.replaceChildren(...page.entries.length ? [entries(page.entries), h('p'), older] : [
+      problems.checked || search.value ? empty('No call fits', 'Clear the search, or look at all calls.') :
+        empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
+          h('a', {href: '#/setup'}, 'Set-up'), ' for what to enter there.')]);
+  }
+  search.oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
+  problems.onchange = load;
+  await load();
+  follow(signal, setup.last[0]?.seq || 0, state, async () => {
+    if (scrollY < 200 && !list.querySelector('[open]')) return load();
+    fresh.textContent = 'Show new calls';
+    fresh.hidden = false;
+  });
+  return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
+    h('div', {className: 'bar'}, h('span', {className: 'grow'}, search), h('label', {}, problems, 'Problems only'),
+      h('span', {className: 'live'}, fresh, ' ', state)), list];
+}
+
+// -- Set-up --
+
+async function testConnection(result) {              // what Entra's button does: look for somebody who is not there
+  const lines = [];
+  for (const [endpoint, name] of [['Users', 'userName'], ['Groups', 'displayName']])
+    try {
+      const found = await get('/scim/v2/' + endpoint, {filter: `${name} eq "${crypto.getRandomValues(new Uint32Array(2))
+        .join('-')}"`});
+      lines.push([!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`]);
+    } catch (error) { lines.push([false, `${endpoint}: ${error.message}`]); }
+  if (!setup.url.startsWith(location.origin + '/'))
+    lines.push([false, `This page is at ${location.origin}, but the server takes itself for ${setup.url}: let the proxy keep ` +
+      'the Host header, or trust it (trusted_proxies).']);
+  if (location.protocol !== 'https:')
+    lines.push([false, 'This page came by http. Entra ID calls by https only, on a public name: put TLS in front.']);
+  result.replaceChildren(...lines.map(([good, text]) => h('p', {}, h('span', {className: 'pill ' + (good ? 'ok' : 'warn')},
+    good ? '✓' : '!'), ' ', text)));
+}
+
+const FIELDS = ['Field', 'Type', 'Name in Entra', 'Arrived'];
+const TARGETS = ['Source', 'Target', 'Type', 'Change'];
+async function showSetup(id, signal) {
+  const steps = h('ol', {className: 'steps'}), fields = h('tbody'), result = h('div', {role: 'status'});
+  const state = h('span', {className: 'soft', role: 'status'});
+  async function load() {
+    setup = await get('/console/api/setup', null, signal);
+    steps.replaceChildren(...setup.steps.map(one => h('li', {className: one.at ? 'done' : ''},
+      h('span', {className: 'mark', ariaHidden: 'true'}, one.at ? '✓' : ''), h('div', {}, h('b', {}, one.title),
+        h('p', {className: 'soft'}, one.at ? ['Done: first on ', full(one.at)] : one.hint)))));
+    fields.replaceChildren(...setup.fields.map(one => cells(FIELDS, [one.display_name, one.type, copyable(one.urn),
+      h('span', {className: 'pill ' + (one.people ? 'ok' : 'warn')}, one.people ? `✓ ${one.people} people` :
+        '! never arrived')])));
+  }
+  await load();
+  follow(signal, setup.last[0]?.seq || 0, state, load);
+  const tokens = setup.tokens.map(one => [one.name, one.expired ? h('span', {className: 'pill bad'}, '✕ expired') : '',
+    one.expires ? ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; ` : '',
+    one.last_use ? `last used on ${full(one.last_use)}` : 'never used']);
+  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.',
+    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Connection'), h('p', {className: 'soft'},
+      'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
+    h('p', {className: 'soft'}, 'Secret Token: the secret of one of these tokens, which only you have'), pairs(tokens), h('p'),
+    h('button', {className: 'main', onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
+    h('section', {}, h('h2', {}, 'Check list ', state), steps)),
+    h('section', {}, h('h2', {}, 'Attribute mapping'), h('p', {className: 'soft'}, 'Mappings → Provision Microsoft Entra ID ' +
+      'Users: from the source in Entra ID to the target in customappsso. Highlighted is what differs from Entra\'s proposal.'),
+    table(TARGETS, h('tbody', {}, setup.mapping.map(([source, target, type, change]) => cells(TARGETS,
+      [source || '(your choice)', h('code', {}, target), type, change], change)))),
+    h('p'), h('button', {onclick: () => download('/console/api/mapping', 'mapping.csv')}, 'Download as CSV')),
+    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? [h('p', {className: 'soft'},
+      'Show advanced options → Edit attribute list for customappsso: add these names with these types, then map to them.'),
+    table(FIELDS, fields)] : h('p', {className: 'soft'},
+      'This tenant has none. They are “custom_fields” of the tenant in the configuration.'), h('p'),
+    h('button', {onclick: () => download('/console/api/schema', 'customappsso.json')}, 'Download the schema as JSON'))];
+}
+
+// -- Employees and groups: the server filters, sorts and pages --
+
+function listing(endpoint, columns, searched, none, base, signal) {
+  const search = h('input', {type: 'search', ariaLabel: 'Search', placeholder: 'Search'});
+  const state = h('select', {ariaLabel: 'Show'}, [['', 'All'], ['active eq true', 'Active'],
+    ['active eq false', 'Inactive']].map(([value, text]) => h('option', {value}, text)));
+  const lacking = h('div'), body = h('tbody'), count = h('span', {role: 'status', className: 'soft'});
+  let start = 1, sort = columns[0].sort, down = false, typing, turn = 0;
+  const move = by => { start = Math.max(1, start + by); return load(); };
+  const back = h('button', {onclick: () => move(-25)}, 'Previous'), next = h('button', {onclick: () => move(25)}, 'Next');
+  const head = columns.map(column => h('th', {scope: 'col'}, column.sort ? h('button', {className: 'plain', onclick: () => {
+    down = sort === column.sort && !down; sort = column.sort; start = 1; return load();
+  }}, column.title) : column.title));
+  const place = h('div', {className: 'card list'}, table(head, body));
+  async function load() {
+    const text = JSON.stringify(search.value.trim());
+    const terms = [base, state.value, text !== '""' && `(${searched.map(name => `${name} co ${text}`).join(' or ')})`];
+    const parameters = {startIndex: start, count: 25, sortBy: sort, sortOrder: down ? 'descending' : 'ascending',
+      excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')};
+    const mine = ++turn, found = await get('/scim/v2/' + endpoint, parameters, signal), total = found.totalResults;
+    if (mine !== turn) return;
+    columns.forEach((column, n) => column.sort && (head[n].ariaSort = column.sort !== sort ? 'none' :
+      down ? 'descending' : 'ascending', head[n].firstChild.textContent = column.title + (column.sort !== sort ? '' :
+      down ? ' ↓' : ' ↑')));
+    body.replaceChildren(...found.Resources.map(one => cells(columns.map(column => column.title),
+      columns.map(column => column.value(one)))));
+    place.hidden = !total;
+    lacking.replaceChildren(...total ? [] : [terms.filter(Boolean).length > (base ? 1 : 0) ?
+      empty('Nothing fits', 'Try another word, or show all.') : none]);
+    count.textContent = total ? `${start}–${start + found.Resources.length - 1} of ${total}` : '';
+    back.hidden = next.hidden = total <= 25;
+    back.disabled = start < 2; next.disabled = start + 25 > total;
+  }
+  state.onchange = () => { start = 1; return load(); };
+  search.oninput = () => { clearTimeout(typing); typing = setTimeout(state.onchange, 250); };
+  return load().then(() => [h('div', {className: 'bar'}, h('span', {className: 'grow'}, search),
+    endpoint === 'Users' && h('label', {}, 'Show', state)), lacking, place, h('div', {className: 'bar'}, back, next, count)]);
+}
+
+const mail = user => (user.emails?.find(one => one.primary) || user.emails?.find(one => one.type === 'work'))?.value;
+const PEOPLE = ['displayName', 'userName', 'emails.value', 'title'];
+const columns = () => [{title: 'Name', sort: 'displayName', value: one => link('people', one.id, one.displayName || one.userName)},
+  {title: 'E-mail', sort: 'emails.value', value: one => mail(one) || one.userName},
+  {title: 'Designation', sort: 'title', value: one => one.title || ''},
+  ...setup.fields.map(field => ({title: field.display_name, sort: field.urn,
+    value: one => String(words(one[FACILIO]?.[field.link_name]))})),
+  {title: 'Active', sort: 'active', value: one => h('span', {className: 'pill ' + (one.active ? 'ok' : 'warn')},
+    one.active ? '✓ Active' : '– Inactive')}];
+const showPeople = async (id, signal) => ['Employees', 'People as they were provisioned; each is an employee of Facilio.',
+  ...await listing('Users', columns(), PEOPLE, empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ',
+    h('a', {href: '#/setup'}, 'The check list'), ' shows how far it is.'), '', signal)];
+const showGroups = async (id, signal) => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', [
+  {title: 'Name', sort: 'displayName', value: one => link('groups', one.id, one.displayName)},
+  {title: 'External id', sort: 'externalId', value: one => one.externalId || ''},
+  {title: 'Changed', sort: 'meta.lastModified', value: one => when(one.meta.lastModified)}], ['displayName', 'externalId'],
+empty('No groups yet', 'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'),
+'', signal)];
+
+function changesOf(changes, id) {
+  return h('section', {}, h('h2', {}, 'History'), changes.length ? h('ol', {className: 'steps history'}, changes.map(one =>
+    h('li', {}, h('div', {}, h('b', {}, one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
+      link('people', one.member, 'this person') : link('groups', one.id, 'this group')], h('p', {className: 'soft'},
+      full(one.at), one.token && ` by “${one.token}”`, one.attributes.length ? ': ' + short(one.attributes) : ''))))) :
+    h('p', {className: 'soft'}, 'The change feed holds nothing about it any more.'));
+}
+async function about(endpoint, id, signal) {
+  const [found, past, calls] = await Promise.all([
+    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}, signal),
+    get('/console/api/history/' + encodeURIComponent(id), null, signal),
+    get('/console/api/log', {subject: id, count: 20}, signal)]);
+  const [resource] = found.Resources;
+  return {resource, past, rest: [h('div', {className: 'grid two'}, changesOf(past.changes, id), h('section', {},
+    h('h2', {}, 'SCIM resource'), resource ? json(resource) : h('p', {className: 'soft'}, 'It was deleted; the employee stays.'))),
+  h('h2', {}, 'Calls'), calls.entries.length ? entries(calls.entries) : empty('No calls', 'The log holds none about it.')]};
+}
+async function showPerson(id, signal) {
+  const {resource, past: {employee}, rest} = await about('Users', id, signal);
+  if (!employee) return ['Nobody here', 'No employee has this id.', h('a', {href: '#/people'}, 'All employees')];
+  const boss = resource?.[ENTERPRISE]?.manager;
+  return [employee.name, [h('a', {href: '#/people'}, 'Employees'), ` / employee ${employee.id}`],
+    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Employee'), pairs([
+      ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
+      ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile],
+      ['Number', employee.employeeNumber], ['Manager', boss && link('people', boss.value, boss.displayName ||
+        (employee.manager ? `employee ${employee.manager}` : 'not known here yet'))],
+      ['Language', employee.language], ['Changed', when(employee.changed)], ['External id', employee.external_id]])),
+    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
+      String(words(employee.custom_fields[one.link_name])) || h('span', {className: 'soft'}, 'not sent')])) : 'None', h('p'),
+    h('h2', {}, 'Groups'), resource?.groups?.length ? h('ul', {}, resource.groups.map(one => h('li', {}, link('groups', one.value,
+      one.display)))) : h('p', {className: 'soft'}, 'In no group.'))), ...rest];
+}
+async function showGroup(id, signal) {
+  const {resource, rest} = await about('Groups', id, signal);
+  const members = await listing('Users', columns(), PEOPLE, empty('No members', 'Assign people to this group in Entra ID.'),
+    `groups.value eq ${JSON.stringify(id)}`, signal);
+  return [resource?.displayName || 'A group that was deleted', h('a', {href: '#/groups'}, 'Groups'), h('p'),
+    h('h2', {}, 'Members'), ...members, ...rest];
+}
+
+// -- Sign in, and the way from view to view --
+
+function signIn(problem) {
+  sessionStorage.removeItem('token');
+  setup = null; view.abort();
+  header.hidden = true;
+  const input = h('input', {type: 'password', id: 'token', autocomplete: 'off', required: true});
+  main.replaceChildren(h('form', {className: 'card sign', onsubmit: event => {
+    event.preventDefault(); sessionStorage.setItem('token', input.value.trim());
+    show();
+  }}, h('h1', {tabIndex: -1}, 'SCIM console'), h('p', {className: 'lead'}, 'Sign in with the Secret Token of your tenant: the one ' +
+    'that Entra ID has. It stays in this tab, and what you see is read-only.'), h('label', {htmlFor: 'token'}, 'Secret Token'), input,
+  h('div', {role: 'alert', className: 'bad'}, problem && h('p', {className: 'note'}, problem)),
+  h('button', {className: 'main'}, 'Sign in')));
+  input.focus();
+}
+async function show(event) {
+  view.abort();
+  const {signal} = view = new AbortController();
+  const [section, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
+  const chosen = SECTIONS[section] ? section : 'log';
+  const render = {log: showLog, setup: showSetup, people: id ? showPerson : showPeople, groups: id ? showGroup : showGroups}[chosen];
+  if (!sessionStorage.getItem('token')) return signIn('');
+  let parts;
+  try {
+    setup ||= await get('/console/api/setup', null, signal);
+    parts = await render(id, signal);
+  } catch (error) {
+    parts = ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
+  }
+  if (signal.aborted) return;
+  const [title, lead, ...rest] = parts;
+  header.hidden = false;
+  document.title = `${title} – SCIM console`;
+  document.querySelector('#tenant').textContent = setup?.tenant || '';
+  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([name, text]) => h('a',
+    {href: '#/' + name, ...name === chosen && {'aria-current': 'page'}}, text)));
+  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p', {className: 'lead'}, ...[lead].flat()), ...rest.filter(Boolean));
+  if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
+}
+document.querySelector('#out').onclick = () => signIn('');
+addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+  event.preventDefault();
+  if (!view.signal.aborted && event.reason.name !== 'AbortError')
+    main.prepend(h('div', {role: 'alert', className: 'bad'}, h('p', {className: 'note'}, event.reason.message)));
+});
+function enter(event) {
+  const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
+  if (given) { sessionStorage.setItem('token', decodeURIComponent(given)); setup = null; }
+  if (given || !location.hash) history.replaceState(null, '', '#/log');
+  return show(event);
+}
+addEventListener('hashchange', enter);
+enter();
+</script>
+</html>
+"""
+
+
+# ----------------------------------------------------------------------------
+# 13. Interface
+#
+# running() and wsgi() for other programs, then main(): serve (the default), token, check,
+# employees, changes, backup, restore, demo. What a person must mend is one line on standard error
+# and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-
 KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
+
+
+def page_of(config: Config) -> str:
+    """Return the console, "" where it is switched off."""
+    return CONSOLE_PAGE if config.console else ""
+
+
+@contextmanager
+def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
+            authenticate: Callable[[str], str | None] | None = None, deterministic: bool = False,
+            ) -> Iterator[ScimServer]:
+    """Run a server on a free port while a with block lasts; see its url, token() and directory().
+
+    config is a configuration, its file, its document, or nothing for a demo tenant in memory.
+    deterministic lets ids count up and the clock tick a millisecond at each look. Raises
+    ConfigError, StoreError and OSError.
+    """
+    ids, ticks = itertools.count(1), itertools.count()
+    made = to_config(config)
+    application = Application(
+        replace(made, port=0), authenticate,
+        (lambda: FIRST_TICK + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+        page_of(made))
+    try:
+        for tenant in made.tenants:
+            application.directory(tenant.name)           # a test wants each of them
+        server = ScimServer(application)
+        server.exchanges = []
+        thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+    finally:
+        application.close()
+
+
+def wsgi(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
+         authenticate: Callable[[str], str | None] | None = None) -> WsgiApplication:
+    """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
+
+    Arguments and errors are those of running().
+    """
+    made = to_config(config)
+    return WsgiApplication(Application(made, authenticate, page=page_of(made)))
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -4708,7 +5715,7 @@ def chosen_directory(options: argparse.Namespace) -> Directory:
 def serve(options: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM, the configuration of the day; return the exit status."""
     config = listened(chosen_config(options), options)
-    application = Application(config)
+    application = Application(config, page=page_of(config))
     if not any(isinstance(found, Directory) for found in application.directories.values()):
         application.directory(config.tenants[0].name)
     warn(application)
@@ -4775,7 +5782,7 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
                 for number in numbers:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-                os._exit(work(options, Application(config), listener))
+                os._exit(work(options, Application(config, page=page_of(config)), listener))
             workers.add(worker)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         worker, status = os.wait()
@@ -4812,7 +5819,7 @@ def follow_file(options: argparse.Namespace, server: ScimServer, reload: threadi
             continue
         warn(server.application)
         fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections",
-                 "workers", "access_log")
+                 "workers", "access_log", "console")
         changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
         complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
                  + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
@@ -4823,14 +5830,18 @@ def complain(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can call a host."""
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
 def warn(application: Application) -> None:
     """Tell the operator what is unsafe, and who is not served."""
     for name, found in application.directories.items():
         if isinstance(found, StoreError):
             complain(f"tenant {name} is not served, the others are: {found}")
     config = application.config
-    loopback = config.host == "localhost" or config.host == "::1" or config.host.startswith("127.")
-    if not (loopback or config.tls or config.trusted_proxies):
+    if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
         complain(f"warning: {config.host} is beyond this machine and tokens travel in clear; "
                  "configure tls, or trusted_proxies for a proxy that has it")
 
@@ -4852,12 +5863,18 @@ def listen_option(text: str) -> dict[str, Any]:
 
 
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it.
+
+    On loopback such a token, which is for demos, is also in a link that signs in to the console.
+    """
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
         lines += [f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
                   for token in tenant.tokens]
+        if config.console and is_loopback(config.host):
+            lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
+                      for token in tenant.tokens[:1] if token.secret]
     return "\n".join(lines)
 
 
