@@ -1029,8 +1029,8 @@ def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     scim_server.Directory(store, FIELDS).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
     store.close()
     with sqlite3.connect(path) as connection:              # as the first version made it
-        connection.executescript("DROP TABLE employee; DROP TABLE change; DROP TABLE tally; DROP TABLE request;"
-                                 "PRAGMA user_version = 1;"
+        connection.executescript("DROP TABLE employee; DROP TABLE change; DROP TABLE tally;"
+                                 "DROP TABLE request; PRAGMA user_version = 1;"
                                  "DELETE FROM setting WHERE name = 'employees'")
     store = scim_server.Store(path)
     [ada] = scim_server.Directory(store, FIELDS).employees()
@@ -1787,6 +1787,7 @@ def test_two_thousand_broken_requests_make_no_500_and_leave_the_server_whole(
     names = ["userName", "displayName", "members", "emails", "Operations", "schemas", FAC, ENT,
              "filter", "name", "active", "meta", "id", "failOnErrors", "count", "startIndex",
              "attributes", "groups"]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(2_000):
         path = "/".join(chance.sample(scraps, chance.randint(0, 2)))
         query = chance.choice(["", f"?{chance.choice(names)}={chance.choice(scraps)}",
@@ -1808,6 +1809,7 @@ def test_two_thousand_broken_requests_make_no_500_and_leave_the_server_whole(
         assert statuses and all(status != b"500" for status in statuses), (SEED, number, octets)
     assert scim.get("/Users")["totalResults"] >= 0
     wait_until(lambda: len(server.connections) <= 1)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024      # KiB
 
 
 # Made for these tests: two self-signed certificates for localhost, each with its key.
