@@ -7,7 +7,6 @@ import http.server
 import importlib
 import itertools
 import os
-import random
 import select
 import socket
 import sqlite3
@@ -143,13 +142,14 @@ class RawSqlite:
 
     def __init__(self, folder: Path, filled: Path | None, delay: float, body: Json) -> None:
         self.delay = delay
-        path = folder / "raw.sqlite3"
+        self.path = path = folder / "raw.sqlite3"
         for stale in folder.glob("raw.sqlite3*"):
             stale.unlink()
         self.inserts = rows_of_a_create(path, body)
         if filled:
             with closing(sqlite3.connect(filled)) as source, closing(sqlite3.connect(path)) as copy:
                 source.backup(copy)
+        self.numbers = itertools.count(5 * 10 ** 9)
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = FULL")
@@ -172,8 +172,13 @@ class RawSqlite:
             durations.append(now() - started)
         return Load.of(durations, len(durations) / sum(durations))
 
+    def close(self) -> None:
+        """Remove the copy."""
+        self.connection.close()
+        self.path.unlink()
+
     def _fresh(self) -> list[Insert]:
-        number, id = f"{random.randrange(10 ** 10):010}", str(uuid.uuid4())
+        number, id = f"{next(self.numbers):010}", str(uuid.uuid4())
         return [(table, statement, [
             {name: value.replace(NUMBER, number).replace(ID, id) if isinstance(value, str) else value
              for name, value in row.items()} for row in rows])
@@ -213,7 +218,7 @@ class Limits:
             raw = RawSqlite(self.folder, self.filled, (self.options.commit_delay or 0) / 1000,
                             self.user)
             yield from (raw.run(seconds) for _ in runs)
-            raw.connection.close()
+            raw.close()
         else:
             with served(serve_stock if kind == "stock" else serve_echo, size) as target:
                 for _ in runs:
