@@ -164,8 +164,8 @@ class People:
 
     def group(self, size: int) -> str:
         """Create a group of the first users and return its id."""
-        id = self.wire.exchange(self.target.render("POST", "/Groups", group_body(f"bench group of {size}")),
-                                201)["id"]
+        body = group_body(f"bench group of {size}")
+        id = self.wire.exchange(self.target.render("POST", "/Groups", body), 201)["id"]
         ids = self.first(size)
         for start in range(0, size, MEMBER_BATCH):
             patch = members_patch("add", ids[start:start + MEMBER_BATCH])
