@@ -50,7 +50,7 @@ from people import (
     person,
     send_bulk,
 )
-from report import Report, Result, compare
+from report import Report, Result, compare, digits
 
 TOKEN = "bench-secret-token"
 CONFIG: dict[str, Any] = {"data_dir": "data", "tenants": [{
@@ -95,7 +95,7 @@ class Server:
 
     def __init__(self, folder: Path, options: argparse.Namespace,
                  command: Sequence[str] | None = None) -> None:
-        self.folder, self.token = folder, TOKEN
+        self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
         (folder / "config.json").write_text(json.dumps(CONFIG | dict(options.set)))
@@ -114,7 +114,8 @@ class Server:
                                             text=True)
         for line in self.process.stdout or ():
             if found := re.match(r"(?:scim_server listening|Serving SCIM) on (\S+)", line):
-                return Target.of(found[1], self.token)
+                self.target = Target.of(found[1], TOKEN)
+                return self.target
         raise BenchError(f"the server did not start:\n{log.read_text()[-2000:]}")
 
     def stop(self) -> None:
@@ -356,6 +357,22 @@ def report_start(server: Server, what: str, report: Report, runs: int) -> None:
     report.add(Result("rss-idle", f"resident after it, {what}", 1, statistics.median(sizes), "MiB"))
 
 
+def report_soak(people: People, server: Server, minutes: float, report: Report) -> None:
+    """Mix reads and writes over 8 connections for a time, and report rate and memory ten times."""
+    rows = [row for row in [*lookup_rows(people), *create_rows(people)] if row.names[0] != "bulk"]
+    for row in rows:
+        probe(row, people.target)
+
+    def requests(target: Target, number: int) -> Iterator[bytes]:
+        return (next(series) for series in
+                itertools.cycle([row.requests(target, number) for row in rows]))
+    for tenth in range(1, 11):
+        [load] = measure(people.target, requests, 8, minutes * 6, (200, 201))
+        what = f"reads and writes, minute {digits(minutes * tenth / 10)}"
+        report.add(Result("soak", what, 8, load.rate, "requests/s", load.p50, load.p99))
+        report.add(Result("rss-soak", what, 8, server.rss(), "MiB"))
+
+
 def sync_singly(wire: Wire, users: int, groups: int, progress: Progress) -> tuple[list[float], ...]:
     """Do a first sync as Entra ID does, and return the seconds of each user and of each group."""
     target, ids, user_times, group_times = wire.target, [], [], []
@@ -494,6 +511,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--connections", default="1,8,64", metavar="N,…", help="of 1, 8 and 64")
     add("--seconds", type=float, default=2, metavar="S", help="of a measurement (default 2)")
     add("--runs", type=int, default=3, metavar="R", help="the medians of which count (default 3)")
+    add("--soak", type=float, metavar="MINUTES", help="then reads and writes for so long, and memory")
     add("--json", metavar="FILE", help="write the results")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two results, then end")
     add("--against", choices=["scim2-server"], help="measure lookup, get and create on a peer too")
@@ -539,6 +557,8 @@ def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> No
         run_rows(folder, People(server.start(), options.users), server, options, report)
         if "rss-load".startswith(options.only):
             report.add(Result("rss-load", "resident after all rows", 1, server.rss(), "MiB"))
+        if options.soak:
+            report_soak(People(server.target, options.users), server, options.soak, report)
     except BenchError as error:
         tail = (server.folder / "server.log").read_text()[-1000:]
         raise BenchError(f"{error}\nthe server's log ends:\n{tail}") from None

@@ -7,7 +7,6 @@ import http.server
 import importlib
 import itertools
 import os
-import random
 import select
 import socket
 import sqlite3
@@ -42,13 +41,13 @@ def served(serve: Callable[[Pipe, int], None], size: int) -> Iterator[Target]:
 
 
 def serve_stock(pipe: Pipe, size: int) -> None:
-    """Serve a constant by http.server as it comes, one write an answer and no log: at its best."""
+    """Serve a constant by http.server as it comes, its log to nowhere."""
     body = b"x" * size
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        wbufsize = -1
-        disable_nagle_algorithm = True
+        disable_nagle_algorithm = True    # else its second write awaits an ACK: 25 answers a second
 
         def do_GET(self) -> None:
             self.send_response(200)
@@ -56,9 +55,6 @@ def serve_stock(pipe: Pipe, size: int) -> None:
             self.send_header("Content-Length", str(size))
             self.end_headers()
             self.wfile.write(body)
-
-        def log_message(self, format: str, *arguments: Any) -> None:
-            pass
 
     class Server(http.server.ThreadingHTTPServer):
         request_queue_size = 128
@@ -143,13 +139,14 @@ class RawSqlite:
 
     def __init__(self, folder: Path, filled: Path | None, delay: float, body: Json) -> None:
         self.delay = delay
-        path = folder / "raw.sqlite3"
+        self.path = path = folder / "raw.sqlite3"
         for stale in folder.glob("raw.sqlite3*"):
             stale.unlink()
         self.inserts = rows_of_a_create(path, body)
         if filled:
             with closing(sqlite3.connect(filled)) as source, closing(sqlite3.connect(path)) as copy:
                 source.backup(copy)
+        self.numbers = itertools.count(5 * 10 ** 9)
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = FULL")
@@ -172,8 +169,13 @@ class RawSqlite:
             durations.append(now() - started)
         return Load.of(durations, len(durations) / sum(durations))
 
+    def close(self) -> None:
+        """Remove the copy."""
+        self.connection.close()
+        self.path.unlink()
+
     def _fresh(self) -> list[Insert]:
-        number, id = f"{random.randrange(10 ** 10):010}", str(uuid.uuid4())
+        number, id = f"{next(self.numbers):010}", str(uuid.uuid4())
         return [(table, statement, [
             {name: value.replace(NUMBER, number).replace(ID, id) if isinstance(value, str) else value
              for name, value in row.items()} for row in rows])
@@ -213,7 +215,7 @@ class Limits:
             raw = RawSqlite(self.folder, self.filled, (self.options.commit_delay or 0) / 1000,
                             self.user)
             yield from (raw.run(seconds) for _ in runs)
-            raw.connection.close()
+            raw.close()
         else:
             with served(serve_stock if kind == "stock" else serve_echo, size) as target:
                 for _ in runs:

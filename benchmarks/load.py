@@ -24,6 +24,7 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 PATIENCE = 300                    # seconds that an answer may take
+RESTING = 20                      # seconds after which a connection is opened again
 FORK = multiprocessing.get_context("fork")
 Json = Any
 now = time.perf_counter
@@ -77,6 +78,7 @@ class Wire:
         self.target = target
         self.durations = array("d")
         self.answer = b""
+        self.started = now()
         self.socket: socket.socket | None = None
         self.connect()
 
@@ -122,6 +124,8 @@ class Wire:
 
     def exchange(self, request: bytes, *statuses: int) -> Json:
         """Send a request and return the JSON of its answer, None where it is empty."""
+        if now() - self.started > RESTING:               # the server may have ended it meanwhile
+            self.close()
         self.send(request)
         while not self.receive():
             pass

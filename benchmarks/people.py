@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 from collections.abc import Iterator, Sequence
+from urllib.parse import quote
 
 from load import BenchError, Json, Target, Wire, now
 
@@ -97,8 +98,16 @@ class People:
         """Return the id of the user with a number, "" if there is none."""
         return self.found(f"user{number:07}@example.com")
 
+    def clear(self) -> None:
+        """Remove the groups that an earlier run left."""
+        left = self.wire.exchange(self.target.render("GET", (
+            "/Groups?attributes=displayName&filter=" + quote('displayName sw "bench group of"'))))
+        for group in left.get("Resources", ()):
+            self.wire.exchange(self.target.render("DELETE", f"/Groups/{group['id']}"), 204)
+
     def fill(self) -> None:
         """Create the users that are missing, by Bulk."""
+        self.clear()
         if self.numbered(self.count):
             raise BenchError(f"there are more than {self.count:,} users already; use another --keep")
         present, end = 0, self.count                     # the users below present are there
@@ -154,12 +163,9 @@ class People:
             for name in names]
 
     def group(self, size: int) -> str:
-        """Create a group of some size, instead of one that an earlier run left; return its id."""
-        name = f"bench group of {size}"
-        left = self.wire.exchange(self.target.lookup(f'displayName eq "{name}"', "Groups"))
-        for group in left.get("Resources", ()):
-            self.wire.exchange(self.target.render("DELETE", f"/Groups/{group['id']}"), 204)
-        id = self.wire.exchange(self.target.render("POST", "/Groups", group_body(name)), 201)["id"]
+        """Create a group of the first users and return its id."""
+        body = group_body(f"bench group of {size}")
+        id = self.wire.exchange(self.target.render("POST", "/Groups", body), 201)["id"]
         ids = self.first(size)
         for start in range(0, size, MEMBER_BATCH):
             patch = members_patch("add", ids[start:start + MEMBER_BATCH])
