@@ -1453,42 +1453,83 @@ READERS = 8                       # connections that read at once; more would ta
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
 Sql = tuple[str, list[Any]]          # a condition and its parameters, in order
+COLUMNS = {"resource": "seq", "entry": "seq, element"}       # by which a condition knows its rows
 
 
-def compile_filter(filter: Filter, columns: str = "seq") -> Sql:
-    """Return a filter as an SQL condition on columns: seq, or for a value path seq and element."""
+def compile_filter(filter: Filter, row: str = "resource") -> Sql:
+    """Return a filter as an SQL condition on a row: a resource or, in a value path, an index entry."""
     match filter:
         case And(filters):
-            return join_sql(" AND ", filters, columns, "1 = 1")
+            return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
         case Or(filters):
-            return join_sql(" OR ", filters, columns, "1 = 0")
+            return join_sql(" OR ", [compile_filter(inner, row) for inner in filters], "1 = 0")
         case Not(inner):
-            sql, parameters = compile_filter(inner, columns)
+            sql, parameters = compile_filter(inner, row)
             return f"NOT ({sql})", parameters
         case ValuePath(target, inner):
-            return rows(target, columns, *compile_filter(inner, "(seq, element)"))
+            sql, parameters = compile_filter(inner, "entry")
+            return rows(target, row, f"key = '1' AND {sql}", parameters)
         case Present(target):
-            return rows(target, columns, "key > ''", [])
+            return rows(target, row, "key > ''", [])
         case Compare(target, op, key):
-            return rows(target, columns, *compile_comparison(op, key))
+            return rows(target, row, *compile_comparison(op, key))
 
 
-def join_sql(word: str, filters: Iterable[Filter], columns: str, empty: str) -> Sql:
+def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
+    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed.
+
+    Another set would be made whole, be it of a million rows, before SQLite looks into it.
+    """
+    terms = sorted(filters, key=width)
+    compiled = [compile_filter(term, row) for term in terms]
+    if terms and width(terms[0]) < 2:
+        compiled[1:] = [probe(term, row) or sql
+                        for term, sql in zip(terms[1:], compiled[1:], strict=True)]
+    return compiled
+
+
+def width(filter: Filter) -> int:
+    """Return a guess at how many rows a filter finds: 0 a few, 1 a range of them, 2 most of them."""
+    match filter:
+        case Compare(target, "eq"):
+            attribute = target.attribute
+            return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
+        case Compare():
+            return 1
+        case ValuePath(_, inner):
+            return width(inner)
+        case And(filters):
+            return min(map(width, filters), default=2)
+        case Or(filters):
+            return max(map(width, filters), default=0)
+        case _:
+            return 2
+
+
+def probe(filter: Filter, row: str) -> Sql | None:
+    """Return an equality as a look-up for one row, None for another filter."""
+    match filter:
+        case Compare(target, "eq", key) if target.attribute.index not in LINKED_ENTRIES:
+            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
+            return (f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
+                    [target.attribute.index, key])
+        case _:
+            return None
+
+
+def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
     """Return conditions joined by AND or OR, or what stands for none of them."""
-    compiled = [compile_filter(inner, columns) for inner in filters]
-    if not compiled:
-        return empty, []
-    return (f"({word.join(sql for sql, _ in compiled)})",
+    return (f"({word.join(sql for sql, _ in compiled) or empty})",
             [parameter for _, parameters in compiled for parameter in parameters])
 
 
-def rows(target: Target, columns: str, condition: str, parameters: list[Any]) -> Sql:
-    """Return that columns are among the index entries of a target that meet a condition."""
-    index, selected = target.attribute.index, columns.strip("()")
+def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
+    """Return that a row is among the index entries of a target that meet a condition."""
+    index, columns = target.attribute.index, COLUMNS[row]
     if index in LINKED_ENTRIES:
-        return (f"{columns} IN (SELECT {selected} FROM ({LINKED_ENTRIES[index]}) AS entry "
+        return (f"({columns}) IN (SELECT {columns} FROM ({LINKED_ENTRIES[index]}) AS entry "
                 f"WHERE {condition})"), parameters
-    return (f"{columns} IN (SELECT {selected} FROM value WHERE path = ? AND {condition})",
+    return (f"({columns}) IN (SELECT {columns} FROM value AS entry WHERE path = ? AND {condition})",
             [index, *parameters])
 
 
