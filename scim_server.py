@@ -174,32 +174,22 @@ DATE_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none.
-
-    Entra's collections send years from 0001 and seven fraction digits, which fromisoformat of
-    Python 3.10 refuses; without an offset UTC is meant.
-    """
+    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none."""
+    # Entra sends years from 0001 and seven fraction digits, which Python 3.10's fromisoformat refuses.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
     instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))   # type: ignore[arg-type]
-    if parts[8]:
-        offset = timedelta(hours=int(parts[9]), minutes=int(parts[10]))
-        try:
-            instant += -offset if parts[8] == "+" else offset
-        except OverflowError:
-            raise ValueError(text) from None
+    offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))   # none means UTC
+    try:
+        instant += -offset if parts[8] == "+" else offset
+    except OverflowError:
+        raise ValueError(text) from None
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
 
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """An attribute with its characteristics (RFC 7643 §2.2, §7).
-
-    path is its full name in a resource ("emails.type", "urn:…:User:department"), index the same in
-    lower case; both are set when a resource type takes the attribute in. Three characteristics are
-    our own: published is whether /Schemas lists it, default the value that a resource gets when its
-    client never sent one, and linked marks membership, which is kept as rows and not in the body.
-    """
+    """An attribute with its characteristics (RFC 7643 §2.2, §7) and, behind description, our own."""
 
     name: str
     type: str = "string"
@@ -213,11 +203,11 @@ class Attribute:
     reference_types: tuple[str, ...] = ()
     sub_attributes: tuple[Attribute, ...] = ()
     description: str = ""
-    published: bool = True
-    default: Json = None
-    linked: bool = False
-    path: str = ""
-    index: str = field(init=False)
+    published: bool = True              # whether /Schemas lists it
+    default: Json = None                # the value of a resource whose client never sent one
+    linked: bool = False                # marks membership, which is kept as rows and not in the body
+    path: str = ""                      # in a resource type: "emails.type", "urn:…:User:department"
+    index: str = field(init=False)      # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -242,50 +232,43 @@ class Attribute:
         return self.by_name.get("value")
 
     def convert(self, value: Json) -> Json:
-        """Return a JSON value in the type of this simple attribute.
-
-        Clean text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
-        Raises ScimError 400 invalidValue.
-        """
+        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
+        problem = ""
         if self.type == "boolean":
-            if isinstance(value, bool):
-                return value
-            if isinstance(value, str) and value.lower() in ("true", "false"):
-                return value.lower() == "true"
+            # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
+            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+                return str(value).lower() == "true"
         elif self.type == "integer":
             if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
                 value = int(value)
             if isinstance(value, int) and not isinstance(value, bool):
                 if -INTEGER_LIMIT <= value < INTEGER_LIMIT:
                     return value
-                raise ScimError(400, "invalidValue", f"{self.path}: {shown(value)} is beyond the "
-                                                     "64 bits of an Integer")
+                problem = f"{shown(value)} is beyond the 64 bits of an Integer"
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
-                raise ScimError(400, "invalidValue", f"{self.path}: the text has {len(value)} "
-                                                     f"characters, more than {MAX_TEXT}")
-            if self.type != "dateTime":
+                problem = f"the text has {len(value)} characters, more than {MAX_TEXT}"
+            elif self.type != "dateTime":
                 return value
-            try:
-                return date_time_key(value) and value
-            except ValueError:
-                pass
-        raise ScimError(400, "invalidValue", f"{self.path}: expected "
-                        f"{TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
+            else:
+                with suppress(ValueError):
+                    return date_time_key(value) and value
+        problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
+        raise ScimError(400, "invalidValue", f"{self.path}: {problem}")
 
     def holds(self, value: Json) -> bool:
         """Return whether a value is of this simple attribute's type as it stands."""
-        try:
-            converted = self.convert(value)
-        except ScimError:
-            return False
-        return type(converted) is type(value) and bool(converted == value)
+        with suppress(ScimError):
+            return type(self.convert(value)) is type(value)
+        return False
+
+    def values(self, holder: Mapping[str, Json]) -> list[Json]:
+        """Return the values of this attribute in a resource or complex value, none, one or many."""
+        value = holder.get(self.name, [])
+        return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text by which values of this attribute are equal and in order.
-
-        Keys compare by code point. The key of a complex value says only that it is there.
-        """
+        """Return the text by whose code points values of this attribute are equal and in order."""
         if self.type == "boolean":
             return "true" if value else "false"
         if self.type == "integer":
@@ -293,19 +276,23 @@ class Attribute:
         if self.type == "dateTime":
             return date_time_key(value)
         if self.type == "complex":
-            return "1"
+            return "1"                  # says only that it is there
         return value if self.case_exact else value.casefold()   # type: ignore[no-any-return]
 
 
-def plural(name: str, value_type: str = "string", types: Sequence[str] = (),
-           display: bool = True, **characteristics: Any) -> Attribute:
+def strings(*names: str) -> tuple[Attribute, ...]:
+    """Return attributes of type String with no characteristic but their names."""
+    return tuple(map(Attribute, names))
+
+
+def plural(name: str, value_type: str = "string", types: tuple[str, ...] = (),
+           display: bool = True) -> Attribute:
     """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
-    exact = value_type != "string"
-    return Attribute(name, "complex", multi_valued=True, **characteristics, sub_attributes=(
-        Attribute("value", value_type, case_exact=exact,
+    return Attribute(name, "complex", multi_valued=True, sub_attributes=(
+        Attribute("value", value_type, case_exact=value_type != "string",
                   reference_types=("external",) if value_type == "reference" else ()),
         Attribute("display", published=display),
-        Attribute("type", canonical_values=tuple(types)),
+        Attribute("type", canonical_values=types),
         Attribute("primary", "boolean"),
     ))
 
@@ -324,8 +311,7 @@ EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     Attribute("schemas", "reference", multi_valued=True, case_exact=True, mutability="readOnly",
               returned="always"),
-    Attribute("id", case_exact=True, mutability="readOnly", returned="always",
-              uniqueness="server"),
+    Attribute("id", case_exact=True, mutability="readOnly", returned="always", uniqueness="server"),
     EXTERNAL_ID,
 )
 META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
@@ -339,11 +325,7 @@ META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
 
 @dataclass(frozen=True, eq=False)
 class ResourceType:
-    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute.
-
-    Extensions are complex attributes of the root, named by their URNs, so the same few lines walk
-    resources, complex values and extension objects.
-    """
+    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute."""
 
     name: str
     endpoint: str
@@ -352,11 +334,12 @@ class ResourceType:
     root: Attribute = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        extensions = tuple(Attribute(extension.id, "complex", sub_attributes=extension.attributes)
-                           for extension in self.extensions)
-        root = Attribute("", "complex", sub_attributes=(*COMMON, *self.schema.attributes,
-                                                        *extensions, META))
-        object.__setattr__(self, "root", root.placed())
+        # With extensions as complex attributes named by their URNs, the same few lines walk
+        # resources, complex values and extension objects.
+        extensions = [Attribute(extension.id, "complex", sub_attributes=extension.attributes)
+                      for extension in self.extensions]
+        attributes = (*COMMON, *self.schema.attributes, *extensions, META)
+        object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
 
     @property
     def extension_attributes(self) -> list[Attribute]:
@@ -366,39 +349,23 @@ class ResourceType:
 
 USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
     Attribute("userName", required=True, uniqueness="server"),
-    Attribute("name", "complex", sub_attributes=(
-        Attribute("formatted"),
-        Attribute("familyName"),
-        Attribute("givenName"),
-        Attribute("middleName"),
-        Attribute("honorificPrefix"),
-        Attribute("honorificSuffix"),
-    )),
-    Attribute("displayName"),
-    Attribute("nickName"),
+    Attribute("name", "complex", sub_attributes=strings(
+        "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix")),
+    *strings("displayName", "nickName"),
     Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
     Attribute("title", description="The job title; the employee's designation"),
-    Attribute("userType"),
-    Attribute("preferredLanguage"),
-    Attribute("locale"),
-    Attribute("timezone"),
+    *strings("userType", "preferredLanguage", "locale", "timezone"),
     # Okta takes a user without active for a deactivated one, so a user always has it.
     Attribute("active", "boolean", default=True),
     # Okta always sends a password: it is accepted, and neither stored nor published.
     Attribute("password", mutability="writeOnly", returned="never", published=False),
     # Entra's validator makes a test for each published attribute and stops at these displays.
     plural("emails", types=("work", "home", "other"), display=False),
-    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"),
-           display=False),
+    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False),
     plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
     plural("photos", "reference", types=("photo", "thumbnail")),
     Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
-        Attribute("formatted"),
-        Attribute("streetAddress"),
-        Attribute("locality"),
-        Attribute("region"),
-        Attribute("postalCode"),
-        Attribute("country"),
+        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
         Attribute("type", canonical_values=("work", "home", "other")),
         Attribute("primary", "boolean"),
         Attribute("display", published=False),
@@ -406,8 +373,7 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
     Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
               sub_attributes=(
         Attribute("value", case_exact=True, mutability="readOnly"),
-        Attribute("$ref", "reference", case_exact=True, mutability="readOnly",
-                  reference_types=("Group",)),
+        Attribute("$ref", "reference", case_exact=True, mutability="readOnly", reference_types=("Group",)),
         Attribute("display", mutability="readOnly"),
         Attribute("type", mutability="readOnly", canonical_values=("direct",)),
     )),
@@ -430,15 +396,10 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
 ))
 
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", description="Enterprise User", attributes=(
-    Attribute("employeeNumber"),
-    Attribute("costCenter"),
-    Attribute("organization"),
-    Attribute("division"),
-    Attribute("department"),
+    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
         Attribute("value", case_exact=True),
-        Attribute("$ref", "reference", case_exact=True, published=False,
-                  reference_types=("User",)),
+        Attribute("$ref", "reference", case_exact=True, published=False, reference_types=("User",)),
         Attribute("displayName"),
     )),
 ))
@@ -460,10 +421,9 @@ class CustomField:
 
 def facilio_extension(custom_fields: Iterable[CustomField]) -> Schema:
     """Return the Facilio extension of a tenant, made of its custom fields."""
-    return Schema(FACILIO, "FacilioUser", description="Custom fields of the Employee module",
-                  attributes=tuple(Attribute(custom.link_name, custom.type.lower(),
-                                             description=custom.display_name)
-                                   for custom in custom_fields))
+    attributes = [Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
+                  for custom in custom_fields]
+    return Schema(FACILIO, "FacilioUser", tuple(attributes), "Custom fields of the Employee module")
 
 
 def resource_types(custom_fields: Iterable[CustomField]) -> dict[str, ResourceType]:
