@@ -373,7 +373,8 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
     Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
               sub_attributes=(
         Attribute("value", case_exact=True, mutability="readOnly"),
-        Attribute("$ref", "reference", case_exact=True, mutability="readOnly", reference_types=("Group",)),
+        Attribute("$ref", "reference", case_exact=True, mutability="readOnly",
+                  reference_types=("Group",)),
         Attribute("display", mutability="readOnly"),
         Attribute("type", mutability="readOnly", canonical_values=("direct",)),
     )),
@@ -457,8 +458,7 @@ class Target:
         """Return the values at this target in a resource or complex value, one by one."""
         found = [value]
         for attribute in self.attributes:
-            inner = [item[attribute.name] for item in found if attribute.name in item]
-            found = [item for items in inner for item in items] if attribute.multi_valued else inner
+            found = [item for holder in found for item in attribute.values(holder)]
         return found
 
     def keys(self, value: Json) -> list[str]:
@@ -516,14 +516,8 @@ Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 
 TEST: dict[str, Callable[[str, str], bool]] = {
-    "eq": operator.eq,
-    "co": operator.contains,
-    "sw": str.startswith,
-    "ew": str.endswith,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "lt": operator.lt,
-    "le": operator.le,
+    "eq": operator.eq, "co": operator.contains, "sw": str.startswith, "ew": str.endswith,
+    "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le,
 }
 
 
@@ -546,15 +540,15 @@ def matches(filter: Filter, value: Json) -> bool:
 
 # -- Names -------------------------------------------------------------------
 
+Bound = tuple[Attribute, ...] | None     # the attributes down to what a name means; None if unknown
+
 
 def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribute, str] | None:
-    """Return the schema URN at the head of a name, the complex attribute it means, and the rest.
-
-    The longest known URN followed by a colon: URNs hold dots and colons themselves. A dot in place
-    of the last colon is the spelling that Entra used before 2018.
-    """
+    """Return the schema URN at the head of a name, the complex attribute it means, and the rest."""
     scopes = [(resource_type.schema.id, resource_type.root)]
     scopes += [(extension.name, extension) for extension in resource_type.extension_attributes]
+    # The longest known URN before a colon: URNs hold dots and colons themselves. A dot in place
+    # of that colon is the spelling that Entra used before 2018.
     for urn, attribute in sorted(scopes, key=lambda scope: -len(scope[0])):
         rest = name[len(urn):]
         if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
@@ -563,36 +557,34 @@ def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribu
 
 
 @lru_cache(1024)
-def resolve(name: str, resource_type: ResourceType) -> tuple[Attribute, ...] | None:
-    """Return the attributes from the root down to a name in attrPath notation; None if unknown.
-
-    () is the resource itself, named by its schema. A bare name that the core schema lacks is looked
-    up in the extensions, for Entra's path "manager".
-    """
-    scope = resource_type.root
-    found: tuple[Attribute, ...] = ()
+def resolve(name: str, resource_type: ResourceType) -> Bound:
+    """Return the attributes from the root to a name in attrPath notation, () to the root by its URN."""
+    # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
+    scopes, names = [resource_type.root, *resource_type.extension_attributes], name.split(".")
     if extension := find_extension(name, resource_type):
-        _, scope, name = extension
+        _, scope, rest = extension
+        scopes, names = [scope], rest.split(".") if rest else []
+    for scope in scopes:
         found = () if scope is resource_type.root else (scope,)
-        if not name:
-            return found
-    first = name.partition(".")[0]
-    if scope is resource_type.root and not extension and not scope.sub_attribute(first):
-        for candidate in resource_type.extension_attributes:
-            if candidate.sub_attribute(first):
-                scope, found = candidate, (candidate,)
+        for part in names:
+            if not (sub := scope.sub_attribute(part)):
                 break
-    for part in name.split("."):
-        if not (sub := scope.sub_attribute(part)):
-            return None
-        scope, found = sub, (*found, sub)
-    return found
+            scope, found = sub, (*found, sub)
+        else:
+            return found
+    return None
+
+
+def resolve_below(target: Bound, name: str) -> Bound:
+    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
+    sub = target[-1].sub_attribute(name) if target else None
+    return (sub,) if sub else None
 
 
 # -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
 
-Lexeme = tuple[str, str, int]                                  # kind, text, column from 1
-Scope = Callable[[str], tuple[Attribute, ...] | None]          # a name to the attributes it means
+Tokens = list[tuple[str, str, int]]      # kind, text, column from 1
+Scope = Callable[[str], Bound]           # binds the names in a filter
 
 TOKEN = re.compile(r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
@@ -601,7 +593,6 @@ TOKEN = re.compile(r"""
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
 STRING_TYPES = ("string", "reference")
-OPERATORS = {"eq", "ne", "pr", *TEST}
 
 
 def bad_filter(column: int, expected: str, found: str) -> ScimError:
@@ -610,7 +601,7 @@ def bad_filter(column: int, expected: str, found: str) -> ScimError:
                                            f"{shown(found) if found else 'the end'}")
 
 
-def tokens_of(text: str) -> list[Lexeme]:
+def tokens_of(text: str) -> Tokens:
     """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:
         raise ScimError(400, "invalidFilter", f"filter: longer than {MAX_FILTER_LENGTH} characters")
@@ -618,74 +609,47 @@ def tokens_of(text: str) -> list[Lexeme]:
     while position < end:
         if not (token := TOKEN.match(text, position)):
             rest = text[position:end].lstrip()
-            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket",
-                             rest)
+            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest)
         kind = token.lastgroup or ""
         tokens.append((kind, token[kind], token.start(kind) + 1))
         position = token.end()
     return [*tokens, ("end", "", end + 1)]
 
 
-def expect(tokens: list[Lexeme], position: int, mark: str) -> int:
-    """Return the position after a mark that must stand there."""
-    _, text, column = tokens[position]
-    if text != mark:
-        raise bad_filter(column, f"'{mark}'", text)
-    return position + 1
-
-
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
-    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2).
-
-    Raises ScimError 400 invalidFilter, with the column, or with the attribute and its type.
-    """
-    return whole_filter(tokens_of(text), partial(resolve, resource_type=resource_type))
-
-
-def whole_filter(tokens: list[Lexeme], scope: Scope) -> Filter:
-    """Return the filter that tokens make, which nothing may follow."""
-    filter, position = parse_or(tokens, 0, scope, 0)
-    kind, text, column = tokens[position]
-    if kind != "end":
-        raise bad_filter(column, "'and', 'or' or the end", text)
-    return filter
+    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError invalidFilter."""
+    return parse_until("", tokens_of(text), 0, partial(resolve, resource_type=resource_type))[0]
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
-def parse_or(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
-    """Return a filter whose terms are joined by "or"."""
+def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0,
+                ) -> tuple[Filter, int]:
+    """Return the filter before a closing bracket, or before the end (""), and what follows that."""
     if depth > MAX_FILTER_DEPTH:
-        raise ScimError(400, "invalidFilter",
-                        f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
-    terms, position = parse_terms(tokens, position, scope, depth, "or", parse_and)
-    return (terms[0] if len(terms) == 1 else Or(terms)), position
+        raise ScimError(400, "invalidFilter", f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
+    term, position = parse_term(tokens, position, scope, depth)
+    choices = [[term]]
+    while (word := tokens[position][1].lower()) in ("and", "or"):
+        term, position = parse_term(tokens, position + 1, scope, depth)
+        if word == "or":
+            choices.append([])
+        choices[-1].append(term)
+    _, text, column = tokens[position]
+    if text != mark:
+        raise bad_filter(column, f"'{mark}'" if mark else "'and', 'or' or the end", text)
+    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in choices]
+    return (Or(tuple(filters)) if len(filters) > 1 else filters[0]), position + 1
 
 
-def parse_and(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
-    """Return a filter whose terms are joined by "and"."""
-    terms, position = parse_terms(tokens, position, scope, depth, "and", parse_term)
-    return (terms[0] if len(terms) == 1 else And(terms)), position
-
-
-def parse_terms(tokens: list[Lexeme], position: int, scope: Scope, depth: int, word: str,
-                rule: Callable[[list[Lexeme], int, Scope, int], tuple[Filter, int]],
-                ) -> tuple[tuple[Filter, ...], int]:
-    """Return the terms that a rule reads, as long as a word joins them."""
-    term, position = rule(tokens, position, scope, depth)
-    terms = [term]
-    while tokens[position][0] == "name" and tokens[position][1].lower() == word:
-        term, position = rule(tokens, position + 1, scope, depth)
-        terms.append(term)
-    return tuple(terms), position
-
-
-def parse_term(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
     """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
     kind, text, column = tokens[position]
+    if text == "(":
+        return parse_until(")", tokens, position + 1, scope, depth + 1)
     following = tokens[position + 1][1] if kind != "end" else ""
-    if text == "(" or (text.lower() == "not" and following == "("):
-        inner, after = parse_or(tokens, position + (1 if text == "(" else 2), scope, depth + 1)
-        return (inner if text == "(" else Not(inner)), expect(tokens, after, ")")
+    if text.lower() == "not" and following == "(":
+        inner, position = parse_term(tokens, position + 1, scope, depth)
+        return Not(inner), position
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
     if following == "[":
@@ -694,59 +658,46 @@ def parse_term(tokens: list[Lexeme], position: int, scope: Scope, depth: int) ->
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: list[Lexeme], position: int, scope: Scope, depth: int,
-                     ) -> tuple[Filter, int]:
+def parse_value_path(tokens: Tokens, position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
     """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
     name = tokens[position][1]
     target = scope(name)
     inner, position = parse_brackets(tokens, position + 1, target, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
-        comparison, position = parse_expression(tokens, position + 1,
-                                                resolve_below(target, text[1:]), name + text)
+        sub = resolve_below(target, text[1:])
+        comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
     return (ValuePath(Target(target), inner) if target else NOTHING), position
 
 
-def parse_brackets(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
-                   name: str, depth: int) -> tuple[Filter, int]:
+def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int,
+                   ) -> tuple[Filter, int]:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
         raise ScimError(400, "invalidFilter", f"{name}: a filter in brackets needs a complex "
                                               f"attribute, this one is of type {target[-1].type}")
-    inner, position = parse_or(tokens, position + 1, partial(resolve_below, target), depth + 1)
-    return inner, expect(tokens, position, "]")
+    return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
 
 
-def resolve_below(target: tuple[Attribute, ...] | None, name: str) -> tuple[Attribute, ...] | None:
-    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
-    sub = target[-1].sub_attribute(name) if target else None
-    return (sub,) if sub else None
-
-
-def parse_expression(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
-                     name: str) -> tuple[Filter, int]:
+def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> tuple[Filter, int]:
     """Return the comparison of a named attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
-    if op not in OPERATORS:
-        raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     if op == "pr":
         return (Present(Target(target)) if target else NOTHING), position + 1
-    literal = parse_literal(tokens[position + 1])
-    return bind_comparison(target, name, op, literal), position + 2
+    if op != "ne" and op not in TEST:
+        raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
+    return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
 
 
-def parse_literal(token: Lexeme) -> Json:
+def parse_literal(kind: str, text: str, column: int) -> Json:
     """Return the JSON value that a comparison names."""
-    kind, text, column = token
     if kind in ("string", "number") or text.lower() in ("true", "false", "null"):
-        try:
+        with suppress(ValueError):
             literal = json.loads(text.lower() if kind == "name" else text, strict=False)
             if not (isinstance(literal, str) and unstorable(literal)):
                 return literal
-        except ValueError:
-            pass
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
@@ -755,16 +706,11 @@ def unstorable(text: str) -> bool:
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, literal: Json,
-                    ) -> Filter:
-    """Return the filter that compares a target with a literal of its type.
-
-    An attribute that the schemas lack has no value (RFC 7644 §3.4.2.1), so nothing equals it.
-    ne is the opposite of eq, so it also holds for a resource without the attribute.
-    """
-    if op == "ne":
+def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
+    """Return the filter that compares a target with a literal of its type."""
+    if op == "ne":      # the opposite of eq, so it also holds for a resource without the attribute
         return Not(bind_comparison(target, name, "eq", literal))
-    if not target:
+    if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
     attribute = target[-1]
     if attribute.type == "complex":
@@ -777,8 +723,8 @@ def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, li
         return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
-    if literal is None or unordered or (op in ("co", "sw", "ew")
-                                        and attribute.type not in STRING_TYPES):
+    shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
+    if literal is None or unordered or shapeless:
         raise ScimError(400, "invalidFilter", f"{name}: '{op}' does not go with {shown(literal)} "
                                               f"and the type {attribute.type}")
     try:
@@ -793,33 +739,22 @@ def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, li
 
 @dataclass(frozen=True, slots=True)
 class PatchPath:
-    """The target of a PATCH operation: attributes, a filter on values of the last one, a sub-attribute.
+    """The target of a PATCH operation, such as emails[type eq "work"].value."""
 
-    emails[type eq "work"].value is ((emails,), Compare(type, "eq", "work"), value).
-    """
-
-    attributes: tuple[Attribute, ...]
-    filter: Filter | None = None
-    sub_attribute: Attribute | None = None
-
-    @property
-    def all_attributes(self) -> tuple[Attribute, ...]:
-        """Every attribute on the way, the sub-attribute after the filter included."""
-        return (*self.attributes, self.sub_attribute) if self.sub_attribute else self.attributes
+    attributes: tuple[Attribute, ...]            # (emails,)
+    filter: Filter | None = None                 # on its values: Compare(type, "eq", "work")
+    sub_attribute: Attribute | None = None       # value
 
     @property
     def read_only(self) -> Attribute | None:
         """The first attribute on the way that no client may change, if any."""
-        return next((attribute for attribute in self.all_attributes
-                     if attribute.mutability in ("readOnly", "immutable")), None)
+        return next((found for found in (*self.attributes, self.sub_attribute)
+                     if found and found.mutability in ("readOnly", "immutable")), None)
 
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return the target that a PATCH path means (RFC 7644 §3.5.2 figure 7).
-
-    Raises ScimError 400 invalidPath, or invalidFilter for what stands in its brackets.
-    """
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
     if attributes is None:
@@ -832,7 +767,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     filter, position = parse_brackets(tokens, 1, attributes, name, 0)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
-    if (kind != "end" and not sub) or tokens[position + bool(sub)][0] != "end":
+    if tokens[position + bool(sub)][0] != "end":
         raise ScimError(400, "invalidPath", f"path {shown(text)}: what follows ']' must be a "
                                             f"sub-attribute of {attributes[-1].path}")
     return PatchPath(attributes, filter, sub)
@@ -1132,7 +1067,7 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     """Yield the operation on a path, its value accepted; one for each sub-attribute to merge."""
     if read_only := path.read_only:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
-    attribute = path.all_attributes[-1]
+    attribute = path.sub_attribute or path.attributes[-1]
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
     if merge and attribute.type == "complex" and not attribute.value_attribute \
             and not attribute.multi_valued and isinstance(value, dict):
