@@ -793,10 +793,9 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource that a client's JSON body describes, read-only parts left out.
+    """Return the canonical resource that a client's JSON body describes; ScimError 400 if it is none.
 
-    Attributes that no schema knows are ignored, as Entra and Okta need. Raises ScimError 400
-    invalidSyntax for a body that is no object, invalidValue for a value of a wrong type.
+    Read-only attributes are left out, and those that no schema knows, as Entra and Okta need.
     """
     if not isinstance(body, dict):
         raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
@@ -828,10 +827,8 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
         return accept_single(attribute, value)
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value]
-    accepted = [item for item in (accept_single(attribute, item) for item in items)
-                if item is not None]
-    if primary := [item for item in accepted if is_primary(item)]:
-        keep_one_primary(accepted, primary[-1])
+    accepted = [item for item in (accept_single(attribute, item) for item in items) if item is not None]
+    keep_one_primary(accepted)
     return accepted or None
 
 
@@ -857,10 +854,11 @@ def is_primary(value: Json) -> bool:
     return isinstance(value, dict) and value.get("primary") is True
 
 
-def keep_one_primary(values: list[Json], winner: Json) -> None:
-    """Set primary to false on all other values that have it (RFC 7644 §3.5.2)."""
+def keep_one_primary(values: list[Json], earlier: Json = None) -> None:
+    """Leave one of the primary values so, the last that was not so earlier (RFC 7644 §3.5.2)."""
+    winners = [value for value in values if is_primary(value) and value is not earlier]
     for value in values:
-        if value is not winner and is_primary(value):
+        if winners and value is not winners[-1] and is_primary(value):
             value["primary"] = False
 
 
@@ -884,28 +882,26 @@ def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resour
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
     """Return a resource in the order of the schema, its "schemas" made anew (RFC 7643 §3)."""
-    schemas = [resource_type.schema.id]
-    schemas += [extension.id for extension in resource_type.extensions if extension.id in resource]
-    resource = {**resource, "schemas": schemas}
+    extensions = [extension.id for extension in resource_type.extensions if extension.id in resource]
+    resource = {**resource, "schemas": [resource_type.schema.id, *extensions]}
     return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes
             if sub.name in resource}
 
 
 # -- Projection ------------------------------------------------------------------
 
-Tree = dict[str, "Tree | None"]      # names to what is meant below them; None means all of it
+Tree = dict[str, Any]                # names to the trees of what is meant below; None means all of it
 
 
 def name_tree(names: str, resource_type: ResourceType) -> Tree:
     """Return the attributes of a comma-separated list as a tree; unknown ones are left out."""
     found = [resolve(name.strip(), resource_type) for name in names.split(",")]
     tree: Tree = {}
-    for attributes in sorted(filter(None, found), key=len):
-        node: Tree | None = tree
+    for attributes in sorted(filter(None, found), key=len, reverse=True):
+        node = tree
         for attribute in attributes[:-1]:
-            node = node.setdefault(attribute.name, {}) if node is not None else None
-        if node is not None:
-            node[attributes[-1].name] = None
+            node = node.setdefault(attribute.name, {})
+        node[attributes[-1].name] = None      # shorter names come last and put the whole for a part
     return tree
 
 
@@ -918,8 +914,8 @@ class Selection:
 
     def includes(self, attribute: Attribute) -> bool:
         """Return whether an attribute of the root is asked for, as a whole or in part."""
-        return self.unwanted.get(attribute.name, {}) is not None and (
-            self.wanted is None or attribute.name in self.wanted)
+        asked = self.wanted is None or attribute.name in self.wanted
+        return asked and self.unwanted.get(attribute.name, {}) is not None
 
 
 @lru_cache(1024)
@@ -936,15 +932,14 @@ def select(attribute: Attribute, value: Mapping[str, Json], wanted: Tree | None,
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         if sub.returned != "always":
-            if unwanted.get(name, {}) is None or (wanted is not None and name not in wanted):
+            inner, outer = (wanted or {}).get(name), unwanted.get(name, {})
+            if outer is None or (wanted is not None and name not in wanted):
                 continue
-            inner, outer = wanted and wanted[name], unwanted.get(name) or {}
             if sub.type == "complex" and (inner or outer):
-                items = [select(sub, one, inner, outer)
-                         for one in (item if sub.multi_valued else [item])]
-                item = [one for one in items if one] if sub.multi_valued else items[0]
-                if not item:
+                items = [select(sub, one, inner, outer) for one in sub.values(value)]
+                if not any(items):
                     continue
+                item = list(filter(None, items)) if sub.multi_valued else items[0]
         selected[name] = item
     return selected
 
@@ -968,21 +963,15 @@ def project(resource_type: ResourceType, resource: Resource, selection: Selectio
 Entry = tuple[str, str, int]         # path, key, element
 
 
-def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0,
-                  ) -> Iterator[Entry]:
-    """Yield an entry for each value in a resource (or a complex value), and one for each complex.
-
-    The elements of a multi-valued attribute are numbered with the primary one first, so that
-    element 0 is the one to sort by (RFC 7644 §3.4.2.3).
-    """
+def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0) -> Iterator[Entry]:
+    """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         if sub.linked:
             continue
-        if sub.multi_valued:
-            items = list(enumerate(sorted(item, key=lambda one: not is_primary(one))))
-        else:
-            items = [(element, item)]
+        items: Iterable[tuple[int, Json]] = [(element, item)]
+        if sub.multi_valued:      # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
+            items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
         for number, one in items:
             yield sub.index, sub.key(one), number
             if sub.type == "complex":
@@ -1009,11 +998,7 @@ class Operation:
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
-    """Return the operations of a PATCH body; objects that merge are split into their attributes.
-
-    Raises ScimError 400: invalidSyntax for a body that is no PatchOp; invalidPath, invalidFilter,
-    noTarget, mutability or invalidValue for an operation.
-    """
+    """Return the operations of a PATCH body, merging objects split into attributes; ScimError 400."""
     named = {name.lower(): value for name, value in body.items()} if isinstance(body, dict) else {}
     if not isinstance(items := named.get("operations"), list) or not items:
         raise ScimError(400, "invalidSyntax", "Operations: expected a list of PATCH operations")
@@ -1087,10 +1072,8 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
 
 
 def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids in a linked attribute that operations can touch; None where it may be any.
-
-    A change of membership then costs what it changes, however large the group is.
-    """
+    """Return the ids in a linked attribute that operations can touch; None where it may be any."""
+    # With them a change of membership costs what it changes, however large the group is.
     named: set[str] = set()
     for operation in operations:
         if operation.path.attributes[0] is not attribute:
@@ -1109,11 +1092,7 @@ def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[
 
 def apply_patch(resource_type: ResourceType, resource: Resource,
                 operations: Iterable[Operation]) -> Resource:
-    """Return the resource after all operations, in order; the one handed in stays as it is.
-
-    Raises ScimError 400: noTarget, mutability for a required attribute that lost its value, or
-    invalidValue.
-    """
+    """Return the resource after all operations, in order; the one handed in stays as it is."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
@@ -1129,48 +1108,31 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
     """Change a resource by one operation."""
     path = operation.path
     first, attribute = path.attributes[0], path.attributes[-1]
-    primary = next(filter(is_primary, values_of(first, resource)), None)
+    primary = next(filter(is_primary, first.values(resource)), None)
     holders = [resource]
     for container in path.attributes[:-1]:
-        holders = [item for holder in holders
-                   for item in descend(container, holder, create=operation.op != "remove")]
+        for holder in holders:
+            if operation.op != "remove" and not holder.get(container.name):
+                holder[container.name] = [{}] if container.multi_valued else {}
+        holders = [item for holder in holders for item in container.values(holder)]
     for holder in holders:
         if path.filter:
             change_selected(attribute, holder, operation, path.filter)
         else:
             change(attribute, holder, operation)
-    # Of the values that this operation made primary, the last one is (RFC 7644 §3.5.2).
-    values = values_of(first, resource)
-    if winners := [value for value in values if is_primary(value) and value is not primary]:
-        keep_one_primary(values, winners[-1])
-
-
-def values_of(attribute: Attribute, holder: Resource) -> list[Json]:
-    """Return the values of an attribute in a holder as a list, that of a single value too."""
-    value = holder.get(attribute.name, [])
-    return value if attribute.multi_valued or attribute.name not in holder else [value]
-
-
-def descend(attribute: Attribute, holder: Resource, create: bool) -> list[Resource]:
-    """Return the complex values of an attribute; an empty new one where there is none to change."""
-    if create and not holder.get(attribute.name):
-        holder[attribute.name] = [{}] if attribute.multi_valued else {}
-    return values_of(attribute, holder)
+    keep_one_primary(first.values(resource), primary)
 
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
     """Add, replace or remove an attribute in a resource or complex value."""
     value = operation.value
-    if operation.op == "remove":
-        if attribute.multi_valued and operation.given:
-            # Entra's default dialect lists the values to remove, for members by their ids.
-            unwanted = [identity(attribute, one) for one in value or ()]
-            holder[attribute.name] = [one for one in values_of(attribute, holder) if not any(
-                given <= identity(attribute, one) for given in unwanted)]
-        else:
-            holder.pop(attribute.name, None)
+    if operation.op == "remove" and attribute.multi_valued and operation.given:
+        # Entra's default dialect lists the values to remove, for members by their ids.
+        unwanted = [identity(attribute, one) for one in value or ()]
+        holder[attribute.name] = [one for one in attribute.values(holder) if not any(
+            given <= identity(attribute, one) for given in unwanted)]
     elif value is None:
-        if operation.op == "replace" and attribute.mutability != "writeOnly":
+        if operation.op != "add":
             holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
         add_values(attribute, holder.setdefault(attribute.name, []), value)
@@ -1198,7 +1160,7 @@ def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]
 def change_selected(attribute: Attribute, holder: Resource, operation: Operation,
                     filter: Filter) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
-    values = values_of(attribute, holder)
+    values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
@@ -1235,8 +1197,7 @@ def equal_terms(filter: Filter) -> Resource:
 def pruned(value: Json) -> Json:
     """Return a JSON value without the empty objects and lists that removals left."""
     if isinstance(value, dict):
-        inner = {name: pruned(item) for name, item in value.items()}
-        return {name: item for name, item in inner.items() if item not in ({}, [])}
+        return {name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])}
     if isinstance(value, list):
         return [item for item in map(pruned, value) if item != {}]
     return value
@@ -1979,11 +1940,8 @@ EMPLOYEE_FIELDS = {
     "phone": ('phoneNumbers[type eq "work"].value',),
     "mobile": ('phoneNumbers[type eq "mobile"].value',),
     "designation": ("title",),
-    "department": (f"{ENTERPRISE}:department",),
-    "employeeNumber": (f"{ENTERPRISE}:employeeNumber",),
-    "costCenter": (f"{ENTERPRISE}:costCenter",),
-    "organization": (f"{ENTERPRISE}:organization",),
-    "division": (f"{ENTERPRISE}:division",),
+    **{name: (f"{ENTERPRISE}:{name}",) for name in (
+        "department", "employeeNumber", "costCenter", "organization", "division")},
     "language": ("preferredLanguage",),
     "locale": ("locale",),
     "timezone": ("timezone",),
@@ -1993,14 +1951,10 @@ Recipe = dict[str, list[list[PatchPath]]]
 
 @dataclass(frozen=True)
 class Employee:
-    """An employee of Facilio; id stays the same for a person for ever, text that is unknown is "".
+    """An employee of Facilio; text that is unknown is ""."""
 
-    user_id is the SCIM id, manager the employee id of the manager where known, changed the time of
-    the last change (a dateTime in UTC), custom_fields has the values by link name.
-    """
-
-    id: int
-    user_id: str
+    id: int                             # stays the same for a person for ever
+    user_id: str                        # the SCIM id
     external_id: str
     active: bool
     name: str
@@ -2016,9 +1970,9 @@ class Employee:
     language: str
     locale: str
     timezone: str
-    manager: int | None
-    changed: str
-    custom_fields: dict[str, Json]
+    manager: int | None                 # the manager's employee id where known
+    changed: str                        # time of the last change, a dateTime in UTC
+    custom_fields: dict[str, Json]      # values by link name
 
 
 def employee_recipe(user_type: ResourceType) -> Recipe:
@@ -2031,9 +1985,8 @@ def employee_recipe(user_type: ResourceType) -> Recipe:
 def employee_record(recipe: Recipe, user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
-    for name, alternatives in recipe.items():
-        texts = (" ".join(filter(None, (text_at(path, user) for path in paths)))
-                 for paths in alternatives)
+    for name, choices in recipe.items():
+        texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
 
