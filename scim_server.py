@@ -342,9 +342,10 @@ class ResourceType:
         object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
 
     @property
-    def extension_attributes(self) -> list[Attribute]:
-        """The extensions as attributes of the root."""
-        return [self.root.by_name[extension.id.lower()] for extension in self.extensions]
+    def scopes(self) -> dict[str, Attribute]:
+        """What the URNs of the schemas mean: the root, and its attributes that are extensions."""
+        extensions = [self.root.by_name[extension.id.lower()] for extension in self.extensions]
+        return {self.schema.id: self.root, **{found.name: found for found in extensions}}
 
 
 USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
@@ -378,9 +379,7 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
         Attribute("display", mutability="readOnly"),
         Attribute("type", mutability="readOnly", canonical_values=("direct",)),
     )),
-    plural("entitlements"),
-    plural("roles"),
-    plural("x509Certificates", "binary"),
+    plural("entitlements"), plural("roles"), plural("x509Certificates", "binary"),
 ))
 
 GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
@@ -545,11 +544,9 @@ Bound = tuple[Attribute, ...] | None     # the attributes down to what a name me
 
 def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribute, str] | None:
     """Return the schema URN at the head of a name, the complex attribute it means, and the rest."""
-    scopes = [(resource_type.schema.id, resource_type.root)]
-    scopes += [(extension.name, extension) for extension in resource_type.extension_attributes]
     # The longest known URN before a colon: URNs hold dots and colons themselves. A dot in place
     # of that colon is the spelling that Entra used before 2018.
-    for urn, attribute in sorted(scopes, key=lambda scope: -len(scope[0])):
+    for urn, attribute in sorted(resource_type.scopes.items(), key=lambda scope: -len(scope[0])):
         rest = name[len(urn):]
         if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
             return urn, attribute, rest[1:]
@@ -560,7 +557,7 @@ def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribu
 def resolve(name: str, resource_type: ResourceType) -> Bound:
     """Return the attributes from the root to a name in attrPath notation, () to the root by its URN."""
     # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
-    scopes, names = [resource_type.root, *resource_type.extension_attributes], name.split(".")
+    scopes, names = list(resource_type.scopes.values()), name.split(".")
     if extension := find_extension(name, resource_type):
         _, scope, rest = extension
         scopes, names = [scope], rest.split(".") if rest else []
@@ -585,6 +582,7 @@ def resolve_below(target: Bound, name: str) -> Bound:
 
 Tokens = list[tuple[str, str, int]]      # kind, text, column from 1
 Scope = Callable[[str], Bound]           # binds the names in a filter
+Parsed = tuple[Filter, int]              # and the position after it
 
 TOKEN = re.compile(r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
@@ -622,9 +620,8 @@ def parse_filter(text: str, resource_type: ResourceType) -> Filter:
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
-def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0,
-                ) -> tuple[Filter, int]:
-    """Return the filter before a closing bracket, or before the end (""), and what follows that."""
+def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0) -> Parsed:
+    """Return the filter that a mark closes, a bracket or "" for the end; what follows is behind it."""
     if depth > MAX_FILTER_DEPTH:
         raise ScimError(400, "invalidFilter", f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
@@ -641,7 +638,7 @@ def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: i
     return (Or(tuple(filters)) if len(filters) > 1 else filters[0]), position + 1
 
 
-def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
     """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
     kind, text, column = tokens[position]
     if text == "(":
@@ -658,7 +655,7 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> tuple
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: Tokens, position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+def parse_value_path(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
     """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
     name = tokens[position][1]
     target = scope(name)
@@ -671,8 +668,7 @@ def parse_value_path(tokens: Tokens, position: int, scope: Scope, depth: int) ->
     return (ValuePath(Target(target), inner) if target else NOTHING), position
 
 
-def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int,
-                   ) -> tuple[Filter, int]:
+def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
         raise ScimError(400, "invalidFilter", f"{name}: a filter in brackets needs a complex "
@@ -680,7 +676,7 @@ def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, dept
     return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
 
 
-def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> tuple[Filter, int]:
+def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
     """Return the comparison of a named attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
@@ -693,11 +689,10 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
     """Return the JSON value that a comparison names."""
-    if kind in ("string", "number") or text.lower() in ("true", "false", "null"):
-        with suppress(ValueError):
-            literal = json.loads(text.lower() if kind == "name" else text, strict=False)
-            if not (isinstance(literal, str) and unstorable(literal)):
-                return literal
+    with suppress(ValueError):
+        literal = json.loads(text.lower() if kind == "name" else text, strict=False)
+        if not (isinstance(literal, str) and unstorable(literal)):
+            return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
@@ -793,10 +788,7 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource that a client's JSON body describes; ScimError 400 if it is none.
-
-    Read-only attributes are left out, and those that no schema knows, as Entra and Okta need.
-    """
+    """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
     if not isinstance(body, dict):
         raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
     return accept_complex(resource_type.root, body)
@@ -807,6 +799,7 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     given: dict[str, Json] = {}
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
+        # What is read-only is left out, and what no schema knows, as Entra and Okta need.
         if sub and sub.mutability == "readWrite" and item is not None:
             if sub.name in given:
                 raise ScimError(400, "invalidValue", f"{sub.path}: given twice")
@@ -855,7 +848,7 @@ def is_primary(value: Json) -> bool:
 
 
 def keep_one_primary(values: list[Json], earlier: Json = None) -> None:
-    """Leave one of the primary values so, the last that was not so earlier (RFC 7644 §3.5.2)."""
+    """Leave but one value primary: the last that became so, else the earlier one (RFC 7644 §3.5.2)."""
     winners = [value for value in values if is_primary(value) and value is not earlier]
     for value in values:
         if winners and value is not winners[-1] and is_primary(value):
@@ -925,8 +918,7 @@ def parse_selection(attributes: str, excluded: str, resource_type: ResourceType)
                      name_tree(excluded, resource_type))
 
 
-def select(attribute: Attribute, value: Mapping[str, Json], wanted: Tree | None,
-           unwanted: Tree) -> Resource:
+def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted: Tree) -> Resource:
     """Return the part of a complex value (or a resource) that trees of names leave."""
     selected = {}
     for name, item in value.items():
@@ -998,7 +990,7 @@ class Operation:
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
-    """Return the operations of a PATCH body, merging objects split into attributes; ScimError 400."""
+    """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
     named = {name.lower(): value for name, value in body.items()} if isinstance(body, dict) else {}
     if not isinstance(items := named.get("operations"), list) or not items:
         raise ScimError(400, "invalidSyntax", "Operations: expected a list of PATCH operations")
@@ -1028,15 +1020,13 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 
 
 def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    """Yield the operations that the members of a path-less operation's value stand for.
-
-    Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
-    not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
-    A misspelt custom field is an error as in a path, so that the administrator sees it.
-    """
+    """Yield the operations that the members of a path-less operation's value stand for."""
     if not isinstance(value, dict):
         raise ScimError(400, "invalidValue",
                         f"{op} without path: expected an object, got {shown(value)}")
+    # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
+    # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
+    # A misspelt custom field is an error as in a path, so that the administrator sees it.
     for name, one in value.items():
         plain = name.partition("[")[0].strip()
         if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
@@ -1092,7 +1082,7 @@ def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[
 
 def apply_patch(resource_type: ResourceType, resource: Resource,
                 operations: Iterable[Operation]) -> Resource:
-    """Return the resource after all operations, in order; the one handed in stays as it is."""
+    """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
@@ -1142,13 +1132,12 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
     """Append the values that are not there yet; one that is there takes over what else was sent."""
-    present = {identity(attribute, value): value for value in values}
+    present: dict[Any, Resource] = {identity(attribute, value): value for value in values}
     for value in copy.deepcopy(added):
-        if known := present.get(identity(attribute, value)):
-            known.update(value)
-        else:
+        known = present.setdefault(identity(attribute, value), value)
+        known.update(value)
+        if known is value:
             values.append(value)
-            present[identity(attribute, value)] = value
 
 
 def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]]:
@@ -1942,9 +1931,7 @@ EMPLOYEE_FIELDS = {
     "designation": ("title",),
     **{name: (f"{ENTERPRISE}:{name}",) for name in (
         "department", "employeeNumber", "costCenter", "organization", "division")},
-    "language": ("preferredLanguage",),
-    "locale": ("locale",),
-    "timezone": ("timezone",),
+    "language": ("preferredLanguage",), "locale": ("locale",), "timezone": ("timezone",),
 }
 Recipe = dict[str, list[list[PatchPath]]]
 
@@ -1994,9 +1981,8 @@ def employee_record(recipe: Recipe, user: Resource) -> Resource:
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
     for item in Target(path.attributes).items(resource):
-        if path.filter and not matches(path.filter, item):
-            continue
-        if text := item.get(path.sub_attribute.name) if path.sub_attribute else item:
+        text = item.get(path.sub_attribute.name) if path.sub_attribute else item
+        if text and (not path.filter or matches(path.filter, item)):
             return str(text)
     return ""
 
