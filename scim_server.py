@@ -368,8 +368,7 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
     Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
         *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
         Attribute("type", canonical_values=("work", "home", "other")),
-        Attribute("primary", "boolean"),
-        Attribute("display", published=False),
+        Attribute("primary", "boolean"), Attribute("display", published=False),
     )),
     Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
               sub_attributes=(
@@ -650,16 +649,14 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
     if following == "[":
-        return parse_value_path(tokens, position, scope, depth)
+        return parse_value_path(tokens, position + 1, scope(text), text, depth)
     return parse_expression(tokens, position + 1, scope(text), text)
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
+def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
-    name = tokens[position][1]
-    target = scope(name)
-    inner, position = parse_brackets(tokens, position + 1, target, name, depth)
+    inner, position = parse_brackets(tokens, position, target, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
         sub = resolve_below(target, text[1:])
@@ -707,13 +704,12 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         return Not(bind_comparison(target, name, "eq", literal))
     if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
+    if target[-1].type == "complex" and target[-1].value_attribute:
+        target = (*target, target[-1].value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
-        if not attribute.value_attribute:
-            raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
-                            f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
-        attribute = attribute.value_attribute
-        target = (*target, attribute)
+        raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
+                        f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
     if literal is None and op == "eq":
         return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
@@ -1154,10 +1150,9 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
         # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
-        selected = [equal_terms(filter)]
-        values = [*values, *selected]
-        if not selected[0]:
+        if not (created := equal_terms(filter)):
             raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+        selected, values = [created], [*values, created]
     for value in selected:
         if operation.path.sub_attribute:
             change(operation.path.sub_attribute, value, operation)
