@@ -176,32 +176,22 @@ DATE_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none.
-
-    Entra's collections send years from 0001 and seven fraction digits, which fromisoformat of
-    Python 3.10 refuses; without an offset UTC is meant.
-    """
+    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none."""
+    # Entra sends years from 0001 and seven fraction digits, which Python 3.10's fromisoformat refuses.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
     instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))   # type: ignore[arg-type]
-    if parts[8]:
-        offset = timedelta(hours=int(parts[9]), minutes=int(parts[10]))
-        try:
-            instant += -offset if parts[8] == "+" else offset
-        except OverflowError:
-            raise ValueError(text) from None
+    offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))   # none means UTC
+    try:
+        instant += -offset if parts[8] == "+" else offset
+    except OverflowError:
+        raise ValueError(text) from None
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
 
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """An attribute with its characteristics (RFC 7643 §2.2, §7).
-
-    path is its full name in a resource ("emails.type", "urn:…:User:department"), index the same in
-    lower case; both are set when a resource type takes the attribute in. Three characteristics are
-    our own: published is whether /Schemas lists it, default the value that a resource gets when its
-    client never sent one, and linked marks membership, which is kept as rows and not in the body.
-    """
+    """An attribute with its characteristics (RFC 7643 §2.2, §7) and, behind description, our own."""
 
     name: str
     type: str = "string"
@@ -215,11 +205,11 @@ class Attribute:
     reference_types: tuple[str, ...] = ()
     sub_attributes: tuple[Attribute, ...] = ()
     description: str = ""
-    published: bool = True
-    default: Json = None
-    linked: bool = False
-    path: str = ""
-    index: str = field(init=False)
+    published: bool = True              # whether /Schemas lists it
+    default: Json = None                # the value of a resource whose client never sent one
+    linked: bool = False                # marks membership, which is kept as rows and not in the body
+    path: str = ""                      # in a resource type: "emails.type", "urn:…:User:department"
+    index: str = field(init=False)      # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -244,50 +234,43 @@ class Attribute:
         return self.by_name.get("value")
 
     def convert(self, value: Json) -> Json:
-        """Return a JSON value in the type of this simple attribute.
-
-        Clean text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
-        Raises ScimError 400 invalidValue.
-        """
+        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
+        problem = ""
         if self.type == "boolean":
-            if isinstance(value, bool):
-                return value
-            if isinstance(value, str) and value.lower() in ("true", "false"):
-                return value.lower() == "true"
+            # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
+            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+                return str(value).lower() == "true"
         elif self.type == "integer":
             if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
                 value = int(value)
             if isinstance(value, int) and not isinstance(value, bool):
                 if -INTEGER_LIMIT <= value < INTEGER_LIMIT:
                     return value
-                raise ScimError(400, "invalidValue", f"{self.path}: {shown(value)} is beyond the "
-                                                     "64 bits of an Integer")
+                problem = f"{shown(value)} is beyond the 64 bits of an Integer"
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
-                raise ScimError(400, "invalidValue", f"{self.path}: the text has {len(value)} "
-                                                     f"characters, more than {MAX_TEXT}")
-            if self.type != "dateTime":
+                problem = f"the text has {len(value)} characters, more than {MAX_TEXT}"
+            elif self.type != "dateTime":
                 return value
-            try:
-                return date_time_key(value) and value
-            except ValueError:
-                pass
-        raise ScimError(400, "invalidValue", f"{self.path}: expected "
-                        f"{TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
+            else:
+                with suppress(ValueError):
+                    return date_time_key(value) and value
+        problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
+        raise ScimError(400, "invalidValue", f"{self.path}: {problem}")
 
     def holds(self, value: Json) -> bool:
         """Return whether a value is of this simple attribute's type as it stands."""
-        try:
-            converted = self.convert(value)
-        except ScimError:
-            return False
-        return type(converted) is type(value) and bool(converted == value)
+        with suppress(ScimError):
+            return type(self.convert(value)) is type(value)
+        return False
+
+    def values(self, holder: Mapping[str, Json]) -> list[Json]:
+        """Return the values of this attribute in a resource or complex value, none, one or many."""
+        value = holder.get(self.name, [])
+        return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text by which values of this attribute are equal and in order.
-
-        Keys compare by code point. The key of a complex value says only that it is there.
-        """
+        """Return the text by whose code points values of this attribute are equal and in order."""
         if self.type == "boolean":
             return "true" if value else "false"
         if self.type == "integer":
@@ -295,19 +278,23 @@ class Attribute:
         if self.type == "dateTime":
             return date_time_key(value)
         if self.type == "complex":
-            return "1"
+            return "1"                  # says only that it is there
         return value if self.case_exact else value.casefold()   # type: ignore[no-any-return]
 
 
-def plural(name: str, value_type: str = "string", types: Sequence[str] = (),
-           display: bool = True, **characteristics: Any) -> Attribute:
+def strings(*names: str) -> tuple[Attribute, ...]:
+    """Return attributes of type String with no characteristic but their names."""
+    return tuple(map(Attribute, names))
+
+
+def plural(name: str, value_type: str = "string", types: tuple[str, ...] = (),
+           display: bool = True) -> Attribute:
     """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
-    exact = value_type != "string"
-    return Attribute(name, "complex", multi_valued=True, **characteristics, sub_attributes=(
-        Attribute("value", value_type, case_exact=exact,
+    return Attribute(name, "complex", multi_valued=True, sub_attributes=(
+        Attribute("value", value_type, case_exact=value_type != "string",
                   reference_types=("external",) if value_type == "reference" else ()),
         Attribute("display", published=display),
-        Attribute("type", canonical_values=tuple(types)),
+        Attribute("type", canonical_values=types),
         Attribute("primary", "boolean"),
     ))
 
@@ -326,8 +313,7 @@ EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     Attribute("schemas", "reference", multi_valued=True, case_exact=True, mutability="readOnly",
               returned="always"),
-    Attribute("id", case_exact=True, mutability="readOnly", returned="always",
-              uniqueness="server"),
+    Attribute("id", case_exact=True, mutability="readOnly", returned="always", uniqueness="server"),
     EXTERNAL_ID,
 )
 META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
@@ -341,11 +327,7 @@ META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
 
 @dataclass(frozen=True, eq=False)
 class ResourceType:
-    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute.
-
-    Extensions are complex attributes of the root, named by their URNs, so the same few lines walk
-    resources, complex values and extension objects.
-    """
+    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute."""
 
     name: str
     endpoint: str
@@ -354,56 +336,41 @@ class ResourceType:
     root: Attribute = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        extensions = tuple(Attribute(extension.id, "complex", sub_attributes=extension.attributes)
-                           for extension in self.extensions)
-        root = Attribute("", "complex", sub_attributes=(*COMMON, *self.schema.attributes,
-                                                        *extensions, META))
-        object.__setattr__(self, "root", root.placed())
+        # With extensions as complex attributes named by their URNs, the same few lines walk
+        # resources, complex values and extension objects.
+        extensions = [Attribute(extension.id, "complex", sub_attributes=extension.attributes)
+                      for extension in self.extensions]
+        attributes = (*COMMON, *self.schema.attributes, *extensions, META)
+        object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
 
     @property
-    def extension_attributes(self) -> list[Attribute]:
-        """The extensions as attributes of the root."""
-        return [self.root.by_name[extension.id.lower()] for extension in self.extensions]
+    def scopes(self) -> dict[str, Attribute]:
+        """What the URNs of the schemas mean: the root, and its attributes that are extensions."""
+        extensions = [self.root.by_name[extension.id.lower()] for extension in self.extensions]
+        return {self.schema.id: self.root, **{found.name: found for found in extensions}}
 
 
 USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
     Attribute("userName", required=True, uniqueness="server"),
-    Attribute("name", "complex", sub_attributes=(
-        Attribute("formatted"),
-        Attribute("familyName"),
-        Attribute("givenName"),
-        Attribute("middleName"),
-        Attribute("honorificPrefix"),
-        Attribute("honorificSuffix"),
-    )),
-    Attribute("displayName"),
-    Attribute("nickName"),
+    Attribute("name", "complex", sub_attributes=strings(
+        "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix")),
+    *strings("displayName", "nickName"),
     Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
     Attribute("title", description="The job title; the employee's designation"),
-    Attribute("userType"),
-    Attribute("preferredLanguage"),
-    Attribute("locale"),
-    Attribute("timezone"),
+    *strings("userType", "preferredLanguage", "locale", "timezone"),
     # Okta takes a user without active for a deactivated one, so a user always has it.
     Attribute("active", "boolean", default=True),
     # Okta always sends a password: it is accepted, and neither stored nor published.
     Attribute("password", mutability="writeOnly", returned="never", published=False),
     # Entra's validator makes a test for each published attribute and stops at these displays.
     plural("emails", types=("work", "home", "other"), display=False),
-    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"),
-           display=False),
+    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False),
     plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
     plural("photos", "reference", types=("photo", "thumbnail")),
     Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
-        Attribute("formatted"),
-        Attribute("streetAddress"),
-        Attribute("locality"),
-        Attribute("region"),
-        Attribute("postalCode"),
-        Attribute("country"),
+        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
         Attribute("type", canonical_values=("work", "home", "other")),
-        Attribute("primary", "boolean"),
-        Attribute("display", published=False),
+        Attribute("primary", "boolean"), Attribute("display", published=False),
     )),
     Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
               sub_attributes=(
@@ -413,9 +380,7 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
         Attribute("display", mutability="readOnly"),
         Attribute("type", mutability="readOnly", canonical_values=("direct",)),
     )),
-    plural("entitlements"),
-    plural("roles"),
-    plural("x509Certificates", "binary"),
+    plural("entitlements"), plural("roles"), plural("x509Certificates", "binary"),
 ))
 
 GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
@@ -432,15 +397,10 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
 ))
 
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", description="Enterprise User", attributes=(
-    Attribute("employeeNumber"),
-    Attribute("costCenter"),
-    Attribute("organization"),
-    Attribute("division"),
-    Attribute("department"),
+    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
         Attribute("value", case_exact=True),
-        Attribute("$ref", "reference", case_exact=True, published=False,
-                  reference_types=("User",)),
+        Attribute("$ref", "reference", case_exact=True, published=False, reference_types=("User",)),
         Attribute("displayName"),
     )),
 ))
@@ -462,10 +422,9 @@ class CustomField:
 
 def facilio_extension(custom_fields: Iterable[CustomField]) -> Schema:
     """Return the Facilio extension of a tenant, made of its custom fields."""
-    return Schema(FACILIO, "FacilioUser", description="Custom fields of the Employee module",
-                  attributes=tuple(Attribute(custom.link_name, custom.type.lower(),
-                                             description=custom.display_name)
-                                   for custom in custom_fields))
+    attributes = [Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
+                  for custom in custom_fields]
+    return Schema(FACILIO, "FacilioUser", tuple(attributes), "Custom fields of the Employee module")
 
 
 def resource_types(custom_fields: Iterable[CustomField]) -> dict[str, ResourceType]:
@@ -499,8 +458,7 @@ class Target:
         """Return the values at this target in a resource or complex value, one by one."""
         found = [value]
         for attribute in self.attributes:
-            inner = [item[attribute.name] for item in found if attribute.name in item]
-            found = [item for items in inner for item in items] if attribute.multi_valued else inner
+            found = [item for holder in found for item in attribute.values(holder)]
         return found
 
     def keys(self, value: Json) -> list[str]:
@@ -558,14 +516,8 @@ Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 
 TEST: dict[str, Callable[[str, str], bool]] = {
-    "eq": operator.eq,
-    "co": operator.contains,
-    "sw": str.startswith,
-    "ew": str.endswith,
-    "gt": operator.gt,
-    "ge": operator.ge,
-    "lt": operator.lt,
-    "le": operator.le,
+    "eq": operator.eq, "co": operator.contains, "sw": str.startswith, "ew": str.endswith,
+    "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le,
 }
 
 
@@ -588,16 +540,14 @@ def matches(filter: Filter, value: Json) -> bool:
 
 # -- Names -------------------------------------------------------------------
 
+Bound = tuple[Attribute, ...] | None     # the attributes down to what a name means; None if unknown
+
 
 def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribute, str] | None:
-    """Return the schema URN at the head of a name, the complex attribute it means, and the rest.
-
-    The longest known URN followed by a colon: URNs hold dots and colons themselves. A dot in place
-    of the last colon is the spelling that Entra used before 2018.
-    """
-    scopes = [(resource_type.schema.id, resource_type.root)]
-    scopes += [(extension.name, extension) for extension in resource_type.extension_attributes]
-    for urn, attribute in sorted(scopes, key=lambda scope: -len(scope[0])):
+    """Return the schema URN at the head of a name, the complex attribute it means, and the rest."""
+    # The longest known URN before a colon: URNs hold dots and colons themselves. A dot in place
+    # of that colon is the spelling that Entra used before 2018.
+    for urn, attribute in sorted(resource_type.scopes.items(), key=lambda scope: -len(scope[0])):
         rest = name[len(urn):]
         if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
             return urn, attribute, rest[1:]
@@ -605,36 +555,35 @@ def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribu
 
 
 @lru_cache(1024)
-def resolve(name: str, resource_type: ResourceType) -> tuple[Attribute, ...] | None:
-    """Return the attributes from the root down to a name in attrPath notation; None if unknown.
-
-    () is the resource itself, named by its schema. A bare name that the core schema lacks is looked
-    up in the extensions, for Entra's path "manager".
-    """
-    scope = resource_type.root
-    found: tuple[Attribute, ...] = ()
+def resolve(name: str, resource_type: ResourceType) -> Bound:
+    """Return the attributes from the root to a name in attrPath notation, () to the root by its URN."""
+    # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
+    scopes, names = list(resource_type.scopes.values()), name.split(".")
     if extension := find_extension(name, resource_type):
-        _, scope, name = extension
+        _, scope, rest = extension
+        scopes, names = [scope], rest.split(".") if rest else []
+    for scope in scopes:
         found = () if scope is resource_type.root else (scope,)
-        if not name:
-            return found
-    first = name.partition(".")[0]
-    if scope is resource_type.root and not extension and not scope.sub_attribute(first):
-        for candidate in resource_type.extension_attributes:
-            if candidate.sub_attribute(first):
-                scope, found = candidate, (candidate,)
+        for part in names:
+            if not (sub := scope.sub_attribute(part)):
                 break
-    for part in name.split("."):
-        if not (sub := scope.sub_attribute(part)):
-            return None
-        scope, found = sub, (*found, sub)
-    return found
+            scope, found = sub, (*found, sub)
+        else:
+            return found
+    return None
+
+
+def resolve_below(target: Bound, name: str) -> Bound:
+    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
+    sub = target[-1].sub_attribute(name) if target else None
+    return (sub,) if sub else None
 
 
 # -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
 
-Lexeme = tuple[str, str, int]                                  # kind, text, column from 1
-Scope = Callable[[str], tuple[Attribute, ...] | None]          # a name to the attributes it means
+Tokens = list[tuple[str, str, int]]      # kind, text, column from 1
+Scope = Callable[[str], Bound]           # binds the names in a filter
+Parsed = tuple[Filter, int]              # and the position after it
 
 TOKEN = re.compile(r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
@@ -643,7 +592,6 @@ TOKEN = re.compile(r"""
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
 STRING_TYPES = ("string", "reference")
-OPERATORS = {"eq", "ne", "pr", *TEST}
 
 
 def bad_filter(column: int, expected: str, found: str) -> ScimError:
@@ -652,7 +600,7 @@ def bad_filter(column: int, expected: str, found: str) -> ScimError:
                                            f"{shown(found) if found else 'the end'}")
 
 
-def tokens_of(text: str) -> list[Lexeme]:
+def tokens_of(text: str) -> Tokens:
     """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:
         raise ScimError(400, "invalidFilter", f"filter: longer than {MAX_FILTER_LENGTH} characters")
@@ -660,135 +608,90 @@ def tokens_of(text: str) -> list[Lexeme]:
     while position < end:
         if not (token := TOKEN.match(text, position)):
             rest = text[position:end].lstrip()
-            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket",
-                             rest)
+            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest)
         kind = token.lastgroup or ""
         tokens.append((kind, token[kind], token.start(kind) + 1))
         position = token.end()
     return [*tokens, ("end", "", end + 1)]
 
 
-def expect(tokens: list[Lexeme], position: int, mark: str) -> int:
-    """Return the position after a mark that must stand there."""
-    _, text, column = tokens[position]
-    if text != mark:
-        raise bad_filter(column, f"'{mark}'", text)
-    return position + 1
-
-
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
-    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2).
-
-    Raises ScimError 400 invalidFilter, with the column, or with the attribute and its type.
-    """
-    return whole_filter(tokens_of(text), partial(resolve, resource_type=resource_type))
-
-
-def whole_filter(tokens: list[Lexeme], scope: Scope) -> Filter:
-    """Return the filter that tokens make, which nothing may follow."""
-    filter, position = parse_or(tokens, 0, scope, 0)
-    kind, text, column = tokens[position]
-    if kind != "end":
-        raise bad_filter(column, "'and', 'or' or the end", text)
-    return filter
+    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError invalidFilter."""
+    return parse_until("", tokens_of(text), 0, partial(resolve, resource_type=resource_type))[0]
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
-def parse_or(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
-    """Return a filter whose terms are joined by "or"."""
+def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0) -> Parsed:
+    """Return the filter that a mark closes, a bracket or "" for the end; what follows is behind it."""
     if depth > MAX_FILTER_DEPTH:
-        raise ScimError(400, "invalidFilter",
-                        f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
-    terms, position = parse_terms(tokens, position, scope, depth, "or", parse_and)
-    return (terms[0] if len(terms) == 1 else Or(terms)), position
+        raise ScimError(400, "invalidFilter", f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
+    term, position = parse_term(tokens, position, scope, depth)
+    choices = [[term]]
+    while (word := tokens[position][1].lower()) in ("and", "or"):
+        term, position = parse_term(tokens, position + 1, scope, depth)
+        if word == "or":
+            choices.append([])
+        choices[-1].append(term)
+    _, text, column = tokens[position]
+    if text != mark:
+        raise bad_filter(column, f"'{mark}'" if mark else "'and', 'or' or the end", text)
+    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in choices]
+    return (Or(tuple(filters)) if len(filters) > 1 else filters[0]), position + 1
 
 
-def parse_and(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
-    """Return a filter whose terms are joined by "and"."""
-    terms, position = parse_terms(tokens, position, scope, depth, "and", parse_term)
-    return (terms[0] if len(terms) == 1 else And(terms)), position
-
-
-def parse_terms(tokens: list[Lexeme], position: int, scope: Scope, depth: int, word: str,
-                rule: Callable[[list[Lexeme], int, Scope, int], tuple[Filter, int]],
-                ) -> tuple[tuple[Filter, ...], int]:
-    """Return the terms that a rule reads, as long as a word joins them."""
-    term, position = rule(tokens, position, scope, depth)
-    terms = [term]
-    while tokens[position][0] == "name" and tokens[position][1].lower() == word:
-        term, position = rule(tokens, position + 1, scope, depth)
-        terms.append(term)
-    return tuple(terms), position
-
-
-def parse_term(tokens: list[Lexeme], position: int, scope: Scope, depth: int) -> tuple[Filter, int]:
+def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
     """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
     kind, text, column = tokens[position]
+    if text == "(":
+        return parse_until(")", tokens, position + 1, scope, depth + 1)
     following = tokens[position + 1][1] if kind != "end" else ""
-    if text == "(" or (text.lower() == "not" and following == "("):
-        inner, after = parse_or(tokens, position + (1 if text == "(" else 2), scope, depth + 1)
-        return (inner if text == "(" else Not(inner)), expect(tokens, after, ")")
+    if text.lower() == "not" and following == "(":
+        inner, position = parse_term(tokens, position + 1, scope, depth)
+        return Not(inner), position
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
     if following == "[":
-        return parse_value_path(tokens, position, scope, depth)
+        return parse_value_path(tokens, position + 1, scope(text), text, depth)
     return parse_expression(tokens, position + 1, scope(text), text)
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: list[Lexeme], position: int, scope: Scope, depth: int,
-                     ) -> tuple[Filter, int]:
+def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
-    name = tokens[position][1]
-    target = scope(name)
-    inner, position = parse_brackets(tokens, position + 1, target, name, depth)
+    inner, position = parse_brackets(tokens, position, target, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
-        comparison, position = parse_expression(tokens, position + 1,
-                                                resolve_below(target, text[1:]), name + text)
+        sub = resolve_below(target, text[1:])
+        comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
     return (ValuePath(Target(target), inner) if target else NOTHING), position
 
 
-def parse_brackets(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
-                   name: str, depth: int) -> tuple[Filter, int]:
+def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
         raise ScimError(400, "invalidFilter", f"{name}: a filter in brackets needs a complex "
                                               f"attribute, this one is of type {target[-1].type}")
-    inner, position = parse_or(tokens, position + 1, partial(resolve_below, target), depth + 1)
-    return inner, expect(tokens, position, "]")
+    return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
 
 
-def resolve_below(target: tuple[Attribute, ...] | None, name: str) -> tuple[Attribute, ...] | None:
-    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
-    sub = target[-1].sub_attribute(name) if target else None
-    return (sub,) if sub else None
-
-
-def parse_expression(tokens: list[Lexeme], position: int, target: tuple[Attribute, ...] | None,
-                     name: str) -> tuple[Filter, int]:
+def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
     """Return the comparison of a named attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
-    if op not in OPERATORS:
-        raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     if op == "pr":
         return (Present(Target(target)) if target else NOTHING), position + 1
-    literal = parse_literal(tokens[position + 1])
-    return bind_comparison(target, name, op, literal), position + 2
+    if op != "ne" and op not in TEST:
+        raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
+    return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
 
 
-def parse_literal(token: Lexeme) -> Json:
+def parse_literal(kind: str, text: str, column: int) -> Json:
     """Return the JSON value that a comparison names."""
-    kind, text, column = token
-    if kind in ("string", "number") or text.lower() in ("true", "false", "null"):
-        try:
-            literal = json.loads(text.lower() if kind == "name" else text, strict=False)
-            if not (isinstance(literal, str) and unstorable(literal)):
-                return literal
-        except ValueError:
-            pass
+    with suppress(ValueError):
+        literal = json.loads(text.lower() if kind == "name" else text, strict=False)
+        if not (isinstance(literal, str) and unstorable(literal)):
+            return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
@@ -797,30 +700,24 @@ def unstorable(text: str) -> bool:
     return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, literal: Json,
-                    ) -> Filter:
-    """Return the filter that compares a target with a literal of its type.
-
-    An attribute that the schemas lack has no value (RFC 7644 §3.4.2.1), so nothing equals it.
-    ne is the opposite of eq, so it also holds for a resource without the attribute.
-    """
-    if op == "ne":
+def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
+    """Return the filter that compares a target with a literal of its type."""
+    if op == "ne":      # the opposite of eq, so it also holds for a resource without the attribute
         return Not(bind_comparison(target, name, "eq", literal))
-    if not target:
+    if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
+    if target[-1].type == "complex" and target[-1].value_attribute:
+        target = (*target, target[-1].value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
-        if not attribute.value_attribute:
-            raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
-                            f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
-        attribute = attribute.value_attribute
-        target = (*target, attribute)
+        raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
+                        f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
     if literal is None and op == "eq":
         return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
-    if literal is None or unordered or (op in ("co", "sw", "ew")
-                                        and attribute.type not in STRING_TYPES):
+    shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
+    if literal is None or unordered or shapeless:
         raise ScimError(400, "invalidFilter", f"{name}: '{op}' does not go with {shown(literal)} "
                                               f"and the type {attribute.type}")
     try:
@@ -835,33 +732,22 @@ def bind_comparison(target: tuple[Attribute, ...] | None, name: str, op: str, li
 
 @dataclass(frozen=True, slots=True)
 class PatchPath:
-    """The target of a PATCH operation: attributes, a filter on values of the last one, a sub-attribute.
+    """The target of a PATCH operation, such as emails[type eq "work"].value."""
 
-    emails[type eq "work"].value is ((emails,), Compare(type, "eq", "work"), value).
-    """
-
-    attributes: tuple[Attribute, ...]
-    filter: Filter | None = None
-    sub_attribute: Attribute | None = None
-
-    @property
-    def all_attributes(self) -> tuple[Attribute, ...]:
-        """Every attribute on the way, the sub-attribute after the filter included."""
-        return (*self.attributes, self.sub_attribute) if self.sub_attribute else self.attributes
+    attributes: tuple[Attribute, ...]            # (emails,)
+    filter: Filter | None = None                 # on its values: Compare(type, "eq", "work")
+    sub_attribute: Attribute | None = None       # value
 
     @property
     def read_only(self) -> Attribute | None:
         """The first attribute on the way that no client may change, if any."""
-        return next((attribute for attribute in self.all_attributes
-                     if attribute.mutability in ("readOnly", "immutable")), None)
+        return next((found for found in (*self.attributes, self.sub_attribute)
+                     if found and found.mutability in ("readOnly", "immutable")), None)
 
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return the target that a PATCH path means (RFC 7644 §3.5.2 figure 7).
-
-    Raises ScimError 400 invalidPath, or invalidFilter for what stands in its brackets.
-    """
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
     if attributes is None:
@@ -874,7 +760,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     filter, position = parse_brackets(tokens, 1, attributes, name, 0)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
-    if (kind != "end" and not sub) or tokens[position + bool(sub)][0] != "end":
+    if tokens[position + bool(sub)][0] != "end":
         raise ScimError(400, "invalidPath", f"path {shown(text)}: what follows ']' must be a "
                                             f"sub-attribute of {attributes[-1].path}")
     return PatchPath(attributes, filter, sub)
@@ -900,11 +786,7 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource that a client's JSON body describes, read-only parts left out.
-
-    Attributes that no schema knows are ignored, as Entra and Okta need. Raises ScimError 400
-    invalidSyntax for a body that is no object, invalidValue for a value of a wrong type.
-    """
+    """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
     if not isinstance(body, dict):
         raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
     return accept_complex(resource_type.root, body)
@@ -915,6 +797,7 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     given: dict[str, Json] = {}
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
+        # What is read-only is left out, and what no schema knows, as Entra and Okta need.
         if sub and sub.mutability == "readWrite" and item is not None:
             if sub.name in given:
                 raise ScimError(400, "invalidValue", f"{sub.path}: given twice")
@@ -935,10 +818,8 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
         return accept_single(attribute, value)
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value]
-    accepted = [item for item in (accept_single(attribute, item) for item in items)
-                if item is not None]
-    if primary := [item for item in accepted if is_primary(item)]:
-        keep_one_primary(accepted, primary[-1])
+    accepted = [item for item in (accept_single(attribute, item) for item in items) if item is not None]
+    keep_one_primary(accepted)
     return accepted or None
 
 
@@ -964,10 +845,11 @@ def is_primary(value: Json) -> bool:
     return isinstance(value, dict) and value.get("primary") is True
 
 
-def keep_one_primary(values: list[Json], winner: Json) -> None:
-    """Set primary to false on all other values that have it (RFC 7644 §3.5.2)."""
+def keep_one_primary(values: list[Json], earlier: Json = None) -> None:
+    """Leave but one value primary: the last that became so, else the earlier one (RFC 7644 §3.5.2)."""
+    winners = [value for value in values if is_primary(value) and value is not earlier]
     for value in values:
-        if value is not winner and is_primary(value):
+        if winners and value is not winners[-1] and is_primary(value):
             value["primary"] = False
 
 
@@ -991,28 +873,26 @@ def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resour
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
     """Return a resource in the order of the schema, its "schemas" made anew (RFC 7643 §3)."""
-    schemas = [resource_type.schema.id]
-    schemas += [extension.id for extension in resource_type.extensions if extension.id in resource]
-    resource = {**resource, "schemas": schemas}
+    extensions = [extension.id for extension in resource_type.extensions if extension.id in resource]
+    resource = {**resource, "schemas": [resource_type.schema.id, *extensions]}
     return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes
             if sub.name in resource}
 
 
 # -- Projection ------------------------------------------------------------------
 
-Tree = dict[str, "Tree | None"]      # names to what is meant below them; None means all of it
+Tree = dict[str, Any]                # names to the trees of what is meant below; None means all of it
 
 
 def name_tree(names: str, resource_type: ResourceType) -> Tree:
     """Return the attributes of a comma-separated list as a tree; unknown ones are left out."""
     found = [resolve(name.strip(), resource_type) for name in names.split(",")]
     tree: Tree = {}
-    for attributes in sorted(filter(None, found), key=len):
-        node: Tree | None = tree
+    for attributes in sorted(filter(None, found), key=len, reverse=True):
+        node = tree
         for attribute in attributes[:-1]:
-            node = node.setdefault(attribute.name, {}) if node is not None else None
-        if node is not None:
-            node[attributes[-1].name] = None
+            node = node.setdefault(attribute.name, {})
+        node[attributes[-1].name] = None      # shorter names come last and put the whole for a part
     return tree
 
 
@@ -1025,8 +905,8 @@ class Selection:
 
     def includes(self, attribute: Attribute) -> bool:
         """Return whether an attribute of the root is asked for, as a whole or in part."""
-        return self.unwanted.get(attribute.name, {}) is not None and (
-            self.wanted is None or attribute.name in self.wanted)
+        asked = self.wanted is None or attribute.name in self.wanted
+        return asked and self.unwanted.get(attribute.name, {}) is not None
 
 
 @lru_cache(1024)
@@ -1036,22 +916,20 @@ def parse_selection(attributes: str, excluded: str, resource_type: ResourceType)
                      name_tree(excluded, resource_type))
 
 
-def select(attribute: Attribute, value: Mapping[str, Json], wanted: Tree | None,
-           unwanted: Tree) -> Resource:
+def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted: Tree) -> Resource:
     """Return the part of a complex value (or a resource) that trees of names leave."""
     selected = {}
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         if sub.returned != "always":
-            if unwanted.get(name, {}) is None or (wanted is not None and name not in wanted):
+            inner, outer = (wanted or {}).get(name), unwanted.get(name, {})
+            if outer is None or (wanted is not None and name not in wanted):
                 continue
-            inner, outer = wanted and wanted[name], unwanted.get(name) or {}
             if sub.type == "complex" and (inner or outer):
-                items = [select(sub, one, inner, outer)
-                         for one in (item if sub.multi_valued else [item])]
-                item = [one for one in items if one] if sub.multi_valued else items[0]
-                if not item:
+                items = [select(sub, one, inner, outer) for one in sub.values(value)]
+                if not any(items):
                     continue
+                item = list(filter(None, items)) if sub.multi_valued else items[0]
         selected[name] = item
     return selected
 
@@ -1075,21 +953,15 @@ def project(resource_type: ResourceType, resource: Resource, selection: Selectio
 Entry = tuple[str, str, int]         # path, key, element
 
 
-def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0,
-                  ) -> Iterator[Entry]:
-    """Yield an entry for each value in a resource (or a complex value), and one for each complex.
-
-    The elements of a multi-valued attribute are numbered with the primary one first, so that
-    element 0 is the one to sort by (RFC 7644 §3.4.2.3).
-    """
+def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0) -> Iterator[Entry]:
+    """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         if sub.linked:
             continue
-        if sub.multi_valued:
-            items = list(enumerate(sorted(item, key=lambda one: not is_primary(one))))
-        else:
-            items = [(element, item)]
+        items: Iterable[tuple[int, Json]] = [(element, item)]
+        if sub.multi_valued:      # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
+            items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
         for number, one in items:
             yield sub.index, sub.key(one), number
             if sub.type == "complex":
@@ -1116,11 +988,7 @@ class Operation:
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
-    """Return the operations of a PATCH body; objects that merge are split into their attributes.
-
-    Raises ScimError 400: invalidSyntax for a body that is no PatchOp; invalidPath, invalidFilter,
-    noTarget, mutability or invalidValue for an operation.
-    """
+    """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
     named = {name.lower(): value for name, value in body.items()} if isinstance(body, dict) else {}
     if not isinstance(items := named.get("operations"), list) or not items:
         raise ScimError(400, "invalidSyntax", "Operations: expected a list of PATCH operations")
@@ -1150,15 +1018,13 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 
 
 def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    """Yield the operations that the members of a path-less operation's value stand for.
-
-    Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
-    not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
-    A misspelt custom field is an error as in a path, so that the administrator sees it.
-    """
+    """Yield the operations that the members of a path-less operation's value stand for."""
     if not isinstance(value, dict):
         raise ScimError(400, "invalidValue",
                         f"{op} without path: expected an object, got {shown(value)}")
+    # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
+    # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
+    # A misspelt custom field is an error as in a path, so that the administrator sees it.
     for name, one in value.items():
         plain = name.partition("[")[0].strip()
         if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
@@ -1174,7 +1040,7 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     """Yield the operation on a path, its value accepted; one for each sub-attribute to merge."""
     if read_only := path.read_only:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
-    attribute = path.all_attributes[-1]
+    attribute = path.sub_attribute or path.attributes[-1]
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
     if merge and attribute.type == "complex" and not attribute.value_attribute \
             and not attribute.multi_valued and isinstance(value, dict):
@@ -1194,10 +1060,8 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
 
 
 def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids in a linked attribute that operations can touch; None where it may be any.
-
-    A change of membership then costs what it changes, however large the group is.
-    """
+    """Return the ids in a linked attribute that operations can touch; None where it may be any."""
+    # With them a change of membership costs what it changes, however large the group is.
     named: set[str] = set()
     for operation in operations:
         if operation.path.attributes[0] is not attribute:
@@ -1216,11 +1080,7 @@ def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[
 
 def apply_patch(resource_type: ResourceType, resource: Resource,
                 operations: Iterable[Operation]) -> Resource:
-    """Return the resource after all operations, in order; the one handed in stays as it is.
-
-    Raises ScimError 400: noTarget, mutability for a required attribute that lost its value, or
-    invalidValue.
-    """
+    """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
@@ -1236,48 +1096,31 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
     """Change a resource by one operation."""
     path = operation.path
     first, attribute = path.attributes[0], path.attributes[-1]
-    primary = next(filter(is_primary, values_of(first, resource)), None)
+    primary = next(filter(is_primary, first.values(resource)), None)
     holders = [resource]
     for container in path.attributes[:-1]:
-        holders = [item for holder in holders
-                   for item in descend(container, holder, create=operation.op != "remove")]
+        for holder in holders:
+            if operation.op != "remove" and not holder.get(container.name):
+                holder[container.name] = [{}] if container.multi_valued else {}
+        holders = [item for holder in holders for item in container.values(holder)]
     for holder in holders:
         if path.filter:
             change_selected(attribute, holder, operation, path.filter)
         else:
             change(attribute, holder, operation)
-    # Of the values that this operation made primary, the last one is (RFC 7644 §3.5.2).
-    values = values_of(first, resource)
-    if winners := [value for value in values if is_primary(value) and value is not primary]:
-        keep_one_primary(values, winners[-1])
-
-
-def values_of(attribute: Attribute, holder: Resource) -> list[Json]:
-    """Return the values of an attribute in a holder as a list, that of a single value too."""
-    value = holder.get(attribute.name, [])
-    return value if attribute.multi_valued or attribute.name not in holder else [value]
-
-
-def descend(attribute: Attribute, holder: Resource, create: bool) -> list[Resource]:
-    """Return the complex values of an attribute; an empty new one where there is none to change."""
-    if create and not holder.get(attribute.name):
-        holder[attribute.name] = [{}] if attribute.multi_valued else {}
-    return values_of(attribute, holder)
+    keep_one_primary(first.values(resource), primary)
 
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
     """Add, replace or remove an attribute in a resource or complex value."""
     value = operation.value
-    if operation.op == "remove":
-        if attribute.multi_valued and operation.given:
-            # Entra's default dialect lists the values to remove, for members by their ids.
-            unwanted = [identity(attribute, one) for one in value or ()]
-            holder[attribute.name] = [one for one in values_of(attribute, holder) if not any(
-                given <= identity(attribute, one) for given in unwanted)]
-        else:
-            holder.pop(attribute.name, None)
+    if operation.op == "remove" and attribute.multi_valued and operation.given:
+        # Entra's default dialect lists the values to remove, for members by their ids.
+        unwanted = [identity(attribute, one) for one in value or ()]
+        holder[attribute.name] = [one for one in attribute.values(holder) if not any(
+            given <= identity(attribute, one) for given in unwanted)]
     elif value is None:
-        if operation.op == "replace" and attribute.mutability != "writeOnly":
+        if operation.op != "add":
             holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
         add_values(attribute, holder.setdefault(attribute.name, []), value)
@@ -1287,13 +1130,12 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
     """Append the values that are not there yet; one that is there takes over what else was sent."""
-    present = {identity(attribute, value): value for value in values}
+    present: dict[Any, Resource] = {identity(attribute, value): value for value in values}
     for value in copy.deepcopy(added):
-        if known := present.get(identity(attribute, value)):
-            known.update(value)
-        else:
+        known = present.setdefault(identity(attribute, value), value)
+        known.update(value)
+        if known is value:
             values.append(value)
-            present[identity(attribute, value)] = value
 
 
 def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]]:
@@ -1305,15 +1147,14 @@ def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]
 def change_selected(attribute: Attribute, holder: Resource, operation: Operation,
                     filter: Filter) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
-    values = values_of(attribute, holder)
+    values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
         # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
-        selected = [equal_terms(filter)]
-        values = [*values, *selected]
-        if not selected[0]:
+        if not (created := equal_terms(filter)):
             raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+        selected, values = [created], [*values, created]
     for value in selected:
         if operation.path.sub_attribute:
             change(operation.path.sub_attribute, value, operation)
@@ -1342,8 +1183,7 @@ def equal_terms(filter: Filter) -> Resource:
 def pruned(value: Json) -> Json:
     """Return a JSON value without the empty objects and lists that removals left."""
     if isinstance(value, dict):
-        inner = {name: pruned(item) for name, item in value.items()}
-        return {name: item for name, item in inner.items() if item not in ({}, [])}
+        return {name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])}
     if isinstance(value, list):
         return [item for item in map(pruned, value) if item != {}]
     return value
@@ -2184,28 +2024,19 @@ EMPLOYEE_FIELDS = {
     "phone": ('phoneNumbers[type eq "work"].value',),
     "mobile": ('phoneNumbers[type eq "mobile"].value',),
     "designation": ("title",),
-    "department": (f"{ENTERPRISE}:department",),
-    "employeeNumber": (f"{ENTERPRISE}:employeeNumber",),
-    "costCenter": (f"{ENTERPRISE}:costCenter",),
-    "organization": (f"{ENTERPRISE}:organization",),
-    "division": (f"{ENTERPRISE}:division",),
-    "language": ("preferredLanguage",),
-    "locale": ("locale",),
-    "timezone": ("timezone",),
+    **{name: (f"{ENTERPRISE}:{name}",) for name in (
+        "department", "employeeNumber", "costCenter", "organization", "division")},
+    "language": ("preferredLanguage",), "locale": ("locale",), "timezone": ("timezone",),
 }
 Recipe = dict[str, list[list[PatchPath]]]
 
 
 @dataclass(frozen=True)
 class Employee:
-    """An employee of Facilio; id stays the same for a person for ever, text that is unknown is "".
+    """An employee of Facilio; text that is unknown is ""."""
 
-    user_id is the SCIM id, manager the employee id of the manager where known, changed the time of
-    the last change (a dateTime in UTC), custom_fields has the values by link name.
-    """
-
-    id: int
-    user_id: str
+    id: int                             # stays the same for a person for ever
+    user_id: str                        # the SCIM id
     external_id: str
     active: bool
     name: str
@@ -2221,9 +2052,9 @@ class Employee:
     language: str
     locale: str
     timezone: str
-    manager: int | None
-    changed: str
-    custom_fields: dict[str, Json]
+    manager: int | None                 # the manager's employee id where known
+    changed: str                        # time of the last change, a dateTime in UTC
+    custom_fields: dict[str, Json]      # values by link name
 
 
 def employee_recipe(user_type: ResourceType) -> Recipe:
@@ -2236,9 +2067,8 @@ def employee_recipe(user_type: ResourceType) -> Recipe:
 def employee_record(recipe: Recipe, user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
-    for name, alternatives in recipe.items():
-        texts = (" ".join(filter(None, (text_at(path, user) for path in paths)))
-                 for paths in alternatives)
+    for name, choices in recipe.items():
+        texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
 
@@ -2246,9 +2076,8 @@ def employee_record(recipe: Recipe, user: Resource) -> Resource:
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
     for item in Target(path.attributes).items(resource):
-        if path.filter and not matches(path.filter, item):
-            continue
-        if text := item.get(path.sub_attribute.name) if path.sub_attribute else item:
+        text = item.get(path.sub_attribute.name) if path.sub_attribute else item
+        if text and (not path.filter or matches(path.filter, item)):
             return str(text)
     return ""
 
