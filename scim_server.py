@@ -4019,37 +4019,68 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
                     session.set_setting(f"first {step}", call.at)
 
 
-class ProvisioningLog:
-    """Calls on their way to the logs of their tenants, written by a thread of its own.
+class Batches:
+    """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
 
-    No request waits for it or fails by it: a call that finds LOG_WAITING others waiting, or cannot
-    be written, counts as lost.
+    Nobody waits for it: an item that finds limit others waiting is lost. write must not raise.
     """
+
+    def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
+        self._write, self._pause, self._limit = write, pause, limit
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, item: Any) -> bool:
+        """Have an item written; False if it is lost."""
+        if self._items.qsize() >= self._limit:
+            return False
+        self._items.put(item)
+        with self._lock:
+            if not self._thread:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Write what waits, for so long at the most; a later item starts another thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread:
+            self._hurry.set()
+            self._items.put(None)
+            thread.join(seconds)
+            self._hurry.clear()
+
+    def _run(self) -> None:
+        batch: list[Any] = []
+        while None not in batch:
+            batch = [self._items.get()]
+            self._hurry.wait(self._pause)
+            batch += [self._items.get() for _ in range(self._items.qsize())]
+            self._write([item for item in batch if item is not None])
+
+
+class ProvisioningLog:
+    """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
 
     def __init__(self) -> None:
         self.lost = 0
         self.strangers, self.strange_since = 0, ""       # calls with an unknown token
-        self._waiting: queue.SimpleQueue[Answered | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._writer: threading.Thread | None = None
-        self._hurry = threading.Event()
+        self._batches = Batches(self._write, LOG_PAUSE, LOG_WAITING)
 
     def add(self, call: Answered) -> None:
         """Have a call written, without secrets, long bodies and long lists."""
-        if self._waiting.qsize() >= LOG_WAITING:
-            self.lost += 1
-            return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and "Resources" in answer:
             answer = {"Resources": answer["Resources"][:2]}
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
             body = b""
-        self._waiting.put(replace(call, request=replace(call.request, headers={}, body=body),
-                                  response=replace(call.response, body=answer)))
-        with self._lock:
-            if not self._writer:
-                self._writer = threading.Thread(target=self._write, daemon=True)
-                self._writer.start()
+        self.lost += not self._batches.add(replace(
+            call, request=replace(call.request, headers={}, body=body),
+            response=replace(call.response, body=answer)))
 
     def add_stranger(self, at: str) -> None:
         """Count a call with an unknown token, which belongs to no tenant."""
@@ -4057,30 +4088,18 @@ class ProvisioningLog:
             self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
 
     def close(self) -> None:
-        """Write what waits, for five seconds at the most; a later call starts another thread."""
-        with self._lock:
-            writer, self._writer = self._writer, None
-        if writer:
-            self._hurry.set()
-            self._waiting.put(None)
-            writer.join(5)
-            self._hurry.clear()
+        """Write what waits, for five seconds at the most."""
+        self._batches.close(5)
 
-    def _write(self) -> None:
-        batch: list[Answered | None] = []
-        while None not in batch:
-            batch = [self._waiting.get()]
-            self._hurry.wait(LOG_PAUSE)
-            while not self._waiting.empty():
-                batch.append(self._waiting.get())
-            by_store: dict[Store, list[Answered]] = {}
-            for call in filter(None, batch):
-                by_store.setdefault(call.directory.store, []).append(call)
-            for store, calls in by_store.items():
-                try:
-                    write_log(store, calls)
-                except Exception:         # noqa: BLE001  trouble with the log is none of the sync
-                    self.lost += len(calls)
+    def _write(self, batch: list[Answered]) -> None:
+        by_store: dict[Store, list[Answered]] = {}
+        for call in batch:
+            by_store.setdefault(call.directory.store, []).append(call)
+        for store, calls in by_store.items():
+            try:
+                write_log(store, calls)
+            except Exception:             # noqa: BLE001  trouble with the log is none of the sync
+                self.lost += len(calls)
 
 
 # -- The console's API ---------------------------------------------------------------
