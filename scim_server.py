@@ -3140,11 +3140,11 @@ class Request:
 class Response:
     """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it.
 
-    None is no body. It goes out as application/scim+json unless headers has a Content-Type.
+    It goes out as application/scim+json unless headers has a Content-Type.
     """
 
     status: int
-    body: Json = None
+    body: Json = None                  # None is no body
     headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""                   # for the logs: whose request it was, and for what route
     route: str = ""
@@ -3156,22 +3156,14 @@ class Call:
 
     request: Request
     directory: Directory
-    resource_types: tuple[ResourceType, ...]      # the one of the endpoint, at the root all
-    segments: Sequence[str]                       # of the path
+    resource_type: ResourceType                   # of the endpoint
+    resource_types: tuple[ResourceType, ...]      # this one, at the root all
+    endpoint: str                                 # the first segment of the path
+    id: str                                       # the last, where there are others
     parameters: Mapping[str, str]                 # of the query, names in lower case
     condition: Condition                          # on the version
     base_url: str
     application: Application
-
-    @property
-    def resource_type(self) -> ResourceType:
-        """The resource type of the endpoint."""
-        return self.resource_types[0]
-
-    @property
-    def id(self) -> str:
-        """The last segment of the path."""
-        return self.segments[-1]
 
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
@@ -3179,7 +3171,7 @@ class Call:
                                self.parameters.get("excludedattributes", ""), resource_type)
 
     def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18) -> int:
-        """Return an integer parameter, the nearest bound if beyond; ScimError 400 invalidValue if none."""
+        """Return an integer parameter, moved into bounds; ScimError 400 invalidValue if it is none."""
         text = self.parameters.get(name.lower()) or str(default)
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
@@ -3203,29 +3195,32 @@ def parse_body(body: bytes | Json) -> Json:
     if not isinstance(body, bytes):
         return body
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json,
+                           object_pairs_hook=unique_names)
         # Only a body with escapes or many brackets can hold what the walk looks for.
         if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
-            check_json(value, "", 0)
+            for path, text in texts_in(value):
+                if unstorable(text):
+                    raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
 
 
-def check_json(value: Json, path: str, depth: int) -> None:
-    """Raise ValueError for nesting beyond MAX_DEPTH and text that no UTF-8 database takes."""
+def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield every text in a JSON value behind its path, names included; ValueError beyond MAX_DEPTH."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, str) and unstorable(value):
-        raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
-    if isinstance(value, dict):
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, dict):
         for name, item in value.items():
-            check_json(name, path, depth)
-            check_json(item, f"{path}.{name}" if path else name, depth + 1)
+            yield path, name
+            yield from texts_in(item, f"{path}.{name}" if path else name, depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            check_json(item, f"{path}[{number}]", depth + 1)
+            yield from texts_in(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
@@ -3296,16 +3291,9 @@ def published_resource_types(directory: Directory, base_url: str) -> dict[str, J
     } for found in directory.resource_types.values()}
 
 
-def refuse_filter(call: Call) -> None:
-    """Raise ScimError 403 for a filter on a discovery endpoint, as RFC 7644 §4 asks."""
-    if "filter" in call.parameters:
-        raise ScimError(403, "", "filter: discovery endpoints take no filter")
-
-
-def get_provider_config(call: Call) -> Response:
-    """Answer GET /ServiceProviderConfig (RFC 7643 §5)."""
-    refuse_filter(call)
-    return Response(200, {
+def published_config(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
+    return {"": {
         "schemas": [PROVIDER_CONFIG],
         "patch": {"supported": True},
         # authentik takes a missing maxOperations for "no PATCH and no filter".
@@ -3319,21 +3307,24 @@ def get_provider_config(call: Call) -> Response:
             "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
             "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
             "specUri": "https://www.rfc-editor.org/rfc/rfc6750"}],
-        "meta": {"resourceType": "ServiceProviderConfig",
-                 "location": f"{call.base_url}/ServiceProviderConfig"},
-    })
+        "meta": {"resourceType": "ServiceProviderConfig", "location": f"{base_url}/ServiceProviderConfig"},
+    }}
+
+
+PUBLISHED = {"ServiceProviderConfig": published_config, "Schemas": published_schemas,
+             "ResourceTypes": published_resource_types}
 
 
 def get_published(call: Call) -> Response:
-    """Answer GET /Schemas and /ResourceTypes, where sort and page count for nothing, and one by its id."""
-    refuse_filter(call)
-    publish = published_schemas if call.segments[0] == "Schemas" else published_resource_types
-    found = publish(call.directory, call.base_url)
-    if len(call.segments) == 1:
+    """Answer GET of a discovery endpoint: its documents, where sort and page count for nothing, or one."""
+    if "filter" in call.parameters:                # RFC 7644 §4
+        raise ScimError(403, "", "filter: discovery endpoints take no filter")
+    found = PUBLISHED[call.endpoint](call.directory, call.base_url)
+    if call.id in found:
+        return Response(200, found[call.id])
+    if not call.id:
         return list_response(found.values(), len(found), startIndex=1)
-    if call.id not in found:
-        raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
-    return Response(200, found[call.id])
+    raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
 
 
 # -- Operations: each takes a call and gives a response ----------------------------
@@ -3420,10 +3411,7 @@ def make_cursor(call: Call, total: int, position: Position, backward: bool) -> s
 
 
 def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
-    """Return total, position and direction of a request's cursor.
-
-    Raises ScimError 400: invalidCursor, or expiredCursor after CURSOR_SECONDS.
-    """
+    """Return total, position and direction of a cursor; ScimError 400 invalidCursor or expiredCursor."""
     if not (text := call.parameters["cursor"]):
         return 0, None, False
     try:
@@ -3483,15 +3471,6 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
 
 
-def texts_in(value: Json) -> Iterator[str]:
-    """Yield every text in a JSON value, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            yield from texts_in(item)
-
-
 @dataclass(frozen=True)
 class BulkOperation:
     """One operation of a bulk request: a method, an endpoint, an id below it or "", its data."""
@@ -3502,12 +3481,7 @@ class BulkOperation:
     bulk_id: str
     version: str
     data: Json
-
-    @property
-    def references(self) -> set[str]:
-        """The bulkIds whose resources this operation needs the ids of."""
-        return {text.removeprefix(BULK_ID) for text in texts_in([self.id, self.data])
-                if text.startswith(BULK_ID)}
+    references: set[str]          # the bulkIds whose resources it needs the ids of
 
 
 def parse_bulk_operation(item: Json) -> BulkOperation:
@@ -3519,8 +3493,9 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
         if not isinstance(value := given.setdefault(name.lower(), ""), str):
             raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
-    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"],
-                         given.get("data"))
+    data = given.get("data")
+    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
+        text.removeprefix(BULK_ID) for _, text in texts_in([id, data]) if text.startswith(BULK_ID)})
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
@@ -3537,15 +3512,11 @@ def resolved(value: Json, ids: Mapping[str, str]) -> Json:
 
 
 class Bulk:
-    """A bulk request at work (RFC 7644 §3.7): its operations, and the answers so far by number.
-
-    Raises ScimError 400 invalidValue for a bulkId that two POST operations claim.
-    """
+    """A bulk request at work (RFC 7644 §3.7); ScimError 400 invalidValue where two POSTs share a bulkId."""
 
     def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
-        self.call = call
-        self.operations = operations
-        self.answers: dict[int, Json] = {}
+        self.call, self.operations = call, operations
+        self.answers: dict[int, Json] = {}        # so far, by number
         self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
         self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
         self.incomplete: list[int] = []           # made before what they refer to, in a circle
@@ -3747,7 +3718,8 @@ EXPLANATIONS = (
     (r"409 (?P<name>\S+) (?P<value>.*) is already in use by another (?P<type>\w+)", "mapping",
      "Another {type} has the {name} {value} already.",
      "Change one of the two in Entra; if they are the same, match by {name} (precedence 1)."),
-    (r"404 (?P<type>\w+) .* does not exist", "mapping", "Entra refers to a {type} that is not here any more.",
+    (r"404 (?P<type>\w+) .* does not exist", "mapping",
+     "Entra refers to a {type} that is not here any more.",
      "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
     (r"4\d\d (?P<detail>the body .*)", "connection", "The body could not be read: {detail}.",
      "See whether a proxy in front of the server changes or cuts requests."),
@@ -3797,15 +3769,12 @@ class Answered:
 Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
 
 
-def lowered(value: Json) -> dict[str, Json]:
-    """Return an object with its names in lower case, {} for what is none."""
-    return {name.lower(): item for name, item in value.items()} if isinstance(value, dict) else {}
-
-
 def sent_values(body: Json) -> Iterator[Sent]:
     """Yield what the body of a write says; the attributes of an extension one by one."""
-    steps = lowered(body).get("operations", [{"op": "add", "value": body}])
-    for step in map(lowered, steps if isinstance(steps, list) else []):
+    found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
+    steps = found.get("operations", [{"op": "add", "value": body}])
+    for item in steps if isinstance(steps, list) else []:
+        step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
         op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
         pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
         for name, one in pairs:
@@ -4031,10 +4000,8 @@ class ProvisioningLog:
         self._batches.close(5)
 
     def _write(self, batch: list[Answered]) -> None:
-        by_store: dict[Store, list[Answered]] = {}
-        for call in batch:
-            by_store.setdefault(call.directory.store, []).append(call)
-        for store, calls in by_store.items():
+        for store in {call.directory.store for call in batch}:
+            calls = [call for call in batch if call.directory.store is store]
             try:
                 write_log(store, calls)
             except Exception:             # noqa: BLE001  trouble with the log is none of the sync
@@ -4063,8 +4030,8 @@ MAPPING = (                       # source in Entra ID, customappsso attribute, 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
-    return Response(200, body, {"Content-Type": type, "Cache-Control": "no-store",
-                                "X-Content-Type-Options": "nosniff", **headers})
+    return plain_response(body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                                         **headers})
 
 
 def page_response(page: str) -> Response:
@@ -4093,9 +4060,9 @@ def get_log(call: Call) -> Response:
     """Answer GET /console/api/log: entries newest first, those after or before a number."""
     found = call.directory.requests(
         call.integer("after", 0), call.integer("before", 0),
-        max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT)), call.integer("level", 0),
+        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("level", 0),
         call.parameters.get("subject", ""), call.parameters.get("text", ""),
-        max(0, min(call.integer("wait", 0), MAX_WAIT)))
+        call.integer("wait", 0, 0, MAX_WAIT))
     return console_response({"entries": found, "lost": call.application.log.lost})
 
 
@@ -4111,11 +4078,9 @@ def get_setup(call: Call) -> Response:
         "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
         "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
                     "expires": time_text(token.expires) if token.expires else "",
-                    "expired": bool(token.expires and token.expires <= now)}
-                   for token in tenant.tokens],
+                    "expired": bool(token.expires and token.expires <= now)} for token in tenant.tokens],
         "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
-        "strangers": log.strangers, "strange_since": log.strange_since,
-        "mapping": entra_mapping(directory),
+        "strangers": log.strangers, "strange_since": log.strange_since, "mapping": entra_mapping(directory),
         "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
             user_type, parse_filter(f"{custom.urn} pr", user_type), count=0).total_results}
             for custom in tenant.custom_fields]})
@@ -4146,49 +4111,44 @@ def get_history(call: Call) -> Response:
                              "changes": [asdict(found) for found in changes]})
 
 
+# -- Routes ------------------------------------------------------------------------
+
 Operate = Callable[[Call], Response]
-
-ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
-    ("GET", ("ServiceProviderConfig",), get_provider_config),
-    ("GET", ("Schemas",), get_published),
-    ("GET", ("Schemas", "{id}"), get_published),
-    ("GET", ("ResourceTypes",), get_published),
-    ("GET", ("ResourceTypes", "{id}"), get_published),
-    ("GET", (), list_resources),
-    ("POST", ("Bulk",), run_bulk),
-    ("POST", (".search",), search_resources),
-    ("POST", ("{type}", ".search"), search_resources),
-    ("GET", ("{type}",), list_resources),
-    ("POST", ("{type}",), create_resource),
-    ("GET", ("{type}", "{id}"), get_resource),
-    ("PUT", ("{type}", "{id}"), replace_resource),
-    ("PATCH", ("{type}", "{id}"), patch_resource),
-    ("DELETE", ("{type}", "{id}"), delete_resource),
-    ("GET", ("", "employees"), list_employees),            # "" is outside of BASE_PATH
-    ("GET", ("", "employees", "{id}"), get_employee),
-    ("GET", ("", "changes"), list_changes),
-    ("GET", ("", "console", "api", "log"), get_log),
-    ("GET", ("", "console", "api", "setup"), get_setup),
-    ("GET", ("", "console", "api", "mapping"), get_mapping),
-    ("GET", ("", "console", "api", "schema"), get_entra_schema),
-    ("GET", ("", "console", "api", "history", "{id}"), get_history),
-)
-
-
 Route = tuple[dict[str, Operate], str]          # operations by method, and the path for the logs
+
+ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front are outside of BASE_PATH
+    "": {"GET": list_resources},
+    "ServiceProviderConfig": {"GET": get_published},
+    "Schemas": {"GET": get_published},
+    "Schemas/{id}": {"GET": get_published},
+    "ResourceTypes": {"GET": get_published},
+    "ResourceTypes/{id}": {"GET": get_published},
+    "Bulk": {"POST": run_bulk},
+    ".search": {"POST": search_resources},
+    "{type}/.search": {"POST": search_resources},
+    "{type}": {"GET": list_resources, "POST": create_resource},
+    "{type}/{id}": {"GET": get_resource, "PUT": replace_resource, "PATCH": patch_resource,
+                    "DELETE": delete_resource},
+    "/employees": {"GET": list_employees},
+    "/employees/{id}": {"GET": get_employee},
+    "/changes": {"GET": list_changes},
+    "/console/api/log": {"GET": get_log},
+    "/console/api/setup": {"GET": get_setup},
+    "/console/api/mapping": {"GET": get_mapping},
+    "/console/api/schema": {"GET": get_entra_schema},
+    "/console/api/history/{id}": {"GET": get_history},
+}
 
 
 def route_table() -> dict[tuple[str, ...], Route]:
     """Return the routes by the segments of their paths, with "{id}" for any id."""
     table: dict[tuple[str, ...], Route] = {}
-    for method, pattern, operation in ROUTES:
-        for endpoint in ("Users", "Groups") if "{type}" in pattern else ("",):
-            key = tuple(endpoint if part == "{type}" else part for part in pattern)
-            methods, _ = table.setdefault(key, ({}, "/" + "/".join(key).removeprefix("/")))
-            methods[method] = operation
-    for methods, _ in table.values():
-        if "GET" in methods:
-            methods["HEAD"] = methods["GET"]
+    for pattern, methods in ROUTES.items():
+        head = {"HEAD": methods["GET"]} if "GET" in methods else {}
+        for endpoint in ("Users", "Groups"):
+            path = pattern.replace("{type}", endpoint)
+            segments = tuple(path.split("/")) if path else ()
+            table[segments] = ({**methods, **head}, "/" + path.removeprefix("/"))
     return table
 
 
@@ -4198,10 +4158,6 @@ ROUTE_TABLE = route_table()
 def find_route(segments: Sequence[str]) -> Route | None:
     """Return the route of a path, literal ones first."""
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
-
-
-Owner = tuple[Tenant, Token]      # of a request
-OPEN_TENANTS = 64                 # whose files are kept open
 
 
 class Metrics:
@@ -4220,24 +4176,27 @@ class Metrics:
 
     def text(self) -> str:
         """Return all counts in the text format of Prometheus."""
+        with self._lock:
+            counts = sorted(self._counts.items())
         lines = []
-        for number, (name, help) in enumerate((
-                ("scim_requests_total", "Requests answered"),
-                ("scim_request_seconds_total", "Seconds spent on them"))):
+        for number, (name, help) in enumerate((("scim_requests_total", "Requests answered"),
+                                               ("scim_request_seconds_total", "Seconds spent on them"))):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
-            with self._lock:
-                counts = sorted(self._counts.items())
-            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
-                      f'status="{status}"}} {values[number]:g}'
-                      for (tenant, method, route, status), values in counts]
+            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
+                      f"{values[number]:g}" for (tenant, method, route, status), values in counts]
         return "\n".join(lines) + "\n"
+
+
+# -- Application ---------------------------------------------------------------------
+
+Owner = tuple[Tenant, Token]      # of a request
+OPEN_TENANTS = 64                 # whose files are kept open
 
 
 def unauthorized() -> ScimError:
     """Return the one answer to a bearer token that is not good, whatever is wrong with it."""
-    return ScimError(401, "", "the bearer token is missing, unknown or expired; "
-                              "check the Secret Token of the enterprise application",
-                     {"WWW-Authenticate": 'Bearer realm="scim"'})
+    return ScimError(401, "", "the bearer token is missing, unknown or expired; check the Secret Token of "
+                              "the enterprise application", {"WWW-Authenticate": 'Bearer realm="scim"'})
 
 
 class Application:
@@ -4250,15 +4209,12 @@ class Application:
     """
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
-                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
-                 page: str = "") -> None:
+                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id, page: str = "") -> None:
         self.page = page
         self.log = ProvisioningLog()
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
-        self._ask = authenticate
-        self._clock = clock
-        self._new_id = new_id
+        self._ask, self._clock, self._new_id = authenticate, clock, new_id
         self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
         self._awake: dict[str, Directory] = {}               # whose files are open, oldest use first
         self._configuring = threading.RLock()
@@ -4274,29 +4230,23 @@ class Application:
         make_data_dir(config)
         with self._configuring:
             self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
-            hashed = tuple(replace(tenant, tokens=tuple(replace(token, secret="")
-                                                        for token in tenant.tokens))
-                           for tenant in config.tenants)
+            hashed = tuple(replace(tenant, tokens=tuple(
+                replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
             self.tenants = {tenant.name: tenant for tenant in hashed}
-            self._tokens = {token.sha256: (tenant, token)
-                            for tenant in hashed for token in tenant.tokens}
+            self._tokens = {token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens}
 
     def add_tenant(self, document: Json) -> Directory:
-        """Serve one more tenant, given as in a configuration, or one anew; return its directory.
-
-        Raises ConfigError and StoreError.
-        """
+        """Serve a tenant, given as in a configuration, be it known; ConfigError and StoreError."""
         reader = ConfigReader()
         tenant = reader.tenant("tenant", document)
         with self._configuring:
-            others = tuple(one for one in self.config.tenants if one.name != tenant.name)
-            for other in others:
-                for token in other.tokens:
-                    if token.sha256 in [own.sha256 for own in tenant.tokens]:
-                        reader.wrong("tenant.tokens", f"the same token as that of {other.name}")
+            for token in tenant.tokens:
+                if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
+                    reader.wrong("tenant.tokens", f"the same token as that of {other}")
             if reader.problems:
                 raise ConfigError(reader.problems)
+            others = (one for one in self.config.tenants if one.name != tenant.name)
             self.configure(replace(self.config, tenants=(*others, tenant)))
         return self.directory(tenant.name)
 
@@ -4361,18 +4311,15 @@ class Application:
             self._note(request, response, owner, time.perf_counter() - started)
         return response
 
-    def _note(self, request: Request, response: Response, owner: Owner | None,
-              seconds: float) -> None:
+    def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
-        ours = request.path.startswith(BASE_PATH)
-        if not (ours or (response.status == 404 and not response.route)) or (
+        lost_its_way = response.status == 404 and not response.route
+        if not (request.path.startswith(BASE_PATH) or lost_its_way) or (
                 request.method == "GET" and "x-console" in request.headers):
             return                        # reading what the sync did is no part of it
-        if owner:
-            directory = self.directories[owner[0].name]
-            if isinstance(directory, Directory):
-                self.log.add(Answered(time_text(self._clock()), *owner, directory, request,
-                                      response, seconds))
+        if owner:                         # of a tenant whose file is no good there is no log either
+            self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name), request,
+                                  response, seconds))
         elif response.status == 401:
             self.log.add_stranger(time_text(self._clock()))
 
@@ -4429,8 +4376,8 @@ class Application:
         tenant, token = owner[0].name, owner[1].name
         directory = self.directories[tenant]
         if isinstance(directory, StoreError):
-            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says "
-                                     "why", {"Retry-After": "60"})
+            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
+                            {"Retry-After": "60"})
         used = self._used.get((tenant, token))
         if not used or now - used > timedelta(minutes=1):
             self._used[tenant, token] = now
@@ -4457,10 +4404,12 @@ class Application:
             raise ScimError(405, "", f"{request.method} is not for {request.path}; "
                                      f"it takes {allow['Allow']}", allow)
         query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
+        endpoint, *rest = segments or [""]
         types = tuple(directory.resource_types.values())
-        asked = tuple(found for found in types if segments and found.endpoint == f"/{segments[0]}")
+        asked = tuple(found for found in types if found.endpoint == f"/{endpoint}") or types
         return methods[request.method](Call(
-            request, directory, asked or types, segments, {name.lower(): value for name, value in query},
+            request, directory, asked[0], asked, endpoint, rest[-1] if rest else "",
+            {name.lower(): value for name, value in query},
             Condition(request.headers.get("if-match", ""), request.headers.get("if-none-match", "")),
             f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self))
 
@@ -4470,7 +4419,7 @@ class Application:
 
 def get_health(application: Application, request: Request) -> Response:
     """Answer GET /healthz: the process is up."""
-    return Response(200, "ok\n", {"Content-Type": "text/plain"})
+    return plain_response("ok\n", "text/plain")
 
 
 def get_readiness(application: Application, request: Request) -> Response:
@@ -4482,7 +4431,7 @@ def get_readiness(application: Application, request: Request) -> Response:
             directory.last_use("")
     except (StoreError, sqlite3.Error):
         return Response(503, "not ready\n", {"Content-Type": "text/plain", "Retry-After": "5"})
-    return Response(200, "ready\n", {"Content-Type": "text/plain"})
+    return plain_response("ready\n", "text/plain")
 
 
 def get_metrics(application: Application, request: Request) -> Response:
@@ -4491,10 +4440,9 @@ def get_metrics(application: Application, request: Request) -> Response:
         and "x-forwarded-for" not in request.headers
     secret = request.headers.get("authorization", "").partition(" ")[2].strip()
     if not local and digest(secret) != application.config.metrics_sha256:
-        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as "
-                                                 "bearer token", {"WWW-Authenticate": "Bearer"}))
-    return Response(200, application.metrics.text(),
-                    {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
+                                                 "token", {"WWW-Authenticate": "Bearer"}))
+    return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics}
