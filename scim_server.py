@@ -3595,15 +3595,14 @@ class Bulk:
 
     def _complete_circles(self) -> None:
         """Replace what was made without its references as soon as all of them are known."""
-        for number in list(self.incomplete):
-            operation = self.operations[number]
-            if operation.references <= self.ids.keys():
-                self.incomplete.remove(number)
-                response = self._send(operation, "PUT", BULK_ID + operation.bulk_id)
-                if response.status == 200:
-                    self.answers[number]["version"] = response.headers["ETag"]
-                else:
-                    self._withdraw(number, response)
+        known = [one for one in self.incomplete if self.operations[one].references <= self.ids.keys()]
+        for number in known:
+            self.incomplete.remove(number)
+            response = self._send(self.operations[number], "PUT", BULK_ID + self.operations[number].bulk_id)
+            if response.status == 200:
+                self.answers[number]["version"] = response.headers["ETag"]
+            else:
+                self._withdraw(number, response)
 
     def _withdraw(self, number: int, response: Response | None = None) -> None:
         """Undo the making of a resource whose references cannot be resolved."""
@@ -4000,7 +3999,7 @@ class ProvisioningLog:
         self._batches.close(5)
 
     def _write(self, batch: list[Answered]) -> None:
-        for store in {call.directory.store for call in batch}:
+        for store in dict.fromkeys(call.directory.store for call in batch):
             calls = [call for call in batch if call.directory.store is store]
             try:
                 write_log(store, calls)
@@ -4186,8 +4185,6 @@ class Metrics:
                       f"{values[number]:g}" for (tenant, method, route, status), values in counts]
         return "\n".join(lines) + "\n"
 
-
-# -- Application ---------------------------------------------------------------------
 
 Owner = tuple[Tenant, Token]      # of a request
 OPEN_TENANTS = 64                 # whose files are kept open
