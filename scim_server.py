@@ -3010,11 +3010,11 @@ class Request:
 class Response:
     """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it.
 
-    None is no body. It goes out as application/scim+json unless headers has a Content-Type.
+    It goes out as application/scim+json unless headers has a Content-Type.
     """
 
     status: int
-    body: Json = None
+    body: Json = None                  # None is no body
     headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""                   # for the logs: whose request it was, and for what route
     route: str = ""
@@ -3026,35 +3026,26 @@ class Call:
 
     request: Request
     directory: Directory
-    resource_types: tuple[ResourceType, ...]      # the one of the endpoint, at the root all
-    id: str
+    resource_type: ResourceType                   # of the endpoint
+    resource_types: tuple[ResourceType, ...]      # this one, at the root all
+    endpoint: str                                 # the first segment of the path
+    id: str                                       # the last, where there are others
     parameters: Mapping[str, str]                 # of the query, names in lower case
+    condition: Condition                          # on the version
     base_url: str
-    handle: Callable[[Request], Response]         # what answers the operations of Bulk
     application: Application
-
-    @property
-    def resource_type(self) -> ResourceType:
-        """The resource type of the endpoint."""
-        return self.resource_types[0]
 
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
         return parse_selection(self.parameters.get("attributes", ""),
                                self.parameters.get("excludedattributes", ""), resource_type)
 
-    def integer(self, name: str, default: int) -> int:
-        """Return an integer parameter; ScimError 400 invalidValue if it is none."""
+    def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18) -> int:
+        """Return an integer parameter, moved into bounds; ScimError 400 invalidValue if it is none."""
         text = self.parameters.get(name.lower()) or str(default)
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
-        return int(text)
-
-    @property
-    def condition(self) -> Condition:
-        """What the client's headers ask of the version."""
-        headers = self.request.headers
-        return Condition(headers.get("if-match", ""), headers.get("if-none-match", ""))
+        return max(least, min(int(text), most))
 
     def projected(self, resource: Resource) -> Resource:
         """Return as much of a resource as the client selected."""
@@ -3078,27 +3069,28 @@ def parse_body(body: bytes | Json) -> Json:
                            object_pairs_hook=unique_names)
         # Only a body with escapes or many brackets can hold what the walk looks for.
         if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
-            check_json(value, "", 0)
+            for path, text in texts_in(value):
+                if unstorable(text):
+                    raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
 
 
-def check_json(value: Json, path: str, depth: int) -> None:
-    """Raise ValueError for nesting beyond MAX_DEPTH and text that no UTF-8 database takes."""
+def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
+    """Yield every text in a JSON value behind its path, names included; ValueError beyond MAX_DEPTH."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
-        if unstorable(value):
-            raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+        yield path, value
     elif isinstance(value, dict):
         for name, item in value.items():
-            check_json(name, path, depth)
-            check_json(item, f"{path}.{name}" if path else name, depth + 1)
+            yield path, name
+            yield from texts_in(item, f"{path}.{name}" if path else name, depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            check_json(item, f"{path}[{number}]", depth + 1)
+            yield from texts_in(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
@@ -3110,27 +3102,15 @@ def parse_message(body: bytes | Json) -> dict[str, Json]:
     """Return the members of a protocol message, names in lower case; ScimError 400 invalidSyntax."""
     message = parse_body(body)
     if not isinstance(message, dict):
-        raise ScimError(400, "invalidSyntax",
-                        f"the body must be a JSON object, got {shown(message)}")
+        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(message)}")
     return {name.lower(): value for name, value in message.items()}
 
 
-def texts_in(value: Json) -> Iterator[str]:
-    """Yield every text in a JSON value, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value:
-            yield from texts_in(item)
-        if isinstance(value, dict):
-            yield from texts_in(list(value.values()))
-
-
-def list_response(resources: list[Json], total: int, start_index: int) -> Response:
+def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
     """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage is what this answer holds."""
-    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total,
-                          "startIndex": start_index, "itemsPerPage": len(resources),
-                          "Resources": resources})
+    page = list(resources)
+    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total, **more,
+                          "itemsPerPage": len(page), "Resources": page})
 
 
 def error_response(error: ScimError) -> Response:
@@ -3143,127 +3123,81 @@ def error_response(error: ScimError) -> Response:
 
 def published_attribute(attribute: Attribute) -> Json:
     """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
-    found: Json = {"name": attribute.name, "type": attribute.type,
-                   "multiValued": attribute.multi_valued, "required": attribute.required,
-                   "mutability": attribute.mutability, "returned": attribute.returned}
-    if attribute.type in STRING_TYPES or attribute.type == "binary":
-        found["caseExact"] = attribute.case_exact
-    if attribute.type != "complex":
-        found["uniqueness"] = attribute.uniqueness
-    found["description"] = attribute.description or attribute.name
-    if attribute.canonical_values:
-        found["canonicalValues"] = list(attribute.canonical_values)
-    if attribute.reference_types:
-        found["referenceTypes"] = list(attribute.reference_types)
-    if attribute.sub_attributes:
-        found["subAttributes"] = [published_attribute(sub) for sub in attribute.sub_attributes
-                                  if sub.published]
-    return found
+    cased = attribute.type in STRING_TYPES or attribute.type == "binary"
+    found = {
+        "name": attribute.name, "type": attribute.type, "multiValued": attribute.multi_valued,
+        "required": attribute.required, "mutability": attribute.mutability, "returned": attribute.returned,
+        "caseExact": attribute.case_exact if cased else None,
+        "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
+        "description": attribute.description or attribute.name,
+        "canonicalValues": list(attribute.canonical_values) or None,
+        "referenceTypes": list(attribute.reference_types) or None,
+        "subAttributes": [published_attribute(sub)
+                          for sub in attribute.sub_attributes if sub.published] or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's schemas by URN (RFC 7643 §7); externalId is listed for Entra's validator."""
-    found = {}
-    for resource_type in directory.resource_types.values():
-        for schema in (resource_type.schema, *resource_type.extensions):
-            core = (EXTERNAL_ID,) if schema is resource_type.schema else ()
-            if schema.attributes:
-                found[schema.id] = {
-                    "schemas": [SCHEMA], "id": schema.id, "name": schema.name,
-                    "description": schema.description,
-                    "attributes": [published_attribute(attribute)
-                                   for attribute in core + schema.attributes if attribute.published],
-                    "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
-                }
-    return found
+    return {schema.id: {
+        "schemas": [SCHEMA], "id": schema.id, "name": schema.name, "description": schema.description,
+        "attributes": [published_attribute(attribute) for attribute in
+                       ((EXTERNAL_ID,) if schema is found.schema else ()) + schema.attributes
+                       if attribute.published],
+        "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
+    } for found in directory.resource_types.values()
+      for schema in (found.schema, *found.extensions) if schema.attributes}
 
 
 def published_resource_types(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's resource types by name (RFC 7643 §6)."""
     return {found.name: {
         "schemas": [RESOURCE_TYPE], "id": found.name, "name": found.name,
-        "description": found.schema.description, "endpoint": found.endpoint,
-        "schema": found.schema.id,
+        "description": found.schema.description, "endpoint": found.endpoint, "schema": found.schema.id,
         "schemaExtensions": [{"schema": extension.id, "required": False}
                              for extension in found.extensions if extension.attributes],
-        "meta": {"resourceType": "ResourceType",
-                 "location": f"{base_url}/ResourceTypes/{found.name}"},
+        "meta": {"resourceType": "ResourceType", "location": f"{base_url}/ResourceTypes/{found.name}"},
     } for found in directory.resource_types.values()}
 
 
-def provider_config(base_url: str) -> Json:
-    """Return the service provider configuration (RFC 7643 §5)."""
-    return {
+def published_config(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
+    return {"": {
         "schemas": [PROVIDER_CONFIG],
         "patch": {"supported": True},
         # authentik takes a missing maxOperations for "no PATCH and no filter".
-        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS,
-                 "maxPayloadSize": MAX_BULK_BODY},
+        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS, "maxPayloadSize": MAX_BULK_BODY},
         "filter": {"supported": True, "maxResults": MAX_COUNT},
-        "changePassword": {"supported": False},
-        "sort": {"supported": True},
-        "etag": {"supported": True},
+        "changePassword": {"supported": False}, "sort": {"supported": True}, "etag": {"supported": True},
         "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index",
                        "defaultPageSize": DEFAULT_COUNT, "maxPageSize": MAX_COUNT,
                        "cursorTimeout": CURSOR_SECONDS},
         "authenticationSchemes": [{
             "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
             "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
-            "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
-        }],
-        "meta": {"resourceType": "ServiceProviderConfig",
-                 "location": f"{base_url}/ServiceProviderConfig"},
-    }
+            "specUri": "https://www.rfc-editor.org/rfc/rfc6750"}],
+        "meta": {"resourceType": "ServiceProviderConfig", "location": f"{base_url}/ServiceProviderConfig"},
+    }}
+
+
+PUBLISHED = {"ServiceProviderConfig": published_config, "Schemas": published_schemas,
+             "ResourceTypes": published_resource_types}
+
+
+def get_published(call: Call) -> Response:
+    """Answer GET of a discovery endpoint: its documents, where sort and page count for nothing, or one."""
+    if "filter" in call.parameters:                # RFC 7644 §4
+        raise ScimError(403, "", "filter: discovery endpoints take no filter")
+    found = PUBLISHED[call.endpoint](call.directory, call.base_url)
+    if call.id in found:
+        return Response(200, found[call.id])
+    if not call.id:
+        return list_response(found.values(), len(found), startIndex=1)
+    raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
 
 
 # -- Operations: each takes a call and gives a response ----------------------------
-
-
-def get_provider_config(call: Call) -> Response:
-    """Answer GET /ServiceProviderConfig."""
-    refuse_filter(call)
-    return Response(200, provider_config(call.base_url))
-
-
-def list_schemas(call: Call) -> Response:
-    """Answer GET /Schemas."""
-    return list_all(call, published_schemas(call.directory, call.base_url))
-
-
-def get_schema(call: Call) -> Response:
-    """Answer GET /Schemas/{urn}."""
-    return get_one(call, published_schemas(call.directory, call.base_url))
-
-
-def list_resource_types(call: Call) -> Response:
-    """Answer GET /ResourceTypes."""
-    return list_all(call, published_resource_types(call.directory, call.base_url))
-
-
-def get_resource_type(call: Call) -> Response:
-    """Answer GET /ResourceTypes/{name}."""
-    return get_one(call, published_resource_types(call.directory, call.base_url))
-
-
-def list_all(call: Call, published: Mapping[str, Json]) -> Response:
-    """Return all of a discovery endpoint, whose sort and page parameters count for nothing."""
-    refuse_filter(call)
-    return list_response(list(published.values()), len(published), 1)
-
-
-def get_one(call: Call, published: Mapping[str, Json]) -> Response:
-    """Return one entry of a discovery endpoint."""
-    refuse_filter(call)
-    if call.id not in published:
-        raise ScimError(404, "", f"{shown(call.id)} does not exist; "
-                                 f"there are {', '.join(published)}")
-    return Response(200, published[call.id])
-
-
-def refuse_filter(call: Call) -> None:
-    """Raise ScimError 403 for a filter on a discovery endpoint, as RFC 7644 §4 asks."""
-    if "filter" in call.parameters:
-        raise ScimError(403, "", "filter: discovery endpoints take no filter")
 
 
 def create_resource(call: Call) -> Response:
@@ -3284,8 +3218,8 @@ def get_resource(call: Call) -> Response:
 
 def replace_resource(call: Call) -> Response:
     """Answer PUT /Users/{id}."""
-    body = parse_body(call.request.body)
-    return call.answer(call.directory.replace(call.resource_type, call.id, body, call.condition))
+    return call.answer(call.directory.replace(call.resource_type, call.id, parse_body(call.request.body),
+                                              call.condition))
 
 
 def patch_resource(call: Call) -> Response:
@@ -3309,15 +3243,11 @@ def list_resources(call: Call) -> Response:
     sorting = parse_sorting(call.parameters, call.resource_types)
     if "cursor" in call.parameters:
         return list_by_cursor(call, asked, sorting)
-    start_index = max(call.integer("startIndex", 1), 1)
-    page = call.directory.search(asked, sorting, Window(page_size(call), start_index - 1))
-    return list_response([call.projected(resource) for resource in page.resources],
-                         page.total_results or 0, start_index)
-
-
-def page_size(call: Call) -> int:
-    """Return how many resources the client wants in a page; negative is none (RFC 7644 §3.4.2.4)."""
-    return max(0, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    start_index = call.integer("startIndex", 1, 1)
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
+    page = call.directory.search(asked, sorting, Window(count, start_index - 1))
+    return list_response(map(call.projected, page.resources), page.total_results or 0,
+                         startIndex=start_index)
 
 
 def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
@@ -3326,38 +3256,32 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
     if "startindex" in call.parameters:
         raise ScimError(400, "invalidValue", "startIndex: not together with cursor")
     try:
-        size = page_size(call)
+        count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
     except ScimError as error:
         raise ScimError(400, "invalidCount", error.detail) from None
     total, after, backward = read_cursor(call)
-    page = call.directory.search(asked, sorting, Window(size, 0, after, backward))
-    if page.total_results is not None:
-        total = page.total_results
-    response = list_response([call.projected(resource) for resource in page.resources], total, 1)
-    del response.body["startIndex"]
+    page = call.directory.search(asked, sorting, Window(count, 0, after, backward))
+    total = total if page.total_results is None else page.total_results
+    cursors = {}
     # On the side that a walk comes from there is always something; on the other, more says.
     if page.last and (page.more or backward):
-        response.body["nextCursor"] = make_cursor(call, total, page.last, backward=False)
+        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
     if page.first and (page.more if backward else after is not None):
-        response.body["previousCursor"] = make_cursor(call, total, page.first, backward=True)
-    return response
+        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    return list_response(map(call.projected, page.resources), total, **cursors)
 
 
 # A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
 # missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
     """Return a cursor to the page behind a position."""
-    issued = int(call.directory.clock().timestamp())
-    content = dump([query_digest(call), total, backward, issued, position.missing, position.key,
-                    position.seq]).encode()
+    content = dump([query_digest(call), total, backward, int(call.directory.clock().timestamp()),
+                    position.missing, position.key, position.seq]).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
 def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
-    """Return total, position and direction of a request's cursor.
-
-    Raises ScimError 400: invalidCursor, or expiredCursor after CURSOR_SECONDS.
-    """
+    """Return total, position and direction of a cursor; ScimError 400 invalidCursor or expiredCursor."""
     if not (text := call.parameters["cursor"]):
         return 0, None, False
     try:
@@ -3365,23 +3289,21 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     except ValueError:
         octets = b""
     mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
+    again = "start again with an empty cursor"
     if not content or not hmac.compare_digest(mac, signature(call, content)):
-        raise ScimError(400, "invalidCursor", "cursor: not one of this server; start again "
-                                              "with an empty cursor")
-    query, total, backward, issued, missing, key, seq = json.loads(content)
+        raise ScimError(400, "invalidCursor", f"cursor: not one of this server; {again}")
+    query, total, backward, issued, *position = json.loads(content)
     if query != query_digest(call):
         raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
     if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
-        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; "
-                                              "start again with an empty cursor")
-    return total, Position(missing, key, seq), backward
+        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {again}")
+    return total, Position(*position), backward
 
 
 def query_digest(call: Call) -> str:
     """Return what makes two requests pages of one query."""
-    names = [found.name for found in call.resource_types]
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    return digest(dump([names, terms]))[:16]
+    return digest(dump([[found.name for found in call.resource_types], terms]))[:16]
 
 
 def signature(call: Call, content: bytes) -> bytes:
@@ -3393,11 +3315,11 @@ def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in parse_message(call.request.body).items():
-        names = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, (str, int)) for one in names if one is not None):
-            raise ScimError(400, "invalidValue", f"{name}: expected text, an integer or names, "
-                                                 f"got {shown(value)}")
-        parameters[name] = ",".join(str(one) for one in names if one is not None)
+        names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if not all(isinstance(one, (str, int)) for one in names):
+            raise ScimError(400, "invalidValue",
+                            f"{name}: expected text, an integer or names, got {shown(value)}")
+        parameters[name] = ",".join(map(str, names))
     return list_resources(replace(call, parameters=parameters))
 
 
@@ -3405,15 +3327,13 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
-        raise ScimError(400, "invalidValue", f"sortOrder: expected ascending or descending, "
-                                             f"got {shown(order)}")
+        raise ScimError(400, "invalidValue",
+                        f"sortOrder: expected ascending or descending, got {shown(order)}")
     name = parameters.get("sortby", "").strip()
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
-    if not target:
-        return None
-    if target[-1].type == "complex" and target[-1].value_attribute:
+    if target and target[-1].type == "complex" and target[-1].value_attribute:
         target = (*target, target[-1].value_attribute)
-    return Sorting(Target(target), order == "descending")
+    return Sorting(Target(target), order == "descending") if target else None
 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
@@ -3431,12 +3351,7 @@ class BulkOperation:
     bulk_id: str
     version: str
     data: Json
-
-    @property
-    def references(self) -> set[str]:
-        """The bulkIds whose resources this operation needs the ids of."""
-        return {text.removeprefix(BULK_ID) for text in texts_in([self.id, self.data])
-                if text.startswith(BULK_ID)}
+    references: set[str]          # the bulkIds whose resources it needs the ids of
 
 
 def parse_bulk_operation(item: Json) -> BulkOperation:
@@ -3445,12 +3360,12 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
         raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
     given = {name.lower(): value for name, value in item.items() if value is not None}
     for name in ("method", "path", "bulkId", "version"):
-        if not isinstance(given.setdefault(name.lower(), ""), str):
-            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, "
-                                                  f"got {shown(given[name.lower()])}")
+        if not isinstance(value := given.setdefault(name.lower(), ""), str):
+            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
-    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"],
-                         given.get("data"))
+    data = given.get("data")
+    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
+        text.removeprefix(BULK_ID) for _, text in texts_in([id, data]) if text.startswith(BULK_ID)})
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
@@ -3467,23 +3382,18 @@ def resolved(value: Json, ids: Mapping[str, str]) -> Json:
 
 
 class Bulk:
-    """A bulk request at work (RFC 7644 §3.7): its operations, and the answers so far by number.
-
-    Raises ScimError 400 invalidValue for a bulkId that two POST operations claim.
-    """
+    """A bulk request at work (RFC 7644 §3.7); ScimError 400 invalidValue where two POSTs share a bulkId."""
 
     def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
-        self.call = call
-        self.operations = operations
-        self.answers: dict[int, Json] = {}
+        self.call, self.operations = call, operations
+        self.answers: dict[int, Json] = {}        # so far, by number
         self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
         self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
         self.incomplete: list[int] = []           # made before what they refer to, in a circle
-        for number, operation in enumerate(operations):
-            if operation.method == "POST" \
-                    and self.makers.setdefault(operation.bulk_id, number) != number:
-                raise ScimError(400, "invalidValue", f"bulkId {shown(operation.bulk_id)}: each "
-                                                     "POST needs one of its own")
+        for number, made in enumerate(operations):
+            if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
+                raise ScimError(400, "invalidValue",
+                                f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request, until there are so many errors."""
@@ -3507,8 +3417,7 @@ class Bulk:
                 number = stack[-1]
                 if number not in started:
                     started.add(number)
-                    makers = {self.makers.get(name, number)
-                              for name in self.operations[number].references}
+                    makers = {self.makers.get(name, number) for name in self.operations[number].references}
                     stack += sorted(makers - started, reverse=True)
                 elif stack.pop() not in done:
                     done.add(number)
@@ -3532,53 +3441,49 @@ class Bulk:
             self._complete_circles()
 
     def _check(self, operation: BulkOperation) -> None:
-        method, endpoints = operation.method, self.call.directory.resource_types.values()
+        method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
-            raise ScimError(400, "invalidValue", "method: expected POST, PUT, PATCH or DELETE, "
-                                                 f"got {shown(method)}")
-        if f"/{operation.endpoint}" not in [found.endpoint for found in endpoints] \
-                or (method == "POST") != (operation.id == "") or "/" in operation.id:
+            raise ScimError(400, "invalidValue",
+                            f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
+        endpoints = [found.endpoint for found in self.call.directory.resource_types.values()]
+        if f"/{operation.endpoint}" not in endpoints or (method == "POST") != (operation.id == "") \
+                or "/" in operation.id:
             expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise ScimError(400, "invalidPath", f"path: {method} needs one such as {expected}, got "
-                                                f"{shown(f'/{operation.endpoint}/{operation.id}')}")
+            raise ScimError(400, "invalidPath",
+                            f"path: {method} needs one such as {expected}, got {shown(path)}")
         if method == "POST" and not operation.bulk_id:
             raise ScimError(400, "invalidValue", "bulkId: POST needs one")
 
     def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
-        request = self.call.request
-        path = "/".join([operation.endpoint, quote(resolved(id, self.ids) or "", safe="")])
+        request, path_id = self.call.request, quote(resolved(id, self.ids) or "", safe="")
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         if operation.version:
             headers["if-match"] = operation.version
-        return self.call.handle(replace(request, method=method, query="", headers=headers,
-                                        path=f"{BASE_PATH}/{path}",
-                                        body=resolved(operation.data, self.ids)))
+        return self.call.application.handle(replace(
+            request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
+            headers=headers, body=resolved(operation.data, self.ids)))
 
     def _complete_circles(self) -> None:
         """Replace what was made without its references as soon as all of them are known."""
-        for number in list(self.incomplete):
-            operation = self.operations[number]
-            if operation.references <= self.ids.keys():
-                self.incomplete.remove(number)
-                response = self._send(operation, "PUT", BULK_ID + operation.bulk_id)
-                if response.status == 200:
-                    self.answers[number]["version"] = response.headers["ETag"]
-                else:
-                    self._withdraw(number, response)
+        known = [one for one in self.incomplete if self.operations[one].references <= self.ids.keys()]
+        for number in known:
+            self.incomplete.remove(number)
+            response = self._send(self.operations[number], "PUT", BULK_ID + self.operations[number].bulk_id)
+            if response.status == 200:
+                self.answers[number]["version"] = response.headers["ETag"]
+            else:
+                self._withdraw(number, response)
 
     def _withdraw(self, number: int, response: Response | None = None) -> None:
         """Undo the making of a resource whose references cannot be resolved."""
-        operation = self.operations[number]
-        self._send(operation, "DELETE", BULK_ID + operation.bulk_id)
+        self._send(self.operations[number], "DELETE", BULK_ID + self.operations[number].bulk_id)
         self._note(number, response or error_response(ScimError(
             409, "", "a bulkId that this resource refers to was not made")))
 
     def _note(self, number: int, response: Response) -> None:
         operation = self.operations[number]
-        location = response.headers.get("Location", "")
-        if operation.method != "POST":
-            id = resolved(operation.id, self.ids) or operation.id
-            location = f"{self.call.base_url}/{operation.endpoint}/{id}"
+        location = response.headers.get("Location", "") if operation.method == "POST" else \
+            f"{self.call.base_url}/{operation.endpoint}/{resolved(operation.id, self.ids) or operation.id}"
         answer = {"location": location, "method": operation.method, "bulkId": operation.bulk_id,
                   "version": response.headers.get("ETag"), "status": str(response.status),
                   "response": response.body if response.status >= 300 else None}
@@ -3597,11 +3502,16 @@ def run_bulk(call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ScimError(400, "invalidValue", f"failOnErrors: expected 1 or more, got {shown(limit)}")
     with call.directory.store.writing():
-        answers = Bulk(call, [parse_bulk_operation(item) for item in items]).run(limit or len(items))
+        answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
 # -- Employees and changes: beside SCIM ----------------------------------------------
+
+
+def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer that is no SCIM message."""
+    return Response(200, body, {"Content-Type": type, **headers})
 
 
 def list_employees(call: Call) -> Response:
@@ -3609,21 +3519,20 @@ def list_employees(call: Call) -> Response:
     active = call.parameters.get("active", "").lower()
     if active not in ("", "true", "false"):
         raise ScimError(400, "invalidValue", f"active: expected true or false, got {shown(active)}")
-    count = max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     found = list(itertools.islice(call.directory.employees(
         active == "true" if active else None, call.parameters.get("changed_since", ""),
         call.integer("id", 0) or None, call.integer("cursor", 0)), count + 1))
     headers, cursor = {}, {}
     if len(found) > count:
         found.pop()
+        cursor = {"nextCursor": str(found[-1].id)}
         query = urlencode({**call.parameters, "cursor": found[-1].id})
         headers["Link"] = f"<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel=\"next\""
-        cursor = {"nextCursor": str(found[-1].id)}
     if "text/csv" in call.request.headers.get("accept", ""):
         lines = employee_csv(employee_table(found, call.directory.link_names))
-        return Response(200, "".join(lines), {"Content-Type": "text/csv; charset=utf-8", **headers})
-    return Response(200, {"employees": [asdict(employee) for employee in found], **cursor},
-                    {"Content-Type": "application/json", **headers})
+        return plain_response("".join(lines), "text/csv; charset=utf-8", **headers)
+    return plain_response({"employees": [asdict(employee) for employee in found], **cursor}, **headers)
 
 
 def get_employee(call: Call) -> Response:
@@ -3631,18 +3540,16 @@ def get_employee(call: Call) -> Response:
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (found := next(call.directory.employees(id=id), None)):
         raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
-    return Response(200, asdict(found), {"Content-Type": "application/json"})
+    return plain_response(asdict(found))
 
 
 def list_changes(call: Call) -> Response:
     """Answer GET /changes: what came behind a number; waits for it where nothing has."""
     after = call.integer("after", 0)
-    wait = max(0, min(call.integer("wait", 0), MAX_WAIT))
-    count = max(1, min(call.integer("count", MAX_COUNT), MAX_COUNT))
+    wait, count = call.integer("wait", 0, 0, MAX_WAIT), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
     found = call.directory.changes(after, wait, count)
-    return Response(200, {"changes": [asdict(change) for change in found],
-                          "after": found[-1].seq if found else after},
-                    {"Content-Type": "application/json"})
+    return plain_response({"changes": [asdict(change) for change in found],
+                           "after": found[-1].seq if found else after})
 
 
 # -- The provisioning log ------------------------------------------------------------
@@ -3680,7 +3587,8 @@ EXPLANATIONS = (
     (r"409 (?P<name>\S+) (?P<value>.*) is already in use by another (?P<type>\w+)", "mapping",
      "Another {type} has the {name} {value} already.",
      "Change one of the two in Entra; if they are the same, match by {name} (precedence 1)."),
-    (r"404 (?P<type>\w+) .* does not exist", "mapping", "Entra refers to a {type} that is not here any more.",
+    (r"404 (?P<type>\w+) .* does not exist", "mapping",
+     "Entra refers to a {type} that is not here any more.",
      "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
     (r"4\d\d (?P<detail>the body .*)", "connection", "The body could not be read: {detail}.",
      "See whether a proxy in front of the server changes or cuts requests."),
@@ -3733,7 +3641,7 @@ Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, 
 def sent_values(body: Json) -> Iterator[Sent]:
     """Yield what the body of a write says; the attributes of an extension one by one."""
     found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
-    steps = found.get("operations") if "operations" in found else [{"op": "add", "value": body}]
+    steps = found.get("operations", [{"op": "add", "value": body}])
     for item in steps if isinstance(steps, list) else []:
         step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
         op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
@@ -3769,8 +3677,8 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
             yield unknown(path, user_type)
         elif name in ("emails", "username"):
             for mail in user.get("emails", []):
-                if mail.get("type") == "work" and user.get("userName", "").casefold() != \
-                        str(mail.get("value")).casefold():
+                differs = str(mail.get("value")).casefold() != user.get("userName", "").casefold()
+                if mail.get("type") == "work" and differs:
                     yield f"emails: {shown(mail.get('value'))} for {shown(user.get('userName'))}"
 
 
@@ -3802,6 +3710,8 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     method, route, thing = call.request.method, call.response.route, call.type.lower()
     if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
         return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
+    if method == "GET" and "{id}" not in route:
+        return f"List {thing}s"
     states = [str(value).lower() for _, path, value in sent if path.lower() == "active"]
     if method == "PATCH" and thing == "user" and states:
         return "Deactivate user" if states[-1] == "false" else "Activate user"
@@ -3811,9 +3721,7 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
             counts[op if op in counts else "set"] += len(member_ids(path, value))
     parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
     link = "to" if parts and parts[-1].startswith("add") else "of"
-    listed = method == "GET" and "{id}" not in route
-    return f"{' and '.join(parts)} {link}".capitalize() if parts else \
-        f"List {thing}s" if listed else f"{VERBS.get(method, method)} {thing}"
+    return f"{' and '.join(parts)} {link}".capitalize() if parts else f"{VERBS.get(method, method)} {thing}"
 
 
 def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
@@ -3825,13 +3733,11 @@ def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
             yield row.body
         elif employee := session.employee_of(id):
             yield employee.record
-    for known in candidates():
-        for name in ("displayName", "userName", "name"):
-            if known.get(name) and isinstance(known[name], str):
-                return str(known[name])
-    filter = dict(parse_qsl(call.request.query)).get("filter", "")
-    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
-    return literal[1] if literal else ""
+        filter = dict(parse_qsl(call.request.query)).get("filter", "")
+        if not SECRET.search(filter) and (literal := re.search(r'eq "(.*?)"', filter)):
+            yield {"name": literal[1]}
+    names = (known.get(name) for known in candidates() for name in ("displayName", "userName", "name"))
+    return next((name for name in names if name and isinstance(name, str)), "")
 
 
 def masked(value: Json) -> Json:
@@ -3839,31 +3745,32 @@ def masked(value: Json) -> Json:
     if not isinstance(value, dict):
         return [masked(item) for item in value] if isinstance(value, list) else value
     hidden = SECRET.search(" ".join(str(item) for name, item in value.items() if name.lower() == "path"))
-    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value")
-            else masked(item) for name, item in value.items()}
+    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value") else masked(item)
+            for name, item in value.items()}
 
 
 def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
-    body, status, raw = call.request.body, call.response.status, ""
+    request, status, refused = call.request, call.response.status, call.response.status >= 400
+    body, raw = request.body, ""
     if isinstance(body, bytes):
         raw, body = body.decode("utf-8", "replace"), None
         with suppress(ValueError, RecursionError):
             body = json.loads(raw)
     sent = list(sent_values(body)) if call.type else []
-    notes = [refusal(call, raw or dump(body))] if status >= 400 else list(findings(session, call, sent))
-    in_path = unquote(call.request.path.rstrip("/").split("/")[-1])
+    notes = [refusal(call, raw or dump(body))] if refused else list(findings(session, call, sent))
+    in_path = unquote(request.path.rstrip("/").split("/")[-1])
     id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
     entry = {"at": call.at, "token": call.token.name, "operation": in_words(call, sent),
              "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status,
-             "milliseconds": round(call.seconds * 1000, 1), "method": call.request.method,
-             "path": call.request.path[:500], "client": call.request.client, "id": call.request.id,
+             "milliseconds": round(call.seconds * 1000, 1), "method": request.method,
+             "path": request.path[:500], "client": request.client, "id": request.id,
              "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
-             "detail": notes[0][4:] if status >= 400 else "",
+             "detail": notes[0][4:] if refused else "",
              "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
-    return 2 if status >= 400 else int(bool(notes)), id, entry
+    return 2 if refused else int(bool(notes)), id, entry
 
 
 STEPS = (                         # of the set-up: key, operation, title, how to get there
@@ -3889,37 +3796,68 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
                     session.set_setting(f"first {step}", call.at)
 
 
-class ProvisioningLog:
-    """Calls on their way to the logs of their tenants, written by a thread of its own.
+class Batches:
+    """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
 
-    No request waits for it or fails by it: a call that finds LOG_WAITING others waiting, or cannot
-    be written, counts as lost.
+    Nobody waits for it: an item that finds limit others waiting is lost. write must not raise.
     """
+
+    def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
+        self._write, self._pause, self._limit = write, pause, limit
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, item: Any) -> bool:
+        """Have an item written; False if it is lost."""
+        if self._items.qsize() >= self._limit:
+            return False
+        self._items.put(item)
+        with self._lock:
+            if not self._thread:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Write what waits, for so long at the most; a later item starts another thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread:
+            self._hurry.set()
+            self._items.put(None)
+            thread.join(seconds)
+            self._hurry.clear()
+
+    def _run(self) -> None:
+        batch: list[Any] = []
+        while None not in batch:
+            batch = [self._items.get()]
+            self._hurry.wait(self._pause)
+            batch += [self._items.get() for _ in range(self._items.qsize())]
+            self._write([item for item in batch if item is not None])
+
+
+class ProvisioningLog:
+    """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
 
     def __init__(self) -> None:
         self.lost = 0
         self.strangers, self.strange_since = 0, ""       # calls with an unknown token
-        self._waiting: queue.SimpleQueue[Answered | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._writer: threading.Thread | None = None
-        self._hurry = threading.Event()
+        self._batches = Batches(self._write, LOG_PAUSE, LOG_WAITING)
 
     def add(self, call: Answered) -> None:
         """Have a call written, without secrets, long bodies and long lists."""
-        if self._waiting.qsize() >= LOG_WAITING:
-            self.lost += 1
-            return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and "Resources" in answer:
             answer = {"Resources": answer["Resources"][:2]}
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
             body = b""
-        self._waiting.put(replace(call, request=replace(call.request, headers={}, body=body),
-                                  response=replace(call.response, body=answer)))
-        with self._lock:
-            if not self._writer:
-                self._writer = threading.Thread(target=self._write, daemon=True)
-                self._writer.start()
+        self.lost += not self._batches.add(replace(
+            call, request=replace(call.request, headers={}, body=body),
+            response=replace(call.response, body=answer)))
 
     def add_stranger(self, at: str) -> None:
         """Count a call with an unknown token, which belongs to no tenant."""
@@ -3927,30 +3865,16 @@ class ProvisioningLog:
             self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
 
     def close(self) -> None:
-        """Write what waits, for five seconds at the most; a later call starts another thread."""
-        with self._lock:
-            writer, self._writer = self._writer, None
-        if writer:
-            self._hurry.set()
-            self._waiting.put(None)
-            writer.join(5)
-            self._hurry.clear()
+        """Write what waits, for five seconds at the most."""
+        self._batches.close(5)
 
-    def _write(self) -> None:
-        batch: list[Answered | None] = []
-        while None not in batch:
-            batch = [self._waiting.get()]
-            self._hurry.wait(LOG_PAUSE)
-            while not self._waiting.empty():
-                batch.append(self._waiting.get())
-            by_store: dict[Store, list[Answered]] = {}
-            for call in filter(None, batch):
-                by_store.setdefault(call.directory.store, []).append(call)
-            for store, calls in by_store.items():
-                try:
-                    write_log(store, calls)
-                except Exception:         # noqa: BLE001  trouble with the log is none of the sync
-                    self.lost += len(calls)
+    def _write(self, batch: list[Answered]) -> None:
+        for store in dict.fromkeys(call.directory.store for call in batch):
+            calls = [call for call in batch if call.directory.store is store]
+            try:
+                write_log(store, calls)
+            except Exception:             # noqa: BLE001  trouble with the log is none of the sync
+                self.lost += len(calls)
 
 
 # -- The console's API ---------------------------------------------------------------
@@ -3975,8 +3899,8 @@ MAPPING = (                       # source in Entra ID, customappsso attribute, 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
-    return Response(200, body, {"Content-Type": type, "Cache-Control": "no-store",
-                                "X-Content-Type-Options": "nosniff", **headers})
+    return plain_response(body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+                                         **headers})
 
 
 def page_response(page: str) -> Response:
@@ -4005,9 +3929,9 @@ def get_log(call: Call) -> Response:
     """Answer GET /console/api/log: entries newest first, those after or before a number."""
     found = call.directory.requests(
         call.integer("after", 0), call.integer("before", 0),
-        max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT)), call.integer("level", 0),
+        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("level", 0),
         call.parameters.get("subject", ""), call.parameters.get("text", ""),
-        max(0, min(call.integer("wait", 0), MAX_WAIT)))
+        call.integer("wait", 0, 0, MAX_WAIT))
     return console_response({"entries": found, "lost": call.application.log.lost})
 
 
@@ -4023,11 +3947,9 @@ def get_setup(call: Call) -> Response:
         "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
         "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
                     "expires": time_text(token.expires) if token.expires else "",
-                    "expired": bool(token.expires and token.expires <= now)}
-                   for token in tenant.tokens],
+                    "expired": bool(token.expires and token.expires <= now)} for token in tenant.tokens],
         "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
-        "strangers": log.strangers, "strange_since": log.strange_since,
-        "mapping": entra_mapping(directory),
+        "strangers": log.strangers, "strange_since": log.strange_since, "mapping": entra_mapping(directory),
         "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
             user_type, parse_filter(f"{custom.urn} pr", user_type), count=0).total_results}
             for custom in tenant.custom_fields]})
@@ -4058,49 +3980,44 @@ def get_history(call: Call) -> Response:
                              "changes": [asdict(found) for found in changes]})
 
 
+# -- Routes ------------------------------------------------------------------------
+
 Operate = Callable[[Call], Response]
-
-ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
-    ("GET", ("ServiceProviderConfig",), get_provider_config),
-    ("GET", ("Schemas",), list_schemas),
-    ("GET", ("Schemas", "{id}"), get_schema),
-    ("GET", ("ResourceTypes",), list_resource_types),
-    ("GET", ("ResourceTypes", "{id}"), get_resource_type),
-    ("GET", (), list_resources),
-    ("POST", ("Bulk",), run_bulk),
-    ("POST", (".search",), search_resources),
-    ("POST", ("{type}", ".search"), search_resources),
-    ("GET", ("{type}",), list_resources),
-    ("POST", ("{type}",), create_resource),
-    ("GET", ("{type}", "{id}"), get_resource),
-    ("PUT", ("{type}", "{id}"), replace_resource),
-    ("PATCH", ("{type}", "{id}"), patch_resource),
-    ("DELETE", ("{type}", "{id}"), delete_resource),
-    ("GET", ("", "employees"), list_employees),            # "" is outside of BASE_PATH
-    ("GET", ("", "employees", "{id}"), get_employee),
-    ("GET", ("", "changes"), list_changes),
-    ("GET", ("", "console", "api", "log"), get_log),
-    ("GET", ("", "console", "api", "setup"), get_setup),
-    ("GET", ("", "console", "api", "mapping"), get_mapping),
-    ("GET", ("", "console", "api", "schema"), get_entra_schema),
-    ("GET", ("", "console", "api", "history", "{id}"), get_history),
-)
-
-
 Route = tuple[dict[str, Operate], str]          # operations by method, and the path for the logs
+
+ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front are outside of BASE_PATH
+    "": {"GET": list_resources},
+    "ServiceProviderConfig": {"GET": get_published},
+    "Schemas": {"GET": get_published},
+    "Schemas/{id}": {"GET": get_published},
+    "ResourceTypes": {"GET": get_published},
+    "ResourceTypes/{id}": {"GET": get_published},
+    "Bulk": {"POST": run_bulk},
+    ".search": {"POST": search_resources},
+    "{type}/.search": {"POST": search_resources},
+    "{type}": {"GET": list_resources, "POST": create_resource},
+    "{type}/{id}": {"GET": get_resource, "PUT": replace_resource, "PATCH": patch_resource,
+                    "DELETE": delete_resource},
+    "/employees": {"GET": list_employees},
+    "/employees/{id}": {"GET": get_employee},
+    "/changes": {"GET": list_changes},
+    "/console/api/log": {"GET": get_log},
+    "/console/api/setup": {"GET": get_setup},
+    "/console/api/mapping": {"GET": get_mapping},
+    "/console/api/schema": {"GET": get_entra_schema},
+    "/console/api/history/{id}": {"GET": get_history},
+}
 
 
 def route_table() -> dict[tuple[str, ...], Route]:
     """Return the routes by the segments of their paths, with "{id}" for any id."""
     table: dict[tuple[str, ...], Route] = {}
-    for method, pattern, operation in ROUTES:
-        for endpoint in ("Users", "Groups") if "{type}" in pattern else ("",):
-            key = tuple(endpoint if part == "{type}" else part for part in pattern)
-            methods, _ = table.setdefault(key, ({}, "/" + "/".join(key).removeprefix("/")))
-            methods[method] = operation
-    for methods, _ in table.values():
-        if "GET" in methods:
-            methods["HEAD"] = methods["GET"]
+    for pattern, methods in ROUTES.items():
+        head = {"HEAD": methods["GET"]} if "GET" in methods else {}
+        for endpoint in ("Users", "Groups"):
+            path = pattern.replace("{type}", endpoint)
+            segments = tuple(path.split("/")) if path else ()
+            table[segments] = ({**methods, **head}, "/" + path.removeprefix("/"))
     return table
 
 
@@ -4110,10 +4027,6 @@ ROUTE_TABLE = route_table()
 def find_route(segments: Sequence[str]) -> Route | None:
     """Return the route of a path, literal ones first."""
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
-
-
-Owner = tuple[Tenant, Token]      # of a request
-OPEN_TENANTS = 64                 # whose files are kept open
 
 
 class Metrics:
@@ -4132,24 +4045,25 @@ class Metrics:
 
     def text(self) -> str:
         """Return all counts in the text format of Prometheus."""
+        with self._lock:
+            counts = sorted(self._counts.items())
         lines = []
-        for number, (name, help) in enumerate((
-                ("scim_requests_total", "Requests answered"),
-                ("scim_request_seconds_total", "Seconds spent on them"))):
+        for number, (name, help) in enumerate((("scim_requests_total", "Requests answered"),
+                                               ("scim_request_seconds_total", "Seconds spent on them"))):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
-            with self._lock:
-                counts = sorted(self._counts.items())
-            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
-                      f'status="{status}"}} {values[number]:g}'
-                      for (tenant, method, route, status), values in counts]
+            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
+                      f"{values[number]:g}" for (tenant, method, route, status), values in counts]
         return "\n".join(lines) + "\n"
+
+
+Owner = tuple[Tenant, Token]      # of a request
+OPEN_TENANTS = 64                 # whose files are kept open
 
 
 def unauthorized() -> ScimError:
     """Return the one answer to a bearer token that is not good, whatever is wrong with it."""
-    return ScimError(401, "", "the bearer token is missing, unknown or expired; "
-                              "check the Secret Token of the enterprise application",
-                     {"WWW-Authenticate": 'Bearer realm="scim"'})
+    return ScimError(401, "", "the bearer token is missing, unknown or expired; check the Secret Token of "
+                              "the enterprise application", {"WWW-Authenticate": 'Bearer realm="scim"'})
 
 
 class Application:
@@ -4162,15 +4076,12 @@ class Application:
     """
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
-                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
-                 page: str = "") -> None:
+                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id, page: str = "") -> None:
         self.page = page
         self.log = ProvisioningLog()
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
-        self._ask = authenticate
-        self._clock = clock
-        self._new_id = new_id
+        self._ask, self._clock, self._new_id = authenticate, clock, new_id
         self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
         self._awake: dict[str, Directory] = {}               # whose files are open, oldest use first
         self._configuring = threading.RLock()
@@ -4186,29 +4097,23 @@ class Application:
         make_data_dir(config)
         with self._configuring:
             self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
-            hashed = tuple(replace(tenant, tokens=tuple(replace(token, secret="")
-                                                        for token in tenant.tokens))
-                           for tenant in config.tenants)
+            hashed = tuple(replace(tenant, tokens=tuple(
+                replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
             self.tenants = {tenant.name: tenant for tenant in hashed}
-            self._tokens = {token.sha256: (tenant, token)
-                            for tenant in hashed for token in tenant.tokens}
+            self._tokens = {token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens}
 
     def add_tenant(self, document: Json) -> Directory:
-        """Serve one more tenant, given as in a configuration, or one anew; return its directory.
-
-        Raises ConfigError and StoreError.
-        """
+        """Serve a tenant, given as in a configuration, be it known; ConfigError and StoreError."""
         reader = ConfigReader()
         tenant = reader.tenant("tenant", document)
         with self._configuring:
-            others = tuple(one for one in self.config.tenants if one.name != tenant.name)
-            for other in others:
-                for token in other.tokens:
-                    if token.sha256 in [own.sha256 for own in tenant.tokens]:
-                        reader.wrong("tenant.tokens", f"the same token as that of {other.name}")
+            for token in tenant.tokens:
+                if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
+                    reader.wrong("tenant.tokens", f"the same token as that of {other}")
             if reader.problems:
                 raise ConfigError(reader.problems)
+            others = (one for one in self.config.tenants if one.name != tenant.name)
             self.configure(replace(self.config, tenants=(*others, tenant)))
         return self.directory(tenant.name)
 
@@ -4273,18 +4178,15 @@ class Application:
             self._note(request, response, owner, time.perf_counter() - started)
         return response
 
-    def _note(self, request: Request, response: Response, owner: Owner | None,
-              seconds: float) -> None:
+    def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
-        ours = request.path.startswith(BASE_PATH)
-        if not (ours or (response.status == 404 and not response.route)) or (
+        lost_its_way = response.status == 404 and not response.route
+        if not (request.path.startswith(BASE_PATH) or lost_its_way) or (
                 request.method == "GET" and "x-console" in request.headers):
             return                        # reading what the sync did is no part of it
-        if owner:
-            directory = self.directories[owner[0].name]
-            if isinstance(directory, Directory):
-                self.log.add(Answered(time_text(self._clock()), *owner, directory, request,
-                                      response, seconds))
+        if owner:                         # of a tenant whose file is no good there is no log either
+            self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name), request,
+                                  response, seconds))
         elif response.status == 401:
             self.log.add_stranger(time_text(self._clock()))
 
@@ -4341,8 +4243,8 @@ class Application:
         tenant, token = owner[0].name, owner[1].name
         directory = self.directories[tenant]
         if isinstance(directory, StoreError):
-            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says "
-                                     "why", {"Retry-After": "60"})
+            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
+                            {"Retry-After": "60"})
         used = self._used.get((tenant, token))
         if not used or now - used > timedelta(minutes=1):
             self._used[tenant, token] = now
@@ -4369,13 +4271,14 @@ class Application:
             raise ScimError(405, "", f"{request.method} is not for {request.path}; "
                                      f"it takes {allow['Allow']}", allow)
         query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
+        endpoint, *rest = segments or [""]
         types = tuple(directory.resource_types.values())
-        asked = tuple(found for found in types if segments and found.endpoint == f"/{segments[0]}")
+        asked = tuple(found for found in types if found.endpoint == f"/{endpoint}") or types
         return methods[request.method](Call(
-            request, directory, asked or types, segments[-1] if segments else "",
+            request, directory, asked[0], asked, endpoint, rest[-1] if rest else "",
             {name.lower(): value for name, value in query},
-            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
-            self.handle, self))
+            Condition(request.headers.get("if-match", ""), request.headers.get("if-none-match", "")),
+            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self))
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
@@ -4383,7 +4286,7 @@ class Application:
 
 def get_health(application: Application, request: Request) -> Response:
     """Answer GET /healthz: the process is up."""
-    return Response(200, "ok\n", {"Content-Type": "text/plain"})
+    return plain_response("ok\n", "text/plain")
 
 
 def get_readiness(application: Application, request: Request) -> Response:
@@ -4395,7 +4298,7 @@ def get_readiness(application: Application, request: Request) -> Response:
             directory.last_use("")
     except (StoreError, sqlite3.Error):
         return Response(503, "not ready\n", {"Content-Type": "text/plain", "Retry-After": "5"})
-    return Response(200, "ready\n", {"Content-Type": "text/plain"})
+    return plain_response("ready\n", "text/plain")
 
 
 def get_metrics(application: Application, request: Request) -> Response:
@@ -4404,10 +4307,9 @@ def get_metrics(application: Application, request: Request) -> Response:
         and "x-forwarded-for" not in request.headers
     secret = request.headers.get("authorization", "").partition(" ")[2].strip()
     if not local and digest(secret) != application.config.metrics_sha256:
-        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as "
-                                                 "bearer token", {"WWW-Authenticate": "Bearer"}))
-    return Response(200, application.metrics.text(),
-                    {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
+                                                 "token", {"WWW-Authenticate": "Bearer"}))
+    return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics}
