@@ -4083,7 +4083,8 @@ class Application:
         self.directories: dict[str, Directory | StoreError] = {}
         self._ask, self._clock, self._new_id = authenticate, clock, new_id
         self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
-        self._awake: dict[str, Directory] = {}               # whose files are open, oldest use first
+        self._awake: dict[str, Store] = {}                   # whose files are open, oldest use first
+        self._latest: Store | None = None
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -4255,12 +4256,14 @@ class Application:
 
     def _wake(self, tenant: str, directory: Directory) -> None:
         """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
-        if next(reversed(self._awake), "") != tenant:
+        if self._latest is not directory.store:
             with self._configuring:
+                self._latest = directory.store
+                directory.store.wake()
                 self._awake.pop(tenant, None)
-                self._awake[tenant] = directory
+                self._awake[tenant] = directory.store
                 if len(self._awake) > OPEN_TENANTS:
-                    self._awake.pop(next(iter(self._awake))).store.rest()
+                    self._awake.pop(next(iter(self._awake))).rest()
 
     def _dispatch(self, request: Request, directory: Directory, segments: list[str],
                   methods: Mapping[str, Operate]) -> Response:
