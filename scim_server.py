@@ -1376,8 +1376,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         display TEXT, display_key TEXT,         -- as its client sent it, and the key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
-    """,
-    """
+    """, """
     CREATE TABLE employee (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
@@ -1386,23 +1385,19 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         user_name TEXT NOT NULL,      -- as its key
         active INTEGER NOT NULL,
         manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
-        changed TEXT NOT NULL,
-        record TEXT NOT NULL);        -- JSON
+        changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
     CREATE TABLE change (
         seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
         id TEXT NOT NULL,             -- of the user or group, or the number of the employee
         member TEXT NOT NULL,         -- of a membership
-        token TEXT NOT NULL,
-        attributes TEXT NOT NULL);    -- JSON, names
+        token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
     CREATE INDEX change_at ON change (at);
-    """,
-    """
+    """, """
     CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
-    """,
-    """
+    """, """
     CREATE TABLE request (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
@@ -1434,7 +1429,12 @@ POLL_SECONDS = 0.5                # how often a waiting reader looks for what ot
 
 ORDER = ("ORDER BY missing, key, seq",                              # of positions: ascending
          "ORDER BY missing DESC, key DESC, seq DESC")               # and descending
-COMPARISONS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+COMPARISONS = {                   # with a key for each mark; all but co and ew are one range of the index
+    "eq": "key = ?", "gt": "key > ?", "ge": "key >= ?", "lt": "key < ?", "le": "key <= ?",
+    "co": "instr(key, ?) > 0",
+    "ew": "substr(key, -length(?), length(?)) = ?",
+    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",     # no octet of UTF-8 is as great as FF
+}
 Sql = tuple[str, list[Any]]       # a condition and its parameters, in order
 
 
@@ -1453,7 +1453,7 @@ def compile_filter(filter: Filter, columns: str = "seq") -> Sql:
         case Present(target):
             return rows(target, columns, "key > ''", [])
         case Compare(target, op, key):
-            return rows(target, columns, *compile_comparison(op, key))
+            return rows(target, columns, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
 
 def join_sql(word: str, filters: Iterable[Filter], columns: str, empty: str) -> Sql:
@@ -1472,18 +1472,6 @@ def rows(target: Target, columns: str, condition: str, parameters: list[Any]) ->
     return f"{columns} IN (SELECT {selected} FROM value WHERE {condition})", [index, *parameters]
 
 
-def compile_comparison(op: str, key: str) -> Sql:
-    """Return a comparison of the column key as SQL; all but co and ew are one range of the index."""
-    match op:
-        case "co":
-            return "instr(key, ?) > 0", [key]
-        case "ew":
-            return "substr(key, -length(?)) = ?" if key else "1 = 1", [key, key] if key else []
-        case "sw":                               # no octet of UTF-8 is as great as FF
-            return "key >= ? AND key < ? || CAST(x'FF' AS TEXT)", [key, key]
-    return f"key {COMPARISONS[op]} ?", [key]
-
-
 class StoreError(Exception):
     """A tenant's file cannot be used; the text says why and what to do."""
 
@@ -1492,12 +1480,6 @@ def damaged(path: str, finding: str) -> StoreError:
     """Return the error of a file that SQLite cannot trust."""
     return StoreError(f"{path}: damaged ({finding}); put a backup in its place: "
                       "python scim_server.py restore --tenant NAME FILE")
-
-
-def examine(path: str, connection: sqlite3.Connection) -> None:
-    """Raise StoreError unless a file is whole."""
-    if (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-        raise damaged(path, found)
 
 
 def storage_error(error: sqlite3.Error) -> ScimError:
@@ -1639,17 +1621,13 @@ class Session:
                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?")
         return self.run(sql, [path, key, type, seq]).fetchone() is not None
 
-    def insert(self, row: Row, entries: Iterable[Entry]) -> int:
-        """Store a new resource, whose seq is 0, and return the seq it got."""
+    def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
+        """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
         seq = self._put("resource", vars(row))
-        self._index(seq, (), entries)
-        self._tally(row.type, 1)
+        self._index(seq, before, after)
+        if not row.seq:
+            self._tally(row.type, 1)
         return seq
-
-    def update(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        """Store a changed resource; of the index, the entries that differ."""
-        self._put("resource", vars(row))
-        self._index(row.seq, before, after)
 
     def delete(self, row: Row, entries: Iterable[Entry]) -> None:
         """Remove a resource with its members."""
@@ -1788,11 +1766,13 @@ class Session:
 
     # -- Changes --
 
-    def log(self, changes: Iterable[Change]) -> None:
-        """Append to the change feed; the numbers are given here."""
+    def log(self, changes: Iterable[Change], keep: int, older_than: str) -> None:
+        """Append to the change feed, numbered here; forget all but so many, and those before a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", [
             (change.at, change.kind, change.id, change.member, change.token, dump(change.attributes))
             for change in changes])
+        self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
+        self.run("DELETE FROM change WHERE at < ?", [older_than])
 
     def changes(self, after: int, count: int) -> list[Change]:
         """Return the changes behind one, as many as count."""
@@ -1815,11 +1795,6 @@ class Session:
         """Return the number before the first change that is kept, and that of the last one made."""
         return self.run("SELECT ifnull((SELECT min(seq) - 1 FROM change), seq), seq "
                         "FROM sqlite_sequence WHERE name = 'change'").fetchone() or (0, 0)
-
-    def forget_changes(self, keep: int, older_than: str) -> None:
-        """Remove all changes but the newest, as many as keep, and those older than a time."""
-        self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
-        self.run("DELETE FROM change WHERE at < ?", [older_than])
 
     # -- The provisioning log --
 
@@ -1889,8 +1864,8 @@ class Store:
             wal = Path(f"{self.path}-wal")
             unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
             self._writer = self._connect()
-            if unclean:
-                examine(self.path, self._writer)
+            if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise damaged(self.path, found)
             self._migrate()
         except sqlite3.OperationalError as error:
             raise StoreError(f"{self.path}: cannot be used ({error})") from error
@@ -2023,7 +1998,8 @@ class Store:
         try:
             with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?{mode}", uri=True,
                                          isolation_level=None)) as source, self._writing:
-                examine(path, source)
+                if (found := source.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                    raise damaged(path, found)
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
                     raise StoreError(f"{path}: not a backup that this scim_server knows")
                 source.backup(self._writer)
@@ -2267,10 +2243,10 @@ class Directory:
         row = Row(0, resource_type.name, self.new_id(), stored(accepted), {}, 1, now, now, 0)
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
-            row = replace(row, seq=session.insert(row, row_entries(resource_type, row)))
+            row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
             if count := self._link(session, row, {}, accepted)[0]:
                 row = replace(row, member_count=count)
-                session.update(row, (), ())
+                session.save(row, (), ())
             self._record(session, row, {}, revived(resource_type, row))
             return self._complete(session, row)
 
@@ -2295,10 +2271,7 @@ class Directory:
 
     def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None,
                window: Window) -> Page:
-        """Return a window on the resources of several types that match (RFC 7644 §3.4.2.1).
-
-        asked has the names of the resource types, each with its filter and selection.
-        """
+        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
             total = None if window.after else session.total(filters)
@@ -2364,8 +2337,8 @@ class Directory:
     def seed(self, document: Json) -> dict[str, str]:
         """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them.
 
-        Members may be given by userName or displayName, as {"value": name} or the name alone.
-        Returns the ids by name.
+        Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
+        the ids by name.
         """
         ids: dict[str, str] = {}
         with self.store.writing():
@@ -2407,14 +2380,12 @@ class Directory:
             raise ScimError(400, "invalidValue", "changed_since: expected a dateTime, got "
                                                  f"{shown(changed_since)}") from None
         after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
-        found: list[EmployeeRow] | None = None
-        while found is None or len(found) == DEFAULT_COUNT:
-            with self.store.reading() as session:
-                found = session.employees(after, last, DEFAULT_COUNT, active, since)
+        while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
+                                          active=active, changed_since=since)):
             for row in found:
-                after = row.id
                 yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
                                active=row.active, manager=row.manager, changed=row.changed, **row.record)
+            after = found[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
         """Return the changes behind a number, as many as count; wait seconds where there is none.
@@ -2427,7 +2398,7 @@ class Directory:
                 raise ScimError(410, "", f"after={after}: the feed holds the changes behind {first}, up to "
                                          f"{last}; read all employees, then start again with after={last}")
             return session.changes(after, count)
-        return self._await(read, wait)
+        return self._read(read, wait)
 
     def requests(self, after: int = 0, before: int = 0, count: int = DEFAULT_COUNT, level: int = 0,
                  subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
@@ -2436,10 +2407,10 @@ class Directory:
         before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text stands
         anywhere in an entry.
         """
-        return self._await(lambda session: session.requests(
+        return self._read(lambda session: session.requests(
             after, before or 2 ** 62, count, level, subject, text), wait)
 
-    def _await(self, read: Callable[[Session], list[Any]], wait: float) -> list[Any]:
+    def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
         """Return what is read, again and again for so many seconds while there is nothing."""
         end = time.monotonic() + wait
         while True:
@@ -2499,8 +2470,7 @@ class Directory:
             gone = replace(known, provisioned=False, active=False, changed=now)
             self._save_employee(session, known, gone)
 
-    def _save_employee(self, session: Session, before: EmployeeRow | None,
-                       after: EmployeeRow) -> None:
+    def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
         """Store an employee that changed, and note what did."""
         old, new = ({**row.record, "active": row.active, "external_id": row.external_id,
                      "user_id": row.user_id, "manager": row.manager_id} if row else {}
@@ -2515,9 +2485,8 @@ class Directory:
              attributes: Sequence[str] = ()) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
         now = self.clock()
-        session.log(Change(0, time_text(now), kind, id, member, self.token, list(attributes))
-                    for member in members)
-        session.forget_changes(self.keep, time_text(now - timedelta(days=self.keep_days)))
+        session.log([Change(0, time_text(now), kind, id, member, self.token, list(attributes))
+                     for member in members], self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
 
@@ -2540,10 +2509,7 @@ class Directory:
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
                   named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
-        """Return a stored row as a resource, with version and memberships: all, or those named.
-
-        groups has the groups of the row where they are known already.
-        """
+        """Return a stored row as a resource with its version, groups, and its members or those named."""
         root = self.resource_types[row.type].root
         version, linked, members = f'W/"{row.revision}', {}, root.by_name.get("members")
         if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
@@ -2582,7 +2548,7 @@ class Directory:
         resource_type = self.resource_types[row.type]
         changed = replace(row, body=body, revision=row.revision + 1, member_count=member_count,
                           modified=time_text(self.clock()))
-        session.update(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
+        session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
 
     def _link(self, session: Session, row: Row, before: Resource, after: Resource) -> tuple[int, bool]:
@@ -2602,10 +2568,7 @@ class Directory:
         return len(added) - len(removed), bool(written or removed)
 
     def _adopt_custom_fields(self) -> None:
-        """Fit what is stored to the custom fields that are configured now.
-
-        Values of fields that are no longer there, or now have another type, are kept hidden.
-        """
+        """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
         resource_type = self.resource_types["User"]
         fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         with self.store.writing() as session:
@@ -2616,7 +2579,7 @@ class Directory:
             for row in session.holding(FACILIO):
                 body, hidden = self._split_custom_fields(row)
                 changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
-                session.update(changed, row_entries(old_type, row), row_entries(resource_type, changed))
+                session.save(changed, row_entries(old_type, row), row_entries(resource_type, changed))
                 self._employ(session, row.id, revived(resource_type, changed))
             session.set_setting("custom_fields", dump(fields))
 
@@ -2689,7 +2652,9 @@ def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
 # Uses chapters 1, 2 and 8. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Kind = tuple[Callable[[Any], Any], str]    # reads a JSON value or refuses it, and what is expected
+Rule = Kind | Callable[[str, Json], Any]   # or what takes a JSON path and the value there
 
 
 def text_of(pattern: str, expected: str) -> Kind:
@@ -2711,11 +2676,8 @@ NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 els
 NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
 TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
         "a time such as 2027-01-31T00:00:00Z")
-DEMO = {"tenants": [{
-    "name": "demo",
-    "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
-    "custom_fields": [{"link_name": "badge_number", "type": "Integer"}],
-}]}
+DEMO = {"tenants": [{"name": "demo", "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
+                     "custom_fields": [{"link_name": "badge_number", "type": "Integer"}]}]}
 
 
 class ConfigError(Exception):
@@ -2747,9 +2709,6 @@ class Tenant:
     log_bodies: bool = False
 
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
 @dataclass(frozen=True)
 class Config:
     """What a server serves, and where."""
@@ -2775,10 +2734,7 @@ def digest(secret: str) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Return the configuration in a JSON file, beside which relative paths lie.
-
-    Raises ConfigError with every mistake of the file.
-    """
+    """Return the configuration in a JSON file, beside which its relative paths lie; ConfigError."""
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
@@ -2787,9 +2743,9 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config = parse_config(document)
     folder = Path(path).resolve().parent
-    return replace(
-        config, tls=config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1])),
-        data_dir=config.data_dir if config.data_dir == ":memory:" else str(folder / config.data_dir))
+    tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
+    in_memory = config.data_dir == ":memory:"
+    return replace(config, tls=tls, data_dir=":memory:" if in_memory else str(folder / config.data_dir))
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -2852,14 +2808,8 @@ def make_data_dir(config: Config) -> None:
                          "choose another place with --data-dir") from error
 
 
-Rule = Kind | Callable[[str, Json], Any]
-
-
 class ConfigReader:
-    """What reads a configuration, and notes what is wrong at which JSON path.
-
-    A rule is a Kind, or a method that takes a path and a value. A wrong value is left out.
-    """
+    """What reads a configuration by rules, leaves out what is wrong, and notes why by its JSON path."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -2896,8 +2846,8 @@ class ConfigReader:
             self.wrong(below + name, f"unknown key; known are {', '.join(sorted(rules))}")
         for name in sorted(set(needed) - value.keys()):
             self.wrong(below + name, "is missing")
-        found = {name: self.read(below + name, value[name], rules[name]) for name in rules if name in value}
-        return {name: item for name, item in found.items() if item is not None}
+        return {name: found for name, rule in rules.items() if name in value
+                and (found := self.read(below + name, value[name], rule)) is not None}
 
     def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
         """Return what a rule makes of the items of a list."""
@@ -2941,8 +2891,8 @@ class ConfigReader:
 
     def custom_field(self, path: str, value: Json) -> CustomField:
         """Return a custom field; link names compare without case, as attribute names do."""
-        found = self.members(path, value, {"link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT},
-                             {"link_name", "type"})
+        found = self.members(path, value, {
+            "link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}, {"link_name", "type"})
         name = found.get("link_name", "")
         self.unique(f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as")
         return CustomField(name, found.get("type", ""), found.get("display_name", name))
