@@ -1427,8 +1427,7 @@ MAX_BATCH = 64                    # writes that share a commit
 READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
-ORDER = ("ORDER BY missing, key, seq",                              # of positions: ascending
-         "ORDER BY missing DESC, key DESC, seq DESC")               # and descending
+ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")      # of positions
 COMPARISONS = {                   # with a key for each mark; all but co and ew are one range of the index
     "eq": "key = ?", "gt": "key > ?", "ge": "key >= ?", "lt": "key < ?", "le": "key <= ?",
     "co": "instr(key, ?) > 0",
@@ -1522,32 +1521,25 @@ class Position:
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a query's resources to read: count, behind an offset or behind a position.
-
-    backward reads towards the first resource; the page itself keeps the order of the query.
-    """
+    """The part of a query's resources to read: count, behind an offset or behind a position."""
 
     count: int
     offset: int = 0
     after: Position | None = None
-    backward: bool = False
+    backward: bool = False        # towards the first resource; the page keeps the order of the query
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row of the change feed; seq counts the changes of a tenant in the order of their commits.
-
-    id is that of the user or group, or the number of the employee; member the id of who joined or
-    left a group; token the name of the token that it was done with; attributes the names changed.
-    """
+    """A row of the change feed; seq counts the changes of a tenant in the order of their commits."""
 
     seq: int
     at: str
     kind: str
-    id: str
-    member: str
-    token: str
-    attributes: list[str]
+    id: str                       # of the user or group, or the number of the employee
+    member: str                   # the id of who joined or left a group
+    token: str                    # the name of the token that it was done with
+    attributes: list[str]         # the names changed
 
 
 @dataclass(frozen=True)
@@ -1852,9 +1844,8 @@ class Store:
         self._owner = 0                          # the thread that writes now
         self._waiting: list[int] = []            # threads that will write next
         self._batch = Batch()
-        self._resting = False
+        self._resting = self._interrupted = False
         self._written = threading.Condition()
-        self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
         self._readers = threading.Semaphore(READERS)
         try:
@@ -2147,17 +2138,13 @@ MEMBERLESS = Selection(unwanted={"members": None})
 
 @dataclass(frozen=True)
 class Page:
-    """The answer to a query: how many resources match in all, and those of the window asked for.
+    """The answer to a query: how many resources match in all, and those of the window asked for."""
 
-    total_results is None behind a position: counting again would cost more than the page. first
-    and last are the positions of the page's ends; more is whether resources follow on its far side.
-    """
-
-    total_results: int | None
+    total_results: int | None     # None behind a position: counting again would cost more than the page
     resources: list[Resource]
-    first: Position | None = None
-    last: Position | None = None
-    more: bool = False
+    first: Position | None = None                # where the page begins
+    last: Position | None = None                 # where it ends
+    more: bool = False                           # whether resources follow on its far side
 
 
 @dataclass(frozen=True)
@@ -2345,8 +2332,8 @@ class Directory:
             for body in document.get("Users", ()):
                 ids[body["userName"]] = self.create("User", body)["id"]
             for body in document.get("Groups", ()):
-                given = [member if isinstance(member, dict) else {"value": member}
-                         for member in body.get("members", ())]
+                given = [one if isinstance(one, dict) else {"value": one}
+                         for one in body.get("members", ())]
                 members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
                 ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
         return ids
@@ -2404,8 +2391,7 @@ class Directory:
                  subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
         """Return entries of the provisioning log, newest first; wait seconds where there is none.
 
-        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text stands
-        anywhere in an entry.
+        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
         """
         return self._read(lambda session: session.requests(
             after, before or 2 ** 62, count, level, subject, text), wait)
