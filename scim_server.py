@@ -1202,34 +1202,21 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     """
     CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE resource (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        type TEXT NOT NULL,
-        id TEXT NOT NULL UNIQUE,
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
-        revision INTEGER NOT NULL,
-        created TEXT NOT NULL,
-        modified TEXT NOT NULL,
-        member_count INTEGER NOT NULL
-    );
+        revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
+        member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
     CREATE TABLE value (
-        path TEXT NOT NULL,
-        key TEXT NOT NULL,
-        seq INTEGER NOT NULL,
-        element INTEGER NOT NULL,
-        PRIMARY KEY (path, key, seq, element)
-    ) WITHOUT ROWID;
+        path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
     CREATE TABLE member (
-        group_seq INTEGER NOT NULL,
-        member_seq INTEGER NOT NULL,
-        display TEXT,                 -- as its client sent it
-        display_key TEXT,
-        PRIMARY KEY (group_seq, member_seq)
-    ) WITHOUT ROWID;
+        group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+        display TEXT, display_key TEXT,         -- as its client sent it, and the key
+        PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
-    """,
-    """
+    """, """
     CREATE TABLE employee (
         id INTEGER PRIMARY KEY AUTOINCREMENT,
         user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
@@ -1238,53 +1225,41 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         user_name TEXT NOT NULL,      -- as its key
         active INTEGER NOT NULL,
         manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
-        changed TEXT NOT NULL,
-        record TEXT NOT NULL          -- JSON
-    );
+        changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
     CREATE TABLE change (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        at TEXT NOT NULL,
-        kind TEXT NOT NULL,
+        seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
         id TEXT NOT NULL,             -- of the user or group, or the number of the employee
         member TEXT NOT NULL,         -- of a membership
-        token TEXT NOT NULL,
-        attributes TEXT NOT NULL      -- JSON, names
-    );
+        token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
     CREATE INDEX change_at ON change (at);
-    """,
-    """
+    """, """
     CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
-    """,
-    """
+    """, """
     CREATE TABLE request (
         seq INTEGER PRIMARY KEY AUTOINCREMENT,
         level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
         subject TEXT NOT NULL,        -- id of the user or group, or ''
-        entry TEXT NOT NULL           -- JSON
-    );
+        entry TEXT NOT NULL);         -- JSON
     CREATE INDEX change_id ON change (id);
     CREATE INDEX change_member ON change (member) WHERE member <> '';
     """,
 )
 
 # Membership is rows of its own; these make index entries of them, under the attributes' paths.
+MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
+GROUPS = "member_seq AS seq, group_seq AS element FROM member"
 LINKED_ENTRIES = {
-    "members": "SELECT group_seq AS seq, '1' AS key, member_seq AS element FROM member",
-    "members.value": "SELECT group_seq AS seq, id AS key, member_seq AS element "
-                     "FROM member JOIN resource ON resource.seq = member_seq",
-    "members.type": "SELECT group_seq AS seq, lower(type) AS key, member_seq AS element "
-                    "FROM member JOIN resource ON resource.seq = member_seq",
-    "members.display": "SELECT group_seq AS seq, display_key AS key, member_seq AS element "
-                       "FROM member WHERE display_key IS NOT NULL",
-    "groups": "SELECT member_seq AS seq, '1' AS key, group_seq AS element FROM member",
-    "groups.value": "SELECT member_seq AS seq, id AS key, group_seq AS element "
-                    "FROM member JOIN resource ON resource.seq = group_seq",
-    "groups.type": "SELECT member_seq AS seq, 'direct' AS key, group_seq AS element FROM member",
-    "groups.display": "SELECT member_seq AS seq, key, group_seq AS element "
-                      "FROM member JOIN value ON value.seq = group_seq AND path = 'displayname'",
+    "members": f"'1' AS key, {MEMBERS}",
+    "members.value": f"id AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
+    "members.type": f"lower(type) AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
+    "members.display": f"display_key AS key, {MEMBERS} WHERE display_key IS NOT NULL",
+    "groups": f"'1' AS key, {GROUPS}",
+    "groups.value": f"id AS key, {GROUPS} JOIN resource ON resource.seq = group_seq",
+    "groups.type": f"'direct' AS key, {GROUPS}",
+    "groups.display": f"key, {GROUPS} JOIN value ON value.seq = group_seq AND path = 'displayname'",
 }
 
 BUSY_SECONDS = 5                  # how long a write waits for that of another process
@@ -1292,7 +1267,14 @@ MAX_BATCH = 64                    # writes that share a commit
 READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
-Sql = tuple[str, list[Any]]          # a condition and its parameters, in order
+ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")      # of positions
+COMPARISONS = {                   # with a key for each mark; all but co and ew are one range of the index
+    "eq": "key = ?", "gt": "key > ?", "ge": "key >= ?", "lt": "key < ?", "le": "key <= ?",
+    "co": "instr(key, ?) > 0",
+    "ew": "substr(key, -length(?), length(?)) = ?",
+    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",     # no octet of UTF-8 is as great as FF
+}
+Sql = tuple[str, list[Any]]       # a condition and its parameters, in order
 COLUMNS = {"resource": "seq", "entry": "seq, element"}       # by which a condition knows its rows
 
 
@@ -1312,7 +1294,7 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case Present(target):
             return rows(target, row, "key > ''", [])
         case Compare(target, op, key):
-            return rows(target, row, *compile_comparison(op, key))
+            return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
@@ -1366,35 +1348,10 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     index, columns = target.attribute.index, COLUMNS[row]
-    if index in LINKED_ENTRIES:
-        return (f"({columns}) IN (SELECT {columns} FROM ({LINKED_ENTRIES[index]}) AS entry "
-                f"WHERE {condition})"), parameters
-    return (f"({columns}) IN (SELECT {columns} FROM value AS entry WHERE path = ? AND {condition})",
-            [index, *parameters])
-
-
-def compile_comparison(op: str, key: str) -> Sql:
-    """Return a comparison of the column key as SQL; all but co and ew are one range of the index."""
-    match op:
-        case "co":
-            return "instr(key, ?) > 0", [key]
-        case "ew":
-            return "substr(key, -length(?)) = ?" if key else "1 = 1", [key, key] if key else []
-        case "sw":
-            beyond = after_prefix(key)
-            return ("key >= ? AND key < ?", [key, beyond]) if beyond else ("key >= ?", [key])
-        case _:
-            sign = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}[op]
-            return f"key {sign} ?", [key]
-
-
-def after_prefix(prefix: str) -> str:
-    """Return the smallest text greater than all that start with a prefix; "" if there is none."""
-    prefix = prefix.rstrip("\U0010ffff")
-    if not prefix:
-        return ""
-    following = ord(prefix[-1]) + 1
-    return prefix[:-1] + chr(0xE000 if following == 0xD800 else following)   # no surrogates
+    if linked := LINKED_ENTRIES.get(index):
+        return f"({columns}) IN (SELECT {columns} FROM (SELECT {linked}) AS entry WHERE {condition})", parameters
+    condition = f"path = ? AND {condition}"
+    return f"({columns}) IN (SELECT {columns} FROM value AS entry WHERE {condition})", [index, *parameters]
 
 
 class StoreError(Exception):
@@ -1409,14 +1366,13 @@ def damaged(path: str, finding: str) -> StoreError:
 
 def storage_error(error: sqlite3.Error) -> ScimError:
     """Return the answer to a failure of the disk or the file, after which nothing was written."""
-    full = "full" in str(error)
-    return ScimError(507 if full else 503, "", f"the tenant's database failed: {error}; "
+    return ScimError(507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; "
                      "nothing was changed, the request may be repeated", {"Retry-After": "5"})
 
 
 @dataclass(frozen=True)
 class Row:
-    """A stored resource: its canonical body without schemas, id, meta, groups and members."""
+    """A stored resource, by the columns of its table: the body is canonical without what is computed."""
 
     seq: int
     type: str
@@ -1448,37 +1404,30 @@ class Position:
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a query's resources to read: count, behind an offset or behind a position.
-
-    backward reads towards the first resource; the page itself keeps the order of the query.
-    """
+    """The part of a query's resources to read: count, behind an offset or behind a position."""
 
     count: int
     offset: int = 0
     after: Position | None = None
-    backward: bool = False
+    backward: bool = False        # towards the first resource; the page keeps the order of the query
 
 
 @dataclass(frozen=True)
 class Change:
-    """A row of the change feed; seq counts the changes of a tenant in the order of their commits.
-
-    id is that of the user or group, or the number of the employee; member the id of who joined or
-    left a group; token the name of the token that it was done with; attributes the names changed.
-    """
+    """A row of the change feed; seq counts the changes of a tenant in the order of their commits."""
 
     seq: int
     at: str
     kind: str
-    id: str
-    member: str
-    token: str
-    attributes: list[str]
+    id: str                       # of the user or group, or the number of the employee
+    member: str                   # the id of who joined or left a group
+    token: str                    # the name of the token that it was done with
+    attributes: list[str]         # the names changed
 
 
 @dataclass(frozen=True)
 class EmployeeRow:
-    """A stored employee; manager is the manager's employee id where that person is known."""
+    """A stored employee, by the columns of its table, and the manager's employee id where known."""
 
     id: int
     user_id: str
@@ -1492,14 +1441,23 @@ class EmployeeRow:
     manager: int | None = None
 
 
-EMPLOYEE_COLUMNS = ("user_id", "provisioned", "external_id", "user_name", "active", "manager_id",
-                    "changed", "record")
-ROW_COLUMNS = "seq, type, id, body, hidden, revision, created, modified, member_count"
-
-
 def dump(value: Json) -> str:
     """Return JSON text for the database."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
+    """Return what keeps one half of a query, in the order of columns, behind a position."""
+    if after is None or missing != after.missing:
+        whole = after is None or (missing > after.missing) != descending
+        return "1 = 1" if whole else "1 = 0", []
+    values = [after.key, after.seq] if "key" in columns else [after.seq]
+    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+
+
+def load_row(seq: int, type: str, id: str, body: str, hidden: str, *rest: Any) -> Row:
+    """Return the resource in the columns of a row."""
+    return Row(seq, type, id, json.loads(body), json.loads(hidden), *rest)
 
 
 class Session:
@@ -1509,17 +1467,28 @@ class Session:
         self.run = connection.execute
         self.run_many = connection.executemany
 
+    def _put(self, table: str, columns: Mapping[str, Any]) -> int:
+        """Store a row, a new one where its number (the first column) is 0, and return the number."""
+        (key, number), *others = columns.items()
+        names = [name for name, _ in others]
+        values = [dump(value) if isinstance(value, dict) else value for _, value in others]
+        if number:
+            self.run(f"UPDATE {table} SET {' = ?, '.join(names)} = ? WHERE {key} = ?", [*values, number])
+            return int(number)
+        marks = ", ".join("?" * len(names))
+        return self.run(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})", values).lastrowid or 0
+
     # -- Resources --
 
     def find(self, type: str, id: str) -> Row | None:
         """Return the resource of a type with an id, or None."""
-        sql = f"SELECT {ROW_COLUMNS} FROM resource WHERE id = ? AND type = ?"
-        return next(self._rows(sql, [id, type]), None)
+        found = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
+        return load_row(*found) if found else None
 
     def holding(self, text: str) -> list[Row]:
         """Return the resources in whose body or hidden values a text occurs."""
-        sql = f"SELECT {ROW_COLUMNS} FROM resource WHERE instr(body, ?) OR hidden <> '{{}}'"
-        return list(self._rows(sql, [text]))
+        sql = "SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'"
+        return [load_row(*found) for found in self.run(sql, [text])]
 
     def taken(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
@@ -1527,34 +1496,31 @@ class Session:
                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?")
         return self.run(sql, [path, key, type, seq]).fetchone() is not None
 
-    def insert(self, row: Row, entries: Iterable[Entry]) -> int:
-        """Store a new resource, whatever its seq says, and return the seq it got."""
-        marks = ", ".join("?" * 8)
-        cursor = self.run(f"INSERT INTO resource ({ROW_COLUMNS[5:]}) VALUES ({marks})", [
-            row.type, row.id, dump(row.body), dump(row.hidden), row.revision, row.created,
-            row.modified, row.member_count])
-        seq = cursor.lastrowid or 0
-        self._index(seq, set(), set(entries))
-        self._tally(row.type, 1)
+    def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
+        """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
+        seq = self._put("resource", vars(row))
+        self._index(seq, before, after)
+        if not row.seq:
+            self._tally(row.type, 1)
         return seq
-
-    def update(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        """Store a changed resource; of the index, the entries that differ."""
-        self.run("UPDATE resource SET body = ?, hidden = ?, revision = ?, modified = ?, "
-                 "member_count = ? WHERE seq = ?", [dump(row.body), dump(row.hidden), row.revision,
-                                                    row.modified, row.member_count, row.seq])
-        self._index(row.seq, set(before), set(after))
 
     def delete(self, row: Row, entries: Iterable[Entry]) -> None:
         """Remove a resource with its members."""
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
-        self._index(row.seq, set(entries), set())
+        self._index(row.seq, entries, ())
         self._tally(row.type, -1)
 
     def _tally(self, type: str, more: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT (type) DO UPDATE SET count = count + ?",
-                 [type, more, more])
+        self.run("INSERT INTO tally VALUES (?, ?) "
+                 "ON CONFLICT (type) DO UPDATE SET count = count + excluded.count", [type, more])
+
+    def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
+        old, new = set(before), set(after)
+        self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
+                      [(*entry, seq) for entry in old - new])
+        self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
+                      [(*entry, seq) for entry in new - old])
 
     def total(self, filters: Mapping[str, Filter]) -> int:
         """Return how many resources match; filters has a filter for each type asked for."""
@@ -1562,85 +1528,52 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = self._condition(filters)
-        sql = f"SELECT count(*) FROM resource WHERE {condition}"
-        return self.run(sql, parameters).fetchone()[0]     # type: ignore[no-any-return]
+        return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
 
     def page(self, filters: Mapping[str, Filter], sorting: Sorting | None, window: Window,
              ) -> list[tuple[Position, Row]]:
         """Return the resources of a window on those that match, each with its position."""
-        descending = (sorting is not None and sorting.descending) != window.backward
-        sql, parameters = self._ordered(sorting, window.after, descending, filters)
-        found = self.run(f"{sql} LIMIT ? OFFSET ?",
-                         [*parameters, window.count, window.offset]).fetchall()
-        if window.backward:
-            found.reverse()
-        positions = [Position(missing, key, seq) for missing, key, seq in found]
-        marks = ", ".join("?" * len(found))
-        by_seq = {row.seq: row for row in self._rows(
-            f"SELECT {ROW_COLUMNS} FROM resource WHERE seq IN ({marks})",
-            [position.seq for position in positions])}
-        return [(position, by_seq[position.seq]) for position in positions]
+        descending = sorting is not None and sorting.descending
+        sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
+        found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
+                         f"JOIN resource USING (seq) {ORDER[descending]}",
+                         [*parameters, window.count, window.offset])
+        return [(Position(missing, key, row[0]), load_row(*row)) for missing, key, *row in found]
 
     def _condition(self, filters: Mapping[str, Filter]) -> Sql:
         terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
         return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
                 [value for type, _, parameters in terms for value in (type, *parameters)])
 
-    def _ordered(self, sorting: Sorting | None, after: Position | None, descending: bool,
-                 filters: Mapping[str, Filter]) -> Sql:
+    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool,
+                   filters: Mapping[str, Filter]) -> Sql:
         """Return the query for positions in order.
 
         A sort is a walk along the index, then those without a value: they come last in ascending
         order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         """
         condition, parameters = self._condition(filters)
-        direction = " DESC" if descending else ""
-        order = f"ORDER BY missing{direction}, key{direction}, seq{direction}"
-        missing = f"SELECT {int(sorting is not None)} AS missing, '' AS key, seq FROM resource"
+        missing = int(sorting is not None)
+        bound, bounds = bound_sql(missing, "seq", after, descending)
+        rest = f"SELECT {missing} AS missing, '' AS key, seq FROM resource WHERE {condition} AND {bound}"
         if not sorting:
-            bound, bounds = self._bound(0, "seq", after, descending)
-            return (f"{missing} WHERE {condition} AND {bound} ORDER BY seq{direction}",
-                    [*parameters, *bounds])
+            return f"{rest} ORDER BY seq{' DESC' * descending}", [*parameters, *bounds]
         path = sorting.target.attribute.index
-        walk, walk_bounds = self._bound(0, "key, seq", after, descending)
-        rest, rest_bounds = self._bound(1, "seq", after, descending)
+        walk, walk_bounds = bound_sql(0, "key, seq", after, descending)
         sql = (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
-               f"AND seq IN (SELECT seq FROM resource WHERE {condition}) "
-               f"UNION ALL {missing} WHERE {condition} AND {rest} "
-               f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {order}")
-        return sql, [path, *walk_bounds, *parameters, *parameters, *rest_bounds, path]
-
-    def _bound(self, missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
-        """Return what keeps one half of a query, in the order of columns, behind a position."""
-        if after is None or (missing != after.missing and (missing > after.missing) != descending):
-            return "1 = 1", []
-        if missing != after.missing:
-            return "1 = 0", []
-        values = [after.key, after.seq] if "key" in columns else [after.seq]
-        marks = ", ".join("?" * len(values))
-        return f"({columns}) {'<' if descending else '>'} ({marks})", values
-
-    def _rows(self, sql: str, parameters: Sequence[Any]) -> Iterator[Row]:
-        for seq, type, id, body, hidden, *rest in self.run(sql, parameters):
-            yield Row(seq, type, id, json.loads(body), json.loads(hidden), *rest)
-
-    def _index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
-        self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND seq = ? AND element = ?",
-                      [(path, key, seq, element) for path, key, element in before - after])
-        self.run_many("INSERT INTO value (path, key, seq, element) VALUES (?, ?, ?, ?)",
-                      [(path, key, seq, element) for path, key, element in after - before])
+               f"AND seq IN (SELECT seq FROM resource WHERE {condition}) UNION ALL {rest} "
+               f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {ORDER[descending]}")
+        return sql, [path, *walk_bounds, *parameters, *parameters, *bounds, path]
 
     # -- Memberships --
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
-        sql = ("SELECT id, type, display FROM member JOIN resource ON resource.seq = member_seq "
-               "WHERE group_seq = ?")
+        sql = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq WHERE group_seq = ?"
         if ids is None:
             found = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
         else:
-            found = [row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?",
-                                                                   [group_seq, id])]
+            found = [row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?", [group_seq, id])]
         return [{"value": id, "$ref": f"/{type}s/{id}", "type": type}
                 | ({} if display is None else {"display": display}) for id, type, display in found]
 
@@ -1655,24 +1588,16 @@ class Session:
         return found
 
     def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
-        """Store members that a group gained or whose display changed; return the ids of new ones.
+        """Store members that a group gained or whose display changed; return their ids.
 
         An id that no resource of the tenant has is passed over: one stranger in a push of many
         must not lose the others, since Okta does not repeat a push that failed.
         """
-        added = []
-        for member in members:
-            found = self.run("SELECT seq FROM resource WHERE id = ?", [member["value"]]).fetchone()
-            if not found:
-                continue
-            text = member.get("display")
-            key = None if text is None else display.key(text)
-            changed = self.run("UPDATE member SET display = ?, display_key = ? WHERE group_seq = ? "
-                               "AND member_seq = ?", [text, key, group_seq, found[0]]).rowcount
-            if not changed:
-                self.run("INSERT INTO member VALUES (?, ?, ?, ?)", [group_seq, found[0], text, key])
-                added.append(member["value"])
-        return added
+        sql = ("INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
+               "UPDATE SET display = excluded.display, display_key = excluded.display_key")
+        displays = [(member["value"], member.get("display")) for member in members]
+        return [id for id, text in displays if self.run(
+            sql, [group_seq, text, None if text is None else display.key(text), id]).rowcount]
 
     def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
         """Remove members from a group and return the ids of those that were there."""
@@ -1684,85 +1609,67 @@ class Session:
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
         """Return the employee that a SCIM user is, or None."""
-        return next(self._employees("WHERE employee.user_id = ?", [user_id]), None)
+        return next(self._employees("user_id = ?", [user_id]), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
         """Return the employee without a SCIM user that a person was; userName as its key."""
         for column, value in (("external_id", external_id), ("user_name", user_name)):
-            found = self._employees(f"WHERE employee.{column} = ? AND employee.provisioned = 0 "
-                                    "ORDER BY employee.id DESC LIMIT 1", [value])
+            found = self._employees(f"{column} = ? AND provisioned = 0 ORDER BY id DESC LIMIT 1", [value])
             if value and (row := next(found, None)):
                 return row
         return None
 
-    def employees(self, after: int, count: int, active: bool | None = None,
-                  changed_since: str = "", id: int | None = None) -> list[EmployeeRow]:
-        """Return employees by their ids behind one, as many as count; changed_since as a key."""
-        asked = [("employee.active = ?", active), ("employee.changed >= ?", changed_since or None),
-                 ("employee.id = ?", id)]
-        terms = ["employee.id > ?", *(sql for sql, value in asked if value is not None)]
-        values = [after, *(value for _, value in asked if value is not None), count]
-        return list(self._employees(f"WHERE {' AND '.join(terms)} ORDER BY employee.id LIMIT ?",
-                                    values))
+    def employees(self, after: int, last: int, count: int, active: bool | None = None,
+                  changed_since: str = "") -> list[EmployeeRow]:
+        """Return employees by their ids, behind one up to another, count at most; a time as its key."""
+        return list(self._employees(
+            "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
+            [after, last, active, changed_since, count]))
 
     def save_employee(self, row: EmployeeRow) -> int:
         """Store an employee, a new one where its id is 0, and return the id."""
-        values = [dump(getattr(row, name)) if name == "record" else getattr(row, name)
-                  for name in EMPLOYEE_COLUMNS]
-        if row.id:
-            columns = ", ".join(f"{name} = ?" for name in EMPLOYEE_COLUMNS)
-            self.run(f"UPDATE employee SET {columns} WHERE id = ?", [*values, row.id])
-            return row.id
-        marks = ", ".join("?" * len(values))
-        return self.run(f"INSERT INTO employee ({', '.join(EMPLOYEE_COLUMNS)}) VALUES ({marks})",
-                        values).lastrowid or 0
+        columns = {name: value for name, value in vars(row).items() if name != "manager"}
+        return self._put("employee", columns)
 
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
-        columns = ", ".join(f"employee.{name}" for name in ("id", *EMPLOYEE_COLUMNS))
-        for id, user_id, provisioned, external_id, user_name, active, manager_id, changed, record, \
-                manager in self.run(f"SELECT {columns}, boss.id FROM employee LEFT JOIN employee "
-                                    f"AS boss ON boss.user_id = employee.manager_id {condition}",
-                                    values):
+        sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
+               f"FROM employee WHERE {condition}")
+        for id, user_id, provisioned, external_id, user_name, active, *rest in self.run(sql, values):
+            manager_id, changed, record, manager = rest
             yield EmployeeRow(id, user_id, bool(provisioned), external_id, user_name, bool(active),
                               manager_id, changed, json.loads(record), manager)
 
     # -- Changes --
 
-    def log(self, changes: Iterable[Change]) -> None:
-        """Append to the change feed; the numbers are given here."""
-        self.run_many("INSERT INTO change (at, kind, id, member, token, attributes) "
-                      "VALUES (?, ?, ?, ?, ?, ?)",
-                      [(change.at, change.kind, change.id, change.member, change.token,
-                        dump(change.attributes)) for change in changes])
-
-    def changes(self, after: int, count: int) -> list[Change]:
-        """Return the changes behind one, as many as count."""
-        sql = ("SELECT seq, at, kind, id, member, token, attributes FROM change WHERE seq > ? "
-               "ORDER BY seq LIMIT ?")
-        return [Change(seq, at, kind, id, member, token, json.loads(attributes)) for
-                seq, at, kind, id, member, token, attributes in self.run(sql, [after, count])]
-
-    def change_bounds(self) -> tuple[int, int]:
-        """Return the number before the first change that is kept, and that of the last one made."""
-        last = self.run("SELECT seq FROM sqlite_sequence WHERE name = 'change'").fetchone()
-        first = self.run("SELECT min(seq) FROM change").fetchone()[0]
-        newest = last[0] if last else 0
-        return (newest if first is None else first - 1), newest
-
-    def forget_changes(self, keep: int, older_than: str) -> None:
-        """Remove all changes but the newest, as many as keep, and those older than a time."""
+    def log(self, changes: Iterable[Change], keep: int, older_than: str) -> None:
+        """Append to the change feed, numbered here; forget all but so many, and those before a time."""
+        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", [
+            (change.at, change.kind, change.id, change.member, change.token, dump(change.attributes))
+            for change in changes])
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
         self.run("DELETE FROM change WHERE at < ?", [older_than])
 
+    def changes(self, after: int, count: int) -> list[Change]:
+        """Return the changes behind one, as many as count."""
+        return self._changes("seq > ? ORDER BY seq LIMIT ?", [after, count])
+
     def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
         """Return the newest changes of a user or group and of an employee (0 for none)."""
-        sql = ("SELECT seq, at, kind, id, member, token, attributes FROM change WHERE seq IN ("
-               "SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
-               "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
-               "SELECT seq FROM change WHERE member = ? AND member <> '') ORDER BY seq DESC LIMIT ?")
-        return [Change(seq, at, kind, id, member, token, json.loads(attributes)) for
-                seq, at, kind, id, member, token, attributes in
-                self.run(sql, [id, str(employee), id, count])]
+        return self._changes(
+            "seq IN (SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
+            "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
+            "SELECT seq FROM change WHERE member = ? AND member <> '') ORDER BY seq DESC LIMIT ?",
+            [id, str(employee), id, count])
+
+    def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
+        return [Change(seq, at, kind, id, member, token, json.loads(attributes))
+                for seq, at, kind, id, member, token, attributes in self.run(
+                    f"SELECT * FROM change WHERE {condition}", values)]
+
+    def change_bounds(self) -> tuple[int, int]:
+        """Return the number before the first change that is kept, and that of the last one made."""
+        return self.run("SELECT ifnull((SELECT min(seq) - 1 FROM change), seq), seq "
+                        "FROM sqlite_sequence WHERE name = 'change'").fetchone() or (0, 0)
 
     # -- The provisioning log --
 
@@ -1776,12 +1683,10 @@ class Session:
     def requests(self, after: int, before: int, count: int, level: int, subject: str,
                  text: str) -> list[Json]:
         """Return entries with their numbers, newest first: between two numbers, from a level on."""
-        sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? "
-               "AND level >= ? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) "
-               "ORDER BY seq DESC LIMIT ?")
-        return [{"seq": seq, "level": level, "subject": subject, **json.loads(entry)}
-                for seq, level, subject, entry in
-                self.run(sql, [after, before, level, subject, text, count])]
+        sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
+               "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?")
+        return [{"seq": seq, "level": level, "subject": subject, **json.loads(entry)} for
+                seq, level, subject, entry in self.run(sql, [after, before, level, subject, text, count])]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
@@ -1797,17 +1702,16 @@ class Session:
 
     def set_setting(self, name: str, value: str) -> None:
         """Store a setting."""
-        self.run("INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = ?",
-                 [name, value, value])
+        self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
 
 
+@dataclass
 class Batch:
     """Writes that share a commit: how many, and how it ended."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.done = threading.Event()
-        self.error: sqlite3.Error | None = None
+    size: int = 0
+    done: threading.Event = field(default_factory=threading.Event)
+    error: sqlite3.Error | None = None
 
 
 class Store:
@@ -1821,36 +1725,29 @@ class Store:
         self.path = str(path)
         self._writing = threading.RLock()
         self._owner = 0                          # the thread that writes now
-        self._counting = threading.Lock()
-        self._waiting = 0                        # threads that will write next
+        self._waiting: list[int] = []            # threads that will write next
         self._batch = Batch()
-        self._resting = False
+        self._resting = self._closed = self._interrupted = False
         self._written = threading.Condition()
-        self._interrupted = False
         self._idle: list[sqlite3.Connection] = []
         self._readers = threading.Semaphore(READERS)
         try:
             if self.path != ":memory:":
                 # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._writer = self._open()
+            wal = Path(f"{self.path}-wal")
+            unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
+            self._writer = self._connect()
+            if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise damaged(self.path, found)
+            self._migrate()
+        except sqlite3.OperationalError as error:
+            raise StoreError(f"{self.path}: cannot be used ({error})") from error
         except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise StoreError(f"{self.path}: cannot be used ({error})") from error
             raise damaged(self.path, str(error)) from error
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
                              "choose a directory that this user may write to") from error
-
-    def _open(self) -> sqlite3.Connection:
-        """Return the connection that writes, on a file that is whole and of this version."""
-        wal = f"{self.path}-wal"
-        unclean = os.path.exists(wal) and os.path.getsize(wal) > 0    # a clean end leaves none
-        connection = self._connect()
-        if unclean and (found := connection.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-            raise damaged(self.path, found)
-        self._migrate(connection)
-        return connection
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
@@ -1859,29 +1756,29 @@ class Store:
         connection.execute("PRAGMA synchronous = FULL")
         return connection
 
-    def _migrate(self, connection: sqlite3.Connection) -> None:
-        with self._transaction(connection, "BEGIN IMMEDIATE"):
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
+    def _migrate(self) -> None:
+        with self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
+            version = session.run("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):
                 raise StoreError(f"{self.path}: written by a newer scim_server (format {version}, "
                                  f"this one knows {len(MIGRATIONS)}); run that version")
-            for script in MIGRATIONS[version:]:
-                for statement in script.split(";"):
-                    connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+            for statement in ";".join(MIGRATIONS[version:]).split(";"):
+                session.run(statement)
+            session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     @contextmanager
-    def _transaction(self, connection: sqlite3.Connection, begin: str) -> Iterator[Session]:
-        end, undo = "COMMIT", "ROLLBACK"
+    def _transaction(self, connection: sqlite3.Connection, begin: str = "BEGIN") -> Iterator[Session]:
+        """Give a session in a transaction of its own, or in a step of the one that is open."""
+        end, undo = "COMMIT", ["ROLLBACK"]
         if connection.in_transaction:
-            begin, end, undo = "SAVEPOINT step", "RELEASE step", "ROLLBACK TO step; RELEASE step"
+            begin, end, undo = "SAVEPOINT step", "RELEASE step", ["ROLLBACK TO step", "RELEASE step"]
         connection.execute(begin)
         try:
             yield Session(connection)
             connection.execute(end)
         except BaseException:
             if connection.in_transaction:
-                for statement in undo.split(";"):
+                for statement in undo:
                     connection.execute(statement)
             raise
 
@@ -1893,47 +1790,47 @@ class Store:
         last one commits for all. Inside a write of the same thread (Bulk) it is a step of that one.
         """
         if self._owner == threading.get_ident():
-            with self._transaction(self._writer, "") as session:
+            with self._transaction(self._writer) as session:
                 yield session
             return
-        with self._counting:
-            self._waiting += 1
+        self._waiting.append(threading.get_ident())
         with self._writing:
-            with self._counting:
-                self._waiting -= 1
+            self._waiting.remove(threading.get_ident())
+            if self._closed:
+                self._writer, self._closed = self._connect(), False
             self._owner = threading.get_ident()
-            if self._resting:
-                self._writer, self._resting = self._connect(), False
             try:
-                batch = self._join()
-                with self._transaction(self._writer, "") as session:
+                if not self._writer.in_transaction:
+                    self._batch = Batch()
+                    self._writer.execute("BEGIN IMMEDIATE")
+                batch = self._batch
+                batch.size += 1
+                with self._transaction(self._writer) as session:
                     yield session
+            except sqlite3.Error as error:
+                if not self._writer.in_transaction:      # SQLite gave up all of the batch
+                    self._batch.error = error
+                raise
             finally:
                 self._owner = 0
-                if not self._waiting or self._batch.size >= MAX_BATCH \
-                        or not self._writer.in_transaction:
+                if not self._waiting or self._batch.size >= MAX_BATCH or not self._writer.in_transaction:
                     self._commit()
         batch.done.wait()
         if batch.error:
             raise sqlite3.OperationalError(str(batch.error)) from batch.error
 
-    def _join(self) -> Batch:
-        """Return the batch that a write is part of: that of the open transaction, or a new one."""
-        if not self._writer.in_transaction:
-            self._batch = Batch()
-            self._writer.execute("BEGIN IMMEDIATE")
-        self._batch.size += 1
-        return self._batch
-
     def _commit(self) -> None:
-        """End the batch; where SQLite gave the transaction up, or does so now, all of it failed."""
+        """End the batch; where that fails, all of it did."""
         try:
-            self._writer.execute("COMMIT")
+            if not self._batch.error:
+                self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._batch.error = error
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
         self._batch.done.set()
+        if self._resting:
+            self._let_go()
         with self._written:
             self._written.notify_all()
 
@@ -1954,16 +1851,18 @@ class Store:
     def reading(self) -> Iterator[Session]:
         """Give a session that sees one commit, whatever is written meanwhile."""
         if self.path == ":memory:":        # a database in memory belongs to its one connection
-            with self._writing, self._transaction(self._writer, "BEGIN") as session:
+            with self._writing, self._transaction(self._writer) as session:
                 yield session
             return
         with self._readers:
             connection = self._idle.pop() if self._idle else self._connect()
             try:
-                with self._transaction(connection, "BEGIN") as session:
+                with self._transaction(connection) as session:
                     yield session
             finally:
                 self._idle.append(connection)
+                if self._resting:
+                    self._let_go()
 
     def backup(self, path: str) -> None:
         """Write a copy of one commit to a new file, while others read and write; StoreError."""
@@ -1987,16 +1886,24 @@ class Store:
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
                     raise StoreError(f"{path}: not a backup that this scim_server knows")
                 source.backup(self._writer)
-                self._migrate(self._writer)
+                self._migrate()
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
     def rest(self) -> None:
-        """Close the file's handles until they are needed again, but for those at work."""
+        """Close the file's handles, now and after each use, until the store is woken."""
+        self._resting = True
+        self._let_go()
+
+    def wake(self) -> None:
+        """Keep the file's handles open from now on."""
+        self._resting = False
+
+    def _let_go(self) -> None:
         if self.path != ":memory:" and self._writing.acquire(blocking=False):
-            if not self._resting and not self._writer.in_transaction:
+            if not self._closed and not self._writer.in_transaction:
                 self._writer.close()
-                self._resting = True
+                self._closed = True
             while self._idle:
                 self._idle.pop().close()
             self._writing.release()
@@ -2120,17 +2027,13 @@ MEMBERLESS = Selection(unwanted={"members": None})
 
 @dataclass(frozen=True)
 class Page:
-    """The answer to a query: how many resources match in all, and those of the window asked for.
+    """The answer to a query: how many resources match in all, and those of the window asked for."""
 
-    total_results is None behind a position: counting again would cost more than the page. first
-    and last are the positions of the page's ends; more is whether resources follow on its far side.
-    """
-
-    total_results: int | None
+    total_results: int | None     # None behind a position: counting again would cost more than the page
     resources: list[Resource]
-    first: Position | None = None
-    last: Position | None = None
-    more: bool = False
+    first: Position | None = None                # where the page begins
+    last: Position | None = None                 # where it ends
+    more: bool = False                           # whether resources follow on its far side
 
 
 @dataclass(frozen=True)
@@ -2187,15 +2090,12 @@ class Directory:
     def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (),
                  clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
                  keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
-        self.store = store
+        self.store, self.clock, self.new_id = store, clock, new_id
+        self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
-        self.resource_types = types = resource_types(custom_fields)
-        self.clock = clock
-        self.new_id = new_id
-        self.keep = keep
-        self.keep_days = keep_days
+        self.resource_types = resource_types(custom_fields)
         self.token = ""
-        self._recipe = employee_recipe(types["User"])
+        self._recipe = employee_recipe(self.resource_types["User"])
         try:
             self.cursor_key = self._secret("cursor_key")
             self._adopt_custom_fields()
@@ -2218,21 +2118,18 @@ class Directory:
         now = time_text(self.clock())
         row = Row(0, resource_type.name, self.new_id(), stored(accepted), {}, 1, now, now, 0)
         with self.store.writing() as session:
-            self._check_unique(session, resource_type, row, accepted)
-            seq = session.insert(row, index_entries(resource_type.root, revived(resource_type, row)))
-            count = self._link(session, resource_type, row.id, seq, {}, accepted)[0]
-            row = replace(row, seq=seq, member_count=count)
-            if count:
-                session.update(row, (), ())
-            self._record(session, resource_type, row.id, {}, revived(resource_type, row))
-            return self._complete(session, resource_type, [row])[0]
+            self._check_unique(session, row, accepted)
+            row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
+            if count := self._link(session, row, {}, accepted)[0]:
+                row = replace(row, member_count=count)
+                session.save(row, (), ())
+            self._record(session, row, {}, revived(resource_type, row))
+            return self._complete(session, row)
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
         """Return a resource (RFC 7644 §3.4.1), with its members only where they are selected."""
-        resource_type = self._type(type)
         with self.store.reading() as session:
-            row = self._find(session, resource_type, id)
-            return self._complete(session, resource_type, [row], selection)[0]
+            return self._complete(session, self._find(session, type, id), selection)
 
     def query(self, type: ResourceType | str, filter: Filter | str = EVERYTHING,
               sorting: Sorting | None = None, start_index: int = 1, count: int = DEFAULT_COUNT,
@@ -2250,29 +2147,20 @@ class Directory:
 
     def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None,
                window: Window) -> Page:
-        """Return a window on the resources of several types that match (RFC 7644 §3.4.2.1).
-
-        asked has the names of the resource types, each with its filter and selection.
-        """
+        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
             total = None if window.after else session.total(filters)
             if window.count == 0 or window.offset >= (1 if total is None else total):
                 return Page(total, [])
             found = session.page(filters, sorting, replace(window, count=window.count + 1))
-            more = len(found) > window.count
-            if more:
+            if more := len(found) > window.count:
                 del found[0 if window.backward else -1]
-            complete: dict[str, Resource] = {}
-            for name, (_, selection) in asked.items():
-                of_type = [row for _, row in found if row.type == name]
-                for resource in self._complete(session, self.resource_types[name], of_type,
-                                               selection):
-                    complete[resource["id"]] = resource
-            resources = [complete[row.id] for _, row in found]
-            if not found:
-                return Page(total, resources)
-            return Page(total, resources, found[0][0], found[-1][0], more)
+            groups = session.groups([row.seq for _, row in found if row.type == "User"])
+            resources = [self._complete(session, row, asked[row.type][1], groups=groups)
+                         for _, row in found]
+        first, last = (found[0][0], found[-1][0]) if found else (None, None)
+        return Page(total, resources, first, last, more)
 
     def replace(self, type: ResourceType | str, id: str, body: Json,
                 condition: Condition = ALWAYS) -> Resource:
@@ -2280,14 +2168,13 @@ class Directory:
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, resource_type, id)
-            before = self._complete(session, resource_type, [row])[0]
+            row = self._find(session, type, id)
+            before = self._complete(session, row)
             condition.check(before["meta"]["version"])
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             accepted.update(defaults(resource_type, {**before, **accepted}))
             require(resource_type.root, accepted)
-            row = self._save(session, resource_type, row, before, accepted)
-            return self._complete(session, resource_type, [row])[0]
+            return self._complete(session, self._save(session, row, before, accepted))
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
               condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
@@ -2301,48 +2188,41 @@ class Directory:
         members = resource_type.root.sub_attribute("members")
         named = named_members(members, operations) if members else None
         with self.store.writing() as session:
-            row = self._find(session, resource_type, id)
-            before = self._complete(session, resource_type, [row], named=named)[0]
+            row = self._find(session, type, id)
+            before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
-            after = apply_patch(resource_type, before, operations)
-            row = self._save(session, resource_type, row, before, after)
+            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
-            return self._complete(session, resource_type, [row], selection)[0]
+            return self._complete(session, row, selection)
 
     def delete(self, type: ResourceType | str, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
-        resource_type = self._type(type)
-        group_type = self.resource_types["Group"]
         with self.store.writing() as session:
-            row = self._find(session, resource_type, id)
-            before = self._complete(session, resource_type, [row], MEMBERLESS)[0]
-            condition.check(before["meta"]["version"])
+            row = self._find(session, type, id)
+            condition.check(self._complete(session, row, MEMBERLESS)["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
-                holder = self._find(session, group_type, group["value"])
+                holder = self._find(session, "Group", group["value"])
                 session.unlink(holder.seq, [id])
                 self._log(session, "member.removed", holder.id, [id])
-                self._touch(session, group_type, holder, stored(holder.body),
-                            holder.member_count - 1)
-            members = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, members)
-            gone = revived(resource_type, row)
-            session.delete(row, index_entries(resource_type.root, gone))
-            self._record(session, resource_type, id, gone, {})
+                self._touch(session, holder, holder.body, holder.member_count - 1)
+            self._log(session, "member.removed", id, [one["value"] for one in session.members(row.seq)])
+            session.delete(row, row_entries(self._type(type), row))
+            self._record(session, row, revived(self._type(type), row), {})
 
     def seed(self, document: Json) -> dict[str, str]:
         """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them.
 
-        Members may be given by userName or displayName, as {"value": name} or the name alone.
-        Returns the ids by name.
+        Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
+        the ids by name.
         """
         ids: dict[str, str] = {}
         with self.store.writing():
             for body in document.get("Users", ()):
                 ids[body["userName"]] = self.create("User", body)["id"]
             for body in document.get("Groups", ()):
-                given = [member if isinstance(member, dict) else {"value": member}
-                         for member in body.get("members", ())]
+                given = [one if isinstance(one, dict) else {"value": one}
+                         for one in body.get("members", ())]
                 members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
                 ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
         return ids
@@ -2362,7 +2242,7 @@ class Directory:
     @property
     def link_names(self) -> list[str]:
         """The link names of the tenant's custom fields."""
-        return [sub.name for sub in self._facilio(self.resource_types["User"]).sub_attributes]
+        return [custom.link_name for custom in self.custom_fields]
 
     def employees(self, active: bool | None = None, changed_since: str = "",
                   id: int | None = None, after: int = 0) -> Iterator[Employee]:
@@ -2373,48 +2253,44 @@ class Directory:
         try:
             since = date_time_key(changed_since) if changed_since else ""
         except ValueError:
-            raise ScimError(400, "invalidValue", f"changed_since: expected a dateTime, got "
+            raise ScimError(400, "invalidValue", "changed_since: expected a dateTime, got "
                                                  f"{shown(changed_since)}") from None
-        while True:
-            with self.store.reading() as session:
-                found = session.employees(after, DEFAULT_COUNT, active, since, id)
+        after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
+        while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
+                                          active=active, changed_since=since)):
             for row in found:
-                after = row.id
                 yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
-                               active=row.active, manager=row.manager, changed=row.changed,
-                               **row.record)
-            if len(found) < DEFAULT_COUNT:
-                return
+                               active=row.active, manager=row.manager, changed=row.changed, **row.record)
+            after = found[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
         """Return the changes behind a number, as many as count; wait seconds where there is none.
 
         Raises ScimError 410 where the feed no longer has them: its detail says where to start.
         """
-        end = time.monotonic() + wait
-        while True:
-            with self.store.reading() as session:
-                first, last = session.change_bounds()
-                if not first <= after <= last:
-                    raise ScimError(410, "", f"after={after}: the feed holds the changes behind "
-                                             f"{first}, up to {last}; read all employees, then "
-                                             f"start again with after={last}")
-                found = session.changes(after, count)
-            left = end - time.monotonic()
-            if found or left <= 0 or not self.store.wait(left):
-                return found
+        def read(session: Session) -> list[Change]:
+            first, last = session.change_bounds()
+            if not first <= after <= last:
+                raise ScimError(410, "", f"after={after}: the feed holds the changes behind {first}, up to "
+                                         f"{last}; read all employees, then start again with after={last}")
+            return session.changes(after, count)
+        return self._read(read, wait)
 
     def requests(self, after: int = 0, before: int = 0, count: int = DEFAULT_COUNT, level: int = 0,
                  subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
         """Return entries of the provisioning log, newest first; wait seconds where there is none.
 
-        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text stands
-        anywhere in an entry.
+        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
         """
+        return self._read(lambda session: session.requests(
+            after, before or 2 ** 62, count, level, subject, text), wait)
+
+    def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
+        """Return what is read, again and again for so many seconds while there is nothing."""
         end = time.monotonic() + wait
         while True:
             with self.store.reading() as session:
-                found = session.requests(after, before or 2 ** 62, count, level, subject, text)
+                found = read(session)
             left = end - time.monotonic()
             if found or left <= 0 or not self.store.wait(left):
                 return found
@@ -2431,9 +2307,6 @@ class Directory:
 
         What the callback raises is printed and harms nobody. The thread ends with the store.
         """
-        with self.store.reading() as session:
-            _, after = session.change_bounds()
-
         def follow(after: int) -> None:
             while self.store.wait(0):
                 for change in self.changes(after, MAX_WAIT):
@@ -2443,198 +2316,170 @@ class Directory:
                     except Exception:        # noqa: BLE001  somebody else's code
                         traceback.print_exc()
 
+        with self.store.reading() as session:
+            _, after = session.change_bounds()
         thread = threading.Thread(target=follow, args=(after,), daemon=True)
         thread.start()
         return thread
 
-    def _record(self, session: Session, resource_type: ResourceType, id: str, before: Resource,
-                after: Resource) -> None:
+    def _record(self, session: Session, row: Row, before: Resource, after: Resource) -> None:
         """Note that a resource became another ({} is none), and make its employee follow."""
-        verb = change_verb(before, after)
-        self._log(session, f"{resource_type.name.lower()}.{verb}", id,
-                  attributes=changed_names(resource_type.root, before, after))
-        if resource_type.name == "User":
-            self._employ(session, id, after)
+        self._log(session, f"{row.type.lower()}.{change_verb(before, after)}", row.id,
+                  attributes=changed_names(self.resource_types[row.type].root, before, after))
+        if row.type == "User":
+            self._employ(session, row.id, after)
 
     def _employ(self, session: Session, user_id: str, user: Resource) -> None:
         """Make the employee of a user; {} is the user that is no more, whose employee remains."""
         now = time_text(self.clock())
-        user_name = self.resource_types["User"].root.by_name["username"]
         known = session.employee_of(user_id)
-        if not user:
-            if known:
-                self._save_employee(session, known, replace(
-                    known, provisioned=False, active=False, changed=now))
-            return
-        external_id, name = user.get("externalId", ""), user_name.key(user["userName"])
-        known = known or session.former_employee(external_id, name)
-        manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
-        self._save_employee(session, known, EmployeeRow(
-            known.id if known else 0, user_id, True, external_id, name, user.get("active", True),
-            manager, now, employee_record(self._recipe, user)))
+        if user:
+            external_id = user.get("externalId", "")
+            name = self.resource_types["User"].root.by_name["username"].key(user["userName"])
+            known = known or session.former_employee(external_id, name)
+            manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
+            self._save_employee(session, known, EmployeeRow(
+                known.id if known else 0, user_id, True, external_id, name, user.get("active", True),
+                manager, now, employee_record(self._recipe, user)))
+        elif known:
+            gone = replace(known, provisioned=False, active=False, changed=now)
+            self._save_employee(session, known, gone)
 
-    def _save_employee(self, session: Session, before: EmployeeRow | None,
-                       after: EmployeeRow) -> None:
+    def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
         """Store an employee that changed, and note what did."""
-        def content(row: EmployeeRow | None) -> Resource:
-            own = row and {"active": row.active, "external_id": row.external_id,
-                           "user_id": row.user_id, "manager": row.manager_id}
-            return {**row.record, **own} if row and own else {}
-        old, new = content(before), content(after)
+        old, new = ({**row.record, "active": row.active, "external_id": row.external_id,
+                     "user_id": row.user_id, "manager": row.manager_id} if row else {}
+                    for row in (before, after))
         if before and old == new and before.provisioned == after.provisioned:
             return
         id = session.save_employee(after)
-        names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
-        if names:
+        if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
             self._log(session, f"employee.{change_verb(old, new)}", str(id), attributes=names)
 
     def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
              attributes: Sequence[str] = ()) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
         now = self.clock()
-        session.log(Change(0, time_text(now), kind, id, member, self.token, list(attributes))
-                    for member in members)
-        session.forget_changes(self.keep, time_text(now - timedelta(days=self.keep_days)))
+        session.log([Change(0, time_text(now), kind, id, member, self.token, list(attributes))
+                     for member in members], self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
 
     def _secret(self, name: str) -> bytes:
         """Return a random key that the store keeps, made when it is first asked for."""
         with self.store.writing() as session:
-            if not (key := session.setting(name)):
-                key = secrets.token_hex(32)
-                session.set_setting(name, key)
-            return bytes.fromhex(key)
+            if not session.setting(name):
+                session.set_setting(name, secrets.token_hex(32))
+            return bytes.fromhex(session.setting(name))
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         return self.resource_types[type] if isinstance(type, str) else type
 
-    def _find(self, session: Session, resource_type: ResourceType, id: str) -> Row:
-        if row := session.find(resource_type.name, id):
+    def _find(self, session: Session, type: ResourceType | str, id: str) -> Row:
+        name = self._type(type).name
+        if row := session.find(name, id):
             return row
-        raise ScimError(404, "", f"{resource_type.name} {shown(id)} does not exist")
+        raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
-    def _complete(self, session: Session, resource_type: ResourceType, found: Sequence[Row],
-                  selection: Selection = WHOLE, named: Iterable[str] | None = None,
-                  ) -> list[Resource]:
-        """Return stored rows as resources, with version and memberships: all, or those named."""
-        root = resource_type.root
-        has_groups, members = "groups" in root.by_name, root.by_name.get("members")
-        groups = session.groups([row.seq for row in found]) if has_groups and found else {}
-        resources = []
-        for row in found:
-            version, linked = f'W/"{row.revision}"', {}
-            if joined := groups.get(row.seq):
-                # A group that is renamed changes its members' groups, and so their versions.
-                mark = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
-                version, linked = f'W/"{row.revision}-{mark}"', {"groups": joined}
-            if members and row.member_count and selection.includes(members):
-                linked["members"] = session.members(row.seq, named)
-            resource = revived(resource_type, row, linked)
-            resource["meta"]["version"] = version
-            resources.append(resource)
-        return resources
+    def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
+                  named: Iterable[str] | None = None,
+                  groups: Mapping[int, list[Resource]] | None = None) -> Resource:
+        """Return a stored row as a resource with its version, groups, and its members or those named."""
+        root = self.resource_types[row.type].root
+        version, linked, members = f'W/"{row.revision}', {}, root.by_name.get("members")
+        if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
+            # A group that is renamed changes its members' groups, and so their versions.
+            version += "-" + hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
+            linked["groups"] = joined
+        if members and row.member_count and selection.includes(members):
+            linked["members"] = session.members(row.seq, named)
+        resource = revived(self.resource_types[row.type], row, linked)
+        resource["meta"]["version"] = version + '"'
+        return resource
 
-    def _check_unique(self, session: Session, resource_type: ResourceType, row: Row,
-                      resource: Resource) -> None:
-        for sub in resource_type.root.sub_attributes:
+    def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
+        for sub in self.resource_types[row.type].root.sub_attributes:
             if sub.uniqueness == "server" and sub.name in resource and sub.mutability != "readOnly":
                 value = resource[sub.name]
                 if session.taken(row.type, sub.index, sub.key(value), row.seq):
                     raise ScimError(409, "uniqueness", f"{sub.name} {shown(value)} is already in "
-                                                       f"use by another {resource_type.name}")
+                                                       f"use by another {row.type}")
 
-    def _save(self, session: Session, resource_type: ResourceType, row: Row, before: Resource,
-              after: Resource) -> Row:
+    def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
-        self._check_unique(session, resource_type, row, after)
-        balance, changed = self._link(session, resource_type, row.id, row.seq, before, after)
+        self._check_unique(session, row, after)
+        balance, changed = self._link(session, row, before, after)
         body = stored(after)
         if body == row.body and not changed:
             return row
-        saved = self._touch(session, resource_type, row, body, row.member_count + balance)
+        saved = self._touch(session, row, body, row.member_count + balance)
         if body != row.body:
-            self._record(session, resource_type, row.id, revived(resource_type, row),
-                         revived(resource_type, saved))
+            resource_type = self.resource_types[row.type]
+            self._record(session, row, revived(resource_type, row), revived(resource_type, saved))
         return saved
 
-    def _touch(self, session: Session, resource_type: ResourceType, row: Row, body: Resource,
-               member_count: int) -> Row:
+    def _touch(self, session: Session, row: Row, body: Resource, member_count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
+        resource_type = self.resource_types[row.type]
         changed = replace(row, body=body, revision=row.revision + 1, member_count=member_count,
                           modified=time_text(self.clock()))
-        session.update(changed, index_entries(resource_type.root, revived(resource_type, row)),
-                       index_entries(resource_type.root, revived(resource_type, changed)))
+        session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
 
-    def _link(self, session: Session, resource_type: ResourceType, id: str, group_seq: int,
-              before: Resource, after: Resource) -> tuple[int, bool]:
+    def _link(self, session: Session, row: Row, before: Resource, after: Resource) -> tuple[int, bool]:
         """Store the differences in membership; return by how many it grew and if it changed."""
-        if not (members := resource_type.root.sub_attribute("members")):
+        if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
-        old = {member["value"]: member for member in before.get("members", ())}
-        new = {member["value"]: member for member in after.get("members", ())}
-        gained = [member for id, member in new.items() if id not in old]
-        renamed = [member for id, member in new.items()
-                   if id in old and member.get("display") != old[id].get("display")]
-        removed = session.unlink(group_seq, old.keys() - new.keys())
-        added = session.link(group_seq, gained + renamed, members.by_name["display"])
+        old, new = ({member["value"]: member for member in resource.get("members", ())}
+                    for resource in (before, after))
+        differing = [member for id, member in new.items()
+                     if id not in old or member.get("display") != old[id].get("display")]
+        removed = session.unlink(row.seq, old.keys() - new.keys())
+        written = session.link(row.seq, differing, members.by_name["display"])
+        added = [id for id in written if id not in old]
         for kind, ids in (("member.removed", removed), ("member.added", added)):
             if ids:
-                self._log(session, kind, id, ids)
-        return len(added) - len(removed), bool(added or removed or renamed)
+                self._log(session, kind, row.id, ids)
+        return len(added) - len(removed), bool(written or removed)
 
     def _adopt_custom_fields(self) -> None:
-        """Fit what is stored to the custom fields that are configured now.
-
-        Values of fields that are no longer there, or now have another type, are kept hidden.
-        """
+        """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
         resource_type = self.resource_types["User"]
-        fields = [[sub.name, sub.type] for sub in self._facilio(resource_type).sub_attributes]
+        fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         with self.store.writing() as session:
             known = json.loads(session.setting("custom_fields") or "[]")
             if known == fields:
                 return
-            earlier = facilio_extension(CustomField(*field) for field in known)
-            old_type = replace(resource_type, extensions=(*resource_type.extensions[:-1], earlier))
+            old_type = resource_types(CustomField(*field) for field in known)["User"]
             for row in session.holding(FACILIO):
-                body, hidden = self._split_custom_fields(resource_type, row)
+                body, hidden = self._split_custom_fields(row)
                 changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
-                session.update(changed, index_entries(old_type.root, revived(old_type, row)),
-                               index_entries(resource_type.root, revived(resource_type, changed)))
+                session.save(changed, row_entries(old_type, row), row_entries(resource_type, changed))
                 self._employ(session, row.id, revived(resource_type, changed))
             session.set_setting("custom_fields", dump(fields))
+
+    def _split_custom_fields(self, row: Row) -> tuple[Resource, Resource]:
+        """Return the body of a user with the custom fields of today, and the values to hide."""
+        extension = self.resource_types["User"].root.by_name[FACILIO.lower()]
+        visible, hidden = {}, {**row.hidden, **row.body.get(FACILIO, {})}
+        for name, value in list(hidden.items()):
+            if (sub := extension.sub_attribute(name)) and sub.holds(value):
+                visible[sub.name] = hidden.pop(name)
+        body = {name: value for name, value in row.body.items() if name != FACILIO}
+        return (body | {FACILIO: visible} if visible else body), hidden
 
     def _adopt_users(self) -> None:
         """Make the employees of users that an older version stored without them."""
         with self.store.writing() as session:
             if not session.setting("employees"):
-                for row in session.page({"User": EVERYTHING}, None, Window(-1)):
-                    self._employ(session, row[1].id, revived(self.resource_types["User"], row[1]))
+                for _, row in session.page({"User": EVERYTHING}, None, Window(-1)):
+                    self._employ(session, row.id, revived(self.resource_types["User"], row))
                 session.set_setting("employees", "made")
-
-    def _facilio(self, resource_type: ResourceType) -> Attribute:
-        return resource_type.root.by_name[FACILIO.lower()]
-
-    def _split_custom_fields(self, resource_type: ResourceType, row: Row,
-                             ) -> tuple[Resource, Resource]:
-        """Return the body of a user with the custom fields of today, and the values to hide."""
-        visible: Resource = {}
-        hidden: Resource = {}
-        for name, value in {**row.hidden, **row.body.get(FACILIO, {})}.items():
-            sub = self._facilio(resource_type).sub_attribute(name)
-            if sub and sub.holds(value):
-                visible[sub.name] = value
-            else:
-                hidden[name] = value
-        body = {name: value for name, value in row.body.items() if name != FACILIO}
-        return (body | {FACILIO: visible} if visible else body), hidden
 
 
 def time_text(instant: datetime) -> str:
     """Return an instant as the dateTime of meta.created, in UTC with milliseconds."""
-    utc = instant.astimezone(UTC)
-    return utc.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def change_verb(before: Resource, after: Resource) -> str:
@@ -2652,10 +2497,8 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
     names = []
     for sub in attribute.sub_attributes:
         old, new = before.get(sub.name), after.get(sub.name)
-        if old == new or sub.mutability != "readWrite" or sub.linked:
-            continue
-        inner = changed_names(sub, old or {}, new or {}) if ":" in sub.name else [sub.path]
-        names += inner
+        if old != new and sub.mutability == "readWrite" and not sub.linked:
+            names += changed_names(sub, old or {}, new or {}) if ":" in sub.name else [sub.path]
     return names
 
 
@@ -2671,6 +2514,11 @@ def revived(resource_type: ResourceType, row: Row, linked: Resource | None = Non
     return canonical(resource_type, {**row.body, **(linked or {}), "id": row.id, "meta": meta})
 
 
+def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
+    """Yield what the index holds of a row."""
+    return index_entries(resource_type.root, revived(resource_type, row))
+
+
 # ----------------------------------------------------------------------------
 # 9. Configuration
 #
@@ -2679,14 +2527,32 @@ def revived(resource_type: ResourceType, row: Row, linked: Resource | None = Non
 # Uses chapters 1, 2 and 8. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-TENANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", re.ASCII)     # it names a file
-LINK_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*", re.ASCII)               # RFC 7643 §2.1
-CUSTOM_FIELD_TYPES = ("String", "Integer", "Boolean")
-DEMO = {"tenants": [{
-    "name": "demo",
-    "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
-    "custom_fields": [{"link_name": "badge_number", "type": "Integer"}],
-}]}
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Kind = tuple[Callable[[Any], Any], str]    # reads a JSON value or refuses it, and what is expected
+Rule = Kind | Callable[[str, Json], Any]   # or what takes a JSON path and the value there
+
+
+def text_of(pattern: str, expected: str) -> Kind:
+    """Return the kind of the texts that match a pattern as a whole."""
+    return lambda value: value if re.fullmatch(pattern, value) else None, expected
+
+
+TEXT = text_of(r"(?s).*\S.*", "text that is not empty")
+TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+                      "letters, digits, - and _ (the name is that of the tenant's file)")
+LINK_NAME = text_of("[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _")  # RFC 7643 §2.1
+FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
+TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
+TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
+LOG_FORM = text_of("text|json|off", "text, json or off")
+FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
+NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None,
+          "a whole number of 1 or more")
+NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
+TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
+        "a time such as 2027-01-31T00:00:00Z")
+DEMO = {"tenants": [{"name": "demo", "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
+                     "custom_fields": [{"link_name": "badge_number", "type": "Integer"}]}]}
 
 
 class ConfigError(Exception):
@@ -2718,9 +2584,6 @@ class Tenant:
     log_bodies: bool = False
 
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
-
 @dataclass(frozen=True)
 class Config:
     """What a server serves, and where."""
@@ -2746,10 +2609,7 @@ def digest(secret: str) -> str:
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Return the configuration in a JSON file; a relative data_dir lies beside the file.
-
-    Raises ConfigError with every mistake of the file.
-    """
+    """Return the configuration in a JSON file, beside which its relative paths lie; ConfigError."""
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
@@ -2758,12 +2618,9 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config = parse_config(document)
     folder = Path(path).resolve().parent
-    if config.tls:
-        certificate, key = config.tls
-        config = replace(config, tls=(str(folder / certificate), str(folder / key)))
-    if config.data_dir == ":memory:":
-        return config
-    return replace(config, data_dir=str(folder / config.data_dir))
+    tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
+    in_memory = config.data_dir == ":memory:"
+    return replace(config, tls=tls, data_dir=":memory:" if in_memory else str(folder / config.data_dir))
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -2778,29 +2635,21 @@ def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
     found = reader.members("", document, {
-        "listen", "data_dir", "tenants", "changes", "tls", "trusted_proxies", "max_connections", "workers",
-        "access_log", "metrics_token", "console"}, {"tenants"})
-    host, port = reader.address("listen", found.get("listen", "127.0.0.1:8080"))
-    changes = reader.members("changes", found.get("changes", {}), {"keep", "days"}, set())
-    config = Config(
-        tuple(reader.tenant(path, item)
-              for path, item in reader.items("tenants", found.get("tenants", []), least=1)),
-        host, port, reader.text("data_dir", found.get("data_dir", "scim-data")),
-        reader.tls("tls", found["tls"]) if "tls" in found else None,
-        tuple(reader.network(path, item) for path, item in reader.items(
-            "trusted_proxies", found.get("trusted_proxies", []))),
-        reader.number("max_connections", found.get("max_connections", 512)),
-        reader.number("workers", found.get("workers", 1)),
-        reader.text("access_log", found.get("access_log", "text"), re.compile("text|json|off"),
-                    "text, json or off"),
-        digest(reader.text("metrics_token", found["metrics_token"])) if "metrics_token" in found
-        else "",
-        reader.number("changes.keep", changes.get("keep", KEEP_CHANGES)),
-        reader.number("changes.days", changes.get("days", KEEP_DAYS)),
-        reader.flag("console", found.get("console", True)))
+        "listen": reader.address, "data_dir": TEXT, "access_log": LOG_FORM, "metrics_token": TEXT,
+        "max_connections": NUMBER, "workers": NUMBER, "console": FLAG,
+        "tenants": partial(reader.items, rule=reader.tenant, least=1),
+        "changes": partial(reader.members, rules={"keep": NUMBER, "days": NUMBER}),
+        "tls": partial(reader.members, rules={"certificate": TEXT, "key": TEXT},
+                       needed={"certificate", "key"}),
+        "trusted_proxies": partial(reader.items, rule=NETWORK)}, {"tenants"})
     if reader.problems:
         raise ConfigError(reader.problems)
-    return config
+    host, port = found.pop("listen", (Config.host, Config.port))
+    tls, metrics, changes = (found.pop(name, {}) for name in ("tls", "metrics_token", "changes"))
+    return Config(host=host, port=port, tls=(tls["certificate"], tls["key"]) if tls else None,
+                  metrics_sha256=digest(metrics) if metrics else "",
+                  keep_changes=changes.get("keep", KEEP_CHANGES),
+                  keep_days=changes.get("days", KEEP_DAYS), **found)
 
 
 def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
@@ -2826,16 +2675,16 @@ def store_path(config: Config, tenant: Tenant) -> str:
 
 def make_data_dir(config: Config) -> None:
     """Make the directory of the tenants' files where there is none; StoreError."""
-    if config.data_dir != ":memory:":
-        try:
+    try:
+        if config.data_dir != ":memory:":
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
-                             "choose another place with --data-dir") from error
+    except OSError as error:
+        raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
+                         "choose another place with --data-dir") from error
 
 
 class ConfigReader:
-    """The rules of a configuration; each takes a JSON path and a value, and notes what is wrong."""
+    """What reads a configuration by rules, leaves out what is wrong, and notes why by its JSON path."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
@@ -2847,65 +2696,42 @@ class ConfigReader:
 
     def unique(self, path: str, what: str, value: str, reason: str) -> None:
         """Note a value that stands at an earlier path already."""
-        if (earlier := self._seen.setdefault((what, value), path)) != path:
+        if value and (earlier := self._seen.setdefault((what, value), path)) != path:
             self.wrong(path, f"{reason} {earlier}")
 
-    def members(self, path: str, value: Json, known: set[str], needed: set[str]) -> dict[str, Json]:
-        """Return an object's members; unknown and missing names are mistakes."""
+    def read(self, path: str, value: Json, rule: Rule) -> Any:
+        """Return what a rule makes of a value, None for a wrong one."""
+        if callable(rule):
+            return rule(path, value)
+        convert, expected = rule
+        with suppress(TypeError, ValueError):
+            if (found := convert(value)) is not None:
+                return found
+        self.wrong(path, f"expected {expected}, got {shown(value)}")
+        return None
+
+    def members(self, path: str, value: Json, rules: Mapping[str, Rule],
+                needed: Iterable[str] = ()) -> dict[str, Any]:
+        """Return what rules make of an object's members; unknown and missing names are mistakes."""
         if not isinstance(value, dict):
             self.wrong(path, f"expected an object, got {shown(value)}")
             return {}
         below = path and path + "."
-        for name in sorted(value.keys() - known):
-            self.wrong(below + name, f"unknown key; known are {', '.join(sorted(known))}")
-        for name in sorted(needed - value.keys()):
+        for name in sorted(value.keys() - rules.keys()):
+            self.wrong(below + name, f"unknown key; known are {', '.join(sorted(rules))}")
+        for name in sorted(set(needed) - value.keys()):
             self.wrong(below + name, "is missing")
-        return value
+        return {name: found for name, rule in rules.items() if name in value
+                and (found := self.read(below + name, value[name], rule)) is not None}
 
-    def items(self, path: str, value: Json, least: int = 0) -> list[tuple[str, Json]]:
-        """Return the items of a list with their paths."""
+    def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
+        """Return what a rule makes of the items of a list."""
         if not isinstance(value, list):
             self.wrong(path, f"expected a list, got {shown(value)}")
-            return []
+            return ()
         if len(value) < least:
             self.wrong(path, "expected at least one")
-        return [(f"{path}[{number}]", item) for number, item in enumerate(value)]
-
-    def text(self, path: str, value: Json, form: re.Pattern[str] | None = None,
-             expected: str = "text that is not empty") -> str:
-        """Return a text of some form."""
-        if isinstance(value, str) and (form.fullmatch(value) if form else value.strip()):
-            return value
-        self.wrong(path, f"expected {expected}, got {shown(value)}")
-        return ""
-
-    def tls(self, path: str, value: Json) -> tuple[str, str]:
-        """Return the files of a certificate and its key."""
-        found = self.members(path, value, {"certificate", "key"}, {"certificate", "key"})
-        return (self.text(f"{path}.certificate", found.get("certificate", "-")),
-                self.text(f"{path}.key", found.get("key", "-")))
-
-    def network(self, path: str, value: Json) -> Network:
-        """Return the network of a proxy: an address, or addresses with a mask."""
-        try:
-            return ipaddress.ip_network(self.text(path, value))
-        except ValueError:
-            self.wrong(path, f"expected an address such as 10.0.0.1 or 10.0.0.0/8, "
-                             f"got {shown(value)}")
-            return ipaddress.ip_network("127.0.0.1")
-
-    def number(self, path: str, value: Json) -> int:
-        """Return a whole number from 1 to 100 million."""
-        if type(value) is int and 0 < value <= 10 ** 8:
-            return value
-        self.wrong(path, f"expected a whole number of 1 or more, got {shown(value)}")
-        return 1
-
-    def flag(self, path: str, value: Json) -> bool:
-        """Return true or false."""
-        if not isinstance(value, bool):
-            self.wrong(path, f"expected true or false, got {shown(value)}")
-        return value is True
+        return tuple(self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value))
 
     def address(self, path: str, value: Json) -> tuple[str, int]:
         """Return host and port."""
@@ -2917,68 +2743,34 @@ class ConfigReader:
 
     def tenant(self, path: str, value: Json) -> Tenant:
         """Return a tenant."""
-        found = self.members(path, value, {"name", "tokens", "custom_fields", "log"},
-                             {"name", "tokens"})
-        name = ""
-        if "name" in found:
-            name = self.text(f"{path}.name", found["name"], TENANT_NAME,
-                             "letters, digits, - and _ (the name is that of the tenant's file)")
-            self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
-        tokens = self.items(f"{path}.tokens", found["tokens"], least=1) if "tokens" in found else []
-        fields = self.items(f"{path}.custom_fields", found.get("custom_fields", []))
-        log = self.members(f"{path}.log", found.get("log", {}), {"keep", "bodies"}, set())
-        return Tenant(name, tuple(self.token(path, *item) for item in tokens),
-                      tuple(self.custom_field(path, *item) for item in fields),
-                      self.number(f"{path}.log.keep", log.get("keep", KEEP_LOG)),
-                      self.flag(f"{path}.log.bodies", log.get("bodies", False)))
+        found = self.members(path, value, {
+            "name": TENANT_NAME, "tokens": partial(self.items, rule=self.token, least=1),
+            "custom_fields": partial(self.items, rule=self.custom_field),
+            "log": partial(self.members, rules={"keep": NUMBER, "bodies": FLAG})}, {"name", "tokens"})
+        name, log = found.get("name", ""), found.get("log", {})
+        self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
+        return Tenant(name, found.get("tokens", ()), found.get("custom_fields", ()),
+                      log.get("keep", KEEP_LOG), log.get("bodies", False))
 
-    def token(self, tenant_path: str, path: str, value: Json) -> Token:
+    def token(self, path: str, value: Json) -> Token:
         """Return a token; its hash must be the only one of its kind among all tenants."""
-        found = self.members(path, value, {"name", "secret", "sha256", "expires"}, set())
-        name = self.text(f"{path}.name", found.get("name", path))
-        self.unique(f"{path}.name", f"token of {tenant_path}", name, "the same name as")
-        secret, sha256 = "", ""
-        if ("secret" in found) == ("sha256" in found):
-            self.wrong(path, "expected either secret or sha256; "
-                             "`python scim_server.py token` makes both")
-        elif "secret" in found:
-            secret = self.text(f"{path}.secret", found["secret"], re.compile(r"[!-~]+"),
-                               "visible ASCII characters without blanks")
-            sha256 = digest(secret)
-        else:
-            sha256 = self.text(f"{path}.sha256", found["sha256"], re.compile(r"[0-9A-Fa-f]{64}"),
-                               "64 hexadecimal digits").lower()
-        if sha256:
-            self.unique(path, "token", sha256, "the same token as")
-        return Token(name, sha256, self.expiry(f"{path}.expires", found), secret)
+        found = self.members(path, value, {
+            "name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME})
+        name, secret = found.get("name", path), found.get("secret", "")
+        if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
+            self.wrong(path, "expected either secret or sha256; `python scim_server.py token` makes both")
+        sha256 = digest(secret) if secret else found.get("sha256", "").lower()
+        self.unique(f"{path}.name", path.rpartition("[")[0], name, "the same name as")
+        self.unique(path, "token", sha256, "the same token as")
+        return Token(name, sha256, found.get("expires"), secret)
 
-    def expiry(self, path: str, found: dict[str, Json]) -> datetime | None:
-        """Return when a token ends, None for never."""
-        if "expires" not in found:
-            return None
-        try:
-            key = date_time_key(found["expires"])
-        except (TypeError, ValueError):
-            self.wrong(path, f"expected a time such as 2027-01-31T00:00:00Z, "
-                             f"got {shown(found['expires'])}")
-            return None
-        return datetime.fromisoformat(key[:19]).replace(tzinfo=UTC)
-
-    def custom_field(self, tenant_path: str, path: str, value: Json) -> CustomField:
+    def custom_field(self, path: str, value: Json) -> CustomField:
         """Return a custom field; link names compare without case, as attribute names do."""
-        found = self.members(path, value, {"link_name", "display_name", "type"},
-                             {"link_name", "type"})
-        link_name = ""
-        if "link_name" in found:
-            link_name = self.text(f"{path}.link_name", found["link_name"], LINK_NAME,
-                                  "a letter, then letters, digits, - and _")
-            self.unique(f"{path}.link_name", f"field of {tenant_path}", link_name.lower(),
-                        "the same link name as")
-        if "type" in found and found["type"] not in CUSTOM_FIELD_TYPES:
-            self.wrong(f"{path}.type", f"expected String, Integer or Boolean, "
-                                       f"got {shown(found['type'])}")
-        display_name = self.text(f"{path}.display_name", found.get("display_name", link_name or "-"))
-        return CustomField(link_name, str(found.get("type")), display_name)
+        found = self.members(path, value, {
+            "link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}, {"link_name", "type"})
+        name = found.get("link_name", "")
+        self.unique(f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as")
+        return CustomField(name, found.get("type", ""), found.get("display_name", name))
 
 
 # ----------------------------------------------------------------------------
@@ -3555,6 +3347,7 @@ def list_changes(call: Call) -> Response:
 # -- The provisioning log ------------------------------------------------------------
 
 LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
+LOG_READS = 200                   # the same of reads that succeeded, which tell least
 LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
 LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
@@ -3809,9 +3602,13 @@ class Batches:
         self._hurry = threading.Event()
         self._thread: threading.Thread | None = None
 
+    def full(self, limit: int) -> bool:
+        """Return whether so many items wait."""
+        return self._items.qsize() >= limit
+
     def add(self, item: Any) -> bool:
         """Have an item written; False if it is lost."""
-        if self._items.qsize() >= self._limit:
+        if self.full(self._limit):
             return False
         self._items.put(item)
         with self._lock:
@@ -3850,6 +3647,9 @@ class ProvisioningLog:
 
     def add(self, call: Answered) -> None:
         """Have a call written, without secrets, long bodies and long lists."""
+        if call.request.method == "GET" and call.response.status < 300 and self._batches.full(LOG_READS):
+            self.lost += 1
+            return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and "Resources" in answer:
             answer = {"Resources": answer["Resources"][:2]}
@@ -4149,7 +3949,8 @@ class Application:
                 directory.store.interrupt()
 
     def close(self) -> None:
-        """Close the files; nobody may use the application afterwards."""
+        """Write the logs and close the files; nobody may use the application afterwards."""
+        self.log.close()
         for directory in self.directories.values():
             if isinstance(directory, Directory):
                 directory.store.close()
@@ -4854,7 +4655,6 @@ class ScimServer(ThreadingHTTPServer):
                     peer.end(socket.SHUT_RD)             # its read ends
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
-        self.application.log.close()
         self.log.close()
         self.stopped.set()
 

@@ -150,8 +150,11 @@ def globex(server: scim_server.ScimServer) -> Scim:
 
 def wait_until(holds: Any) -> None:
     """Wait for what another thread or process is about to make true."""
-    while not holds():
+    for _ in range(3_000):
+        if holds():
+            return
         threading.Event().wait(0.01)
+    raise AssertionError("it did not happen")
 
 
 def is_answering(server: scim_server.ScimServer) -> bool:
@@ -2224,9 +2227,12 @@ def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
             for number in range(8):
                 scim = Scim(server.url, f"secret-{number}")
                 scim.user(f"u{scim.get('/Users')['totalResults']}")
-        opened = {os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")}
-        assert len([one for one in opened if one.startswith(str(tmp_path))
-                    and one.endswith(".sqlite3")]) == 2
+
+        def opened() -> int:
+            files = {os.path.realpath(f"/proc/self/fd/{one}") for one in os.listdir("/proc/self/fd")}
+            return len([file for file in files if file.startswith(str(tmp_path))
+                        and file.endswith(".sqlite3")])
+        wait_until(lambda: opened() == 2)
         assert Scim(server.url, "secret-0").get("/Users")["totalResults"] == 2
 
 
