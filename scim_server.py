@@ -2210,12 +2210,13 @@ class Directory:
             session.delete(row, row_entries(self._type(type), row))
             self._record(session, row, revived(self._type(type), row), {})
 
-    def seed(self, document: Json) -> dict[str, str]:
-        """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them.
+    def seed(self, source: Json | os.PathLike[str]) -> dict[str, str]:
+        """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them, or a file of it.
 
         Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
         the ids by name.
         """
+        document = json.loads(Path(source).read_text("utf-8")) if isinstance(source, os.PathLike) else source
         ids: dict[str, str] = {}
         with self.store.writing():
             for body in document.get("Users", ()):

@@ -2369,12 +2369,14 @@ def test_a_directory_works_without_http_and_from_several_threads() -> None:
     assert sum(employee.active for employee in directory.employees()) == 39
 
 
-def test_seeds_name_members_by_their_names_and_are_all_or_none() -> None:
+def test_seeds_name_members_by_their_names_and_are_all_or_none(tmp_path: Path) -> None:
     with scim_server.running() as server:
         directory = server.directory("demo")
-        ids = directory.seed({"Users": [{"userName": "ada"}], "Groups": [
+        file = tmp_path / "seed.json"
+        file.write_text(json.dumps({"Users": [{"userName": "ada"}], "Groups": [
             {"displayName": "Crew", "members": ["ada"]},
-            {"displayName": "All", "members": [{"value": "Crew", "display": "C"}]}]})
+            {"displayName": "All", "members": [{"value": "Crew", "display": "C"}]}]}))
+        ids = directory.seed(file)
         [crew, everybody] = directory.query("Group").resources
         assert [one["value"] for one in crew["members"]] == [ids["ada"]]
         assert [one["value"] for one in everybody["members"]] == [ids["Crew"]]
