@@ -116,20 +116,20 @@ def rows_of_a_create(path: Path, body: Json) -> list[Insert]:
     """Return what the create of a user writes, taken from the tables of an empty store before and after one."""
     module = server_module()
     fields = [module.CustomField("costcode", "String"), module.CustomField("badge_number", "Integer")]
-    directory = module.Directory(module.Store(path), module.resource_types(fields), new_id=lambda: ID)
+    directory = module.Directory(module.Store(path), fields, new_id=lambda: ID)
     inserts: list[Insert] = []
     with closing(sqlite3.connect(path)) as reader:
         tables = reader.execute("SELECT name, sql LIKE '%AUTOINCREMENT%' FROM sqlite_master "
                                 "WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
         before = {name: reader.execute(f"SELECT * FROM {name}").fetchall() for name, _ in tables}
-        directory.create(directory.resource_types["User"], body)
+        directory.create("User", body)
         for name, numbered in tables:                      # the first column may number itself
             found = reader.execute(f"SELECT * FROM {name}")
             columns = [column[0] for column in found.description][numbered:]
             rows = [dict(zip(columns, row[numbered:], strict=True))
                     for row in found if row not in before[name]]
             marks = ", ".join(f":{column}" for column in columns)
-            inserts += [(name, f"INSERT INTO {name} ({', '.join(columns)}) VALUES ({marks})", rows)]
+            inserts += [(name, f"REPLACE INTO {name} ({', '.join(columns)}) VALUES ({marks})", rows)]
     directory.store.close()
     return [insert for insert in inserts if insert[2]]
 
