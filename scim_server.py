@@ -5170,455 +5170,356 @@ class WsgiApplication:
 # Uses nothing.
 # ----------------------------------------------------------------------------
 
-CONSOLE_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>SCIM console</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect
- width='16' height='16' rx='4' fill='%232f5fd0'/%3E%3Cpath d='M4 8.5l2.6 2.6L12 5.4' fill='none' stroke='white'
- stroke-width='1.8'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-2 -2 4 4'><circle r='2' fill='%232f5fd0'/></svg>">
 <style>
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
-  --link: #2450b8; --fill: #2f5fd0; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8;
-  --bad: #a3211b; --bad-bg: #fce9e7; --hover: #f0f3f8; }
-@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --ink: #e7ebf2; --soft: #a2aec0;
-  --line: #2b3341; --link: #93b4ff; --fill: #3a66cf; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c;
-  --warn-bg: #332812; --bad: #ffa29a; --bad-bg: #3a1b1b; --hover: #1f2732; } }
-* { box-sizing: border-box; }
-html { overflow-y: scroll; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; } table { overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
-header { background: var(--card); border-bottom: 1px solid var(--line); }
-header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
-header > div { display: flex; flex-wrap: wrap; align-items: center; gap: 0 24px; min-height: 56px; }
-header b { font-size: 16px; } header b span { color: var(--soft); font-weight: 400; }
-nav { display: flex; gap: 4px; flex: 1; }
-nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
-nav a:hover { color: var(--ink); } nav a[aria-current] { color: var(--ink); border-color: var(--fill); }
-main { padding-top: 28px; padding-bottom: 80px; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; }
-h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; } .lead { color: var(--soft); max-width: 75ch; }
-a { color: var(--link); } code { overflow-wrap: anywhere; }
-code, pre { font: 13px/1.5 ui-monospace, monospace; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
-section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
-  margin: 0 0 18px; min-width: 0; }
-.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr));
-  margin: 18px 0; } .grid > * { margin: 0; } .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.state h2::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px;
-  background: currentColor; } .state h2 { font-size: 15px; margin: 0 0 4px; } .state p { margin: 0; }
-.state.ok h2 { color: var(--ok); } .state.warn h2 { color: var(--warn); } .state.bad h2 { color: var(--bad); }
-.bar { display: flex; flex-wrap: wrap; gap: 10px 16px; align-items: center; margin: 0 0 14px; min-height: 38px; }
-.bar label { display: flex; gap: 8px; align-items: center; } .bar .grow { flex: 1 1 220px; max-width: 420px; }
-.live { margin-left: auto; color: var(--soft); font-size: 13px; min-width: 8em; text-align: right; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px;
-  background: var(--card); padding: 7px 12px; min-height: 38px; } input[type=search], input[type=password] { width: 100%; }
-input[type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); margin: 0; }
-button { cursor: pointer; white-space: nowrap; } ::placeholder { color: var(--soft); opacity: 1; } button:hover:enabled { background: var(--hover); } button:disabled { opacity: .45; cursor: default; }
-button.main { background: var(--fill); border-color: var(--fill); color: #fff; }
-button.main:hover:enabled { background: var(--fill); filter: brightness(1.1); }
-button.plain { border: 0; padding: 0; min-height: 24px; background: none; font-weight: inherit; text-align: left; }
-button.small { padding: 2px 10px; min-height: 28px; font-size: 13px; }
-ol, ul { list-style: none; margin: 0; padding: 0; }
-.log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.log > li + li { border-top: 1px solid var(--line); }
-summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px;
-  cursor: pointer; list-style: none; align-items: baseline; } summary::-webkit-details-marker { display: none; }
-summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
-[open] .why { display: none; } 
-.history b { display: inline-block; } .history b::first-letter { text-transform: uppercase; }
-summary time, .soft { color: var(--soft); font-size: 13px; } summary .why { grid-column: 2 / -1; font-size: 14px; }
-.pill { display: inline-block; border-radius: 20px; padding: 0 9px; font-size: 13px; white-space: nowrap;
-  font-variant-numeric: tabular-nums; } .ok .pill, .pill.ok { color: var(--ok); background: var(--ok-bg); }
-.warn .pill, .pill.warn { color: var(--warn); background: var(--warn-bg); }
-.bad .pill, .pill.bad { color: var(--bad); background: var(--bad-bg); }
-.warn .why { color: var(--warn); } .bad .why { color: var(--bad); }
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
+  --fill: #2f5fd0; --link: #2450b8; --ok: #12683f; --okay: #e4f3ea; --warn: #7a4b00; --warned: #fcf1d8; --bad: #a3211b; --badly: #fce9e7; }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --ink: #e7ebf2; --soft: #a2aec0;
+  --line: #2b3341; --fill: #3a66cf; --link: #93b4ff; --ok: #83dcab; --okay: #15301f; --warn: #f1c76c; --warned: #332812; --bad: #ffa29a;
+  --badly: #3a1b1b; } }
+.ok { --tone: var(--ok); --ground: var(--okay); } .warn, .change { --tone: var(--warn); --ground: var(--warned); }
+.bad { --tone: var(--bad); --ground: var(--badly); } .pill, .note, .ok .mark, .change { background: var(--ground); }
+* { box-sizing: border-box; } html { overflow-y: scroll; } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; } h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; }
+a { color: var(--link); } code, pre { font: 13px/1.5 ui-monospace, monospace; } ol, ul { list-style: none; margin: 0; padding: 0; }
+.soft, .live, .lead, summary time, dt, header span { color: var(--soft); } .soft, .live, .pill, .small, summary time { font-size: 13px; }
+header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; }
+header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; } main { padding-top: 28px; padding-bottom: 80px; }
+header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px; } header > div, .bar { flex-wrap: wrap; }
+nav { flex: 1; } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
+nav a:hover, nav [aria-current] { color: var(--ink); } nav [aria-current] { border-color: var(--fill); }
+section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0; }
+section, .card { padding: 18px 20px; } .empty { text-align: center; padding: 48px 20px; } .sign { max-width: 420px; margin: 10vh auto; }
+.sign > * { margin-bottom: 12px; } .sign button, [type=search], [type=password] { width: 100%; } .state h2, .why { color: var(--tone); }
+.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0; }
+.grid > *, .state p, .note p, .steps p, dd { margin: 0; } .state h2::before { content: "●"; margin-right: 7px; }
+.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; } .bar [type=search] { flex: 1 1 220px; max-width: 420px; }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px; background: var(--card);
+  padding: 7px 12px; min-height: 38px; } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); }
+::placeholder { color: var(--soft); opacity: 1; } button { cursor: pointer; white-space: nowrap; } button:disabled { opacity: .45; }
+button:hover:enabled { background: var(--hover); } .main:enabled { background: var(--fill); border-color: var(--fill); color: #fff; }
+.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font-weight: inherit; }
+[aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
+.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); } .live { margin-left: auto; min-width: 8em; text-align: right; }
+summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
+  cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
+summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
 .more { padding: 4px 18px 18px; } .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.note p { margin: 0; } .warn .note { background: var(--warn-bg); } .bad .note { background: var(--bad-bg); }
+.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; } .history b { display: inline-block; }
+.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .steps li > :last-child { min-width: 0; }
 dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; }
 pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
-.scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; } table { border-collapse: collapse; width: 100%; }
+.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px; }
+.ok .mark { border-color: var(--tone); color: var(--tone); } .steps li { display: flex; gap: 12px; padding: 8px 0; }
+.scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
 th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; } tr.change { background: var(--warn-bg);
-  box-shadow: -20px 0 var(--warn-bg), 20px 0 var(--warn-bg); }
-.steps li { display: flex; gap: 12px; padding: 8px 0; } .steps li > :last-child { min-width: 0; }
-.steps p { margin: 0; } .mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line);
-  text-align: center; line-height: 20px; } .done .mark { background: var(--ok-bg); border-color: var(--ok); color: var(--ok); }
-.empty { text-align: center; padding: 48px 20px; } .empty p { max-width: 56ch; margin: 0 auto 8px; color: var(--soft); }
-.copy { display: flex; gap: 10px; align-items: center; justify-content: space-between; }
-.sign { max-width: 420px; margin: 10vh auto; } .sign > * { margin-bottom: 12px; } .sign button { width: 100%; }
-@media (max-width: 640px) { header > div, main { padding-left: 14px; padding-right: 14px; } main { padding-top: 18px; }
-  header > div { padding-top: 8px; } header b { flex: 1; } nav { order: 3; flex: 1 0 100%; margin: 0 -8px; }
-  nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .scroll { margin: 0 -14px; padding: 0 14px; }
-  summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } summary time { grid-column: 2; }
-  .more { padding: 2px 12px 14px; } thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block;
-  padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
-  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > * { min-width: 0; flex: 1; }
-  .live { flex: 1; } td > .pill { flex: none; } td:has(> span:empty) { display: none; } }
-@media (prefers-reduced-motion: no-preference) { button, nav a, summary, .mark { transition: background .15s, color .15s; } }
+th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; }
+@media (max-width: 640px) { header > div, main { padding: 8px 14px; } header b, .live { flex: 1; } nav { order: 3; flex: 1 0 100%; gap: 0; }
+  nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .more { padding: 2px 12px 14px; } summary time { grid-column: 2; }
+  summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } .scroll { margin: 0 -14px; padding: 0 14px; }
+  thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
+  td { display: flex; gap: 12px; border: 0; padding: 2px 0; } td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); }
+  td > :not(.pill) { min-width: 0; flex: 1; } td:has(> span:empty) { display: none; } }
 </style>
 <header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
-<button id="out" class="small">Sign out</button></div></header>
-<main></main>
+<button id="out" class="small">Sign out</button></div></header><main></main>
+<form class="card sign" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token of your tenant: the one that Entra ID
+ has. It stays in this tab, and what you see is read-only.</p><label for="token">Secret Token</label>
+<input type="password" id="token" autocomplete="off" required><button class="main">Sign in</button></form>
 <script>
-'use strict';
 const ENTERPRISE = 'urn:ietf:params:scim:schemas:extension:enterprise:2.0:User';
 const FACILIO = 'urn:ietf:params:scim:schemas:extension:facilio:2.0:User';
-const SECTIONS = {log: 'Log', setup: 'Set-up', people: 'Employees', groups: 'Groups'};
 const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
-const KINDS = {connection: 'Connection', authentication: 'Authentication', mapping: 'Attribute mapping'};
-const main = document.querySelector('main'), header = document.querySelector('header');
-let setup = null, view = new AbortController();       // what the server knows of the tenant; the view on show
+const [header, main, form] = document.body.children;
+let setup = null, view = new AbortController();        // what the server knows of the tenant; the view on show
 
 // -- Elements: whatever comes from the server becomes text, never HTML --
-
-function h(tag, properties, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties || {}))
-    if (name in element) element[name] = value; else element.setAttribute(name, value);
+function h(kind, ...children) {                        // h('p.soft', {title: 'x'}, 'text'): the properties may be left out
+  const [tag, ...classes] = kind.split('.'), element = document.createElement(tag);
+  const properties = children[0]?.constructor === Object ? children.shift() : {};
+  for (const [name, value] of Object.entries(properties)) name in element ? element[name] = value : element.setAttribute(name, value);
+  element.classList.add(...classes);
   element.append(...children.flat(9).filter(Boolean));
   return element;
 }
-const link = (section, id, text) => h('a', {href: `#/${section}/${encodeURIComponent(id)}`}, text || id);
+const link = (text, ...way) => h('a', {href: ['#', ...way.map(encodeURIComponent)].join('/')}, text || way.at(-1));
 const full = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
 const when = at => h('time', {dateTime: at}, full(at));
-const words = value => value === true ? 'Yes' : value === false ? 'No' : value ?? '';
-const cells = (titles, row, change) => h('tr', {className: change ? 'change' : ''}, row.map((value, n) =>
-  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', {}, value))));
-const table = (titles, body) => h('div', {className: 'scroll'}, h('table', {}, h('thead', {}, h('tr', {},
-  titles.map(title => title instanceof Element ? title : h('th', {scope: 'col'}, title)))), body));
-const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
+const words = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
 const short = names => names.join(', ').replaceAll(FACILIO + ':', '').replaceAll(ENTERPRISE + ':', '');
-const pairs = rows => h('dl', {}, rows.filter(([, ...value]) => value.some(Boolean))
-  .map(([name, ...value]) => [h('dt', {}, name), h('dd', {}, ...value)]));
-const empty = (title, ...text) => h('div', {className: 'card empty'}, h('h2', {}, title), h('p', {}, ...text));
-const copyable = text => h('div', {className: 'copy'}, h('code', {}, text), h('button', {className: 'small',
-  ariaLabel: 'Copy ' + text, onclick: ({target}) => {       // browsers copy by themselves on https and localhost alone
-    getSelection().selectAllChildren(target.previousSibling);
-    navigator.clipboard?.writeText(text);
-    target.textContent = navigator.clipboard ? 'Copied' : 'Selected'; }}, 'Copy'));
+const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn'), `${good ? '✓' : sign} ${text}`);
+const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
+const section = (title, ...content) => h('section', h('h2', title), ...content);
+const empty = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
+const pairs = rows => h('dl', rows.filter(([, ...value]) => value.some(Boolean)).map(([name, ...value]) => [h('dt', name),
+  h('dd', value)]));
+const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', heads)), body));
+const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
+const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
+  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', value))));
+const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, onclick({target}) {
+  getSelection().selectAllChildren(target.previousSibling);
+  navigator.clipboard?.writeText(text);                // which is there on https and localhost alone
+  target.textContent = navigator.clipboard ? 'Copied' : 'Selected';
+}}, 'Copy'));
+function searchField(placeholder, load) {
+  let typing;
+  const oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
+  return h('input', {type: 'search', ariaLabel: placeholder, placeholder, oninput});
+}
 
 // -- The server: the token goes in a header, and nowhere else --
-
-async function ask(path, options) {
-  const token = sessionStorage.getItem('token');
-  const answer = await fetch(path, {...options, headers: {Authorization: 'Bearer ' + token, 'X-Console': '1'}});
+async function ask(path, signal) {
+  const headers = {Authorization: 'Bearer ' + sessionStorage.getItem('token'), 'X-Console': '1'};
+  const answer = await fetch(path, {signal, headers});
   if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
   if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
   return answer;
 }
-const get = async (path, parameters, signal) => (await ask(
-  path + (parameters ? '?' + new URLSearchParams(parameters) : ''), {signal})).json();
-async function download(path, name) {
-  const url = URL.createObjectURL(await (await ask(path)).blob());
-  h('a', {href: url, download: name}).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}
-async function follow(signal, after, state, use) {     // long polls; each failure doubles the pause
-  for (let pause = 1000; !signal.aborted;) {
+const get = async (path, parameters) => (await ask(path + '?' + new URLSearchParams(parameters), view.signal)).json();
+const getLog = async parameters => (await get('/console/api/log', parameters)).entries;
+const getSetup = async () => { setup = await get('/console/api/setup'); };
+const download = async (path, name) =>
+  h('a', {href: URL.createObjectURL(await (await ask('/console/api/' + path)).blob()), download: name}).click();
+async function follow(state, use) {                    // long polls while the view is on show; each failure doubles the pause
+  const {signal} = view;
+  for (let after = setup.last[0]?.seq || 0, pause = 1000; !signal.aborted;)
     try {
       state.textContent ||= 'Live';
-      const {entries} = await get('/console/api/log', {after, wait: 25, count: 100}, signal);
-      state.textContent = 'Live';
-      pause = 1000;
-      if (entries.length) { after = entries[0].seq; await use(entries); }
+      const [newest] = await getLog({after, wait: 25, count: 100});
+      [state.textContent, pause] = ['Live', 1000];
+      if (newest) { after = newest.seq; await use(); }
     } catch (error) {
       if (signal.aborted) return;
       state.textContent = `No answer, next try in ${pause / 1000} s`;
       await new Promise(wake => setTimeout(wake, pause));
       pause = Math.min(2 * pause, 60000);
     }
-  }
 }
 
 // -- The log --
-
-function entry(found) {
-  const [level, sign, meaning] = LEVELS[found.level], [note] = found.notes, place = {User: 'people', Group: 'groups'}[found.type];
-  return h('li', {}, h('details', {className: level}, h('summary', {},
-    h('span', {className: 'pill', title: meaning}, `${sign} ${found.status}`),
-    h('span', {}, found.operation, ' ', h('b', {}, found.name)), when(found.at),
-    note && h('span', {className: 'why'}, note.text)),
-  h('div', {className: 'more'}, found.notes.map(one => h('div', {className: 'note'},
-    h('p', {className: 'soft'}, KINDS[one.kind]), h('p', {}, one.text), h('p', {}, h('b', {}, 'What to do: '), one.remedy))),
-  pairs([['About', place && found.subject && link(place, found.subject, found.name)],
-    ['Attributes', short(found.attributes)], ['Answer', found.detail],
-    ['Request', h('code', {}, `${found.method} ${found.path}`)],
-    ['Token', `${found.token}, from ${found.client || 'an unknown address'}`],
-    ['Took', `${found.milliseconds} ms`], ['Request id', found.id]]), found.body && json(found.body))));
+function entry(call) {
+  const [level, sign, meaning] = LEVELS[call.level], [note] = call.notes, place = {User: 'people', Group: 'groups'}[call.type];
+  return h('li', h('details.' + level, h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`),
+    h('span', call.operation, ' ', h('b', call.name)), when(call.at), note && h('span.why', note.text)),
+  h('div.more', call.notes.map(one => h('div.note', h('p.soft', one.kind), h('p', one.text),
+    h('p', h('b', 'What to do: '), one.remedy))),
+  pairs([['About', place && call.subject && link(call.name, place, call.subject)], ['Attributes', short(call.attributes)],
+    ['Answer', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
+    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Took', `${call.milliseconds} ms`],
+    ['Request id', call.id]]), call.body && json(call.body))));
 }
-const entries = found => h('ol', {className: 'log'}, found.map(entry));
-
-function health(found) {
-  const {last: [last], refused, strangers} = setup, troubles = found.filter(one => one.seq > last.seq - 100);
-  const of = kind => troubles.filter(one => one.notes.some(note => note.kind === kind)), [lost] = of('connection');
-  const wrong = of('mapping'), missing = last ? setup.fields.filter(one => !one.people).map(one => one.display_name) : [];
-  const strange = strangers ? ` ${strangers} with an unknown token since ${full(setup.strange_since)}.` : '';
-  const state = (level, title, ...text) => h('div', {className: `card state ${level}`}, h('h2', {}, title), h('p', {}, ...text));
-  return h('div', {className: 'grid'},
-    state(!last || lost ? 'warn' : 'ok', 'Connection', !last ? ['Nobody has called yet. Enter the ',
-      h('a', {href: '#/setup'}, 'Tenant URL'), ' in Entra ID.'] : `Last call on ${full(last.at)}, token “${last.token}”. `,
-    lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
-    state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-      `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` :
-      strange ? 'Calls were refused:' : 'No call was refused.', strange),
-    state(wrong.length ? wrong[0].level > 1 ? 'bad' : 'warn' : missing.length ? 'warn' : 'ok', 'Attribute mapping',
-      wrong.length ? `${wrong.length} of the last 100 calls had trouble. ${wrong[0].notes[0].text} ` : last ?
-        'Everything that was sent fits. ' : 'Nothing was sent yet. ', missing.length && [h('a', {href: '#/setup'},
-        missing.length > 1 ? 'Custom fields' : 'A custom field'), ` never arrived: ${missing.join(', ')}.`]));
+function health(troubles) {
+  const {last: [last], refused, strangers} = setup;
+  const of = kind => troubles.filter(one => one.seq > last.seq - 100 && one.notes.some(note => note.kind === kind));
+  const [lost] = of('connection'), wrong = of('mapping'), missing = last ? setup.fields.filter(one => !one.people) : [];
+  const state = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
+  return h('div.grid', state(!last || lost ? 'warn' : 'ok', 'Connection', last ?
+    `Last call on ${full(last.at)}, token “${last.token}”. ` : ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'),
+      ' in Entra ID.'], lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`,
+  setup.lost && ` ${setup.lost} calls are missing in the log.`),
+  state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
+    `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` : strangers ? 'Calls were refused:' :
+      'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
+  state(wrong.length ? LEVELS[wrong[0].level][0] : missing.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
+    `${wrong.length} of the last 100 calls had trouble. ${wrong[0].notes[0].text} ` : last ? 'Everything that was sent fits. ' :
+      'Nothing was sent yet. ', missing.length && [link(missing.length > 1 ? 'Custom fields' : 'A custom field', 'setup'),
+    ` never arrived: ${missing.map(one => one.display_name).join(', ')}.`]));
 }
-
-async function showLog(id, signal) {
-  const search = h('input', {type: 'search', ariaLabel: 'Search the log', placeholder: 'Search names, attributes, answers'});
-  const problems = h('input', {type: 'checkbox'}), list = h('div'), top = h('div'), state = h('span', {role: 'status'});
-  const fresh = h('button', {className: 'small', hidden: true, onclick: () => load()});
-  const fetchPage = before => get('/console/api/log', {before, count: 50, level: +problems.checked, text: search.value}, signal);
-  let typing, turn = 0;
+async function showLog() {
+  const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
+  const list = h('div'), top = h('div'), state = h('span', {role: 'status'});
+  const fresh = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
+  const older = h('button', {onclick: async () => list.firstChild.append(...take(await page(oldest)))}, 'Show older calls');
+  const page = before => getLog({before, count: 50, level: +problems.checked, text: search.value});
+  const take = calls => { oldest = calls.at(-1)?.seq; older.hidden = calls.length < 50; return calls.map(entry); };
+  let turn = 0, oldest;
   async function load() {
-    const mine = ++turn;                               // an answer that another search has overtaken is dropped
-    const [page, troubles, known] = await Promise.all([fetchPage(0), get('/console/api/log', {level: 1}, signal),
-      get('/console/api/setup', null, signal)]);
-    if (mine !== turn) return;
-    setup = known;
-    top.replaceChildren(health(troubles.entries));
+    const mine = ++turn, [calls, troubles] = await Promise.all([page(0), getLog({level: 1}), getSetup()]);
+    if (mine !== turn) return;                         // another search has overtaken this answer
     fresh.hidden = true;
-    const older = h('button', {hidden: page.entries.length < 50, onclick: async () => {
-      const more = await fetchPage(page.entries.at(-1).seq);
-      page.entries = more.entries;
-      older.hidden = more.entries.length < 50;
-      list.querySelector('ol').append(...more.entries.map(entry));
-    }}, 'Show older calls');
-    list.replaceChildren(...page.entries.length ? [entries(page.entries), h('p'), older] : [
-      problems.checked || search.value ? empty('No call fits', 'Clear the search, or look at all calls.') :
-        empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
-          h('a', {href: '#/setup'}, 'Set-up'), ' for what to enter there.')]);
+    top.replaceChildren(health(troubles));
+    list.replaceChildren(h('ol.log', take(calls)), calls.length ? '' : problems.checked || search.value ?
+      empty('No call fits', 'Clear the search, or look at all calls.') :
+      empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
+        link('Set-up', 'setup'), ' for what to enter there.'));
   }
-  search.oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
-  problems.onchange = load;
   await load();
-  follow(signal, setup.last[0]?.seq || 0, state, async () => {
-    if (scrollY < 200 && !list.querySelector('[open]')) return load();
-    fresh.textContent = 'Show new calls';
-    fresh.hidden = false;
-  });
+  follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
   return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
-    h('div', {className: 'bar'}, h('span', {className: 'grow'}, search), h('label', {}, problems, 'Problems only'),
-      h('span', {className: 'live'}, fresh, ' ', state)), list];
+    h('div.bar', search, h('label', problems, 'Problems only'), h('span.live', fresh, ' ', state)), list, older];
 }
 
 // -- Set-up --
-
-async function testConnection(result) {              // what Entra's button does: look for somebody who is not there
-  const lines = [];
-  for (const [endpoint, name] of [['Users', 'userName'], ['Groups', 'displayName']])
-    try {
-      const found = await get('/scim/v2/' + endpoint, {filter: `${name} eq "${crypto.getRandomValues(new Uint32Array(2))
-        .join('-')}"`});
-      lines.push([!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`]);
-    } catch (error) { lines.push([false, `${endpoint}: ${error.message}`]); }
-  if (!setup.url.startsWith(location.origin + '/'))
-    lines.push([false, `This page is at ${location.origin}, but the server takes itself for ${setup.url}: let the proxy keep ` +
-      'the Host header, or trust it (trusted_proxies).']);
+async function testConnection(result) {                // what Entra's button does: look for somebody who is not there
+  const lines = await Promise.all([['Users', 'userName'], ['Groups', 'displayName']].map(([endpoint, name]) =>
+    get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
+      found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
+      error => [false, `${endpoint}: ${error.message}`])));
+  if (!setup.url.startsWith(location.origin + '/')) lines.push([false, `This page is at ${location.origin}, but the server takes ` +
+    `itself for ${setup.url}: let the proxy keep the Host header, or trust it (trusted_proxies).`]);
   if (location.protocol !== 'https:')
     lines.push([false, 'This page came by http. Entra ID calls by https only, on a public name: put TLS in front.']);
-  result.replaceChildren(...lines.map(([good, text]) => h('p', {}, h('span', {className: 'pill ' + (good ? 'ok' : 'warn')},
-    good ? '✓' : '!'), ' ', text)));
+  result.replaceChildren(...lines.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
 }
-
-const FIELDS = ['Field', 'Type', 'Name in Entra', 'Arrived'];
-const TARGETS = ['Source', 'Target', 'Type', 'Change'];
-async function showSetup(id, signal) {
-  const steps = h('ol', {className: 'steps'}), fields = h('tbody'), result = h('div', {role: 'status'});
-  const state = h('span', {className: 'soft', role: 'status'});
+async function showSetup() {
+  const steps = h('ol.steps'), fields = h('tbody'), result = h('div', {role: 'status'}), state = h('span.soft', {role: 'status'});
+  const targets = ['Source', 'Target', 'Type', 'Change'], names = ['Field', 'Type', 'Name in Entra', 'Arrived'];
   async function load() {
-    setup = await get('/console/api/setup', null, signal);
-    steps.replaceChildren(...setup.steps.map(one => h('li', {className: one.at ? 'done' : ''},
-      h('span', {className: 'mark', ariaHidden: 'true'}, one.at ? '✓' : ''), h('div', {}, h('b', {}, one.title),
-        h('p', {className: 'soft'}, one.at ? ['Done: first on ', full(one.at)] : one.hint)))));
-    fields.replaceChildren(...setup.fields.map(one => cells(FIELDS, [one.display_name, one.type, copyable(one.urn),
-      h('span', {className: 'pill ' + (one.people ? 'ok' : 'warn')}, one.people ? `✓ ${one.people} people` :
-        '! never arrived')])));
+    await getSetup();
+    steps.replaceChildren(...setup.steps.map(one => h(one.at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'}, one.at && '✓'),
+      h('div', h('b', one.title), h('p.soft', one.at ? 'Done: first on ' + full(one.at) : one.hint)))));
+    fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
+      one.people ? pill(true, `${one.people} people`) : pill(false, 'never arrived')])));
   }
   await load();
-  follow(signal, setup.last[0]?.seq || 0, state, load);
-  const tokens = setup.tokens.map(one => [one.name, one.expired ? h('span', {className: 'pill bad'}, '✕ expired') : '',
-    one.expires ? ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; ` : '',
-    one.last_use ? `last used on ${full(one.last_use)}` : 'never used']);
-  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.',
-    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Connection'), h('p', {className: 'soft'},
-      'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
-    h('p', {className: 'soft'}, 'Secret Token: the secret of one of these tokens, which only you have'), pairs(tokens), h('p'),
-    h('button', {className: 'main', onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
-    h('section', {}, h('h2', {}, 'Check list ', state), steps)),
-    h('section', {}, h('h2', {}, 'Attribute mapping'), h('p', {className: 'soft'}, 'Mappings → Provision Microsoft Entra ID ' +
-      'Users: from the source in Entra ID to the target in customappsso. Highlighted is what differs from Entra\'s proposal.'),
-    table(TARGETS, h('tbody', {}, setup.mapping.map(([source, target, type, change]) => cells(TARGETS,
-      [source || '(your choice)', h('code', {}, target), type, change], change)))),
-    h('p'), h('button', {onclick: () => download('/console/api/mapping', 'mapping.csv')}, 'Download as CSV')),
-    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? [h('p', {className: 'soft'},
-      'Show advanced options → Edit attribute list for customappsso: add these names with these types, then map to them.'),
-    table(FIELDS, fields)] : h('p', {className: 'soft'},
-      'This tenant has none. They are “custom_fields” of the tenant in the configuration.'), h('p'),
-    h('button', {onclick: () => download('/console/api/schema', 'customappsso.json')}, 'Download the schema as JSON'))];
+  follow(state, load);
+  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
+    section('Connection', h('p.soft', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
+      h('p.soft', 'Secret Token: the secret of one of these tokens, which only you have'), pairs(setup.tokens.map(one => [one.name,
+        one.expired && h('span.pill.bad', '✕ expired'), one.expires && ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; `,
+        one.last_use ? `last used on ${full(one.last_use)}` : 'never used'])), h('p'),
+      h('button.main', {onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
+    section(['Check list ', state], steps)),
+  section('Attribute mapping', h('p.soft', 'Mappings → Provision Microsoft Entra ID Users: from the source in Entra ID to the ' +
+    'target in customappsso. Highlighted is what differs from Entra\'s proposal.'), table(titled(targets), h('tbody',
+    setup.mapping.map(([source, target, type, change]) => row(targets, [source || '(your choice)', h('code', target), type, change],
+      change ? 'tr.change' : 'tr')))), h('p'),
+  h('button', {onclick: () => download('mapping', 'mapping.csv')}, 'Download as CSV')),
+  section('Custom fields', setup.fields.length ? [h('p.soft', 'Show advanced options → Edit attribute list for customappsso: ' +
+    'add these names with these types, then map to them.'), table(titled(names), fields)] : h('p.soft', 'This tenant has none. ' +
+    'They are “custom_fields” of the tenant in the configuration.'), h('p'),
+  h('button', {onclick: () => download('schema', 'customappsso.json')}, 'Download the schema as JSON'))];
 }
 
 // -- Employees and groups: the server filters, sorts and pages --
-
-function listing(endpoint, columns, searched, none, base, signal) {
-  const search = h('input', {type: 'search', ariaLabel: 'Search', placeholder: 'Search'});
-  const state = h('select', {ariaLabel: 'Show'}, [['', 'All'], ['active eq true', 'Active'],
-    ['active eq false', 'Inactive']].map(([value, text]) => h('option', {value}, text)));
-  const lacking = h('div'), body = h('tbody'), count = h('span', {role: 'status', className: 'soft'});
-  let start = 1, sort = columns[0].sort, down = false, typing, turn = 0;
-  const move = by => { start = Math.max(1, start + by); return load(); };
-  const back = h('button', {onclick: () => move(-25)}, 'Previous'), next = h('button', {onclick: () => move(25)}, 'Next');
-  const head = columns.map(column => h('th', {scope: 'col'}, column.sort ? h('button', {className: 'plain', onclick: () => {
-    down = sort === column.sort && !down; sort = column.sort; start = 1; return load();
-  }}, column.title) : column.title));
-  const place = h('div', {className: 'card list'}, table(head, body));
-  async function load() {
-    const text = JSON.stringify(search.value.trim());
-    const terms = [base, state.value, text !== '""' && `(${searched.map(name => `${name} co ${text}`).join(' or ')})`];
-    const parameters = {startIndex: start, count: 25, sortBy: sort, sortOrder: down ? 'descending' : 'ascending',
-      excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')};
-    const mine = ++turn, found = await get('/scim/v2/' + endpoint, parameters, signal), total = found.totalResults;
-    if (mine !== turn) return;
-    columns.forEach((column, n) => column.sort && (head[n].ariaSort = column.sort !== sort ? 'none' :
-      down ? 'descending' : 'ascending', head[n].firstChild.textContent = column.title + (column.sort !== sort ? '' :
-      down ? ' ↓' : ' ↑')));
-    body.replaceChildren(...found.Resources.map(one => cells(columns.map(column => column.title),
-      columns.map(column => column.value(one)))));
-    place.hidden = !total;
-    lacking.replaceChildren(...total ? [] : [terms.filter(Boolean).length > (base ? 1 : 0) ?
-      empty('Nothing fits', 'Try another word, or show all.') : none]);
-    count.textContent = total ? `${start}–${start + found.Resources.length - 1} of ${total}` : '';
-    back.hidden = next.hidden = total <= 25;
-    back.disabled = start < 2; next.disabled = start + 25 > total;
-  }
-  state.onchange = () => { start = 1; return load(); };
-  search.oninput = () => { clearTimeout(typing); typing = setTimeout(state.onchange, 250); };
-  return load().then(() => [h('div', {className: 'bar'}, h('span', {className: 'grow'}, search),
-    endpoint === 'Users' && h('label', {}, 'Show', state)), lacking, place, h('div', {className: 'bar'}, back, next, count)]);
-}
-
 const mail = user => (user.emails?.find(one => one.primary) || user.emails?.find(one => one.type === 'work'))?.value;
-const PEOPLE = ['displayName', 'userName', 'emails.value', 'title'];
-const columns = () => [{title: 'Name', sort: 'displayName', value: one => link('people', one.id, one.displayName || one.userName)},
-  {title: 'E-mail', sort: 'emails.value', value: one => mail(one) || one.userName},
-  {title: 'Designation', sort: 'title', value: one => one.title || ''},
-  ...setup.fields.map(field => ({title: field.display_name, sort: field.urn,
-    value: one => String(words(one[FACILIO]?.[field.link_name]))})),
-  {title: 'Active', sort: 'active', value: one => h('span', {className: 'pill ' + (one.active ? 'ok' : 'warn')},
-    one.active ? '✓ Active' : '– Inactive')}];
-const showPeople = async (id, signal) => ['Employees', 'People as they were provisioned; each is an employee of Facilio.',
-  ...await listing('Users', columns(), PEOPLE, empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ',
-    h('a', {href: '#/setup'}, 'The check list'), ' shows how far it is.'), '', signal)];
-const showGroups = async (id, signal) => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', [
-  {title: 'Name', sort: 'displayName', value: one => link('groups', one.id, one.displayName)},
-  {title: 'External id', sort: 'externalId', value: one => one.externalId || ''},
-  {title: 'Changed', sort: 'meta.lastModified', value: one => when(one.meta.lastModified)}], ['displayName', 'externalId'],
-empty('No groups yet', 'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'),
-'', signal)];
-
-function changesOf(changes, id) {
-  return h('section', {}, h('h2', {}, 'History'), changes.length ? h('ol', {className: 'steps history'}, changes.map(one =>
-    h('li', {}, h('div', {}, h('b', {}, one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
-      link('people', one.member, 'this person') : link('groups', one.id, 'this group')], h('p', {className: 'soft'},
-      full(one.at), one.token && ` by “${one.token}”`, one.attributes.length ? ': ' + short(one.attributes) : ''))))) :
-    h('p', {className: 'soft'}, 'The change feed holds nothing about it any more.'));
+const SEARCHED = {Users: ['displayName', 'userName', 'emails.value', 'title'], Groups: ['displayName', 'externalId']};
+const COLUMNS = {                                      // title, what it sorts by, what it shows of a resource
+  Users: () => [['Name', 'displayName', one => link(one.displayName || one.userName, 'people', one.id)],
+    ['E-mail', 'emails.value', one => mail(one) || one.userName], ['Designation', 'title', one => one.title || ''],
+    ...setup.fields.map(field => [field.display_name, field.urn, one => words(one[FACILIO]?.[field.link_name])]),
+    ['Active', 'active', one => one.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
+  Groups: () => [['Name', 'displayName', one => link(one.displayName, 'groups', one.id)],
+    ['External id', 'externalId', one => one.externalId || ''], ['Changed', 'meta.lastModified', one => when(one.meta.lastModified)]],
+};
+async function listing(endpoint, none, base) {
+  const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', () => load(1));
+  const state = h('select', {onchange: () => load(1)}, [['', 'All'], ['active eq true', 'Active'], ['active eq false', 'Inactive']]
+    .map(([value, text]) => h('option', {value}, text)));
+  const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
+  let start, sort = 'displayName', order = 'ascending', turn = 0;
+  const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
+  const heads = titled(columns.map(([title, path]) => h('button', {onclick() {
+    [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending'];
+    return load(1);
+  }}, title)));
+  const card = h('div.card.list', table(heads, body));
+  async function load(from) {
+    const text = search.value.trim(), mine = ++turn, word = JSON.stringify(text);
+    const terms = [base, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${word}`).join(' or ')})`];
+    start = Math.max(1, from);
+    const {Resources: found, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy: sort,
+      sortOrder: order, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
+    if (mine !== turn) return;                         // another search has overtaken this answer
+    columns.forEach(([, path], n) => { heads[n].ariaSort = path === sort ? order : 'none'; });
+    body.replaceChildren(...found.map(one => row(titles, columns.map(([, , show]) => show(one)))));
+    card.hidden = !total;
+    lacking.replaceChildren(total ? '' : state.value || text ? empty('Nothing fits', 'Try another word, or show all.') : none);
+    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : '';
+    back.hidden = next.hidden = total <= 25;
+    [back.disabled, next.disabled] = [start < 2, start + 25 > total];
+  }
+  await load(1);
+  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), lacking, card, h('div.bar', back, next, count)];
 }
-async function about(endpoint, id, signal) {
-  const [found, past, calls] = await Promise.all([
-    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}, signal),
-    get('/console/api/history/' + encodeURIComponent(id), null, signal),
-    get('/console/api/log', {subject: id, count: 20}, signal)]);
-  const [resource] = found.Resources;
-  return {resource, past, rest: [h('div', {className: 'grid two'}, changesOf(past.changes, id), h('section', {},
-    h('h2', {}, 'SCIM resource'), resource ? json(resource) : h('p', {className: 'soft'}, 'It was deleted; the employee stays.'))),
-  h('h2', {}, 'Calls'), calls.entries.length ? entries(calls.entries) : empty('No calls', 'The log holds none about it.')]};
+const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.',
+  ...await listing('Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ',
+    link('The check list', 'setup'), ' shows how far it is.'))];
+const showGroups = async () => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', empty('No groups yet',
+  'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'))];
+async function about(endpoint, id) {                   // a resource, its employee if it has one, and what both kinds show of it
+  const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
+    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
+    get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
+  const history = changes.map(one => h('li', h('div', h('b', one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
+    link('this person', 'people', one.member) : link('this group', 'groups', one.id)], h('p.soft', full(one.at),
+    one.token && ` by “${one.token}”`, one.attributes.length && ': ' + short(one.attributes)))));
+  return [resource, employee, h('div.grid', section('History', changes.length ? h('ol.steps.history', history) :
+    h('p.soft', 'The change feed holds nothing about it any more.')), section('SCIM resource', resource ? json(resource) :
+    h('p.soft', 'It was deleted; the employee stays.'))), h('h2', 'Calls'),
+  calls.length ? h('ol.log', calls.map(entry)) : empty('No calls', 'The log holds none about it.')];
 }
-async function showPerson(id, signal) {
-  const {resource, past: {employee}, rest} = await about('Users', id, signal);
-  if (!employee) return ['Nobody here', 'No employee has this id.', h('a', {href: '#/people'}, 'All employees')];
-  const boss = resource?.[ENTERPRISE]?.manager;
-  return [employee.name, [h('a', {href: '#/people'}, 'Employees'), ` / employee ${employee.id}`],
-    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Employee'), pairs([
-      ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
-      ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile],
-      ['Number', employee.employeeNumber], ['Manager', boss && link('people', boss.value, boss.displayName ||
-        (employee.manager ? `employee ${employee.manager}` : 'not known here yet'))],
-      ['Language', employee.language], ['Changed', when(employee.changed)], ['External id', employee.external_id]])),
-    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
-      String(words(employee.custom_fields[one.link_name])) || h('span', {className: 'soft'}, 'not sent')])) : 'None', h('p'),
-    h('h2', {}, 'Groups'), resource?.groups?.length ? h('ul', {}, resource.groups.map(one => h('li', {}, link('groups', one.value,
-      one.display)))) : h('p', {className: 'soft'}, 'In no group.'))), ...rest];
+async function showPerson(id) {
+  const [resource, employee, ...rest] = await about('Users', id), boss = resource?.[ENTERPRISE]?.manager;
+  if (!employee) return ['Nobody here', 'No employee has this id.', link('All employees', 'people')];
+  const manager = boss && (boss.displayName || (employee.manager ? `employee ${employee.manager}` : 'not known here yet'));
+  return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id}`], h('div.grid', section('Employee', pairs([
+    ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
+    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Number', employee.employeeNumber],
+    ['Manager', boss && link(manager, 'people', boss.value)], ['Language', employee.language], ['Changed', when(employee.changed)],
+    ['External id', employee.external_id]])),
+  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
+    words(employee.custom_fields[one.link_name]) || h('span.soft', 'not sent')])) : 'None', h('p'), h('h2', 'Groups'),
+  resource?.groups?.length ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) :
+    h('p.soft', 'In no group.'))), ...rest];
 }
-async function showGroup(id, signal) {
-  const {resource, rest} = await about('Groups', id, signal);
-  const members = await listing('Users', columns(), PEOPLE, empty('No members', 'Assign people to this group in Entra ID.'),
-    `groups.value eq ${JSON.stringify(id)}`, signal);
-  return [resource?.displayName || 'A group that was deleted', h('a', {href: '#/groups'}, 'Groups'), h('p'),
-    h('h2', {}, 'Members'), ...members, ...rest];
+async function showGroup(id) {
+  const [resource, , ...rest] = await about('Groups', id), none = empty('No members', 'Assign people to this group in Entra ID.');
+  return [resource?.displayName || 'A group that was deleted', link('Groups', 'groups'), h('p'), h('h2', 'Members'),
+    ...await listing('Users', none, `groups.value eq ${JSON.stringify(id)}`), ...rest];
 }
 
 // -- Sign in, and the way from view to view --
-
-function signIn(problem) {
+const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showPeople, showPerson],
+  groups: ['Groups', showGroups, showGroup]};
+const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
+function signIn(...problems) {
   sessionStorage.removeItem('token');
-  setup = null; view.abort();
-  header.hidden = true;
-  const input = h('input', {type: 'password', id: 'token', autocomplete: 'off', required: true});
-  main.replaceChildren(h('form', {className: 'card sign', onsubmit: event => {
-    event.preventDefault(); sessionStorage.setItem('token', input.value.trim());
-    show();
-  }}, h('h1', {tabIndex: -1}, 'SCIM console'), h('p', {className: 'lead'}, 'Sign in with the Secret Token of your tenant: the one ' +
-    'that Entra ID has. It stays in this tab, and what you see is read-only.'), h('label', {htmlFor: 'token'}, 'Secret Token'), input,
-  h('div', {role: 'alert', className: 'bad'}, problem && h('p', {className: 'note'}, problem)),
-  h('button', {className: 'main'}, 'Sign in')));
-  input.focus();
+  [setup, header.hidden, form.hidden, form.token.value] = [null, true, false, ''];
+  view.abort();
+  main.replaceChildren(...problems.map(alarm), form);
+  form.token.focus();
 }
+form.onsubmit = event => {
+  event.preventDefault();
+  sessionStorage.setItem('token', form.token.value.trim());
+  show();
+};
 async function show(event) {
   view.abort();
-  const {signal} = view = new AbortController();
-  const [section, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
-  const chosen = SECTIONS[section] ? section : 'log';
-  const render = {log: showLog, setup: showSetup, people: id ? showPerson : showPeople, groups: id ? showGroup : showGroups}[chosen];
-  if (!sessionStorage.getItem('token')) return signIn('');
-  let parts;
-  try {
-    setup ||= await get('/console/api/setup', null, signal);
-    parts = await render(id, signal);
-  } catch (error) {
-    parts = ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
-  }
+  const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
+  const chosen = SECTIONS[name] ? name : 'log', [, all, one] = SECTIONS[chosen];
+  if (!sessionStorage.getItem('token')) return signIn();
+  const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
+  const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
   if (signal.aborted) return;
-  const [title, lead, ...rest] = parts;
   header.hidden = false;
   document.title = `${title} – SCIM console`;
   document.querySelector('#tenant').textContent = setup?.tenant || '';
-  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([name, text]) => h('a',
-    {href: '#/' + name, ...name === chosen && {'aria-current': 'page'}}, text)));
-  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p', {className: 'lead'}, ...[lead].flat()), ...rest.filter(Boolean));
+  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([section, [text]]) =>
+    h('a', {href: '#/' + section, ...section === chosen && {ariaCurrent: 'page'}}, text)));
+  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...rest.filter(Boolean));
   if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
 }
-document.querySelector('#out').onclick = () => signIn('');
-addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
-  event.preventDefault();
-  if (!view.signal.aborted && event.reason.name !== 'AbortError')
-    main.prepend(h('div', {role: 'alert', className: 'bad'}, h('p', {className: 'note'}, event.reason.message)));
-});
 function enter(event) {
   const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
   if (given) { sessionStorage.setItem('token', decodeURIComponent(given)); setup = null; }
   if (given || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }
+document.querySelector('#out').onclick = () => signIn();
+addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+  event.preventDefault();
+  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alarm(event.reason.message));
+});
 addEventListener('hashchange', enter);
 enter();
-</script>
-</html>
+</script></html>
 """
 
 
