@@ -3157,10 +3157,10 @@ class Call:
     request: Request
     directory: Directory
     resource_types: tuple[ResourceType, ...]      # the one of the endpoint, at the root all
-    id: str
+    segments: Sequence[str]                       # of the path
     parameters: Mapping[str, str]                 # of the query, names in lower case
+    condition: Condition                          # on the version
     base_url: str
-    handle: Callable[[Request], Response]         # what answers the operations of Bulk
     application: Application
 
     @property
@@ -3168,23 +3168,22 @@ class Call:
         """The resource type of the endpoint."""
         return self.resource_types[0]
 
+    @property
+    def id(self) -> str:
+        """The last segment of the path."""
+        return self.segments[-1]
+
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
         return parse_selection(self.parameters.get("attributes", ""),
                                self.parameters.get("excludedattributes", ""), resource_type)
 
-    def integer(self, name: str, default: int) -> int:
-        """Return an integer parameter; ScimError 400 invalidValue if it is none."""
+    def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18) -> int:
+        """Return an integer parameter, the nearest bound if beyond; ScimError 400 invalidValue if none."""
         text = self.parameters.get(name.lower()) or str(default)
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
-        return int(text)
-
-    @property
-    def condition(self) -> Condition:
-        """What the client's headers ask of the version."""
-        headers = self.request.headers
-        return Condition(headers.get("if-match", ""), headers.get("if-none-match", ""))
+        return max(least, min(int(text), most))
 
     def projected(self, resource: Resource) -> Resource:
         """Return as much of a resource as the client selected."""
@@ -3204,8 +3203,7 @@ def parse_body(body: bytes | Json) -> Json:
     if not isinstance(body, bytes):
         return body
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json,
-                           object_pairs_hook=unique_names)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
         # Only a body with escapes or many brackets can hold what the walk looks for.
         if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
             check_json(value, "", 0)
@@ -3219,10 +3217,9 @@ def check_json(value: Json, path: str, depth: int) -> None:
     """Raise ValueError for nesting beyond MAX_DEPTH and text that no UTF-8 database takes."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, str):
-        if unstorable(value):
-            raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
-    elif isinstance(value, dict):
+    if isinstance(value, str) and unstorable(value):
+        raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+    if isinstance(value, dict):
         for name, item in value.items():
             check_json(name, path, depth)
             check_json(item, f"{path}.{name}" if path else name, depth + 1)
@@ -3240,27 +3237,15 @@ def parse_message(body: bytes | Json) -> dict[str, Json]:
     """Return the members of a protocol message, names in lower case; ScimError 400 invalidSyntax."""
     message = parse_body(body)
     if not isinstance(message, dict):
-        raise ScimError(400, "invalidSyntax",
-                        f"the body must be a JSON object, got {shown(message)}")
+        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(message)}")
     return {name.lower(): value for name, value in message.items()}
 
 
-def texts_in(value: Json) -> Iterator[str]:
-    """Yield every text in a JSON value, names included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for item in value:
-            yield from texts_in(item)
-        if isinstance(value, dict):
-            yield from texts_in(list(value.values()))
-
-
-def list_response(resources: list[Json], total: int, start_index: int) -> Response:
+def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
     """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage is what this answer holds."""
-    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total,
-                          "startIndex": start_index, "itemsPerPage": len(resources),
-                          "Resources": resources})
+    page = list(resources)
+    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total, **more,
+                          "itemsPerPage": len(page), "Resources": page})
 
 
 def error_response(error: ScimError) -> Response:
@@ -3273,127 +3258,85 @@ def error_response(error: ScimError) -> Response:
 
 def published_attribute(attribute: Attribute) -> Json:
     """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
-    found: Json = {"name": attribute.name, "type": attribute.type,
-                   "multiValued": attribute.multi_valued, "required": attribute.required,
-                   "mutability": attribute.mutability, "returned": attribute.returned}
-    if attribute.type in STRING_TYPES or attribute.type == "binary":
-        found["caseExact"] = attribute.case_exact
-    if attribute.type != "complex":
-        found["uniqueness"] = attribute.uniqueness
-    found["description"] = attribute.description or attribute.name
-    if attribute.canonical_values:
-        found["canonicalValues"] = list(attribute.canonical_values)
-    if attribute.reference_types:
-        found["referenceTypes"] = list(attribute.reference_types)
-    if attribute.sub_attributes:
-        found["subAttributes"] = [published_attribute(sub) for sub in attribute.sub_attributes
-                                  if sub.published]
-    return found
+    cased = attribute.type in STRING_TYPES or attribute.type == "binary"
+    found = {
+        "name": attribute.name, "type": attribute.type, "multiValued": attribute.multi_valued,
+        "required": attribute.required, "mutability": attribute.mutability, "returned": attribute.returned,
+        "caseExact": attribute.case_exact if cased else None,
+        "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
+        "description": attribute.description or attribute.name,
+        "canonicalValues": list(attribute.canonical_values) or None,
+        "referenceTypes": list(attribute.reference_types) or None,
+        "subAttributes": [published_attribute(sub)
+                          for sub in attribute.sub_attributes if sub.published] or None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's schemas by URN (RFC 7643 §7); externalId is listed for Entra's validator."""
-    found = {}
-    for resource_type in directory.resource_types.values():
-        for schema in (resource_type.schema, *resource_type.extensions):
-            core = (EXTERNAL_ID,) if schema is resource_type.schema else ()
-            if schema.attributes:
-                found[schema.id] = {
-                    "schemas": [SCHEMA], "id": schema.id, "name": schema.name,
-                    "description": schema.description,
-                    "attributes": [published_attribute(attribute)
-                                   for attribute in core + schema.attributes if attribute.published],
-                    "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
-                }
-    return found
+    return {schema.id: {
+        "schemas": [SCHEMA], "id": schema.id, "name": schema.name, "description": schema.description,
+        "attributes": [published_attribute(attribute) for attribute in
+                       ((EXTERNAL_ID,) if schema is found.schema else ()) + schema.attributes
+                       if attribute.published],
+        "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
+    } for found in directory.resource_types.values()
+      for schema in (found.schema, *found.extensions) if schema.attributes}
 
 
 def published_resource_types(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's resource types by name (RFC 7643 §6)."""
     return {found.name: {
         "schemas": [RESOURCE_TYPE], "id": found.name, "name": found.name,
-        "description": found.schema.description, "endpoint": found.endpoint,
-        "schema": found.schema.id,
+        "description": found.schema.description, "endpoint": found.endpoint, "schema": found.schema.id,
         "schemaExtensions": [{"schema": extension.id, "required": False}
                              for extension in found.extensions if extension.attributes],
-        "meta": {"resourceType": "ResourceType",
-                 "location": f"{base_url}/ResourceTypes/{found.name}"},
+        "meta": {"resourceType": "ResourceType", "location": f"{base_url}/ResourceTypes/{found.name}"},
     } for found in directory.resource_types.values()}
-
-
-def provider_config(base_url: str) -> Json:
-    """Return the service provider configuration (RFC 7643 §5)."""
-    return {
-        "schemas": [PROVIDER_CONFIG],
-        "patch": {"supported": True},
-        # authentik takes a missing maxOperations for "no PATCH and no filter".
-        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS,
-                 "maxPayloadSize": MAX_BULK_BODY},
-        "filter": {"supported": True, "maxResults": MAX_COUNT},
-        "changePassword": {"supported": False},
-        "sort": {"supported": True},
-        "etag": {"supported": True},
-        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index",
-                       "defaultPageSize": DEFAULT_COUNT, "maxPageSize": MAX_COUNT,
-                       "cursorTimeout": CURSOR_SECONDS},
-        "authenticationSchemes": [{
-            "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
-            "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
-            "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
-        }],
-        "meta": {"resourceType": "ServiceProviderConfig",
-                 "location": f"{base_url}/ServiceProviderConfig"},
-    }
-
-
-# -- Operations: each takes a call and gives a response ----------------------------
-
-
-def get_provider_config(call: Call) -> Response:
-    """Answer GET /ServiceProviderConfig."""
-    refuse_filter(call)
-    return Response(200, provider_config(call.base_url))
-
-
-def list_schemas(call: Call) -> Response:
-    """Answer GET /Schemas."""
-    return list_all(call, published_schemas(call.directory, call.base_url))
-
-
-def get_schema(call: Call) -> Response:
-    """Answer GET /Schemas/{urn}."""
-    return get_one(call, published_schemas(call.directory, call.base_url))
-
-
-def list_resource_types(call: Call) -> Response:
-    """Answer GET /ResourceTypes."""
-    return list_all(call, published_resource_types(call.directory, call.base_url))
-
-
-def get_resource_type(call: Call) -> Response:
-    """Answer GET /ResourceTypes/{name}."""
-    return get_one(call, published_resource_types(call.directory, call.base_url))
-
-
-def list_all(call: Call, published: Mapping[str, Json]) -> Response:
-    """Return all of a discovery endpoint, whose sort and page parameters count for nothing."""
-    refuse_filter(call)
-    return list_response(list(published.values()), len(published), 1)
-
-
-def get_one(call: Call, published: Mapping[str, Json]) -> Response:
-    """Return one entry of a discovery endpoint."""
-    refuse_filter(call)
-    if call.id not in published:
-        raise ScimError(404, "", f"{shown(call.id)} does not exist; "
-                                 f"there are {', '.join(published)}")
-    return Response(200, published[call.id])
 
 
 def refuse_filter(call: Call) -> None:
     """Raise ScimError 403 for a filter on a discovery endpoint, as RFC 7644 §4 asks."""
     if "filter" in call.parameters:
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
+
+
+def get_provider_config(call: Call) -> Response:
+    """Answer GET /ServiceProviderConfig (RFC 7643 §5)."""
+    refuse_filter(call)
+    return Response(200, {
+        "schemas": [PROVIDER_CONFIG],
+        "patch": {"supported": True},
+        # authentik takes a missing maxOperations for "no PATCH and no filter".
+        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS, "maxPayloadSize": MAX_BULK_BODY},
+        "filter": {"supported": True, "maxResults": MAX_COUNT},
+        "changePassword": {"supported": False}, "sort": {"supported": True}, "etag": {"supported": True},
+        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index",
+                       "defaultPageSize": DEFAULT_COUNT, "maxPageSize": MAX_COUNT,
+                       "cursorTimeout": CURSOR_SECONDS},
+        "authenticationSchemes": [{
+            "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
+            "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
+            "specUri": "https://www.rfc-editor.org/rfc/rfc6750"}],
+        "meta": {"resourceType": "ServiceProviderConfig",
+                 "location": f"{call.base_url}/ServiceProviderConfig"},
+    })
+
+
+def get_published(call: Call) -> Response:
+    """Answer GET /Schemas and /ResourceTypes, where sort and page count for nothing, and one by its id."""
+    refuse_filter(call)
+    publish = published_schemas if call.segments[0] == "Schemas" else published_resource_types
+    found = publish(call.directory, call.base_url)
+    if len(call.segments) == 1:
+        return list_response(found.values(), len(found), startIndex=1)
+    if call.id not in found:
+        raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
+    return Response(200, found[call.id])
+
+
+# -- Operations: each takes a call and gives a response ----------------------------
 
 
 def create_resource(call: Call) -> Response:
@@ -3414,8 +3357,8 @@ def get_resource(call: Call) -> Response:
 
 def replace_resource(call: Call) -> Response:
     """Answer PUT /Users/{id}."""
-    body = parse_body(call.request.body)
-    return call.answer(call.directory.replace(call.resource_type, call.id, body, call.condition))
+    return call.answer(call.directory.replace(call.resource_type, call.id, parse_body(call.request.body),
+                                              call.condition))
 
 
 def patch_resource(call: Call) -> Response:
@@ -3439,15 +3382,11 @@ def list_resources(call: Call) -> Response:
     sorting = parse_sorting(call.parameters, call.resource_types)
     if "cursor" in call.parameters:
         return list_by_cursor(call, asked, sorting)
-    start_index = max(call.integer("startIndex", 1), 1)
-    page = call.directory.search(asked, sorting, Window(page_size(call), start_index - 1))
-    return list_response([call.projected(resource) for resource in page.resources],
-                         page.total_results or 0, start_index)
-
-
-def page_size(call: Call) -> int:
-    """Return how many resources the client wants in a page; negative is none (RFC 7644 §3.4.2.4)."""
-    return max(0, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    start_index = call.integer("startIndex", 1, 1)
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
+    page = call.directory.search(asked, sorting, Window(count, start_index - 1))
+    return list_response(map(call.projected, page.resources), page.total_results or 0,
+                         startIndex=start_index)
 
 
 def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
@@ -3456,30 +3395,27 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
     if "startindex" in call.parameters:
         raise ScimError(400, "invalidValue", "startIndex: not together with cursor")
     try:
-        size = page_size(call)
+        count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
     except ScimError as error:
         raise ScimError(400, "invalidCount", error.detail) from None
     total, after, backward = read_cursor(call)
-    page = call.directory.search(asked, sorting, Window(size, 0, after, backward))
-    if page.total_results is not None:
-        total = page.total_results
-    response = list_response([call.projected(resource) for resource in page.resources], total, 1)
-    del response.body["startIndex"]
+    page = call.directory.search(asked, sorting, Window(count, 0, after, backward))
+    total = total if page.total_results is None else page.total_results
+    cursors = {}
     # On the side that a walk comes from there is always something; on the other, more says.
     if page.last and (page.more or backward):
-        response.body["nextCursor"] = make_cursor(call, total, page.last, backward=False)
+        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
     if page.first and (page.more if backward else after is not None):
-        response.body["previousCursor"] = make_cursor(call, total, page.first, backward=True)
-    return response
+        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    return list_response(map(call.projected, page.resources), total, **cursors)
 
 
 # A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
 # missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
     """Return a cursor to the page behind a position."""
-    issued = int(call.directory.clock().timestamp())
-    content = dump([query_digest(call), total, backward, issued, position.missing, position.key,
-                    position.seq]).encode()
+    content = dump([query_digest(call), total, backward, int(call.directory.clock().timestamp()),
+                    position.missing, position.key, position.seq]).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
@@ -3495,23 +3431,21 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     except ValueError:
         octets = b""
     mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
+    again = "start again with an empty cursor"
     if not content or not hmac.compare_digest(mac, signature(call, content)):
-        raise ScimError(400, "invalidCursor", "cursor: not one of this server; start again "
-                                              "with an empty cursor")
-    query, total, backward, issued, missing, key, seq = json.loads(content)
+        raise ScimError(400, "invalidCursor", f"cursor: not one of this server; {again}")
+    query, total, backward, issued, *position = json.loads(content)
     if query != query_digest(call):
         raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
     if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
-        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; "
-                                              "start again with an empty cursor")
-    return total, Position(missing, key, seq), backward
+        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {again}")
+    return total, Position(*position), backward
 
 
 def query_digest(call: Call) -> str:
     """Return what makes two requests pages of one query."""
-    names = [found.name for found in call.resource_types]
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    return digest(dump([names, terms]))[:16]
+    return digest(dump([[found.name for found in call.resource_types], terms]))[:16]
 
 
 def signature(call: Call, content: bytes) -> bytes:
@@ -3523,11 +3457,11 @@ def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in parse_message(call.request.body).items():
-        names = value if isinstance(value, list) else [value]
-        if not all(isinstance(one, (str, int)) for one in names if one is not None):
-            raise ScimError(400, "invalidValue", f"{name}: expected text, an integer or names, "
-                                                 f"got {shown(value)}")
-        parameters[name] = ",".join(str(one) for one in names if one is not None)
+        names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
+        if not all(isinstance(one, (str, int)) for one in names):
+            raise ScimError(400, "invalidValue",
+                            f"{name}: expected text, an integer or names, got {shown(value)}")
+        parameters[name] = ",".join(map(str, names))
     return list_resources(replace(call, parameters=parameters))
 
 
@@ -3535,20 +3469,27 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
-        raise ScimError(400, "invalidValue", f"sortOrder: expected ascending or descending, "
-                                             f"got {shown(order)}")
+        raise ScimError(400, "invalidValue",
+                        f"sortOrder: expected ascending or descending, got {shown(order)}")
     name = parameters.get("sortby", "").strip()
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
-    if not target:
-        return None
-    if target[-1].type == "complex" and target[-1].value_attribute:
+    if target and target[-1].type == "complex" and target[-1].value_attribute:
         target = (*target, target[-1].value_attribute)
-    return Sorting(Target(target), order == "descending")
+    return Sorting(Target(target), order == "descending") if target else None
 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
 
 BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
+
+
+def texts_in(value: Json) -> Iterator[str]:
+    """Yield every text in a JSON value, names included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from texts_in(item)
 
 
 @dataclass(frozen=True)
@@ -3575,9 +3516,8 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
         raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
     given = {name.lower(): value for name, value in item.items() if value is not None}
     for name in ("method", "path", "bulkId", "version"):
-        if not isinstance(given.setdefault(name.lower(), ""), str):
-            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, "
-                                                  f"got {shown(given[name.lower()])}")
+        if not isinstance(value := given.setdefault(name.lower(), ""), str):
+            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"],
                          given.get("data"))
@@ -3609,11 +3549,10 @@ class Bulk:
         self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
         self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
         self.incomplete: list[int] = []           # made before what they refer to, in a circle
-        for number, operation in enumerate(operations):
-            if operation.method == "POST" \
-                    and self.makers.setdefault(operation.bulk_id, number) != number:
-                raise ScimError(400, "invalidValue", f"bulkId {shown(operation.bulk_id)}: each "
-                                                     "POST needs one of its own")
+        for number, made in enumerate(operations):
+            if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
+                raise ScimError(400, "invalidValue",
+                                f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request, until there are so many errors."""
@@ -3637,8 +3576,7 @@ class Bulk:
                 number = stack[-1]
                 if number not in started:
                     started.add(number)
-                    makers = {self.makers.get(name, number)
-                              for name in self.operations[number].references}
+                    makers = {self.makers.get(name, number) for name in self.operations[number].references}
                     stack += sorted(makers - started, reverse=True)
                 elif stack.pop() not in done:
                     done.add(number)
@@ -3662,27 +3600,27 @@ class Bulk:
             self._complete_circles()
 
     def _check(self, operation: BulkOperation) -> None:
-        method, endpoints = operation.method, self.call.directory.resource_types.values()
+        method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
-            raise ScimError(400, "invalidValue", "method: expected POST, PUT, PATCH or DELETE, "
-                                                 f"got {shown(method)}")
-        if f"/{operation.endpoint}" not in [found.endpoint for found in endpoints] \
-                or (method == "POST") != (operation.id == "") or "/" in operation.id:
+            raise ScimError(400, "invalidValue",
+                            f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
+        endpoints = [found.endpoint for found in self.call.directory.resource_types.values()]
+        if f"/{operation.endpoint}" not in endpoints or (method == "POST") != (operation.id == "") \
+                or "/" in operation.id:
             expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise ScimError(400, "invalidPath", f"path: {method} needs one such as {expected}, got "
-                                                f"{shown(f'/{operation.endpoint}/{operation.id}')}")
+            raise ScimError(400, "invalidPath",
+                            f"path: {method} needs one such as {expected}, got {shown(path)}")
         if method == "POST" and not operation.bulk_id:
             raise ScimError(400, "invalidValue", "bulkId: POST needs one")
 
     def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
-        request = self.call.request
-        path = "/".join([operation.endpoint, quote(resolved(id, self.ids) or "", safe="")])
+        request, path_id = self.call.request, quote(resolved(id, self.ids) or "", safe="")
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         if operation.version:
             headers["if-match"] = operation.version
-        return self.call.handle(replace(request, method=method, query="", headers=headers,
-                                        path=f"{BASE_PATH}/{path}",
-                                        body=resolved(operation.data, self.ids)))
+        return self.call.application.handle(replace(
+            request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
+            headers=headers, body=resolved(operation.data, self.ids)))
 
     def _complete_circles(self) -> None:
         """Replace what was made without its references as soon as all of them are known."""
@@ -3698,17 +3636,14 @@ class Bulk:
 
     def _withdraw(self, number: int, response: Response | None = None) -> None:
         """Undo the making of a resource whose references cannot be resolved."""
-        operation = self.operations[number]
-        self._send(operation, "DELETE", BULK_ID + operation.bulk_id)
+        self._send(self.operations[number], "DELETE", BULK_ID + self.operations[number].bulk_id)
         self._note(number, response or error_response(ScimError(
             409, "", "a bulkId that this resource refers to was not made")))
 
     def _note(self, number: int, response: Response) -> None:
         operation = self.operations[number]
-        location = response.headers.get("Location", "")
-        if operation.method != "POST":
-            id = resolved(operation.id, self.ids) or operation.id
-            location = f"{self.call.base_url}/{operation.endpoint}/{id}"
+        location = response.headers.get("Location", "") if operation.method == "POST" else \
+            f"{self.call.base_url}/{operation.endpoint}/{resolved(operation.id, self.ids) or operation.id}"
         answer = {"location": location, "method": operation.method, "bulkId": operation.bulk_id,
                   "version": response.headers.get("ETag"), "status": str(response.status),
                   "response": response.body if response.status >= 300 else None}
@@ -3727,11 +3662,16 @@ def run_bulk(call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise ScimError(400, "invalidValue", f"failOnErrors: expected 1 or more, got {shown(limit)}")
     with call.directory.store.writing():
-        answers = Bulk(call, [parse_bulk_operation(item) for item in items]).run(limit or len(items))
+        answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
 # -- Employees and changes: beside SCIM ----------------------------------------------
+
+
+def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer that is no SCIM message."""
+    return Response(200, body, {"Content-Type": type, **headers})
 
 
 def list_employees(call: Call) -> Response:
@@ -3739,21 +3679,20 @@ def list_employees(call: Call) -> Response:
     active = call.parameters.get("active", "").lower()
     if active not in ("", "true", "false"):
         raise ScimError(400, "invalidValue", f"active: expected true or false, got {shown(active)}")
-    count = max(1, min(call.integer("count", DEFAULT_COUNT), MAX_COUNT))
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     found = list(itertools.islice(call.directory.employees(
         active == "true" if active else None, call.parameters.get("changed_since", ""),
         call.integer("id", 0) or None, call.integer("cursor", 0)), count + 1))
     headers, cursor = {}, {}
     if len(found) > count:
         found.pop()
+        cursor = {"nextCursor": str(found[-1].id)}
         query = urlencode({**call.parameters, "cursor": found[-1].id})
         headers["Link"] = f"<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel=\"next\""
-        cursor = {"nextCursor": str(found[-1].id)}
     if "text/csv" in call.request.headers.get("accept", ""):
         lines = employee_csv(employee_table(found, call.directory.link_names))
-        return Response(200, "".join(lines), {"Content-Type": "text/csv; charset=utf-8", **headers})
-    return Response(200, {"employees": [asdict(employee) for employee in found], **cursor},
-                    {"Content-Type": "application/json", **headers})
+        return plain_response("".join(lines), "text/csv; charset=utf-8", **headers)
+    return plain_response({"employees": [asdict(employee) for employee in found], **cursor}, **headers)
 
 
 def get_employee(call: Call) -> Response:
@@ -3761,18 +3700,16 @@ def get_employee(call: Call) -> Response:
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (found := next(call.directory.employees(id=id), None)):
         raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
-    return Response(200, asdict(found), {"Content-Type": "application/json"})
+    return plain_response(asdict(found))
 
 
 def list_changes(call: Call) -> Response:
     """Answer GET /changes: what came behind a number; waits for it where nothing has."""
     after = call.integer("after", 0)
-    wait = max(0, min(call.integer("wait", 0), MAX_WAIT))
-    count = max(1, min(call.integer("count", MAX_COUNT), MAX_COUNT))
+    wait, count = call.integer("wait", 0, 0, MAX_WAIT), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
     found = call.directory.changes(after, wait, count)
-    return Response(200, {"changes": [asdict(change) for change in found],
-                          "after": found[-1].seq if found else after},
-                    {"Content-Type": "application/json"})
+    return plain_response({"changes": [asdict(change) for change in found],
+                           "after": found[-1].seq if found else after})
 
 
 # -- The provisioning log ------------------------------------------------------------
@@ -3860,12 +3797,15 @@ class Answered:
 Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
 
 
+def lowered(value: Json) -> dict[str, Json]:
+    """Return an object with its names in lower case, {} for what is none."""
+    return {name.lower(): item for name, item in value.items()} if isinstance(value, dict) else {}
+
+
 def sent_values(body: Json) -> Iterator[Sent]:
     """Yield what the body of a write says; the attributes of an extension one by one."""
-    found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
-    steps = found.get("operations") if "operations" in found else [{"op": "add", "value": body}]
-    for item in steps if isinstance(steps, list) else []:
-        step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
+    steps = lowered(body).get("operations", [{"op": "add", "value": body}])
+    for step in map(lowered, steps if isinstance(steps, list) else []):
         op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
         pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
         for name, one in pairs:
@@ -3899,8 +3839,8 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
             yield unknown(path, user_type)
         elif name in ("emails", "username"):
             for mail in user.get("emails", []):
-                if mail.get("type") == "work" and user.get("userName", "").casefold() != \
-                        str(mail.get("value")).casefold():
+                differs = str(mail.get("value")).casefold() != user.get("userName", "").casefold()
+                if mail.get("type") == "work" and differs:
                     yield f"emails: {shown(mail.get('value'))} for {shown(user.get('userName'))}"
 
 
@@ -3932,6 +3872,8 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     method, route, thing = call.request.method, call.response.route, call.type.lower()
     if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
         return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
+    if method == "GET" and "{id}" not in route:
+        return f"List {thing}s"
     states = [str(value).lower() for _, path, value in sent if path.lower() == "active"]
     if method == "PATCH" and thing == "user" and states:
         return "Deactivate user" if states[-1] == "false" else "Activate user"
@@ -3941,9 +3883,7 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
             counts[op if op in counts else "set"] += len(member_ids(path, value))
     parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
     link = "to" if parts and parts[-1].startswith("add") else "of"
-    listed = method == "GET" and "{id}" not in route
-    return f"{' and '.join(parts)} {link}".capitalize() if parts else \
-        f"List {thing}s" if listed else f"{VERBS.get(method, method)} {thing}"
+    return f"{' and '.join(parts)} {link}".capitalize() if parts else f"{VERBS.get(method, method)} {thing}"
 
 
 def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
@@ -3955,13 +3895,11 @@ def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
             yield row.body
         elif employee := session.employee_of(id):
             yield employee.record
-    for known in candidates():
-        for name in ("displayName", "userName", "name"):
-            if known.get(name) and isinstance(known[name], str):
-                return str(known[name])
-    filter = dict(parse_qsl(call.request.query)).get("filter", "")
-    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
-    return literal[1] if literal else ""
+        filter = dict(parse_qsl(call.request.query)).get("filter", "")
+        if not SECRET.search(filter) and (literal := re.search(r'eq "(.*?)"', filter)):
+            yield {"name": literal[1]}
+    names = (known.get(name) for known in candidates() for name in ("displayName", "userName", "name"))
+    return next((name for name in names if name and isinstance(name, str)), "")
 
 
 def masked(value: Json) -> Json:
@@ -3969,31 +3907,32 @@ def masked(value: Json) -> Json:
     if not isinstance(value, dict):
         return [masked(item) for item in value] if isinstance(value, list) else value
     hidden = SECRET.search(" ".join(str(item) for name, item in value.items() if name.lower() == "path"))
-    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value")
-            else masked(item) for name, item in value.items()}
+    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value") else masked(item)
+            for name, item in value.items()}
 
 
 def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
-    body, status, raw = call.request.body, call.response.status, ""
+    request, status, refused = call.request, call.response.status, call.response.status >= 400
+    body, raw = request.body, ""
     if isinstance(body, bytes):
         raw, body = body.decode("utf-8", "replace"), None
         with suppress(ValueError, RecursionError):
             body = json.loads(raw)
     sent = list(sent_values(body)) if call.type else []
-    notes = [refusal(call, raw or dump(body))] if status >= 400 else list(findings(session, call, sent))
-    in_path = unquote(call.request.path.rstrip("/").split("/")[-1])
+    notes = [refusal(call, raw or dump(body))] if refused else list(findings(session, call, sent))
+    in_path = unquote(request.path.rstrip("/").split("/")[-1])
     id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
     entry = {"at": call.at, "token": call.token.name, "operation": in_words(call, sent),
              "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status,
-             "milliseconds": round(call.seconds * 1000, 1), "method": call.request.method,
-             "path": call.request.path[:500], "client": call.request.client, "id": call.request.id,
+             "milliseconds": round(call.seconds * 1000, 1), "method": request.method,
+             "path": request.path[:500], "client": request.client, "id": request.id,
              "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
-             "detail": notes[0][4:] if status >= 400 else "",
+             "detail": notes[0][4:] if refused else "",
              "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
-    return 2 if status >= 400 else int(bool(notes)), id, entry
+    return 2 if refused else int(bool(notes)), id, entry
 
 
 STEPS = (                         # of the set-up: key, operation, title, how to get there
@@ -4019,37 +3958,68 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
                     session.set_setting(f"first {step}", call.at)
 
 
-class ProvisioningLog:
-    """Calls on their way to the logs of their tenants, written by a thread of its own.
+class Batches:
+    """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
 
-    No request waits for it or fails by it: a call that finds LOG_WAITING others waiting, or cannot
-    be written, counts as lost.
+    Nobody waits for it: an item that finds limit others waiting is lost. write must not raise.
     """
+
+    def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
+        self._write, self._pause, self._limit = write, pause, limit
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._hurry = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def add(self, item: Any) -> bool:
+        """Have an item written; False if it is lost."""
+        if self._items.qsize() >= self._limit:
+            return False
+        self._items.put(item)
+        with self._lock:
+            if not self._thread:
+                self._thread = threading.Thread(target=self._run, daemon=True)
+                self._thread.start()
+        return True
+
+    def close(self, seconds: float) -> None:
+        """Write what waits, for so long at the most; a later item starts another thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread:
+            self._hurry.set()
+            self._items.put(None)
+            thread.join(seconds)
+            self._hurry.clear()
+
+    def _run(self) -> None:
+        batch: list[Any] = []
+        while None not in batch:
+            batch = [self._items.get()]
+            self._hurry.wait(self._pause)
+            batch += [self._items.get() for _ in range(self._items.qsize())]
+            self._write([item for item in batch if item is not None])
+
+
+class ProvisioningLog:
+    """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
 
     def __init__(self) -> None:
         self.lost = 0
         self.strangers, self.strange_since = 0, ""       # calls with an unknown token
-        self._waiting: queue.SimpleQueue[Answered | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._writer: threading.Thread | None = None
-        self._hurry = threading.Event()
+        self._batches = Batches(self._write, LOG_PAUSE, LOG_WAITING)
 
     def add(self, call: Answered) -> None:
         """Have a call written, without secrets, long bodies and long lists."""
-        if self._waiting.qsize() >= LOG_WAITING:
-            self.lost += 1
-            return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and "Resources" in answer:
             answer = {"Resources": answer["Resources"][:2]}
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
             body = b""
-        self._waiting.put(replace(call, request=replace(call.request, headers={}, body=body),
-                                  response=replace(call.response, body=answer)))
-        with self._lock:
-            if not self._writer:
-                self._writer = threading.Thread(target=self._write, daemon=True)
-                self._writer.start()
+        self.lost += not self._batches.add(replace(
+            call, request=replace(call.request, headers={}, body=body),
+            response=replace(call.response, body=answer)))
 
     def add_stranger(self, at: str) -> None:
         """Count a call with an unknown token, which belongs to no tenant."""
@@ -4057,30 +4027,18 @@ class ProvisioningLog:
             self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
 
     def close(self) -> None:
-        """Write what waits, for five seconds at the most; a later call starts another thread."""
-        with self._lock:
-            writer, self._writer = self._writer, None
-        if writer:
-            self._hurry.set()
-            self._waiting.put(None)
-            writer.join(5)
-            self._hurry.clear()
+        """Write what waits, for five seconds at the most."""
+        self._batches.close(5)
 
-    def _write(self) -> None:
-        batch: list[Answered | None] = []
-        while None not in batch:
-            batch = [self._waiting.get()]
-            self._hurry.wait(LOG_PAUSE)
-            while not self._waiting.empty():
-                batch.append(self._waiting.get())
-            by_store: dict[Store, list[Answered]] = {}
-            for call in filter(None, batch):
-                by_store.setdefault(call.directory.store, []).append(call)
-            for store, calls in by_store.items():
-                try:
-                    write_log(store, calls)
-                except Exception:         # noqa: BLE001  trouble with the log is none of the sync
-                    self.lost += len(calls)
+    def _write(self, batch: list[Answered]) -> None:
+        by_store: dict[Store, list[Answered]] = {}
+        for call in batch:
+            by_store.setdefault(call.directory.store, []).append(call)
+        for store, calls in by_store.items():
+            try:
+                write_log(store, calls)
+            except Exception:             # noqa: BLE001  trouble with the log is none of the sync
+                self.lost += len(calls)
 
 
 # -- The console's API ---------------------------------------------------------------
@@ -4192,10 +4150,10 @@ Operate = Callable[[Call], Response]
 
 ROUTES: tuple[tuple[str, tuple[str, ...], Operate], ...] = (
     ("GET", ("ServiceProviderConfig",), get_provider_config),
-    ("GET", ("Schemas",), list_schemas),
-    ("GET", ("Schemas", "{id}"), get_schema),
-    ("GET", ("ResourceTypes",), list_resource_types),
-    ("GET", ("ResourceTypes", "{id}"), get_resource_type),
+    ("GET", ("Schemas",), get_published),
+    ("GET", ("Schemas", "{id}"), get_published),
+    ("GET", ("ResourceTypes",), get_published),
+    ("GET", ("ResourceTypes", "{id}"), get_published),
     ("GET", (), list_resources),
     ("POST", ("Bulk",), run_bulk),
     ("POST", (".search",), search_resources),
@@ -4502,10 +4460,9 @@ class Application:
         types = tuple(directory.resource_types.values())
         asked = tuple(found for found in types if segments and found.endpoint == f"/{segments[0]}")
         return methods[request.method](Call(
-            request, directory, asked or types, segments[-1] if segments else "",
-            {name.lower(): value for name, value in query},
-            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
-            self.handle, self))
+            request, directory, asked or types, segments, {name.lower(): value for name, value in query},
+            Condition(request.headers.get("if-match", ""), request.headers.get("if-none-match", "")),
+            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self))
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
