@@ -4516,17 +4516,23 @@ MAX_CHUNK_LINE = 1024
 HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first octet of a body
 SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
+STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 LOG_LINES = 10_000                # that wait for a stream
 LOG_SECONDS = 0.05                # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-FIRST_TICK = datetime(2026, 1, 1, tzinfo=UTC)            # of a deterministic clock
-STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
+LENGTH = re.compile(r"\d{1,19}", re.ASCII)
+IDLE, READING, ANSWERING = "idle", "reading", "answering"
+
+
+def complain(text: str) -> None:
+    """Print a line for the operator."""
+    print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -4554,10 +4560,10 @@ def read_head(stream: BinaryIO) -> Head:
 
     Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends.
     """
-    long_line = f"the request line is longer than {MAX_REQUEST_LINE} octets"
-    line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
+    limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
+    line = read_line(stream, *limits)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
-        line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
+        line = read_line(stream, *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -4567,43 +4573,29 @@ def read_head(stream: BinaryIO) -> Head:
     for _ in range(MAX_FIELDS + 1):
         line = read_line(stream, left, 431, f"the header fields take more than {MAX_HEAD} octets")
         if line == b"\r\n":
-            minor_version = int(start[4])
-            check_framing(headers, minor_version)
-            return Head(start[1].decode(), start[2].decode(), minor_version, headers)
+            check_framing(headers, int(start[4]))
+            return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
         left -= len(line)
         if not (parts := FIELD_LINE.fullmatch(line)):
             raise ScimError(400, "", "a header field is malformed")
         name, value = parts[1].decode().lower(), parts[2].decode("latin-1")
-        if name in headers:
-            if name in ("host", "content-length", "transfer-encoding"):
-                raise ScimError(400, "", f"{name}: given twice")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+            raise ScimError(400, "", f"{name}: given twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
     """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
-    host, length = headers.get("host"), headers.get("content-length")
+    host, length, coding = (headers.get(name) for name in ("host", "content-length", "transfer-encoding"))
     if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
-    if length is not None and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+    if length is not None and not LENGTH.fullmatch(length):
         raise ScimError(400, "", "content-length: expected a number")
-    if coding := headers.get("transfer-encoding"):
-        if length is not None or minor_version == 0:
-            raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise ScimError(400, "", "transfer-encoding: expected chunked alone")
-
-
-def read_body(stream: BinaryIO, headers: Mapping[str, str], limit: int) -> bytes:
-    """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
-    if "transfer-encoding" in headers:
-        return read_chunks(stream, limit)
-    length = int(headers.get("content-length", 0))
-    if length > limit:
-        raise too_large(limit)
-    return read_exactly(stream, length)
+    if coding and (length is not None or minor_version == 0):
+        raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
+    if coding and coding.lower() != "chunked":
+        raise ScimError(400, "", "transfer-encoding: expected chunked alone")
 
 
 def too_large(limit: int) -> ScimError:
@@ -4620,30 +4612,25 @@ def read_exactly(stream: BinaryIO, length: int) -> bytes:
 
 
 def read_chunks(stream: BinaryIO, limit: int) -> bytes:
-    """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over."""
-    malformed = (400, "the chunked body is malformed")
+    """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over; ScimError 400, 413."""
+    malformed = ScimError(400, "", "the chunked body is malformed")
+    next_line = partial(read_line, stream, MAX_CHUNK_LINE, malformed.status, malformed.detail)
     body = bytearray()
-    while True:
-        if not (line := CHUNK_LINE.fullmatch(read_line(stream, MAX_CHUNK_LINE, *malformed))):
-            raise ScimError(400, "", malformed[1])
-        if not (size := int(line[1], 16)):
+    while head := CHUNK_LINE.fullmatch(next_line()):
+        if not (size := int(head[1], 16)):
+            if any(next_line() == b"\r\n" for _ in range(MAX_FIELDS)):
+                return bytes(body)
             break
         if len(body) + size > limit:
             raise too_large(limit)
         body += read_exactly(stream, size)
         if read_exactly(stream, 2) != b"\r\n":
-            raise ScimError(400, "", malformed[1])
-    for _ in range(MAX_FIELDS):
-        if read_line(stream, MAX_CHUNK_LINE, *malformed) == b"\r\n":
-            return bytes(body)
-    raise ScimError(400, "", malformed[1])
+            break
+    raise malformed
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, which may be a whole URL (RFC 9112 §3.2).
-
-    Raises ScimError 400.
-    """
+    """Return host and path with query of a target, which may be a whole URL (RFC 9112 §3.2); ScimError 400."""
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -4656,10 +4643,8 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     nearest = headers.get("forwarded", "").rpartition(",")[2]
     found = {name.strip().lower(): value.strip(' "')
              for name, _, value in (pair.partition("=") for pair in nearest.split(";"))}
-    for name in ("proto", "host", "for"):
-        value = headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
-        found[name] = found.get(name) or value
-    return found
+    return {name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+            for name in ("proto", "host", "for")}
 
 
 class Tls:
@@ -4668,77 +4653,60 @@ class Tls:
     Raises OSError or ssl.SSLError where they cannot be used at the start.
     """
 
-    def __init__(self, certificate: str, key: str) -> None:
-        self._files = (certificate, key)
-        self._stamp: list[int] = []
-        self._context = self._load()
+    def __init__(self, *files: str) -> None:
+        self._files = files
+        self._seen, self._context = self._stamp(), self._load()
 
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection; files that cannot be used change nothing."""
         with suppress(OSError):
-            stamp = [os.stat(file).st_mtime_ns for file in self._files]
-            if stamp != self._stamp:
+            if (stamp := self._stamp()) != self._seen:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    self._stamp = stamp          # said once
-                    print(f"scim_server: {' and '.join(self._files)}: cannot be used ({error}); "
-                          "the earlier certificate serves on", file=sys.stderr, flush=True)
+                    complain(f"{' and '.join(self._files)}: cannot be used ({error}); "
+                             "the earlier certificate serves on")
+                self._seen = stamp               # so that it is said once
         return self._context
 
+    def _stamp(self) -> list[int]:
+        return [os.stat(file).st_mtime_ns for file in self._files]
+
     def _load(self) -> ssl.SSLContext:
-        stamp = [os.stat(file).st_mtime_ns for file in self._files]
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(*self._files)
-        self._stamp = stamp
         return context
 
 
 class AccessLog:
-    """A line for each request on a stream, written by a thread of its own: text, json or off.
+    """A line for each request on a stream: text, json or off.
 
     A stream that takes nothing loses lines once LOG_LINES of them wait; no request waits for it.
     """
 
     def __init__(self, style: str, stream: TextIO) -> None:
-        self._style = style
-        self._stream = stream
-        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._writer = threading.Thread(target=self._write, daemon=True)
-        if style != "off":
-            self._writer.start()
+        self._style, self._stream = style, stream
+        self._lines = Batches(self._write, LOG_SECONDS, LOG_LINES)
 
     def add(self, **line: Any) -> None:
         """Log a request; its values hold no blank and no line end."""
-        if self._style != "off" and self._lines.qsize() < LOG_LINES:
-            self._lines.put(line)
+        if self._style != "off":
+            self._lines.add(line)
 
     def close(self) -> None:
         """Write what waits, for a second at the most."""
-        if self._style != "off":
-            self._closing.set()
-            self._lines.put(None)
-            self._writer.join(1)
+        self._lines.close(1)
 
-    def _write(self) -> None:
-        more = True
-        while more:
-            lines = [self._lines.get()]
-            self._closing.wait(LOG_SECONDS)              # what comes meanwhile is one write
-            lines += [self._lines.get() for _ in range(self._lines.qsize())]
-            more = lines[-1] is not None
-            text = "".join(self._line(line) for line in lines if line)
-            with suppress(OSError, ValueError):          # nobody reads it, or it is closed
-                self._stream.write(text)
-                self._stream.flush()
+    def _write(self, lines: list[dict[str, Any]]) -> None:
+        with suppress(OSError, ValueError):              # nobody reads it, or it is closed
+            self._stream.write("".join(self._text(line) for line in lines))
+            self._stream.flush()
 
-    def _line(self, line: dict[str, Any]) -> str:
+    def _text(self, line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        if self._style == "json":
-            return json.dumps(line) + "\n"
-        return " ".join(str(value) or "-" for value in line.values()) + "\n"
+        return (json.dumps(line) if self._style == "json"
+                else " ".join(str(value) or "-" for value in line.values())) + "\n"
 
 
 @lru_cache(1)
@@ -4795,11 +4763,8 @@ class Fault:
             self.status, "", "If-Match: the version is another now; read it again"
             if self.status == 412 else "a fault that a test asked for",
             {"Retry-After": "1"} if self.status in (429, 503) else {})
-        return error_response(ScimError(error.status, "", error.detail,
-                                        {**error.headers, **self.headers}))
-
-
-IDLE, READING, ANSWERING = "idle", "reading", "answering"
+        error.headers.update(self.headers)
+        return error_response(error)
 
 
 class Connection(io.RawIOBase):
@@ -4818,8 +4783,7 @@ class Connection(io.RawIOBase):
 
     def allow(self, seconds: float, pace: float = 0) -> None:
         """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self._deadline = time.monotonic() + seconds
-        self._pace = pace
+        self._deadline, self._pace = time.monotonic() + seconds, pace
 
     def readable(self) -> bool:
         """Return True, for BufferedReader."""
@@ -4865,17 +4829,14 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Serve requests until either side ends the connection."""
-        try:
+        with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
-                self.peer.socket = self.server.tls.context().wrap_socket(self.request,
-                                                                         server_side=True)
+                self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
             self.rfile = io.BufferedReader(self.peer, 64 * 1024)
             self.close_connection = False
             while not self.close_connection:
                 self.handle_one_request()
-        except (EOFError, OSError):
-            pass                          # the client is gone, or was silent for too long
 
     def finish(self) -> None:
         """Close the connection."""
@@ -4893,8 +4854,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.peer.allow(HEAD_SECONDS)
             head = read_head(self.rfile)                  # type: ignore[arg-type]
-            host, path = origin_form(head.target, head.headers.get("host") or "localhost")
-            path, _, query = path.partition("?")
+            host, target = origin_form(head.target, head.headers.get("host") or "localhost")
+            path, _, query = target.partition("?")
             request = self.server.located(head, host, path, query, self._body(head, path),
                                           self.client_address[0])
         except (ScimError, TimeoutError) as error:
@@ -4913,24 +4874,25 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(response, request, started, cut)
 
     def _body(self, head: Head, path: str) -> bytes:
-        limit = self.server.application.body_limit(path)
-        if int(head.headers.get("content-length", 0)) > limit:
+        """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
+        limit, length = self.server.application.body_limit(path), int(head.headers.get("content-length", 0))
+        if length > limit:
             raise too_large(limit)
         if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
             self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
+        if "transfer-encoding" in head.headers:
+            return read_chunks(self.rfile, limit)               # type: ignore[arg-type]
+        return read_exactly(self.rfile, length)                 # type: ignore[arg-type]
 
-    def _answer(self, response: Response, request: Request, started: float,
-                cut: bool = False) -> None:
+    def _answer(self, response: Response, request: Request, started: float, cut: bool = False) -> None:
         fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
-                 f"Date: {http_date(int(time.time()))}", *(f"{name}: {value}" for name, value in fields)]
-        if self.close_connection:
-            lines.append("Connection: close")
-        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+                 f"Date: {http_date(int(time.time()))}", *(f"{name}: {value}" for name, value in fields),
+                 *(["Connection: close"] if self.close_connection else []), "\r\n"]
         try:
-            self.peer.send(head + (body[:len(body) // 2] if cut else body))
+            self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
+                           + body[:len(body) // 2 if cut else None])
         finally:
             self.server.note(request, response, time.perf_counter() - started, len(body))
 
@@ -4949,8 +4911,7 @@ def listen(config: Config) -> Listener:
 def url_of(config: Config, listener: Listener) -> str:
     """Return the Tenant URL of a server on a socket."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    scheme = "https" if config.tls else "http"
-    return f"{scheme}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
+    return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
 
 
 class ScimServer(ThreadingHTTPServer):
@@ -4964,22 +4925,20 @@ class ScimServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, application: Application, listener: Listener | None = None) -> None:
-        self.application = application
-        self.config = config = application.config
-        self.tls = Tls(*config.tls) if config.tls else None
-        self.stopping = threading.Event()
-        self.stopped = threading.Event()
-        self.log = AccessLog(config.access_log, sys.stderr)
+        self.application, self.config = application, application.config
+        self.tls = Tls(*self.config.tls) if self.config.tls else None
+        self.log = AccessLog(self.config.access_log, sys.stderr)
+        self.stopping, self.stopped = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
         self.connections: dict[socket.socket, Connection] = {}
         self._changed = threading.Condition()
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
-        super().__init__((config.host, config.port), Handler, bind_and_activate=False)
+        super().__init__((self.config.host, self.config.port), Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(config)
+        self.socket = listener or listen(self.config)
         self.server_address = self.socket.getsockname()
-        self.url = url_of(config, self.socket)
+        self.url = url_of(self.config, self.socket)
 
     def token(self, tenant: str) -> str:
         """Return a new secret of a tenant, for the client of a test."""
@@ -4994,12 +4953,10 @@ class ScimServer(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
-            while len(self.connections) >= self.config.max_connections \
-                    and not self.stopping.is_set():
-                resting = {peer.since: sock for sock, peer in self.connections.items()
-                           if peer.state != ANSWERING}
+            while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
+                resting = [sock for sock, peer in self.connections.items() if peer.state != ANSWERING]
                 if resting:
-                    loser = self.connections.pop(resting[min(resting)])
+                    loser = self.connections.pop(min(resting, key=lambda sock: self.connections[sock].since))
                     loser.evicted = True
                     loser.end(socket.SHUT_RDWR)
                 else:
@@ -5042,8 +4999,7 @@ class ScimServer(ThreadingHTTPServer):
 
     # -- Requests --
 
-    def located(self, head: Head, host: str, path: str, query: str, body: bytes,
-                client: str) -> Request:
+    def located(self, head: Head, host: str, path: str, query: str, body: bytes, client: str) -> Request:
         """Return a request: where it came from, and how it named this server."""
         scheme = "https" if self.tls else "http"
         if any(ipaddress.ip_address(client.partition("%")[0]) in network
@@ -5054,8 +5010,7 @@ class ScimServer(ThreadingHTTPServer):
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
         given = head.headers.get("x-request-id", "")
         return Request(head.method, path, query, head.headers, body, scheme, host, "", client,
-                       given if REQUEST_ID.fullmatch(given)
-                       else f"{self._run}-{next(self._numbers)}")
+                       given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}")
 
     def answer(self, request: Request) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
@@ -5073,9 +5028,9 @@ class ScimServer(ThreadingHTTPServer):
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        self.log.add(time=time.time(), tenant=response.tenant, method=method,
-                     route=response.route, status=response.status,
-                     milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
+        self.log.add(time=time.time(), tenant=response.tenant, method=method, route=response.route,
+                     status=response.status, milliseconds=round(seconds * 1000, 1), bytes=octets,
+                     id=request.id)
 
 
 class WsgiApplication:
@@ -5099,17 +5054,16 @@ class WsgiApplication:
         """Return a request without its body; WSGI has decoded the path, as Latin-1."""
         headers = {name[5:].replace("_", "-").lower(): value
                    for name, value in environ.items() if name.startswith("HTTP_")}
+        root, path = (quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO"))
+        host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         given = headers.get("x-request-id", "")
-        return Request(
-            environ["REQUEST_METHOD"], quote(environ.get("PATH_INFO", "").encode("latin-1")),
-            environ.get("QUERY_STRING", ""), headers, b"", environ["wsgi.url_scheme"],
-            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
-            quote(environ.get("SCRIPT_NAME", "").encode("latin-1")), environ.get("REMOTE_ADDR", ""),
-            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
+        return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
+                       environ["wsgi.url_scheme"], host, root, environ.get("REMOTE_ADDR", ""),
+                       given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
-        if length and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+        if length and not LENGTH.fullmatch(length):
             raise ScimError(400, "", "content-length: expected a number")
         # A server that takes chunked bodies ends the stream itself, and says so.
         size = int(length) if length else limit + 1 if environ.get("wsgi.input_terminated") else 0
@@ -5143,7 +5097,7 @@ body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 syste
 h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; } h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; }
 a { color: var(--link); } code, pre { font: 13px/1.5 ui-monospace, monospace; } ol, ul { list-style: none; margin: 0; padding: 0; }
 .soft, .live, .lead, summary time, dt, header span { color: var(--soft); } .soft, .live, .pill, .small, summary time { font-size: 13px; }
-header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; }
+header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; margin-right: 14px; }
 header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; } main { padding-top: 28px; padding-bottom: 80px; }
 header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px; } header > div, .bar { flex-wrap: wrap; }
 nav { flex: 1; } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
@@ -5165,7 +5119,7 @@ summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 
   cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
 summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
 .more { padding: 4px 18px 18px; } .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; } .history b { display: inline-block; }
+.pill { display: inline-block; color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; } .history b { display: inline-block; }
 .note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .steps li > :last-child { min-width: 0; }
 dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
 pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
@@ -5175,7 +5129,7 @@ pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px
 table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
 th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; }
-@media (max-width: 640px) { header > div, main { padding: 8px 14px; } header b, .live { flex: 1; } nav { order: 3; flex: 1 0 100%; gap: 0; }
+@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; } nav { order: 3; flex: 1 0 100%; gap: 0; }
   nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .more { padding: 2px 12px 14px; } summary time { grid-column: 2; }
   summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } .scroll { margin: 0 -14px; padding: 0 14px; }
   thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
@@ -5512,7 +5466,7 @@ def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None 
     made = to_config(config)
     application = Application(
         replace(made, port=0), authenticate,
-        (lambda: FIRST_TICK + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        (lambda: datetime(2026, 1, 1, tzinfo=UTC) + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
         (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
         page_of(made))
     try:
@@ -5681,11 +5635,6 @@ def follow_file(options: argparse.Namespace, server: ScimServer, reload: threadi
         changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
         complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
                  + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
-
-
-def complain(text: str) -> None:
-    """Print a line for the operator."""
-    print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
 def is_loopback(host: str) -> bool:
