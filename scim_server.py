@@ -4535,16 +4535,6 @@ def complain(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of a request: header names in lower case, values of repeated ones joined."""
-
-    method: str
-    target: str
-    minor_version: int
-    headers: dict[str, str]
-
-
 def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
     """Return a line with its CRLF; ScimError if it is longer, EOFError where the stream ends."""
     line = stream.readline(limit + 1)
@@ -4555,10 +4545,10 @@ def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
     return line
 
 
-def read_head(stream: BinaryIO) -> Head:
-    """Return the next request's head (RFC 9112 §3, §5).
+def read_head(stream: BinaryIO) -> tuple[str, str, int, dict[str, str]]:
+    """Return the next request's method, target, minor version, and headers by names in lower case.
 
-    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends.
+    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends. (RFC 9112 §3, §5)
     """
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = read_line(stream, *limits)
@@ -4574,7 +4564,7 @@ def read_head(stream: BinaryIO) -> Head:
         line = read_line(stream, left, 431, f"the header fields take more than {MAX_HEAD} octets")
         if line == b"\r\n":
             check_framing(headers, int(start[4]))
-            return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
+            return start[1].decode(), start[2].decode(), int(start[4]), headers
         left -= len(line)
         if not (parts := FIELD_LINE.fullmatch(line)):
             raise ScimError(400, "", "a header field is malformed")
@@ -4612,7 +4602,7 @@ def read_exactly(stream: BinaryIO, length: int) -> bytes:
 
 
 def read_chunks(stream: BinaryIO, limit: int) -> bytes:
-    """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over; ScimError 400, 413."""
+    """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
     next_line = partial(read_line, stream, MAX_CHUNK_LINE, malformed.status, malformed.detail)
     body = bytearray()
@@ -4630,7 +4620,7 @@ def read_chunks(stream: BinaryIO, limit: int) -> bytes:
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, which may be a whole URL (RFC 9112 §3.2); ScimError 400."""
+    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError 400."""
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -4679,40 +4669,23 @@ class Tls:
         return context
 
 
-class AccessLog:
-    """A line for each request on a stream: text, json or off.
+def request_log(style: str, stream: TextIO) -> Batches:
+    """Return what takes a request as a dict and writes it as a line to a stream: text, json or off.
 
-    A stream that takes nothing loses lines once LOG_LINES of them wait; no request waits for it.
+    Its values hold no blank and no line end. A stream that takes nothing loses lines once LOG_LINES of
+    them wait; no request waits for it.
     """
-
-    def __init__(self, style: str, stream: TextIO) -> None:
-        self._style, self._stream = style, stream
-        self._lines = Batches(self._write, LOG_SECONDS, LOG_LINES)
-
-    def add(self, **line: Any) -> None:
-        """Log a request; its values hold no blank and no line end."""
-        if self._style != "off":
-            self._lines.add(line)
-
-    def close(self) -> None:
-        """Write what waits, for a second at the most."""
-        self._lines.close(1)
-
-    def _write(self, lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):              # nobody reads it, or it is closed
-            self._stream.write("".join(self._text(line) for line in lines))
-            self._stream.flush()
-
-    def _text(self, line: dict[str, Any]) -> str:
+    def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        return (json.dumps(line) if self._style == "json"
-                else " ".join(str(value) or "-" for value in line.values())) + "\n"
+        values = (str(value) or "-" for value in line.values())
+        return json.dumps(line) if style == "json" else " ".join(values)
 
+    def write(lines: list[dict[str, Any]]) -> None:
+        with suppress(OSError, ValueError):              # nobody reads it, or it is closed
+            stream.write("".join(f"{text(line)}\n" for line in lines))
+            stream.flush()
 
-@lru_cache(1)
-def http_date(second: int) -> str:
-    """Return a time as the Date header has it."""
-    return formatdate(second, usegmt=True)
+    return Batches(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
 def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
@@ -4853,11 +4826,9 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection, request = True, Request("", "")
         try:
             self.peer.allow(HEAD_SECONDS)
-            head = read_head(self.rfile)                  # type: ignore[arg-type]
-            host, target = origin_form(head.target, head.headers.get("host") or "localhost")
-            path, _, query = target.partition("?")
-            request = self.server.located(head, host, path, query, self._body(head, path),
-                                          self.client_address[0])
+            method, target, minor_version, headers = read_head(self.rfile)      # type: ignore[arg-type]
+            located = self.server.located(method, target, headers, self.client_address[0])
+            request = replace(located, body=self._body(located, minor_version))
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
@@ -4868,27 +4839,28 @@ class Handler(BaseHTTPRequestHandler):
         response, cut = self.server.answer(request)
         if response.tenant:
             self.peer.since = time.monotonic()
-        options = head.headers.get("connection", "").lower()
+        options = headers.get("connection", "").lower()
         self.close_connection = (self.server.stopping.is_set() or "close" in options or cut
-                                 or (head.minor_version == 0 and "keep-alive" not in options))
+                                 or (minor_version == 0 and "keep-alive" not in options))
         self._answer(response, request, started, cut)
 
-    def _body(self, head: Head, path: str) -> bytes:
+    def _body(self, request: Request, minor_version: int) -> bytes:
         """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
-        limit, length = self.server.application.body_limit(path), int(head.headers.get("content-length", 0))
+        limit, headers = self.server.application.body_limit(request.path), request.headers
+        length = int(headers.get("content-length", 0))
         if length > limit:
             raise too_large(limit)
-        if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
+        if headers.get("expect", "").lower() == "100-continue" and minor_version > 0:
             self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        if "transfer-encoding" in head.headers:
+        if "transfer-encoding" in headers:
             return read_chunks(self.rfile, limit)               # type: ignore[arg-type]
         return read_exactly(self.rfile, length)                 # type: ignore[arg-type]
 
     def _answer(self, response: Response, request: Request, started: float, cut: bool = False) -> None:
         fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
-                 f"Date: {http_date(int(time.time()))}", *(f"{name}: {value}" for name, value in fields),
+                 f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in fields),
                  *(["Connection: close"] if self.close_connection else []), "\r\n"]
         try:
             self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
@@ -4927,7 +4899,7 @@ class ScimServer(ThreadingHTTPServer):
     def __init__(self, application: Application, listener: Listener | None = None) -> None:
         self.application, self.config = application, application.config
         self.tls = Tls(*self.config.tls) if self.config.tls else None
-        self.log = AccessLog(self.config.access_log, sys.stderr)
+        self.log = request_log(self.config.access_log, sys.stderr)
         self.stopping, self.stopped = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
@@ -4954,9 +4926,10 @@ class ScimServer(ThreadingHTTPServer):
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
             while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
-                resting = [sock for sock, peer in self.connections.items() if peer.state != ANSWERING]
+                resting = {peer.since: sock for sock, peer in self.connections.items()
+                           if peer.state != ANSWERING}
                 if resting:
-                    loser = self.connections.pop(min(resting, key=lambda sock: self.connections[sock].since))
+                    loser = self.connections.pop(resting[min(resting)])
                     loser.evicted = True
                     loser.end(socket.SHUT_RDWR)
                 else:
@@ -4994,22 +4967,24 @@ class ScimServer(ThreadingHTTPServer):
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
         self.application.log.close()
-        self.log.close()
+        self.log.close(1)
         self.stopped.set()
 
     # -- Requests --
 
-    def located(self, head: Head, host: str, path: str, query: str, body: bytes, client: str) -> Request:
-        """Return a request: where it came from, and how it named this server."""
+    def located(self, method: str, target: str, headers: Mapping[str, str], client: str) -> Request:
+        """Return a request without its body: where it came from, and how it named this server."""
+        host, target = origin_form(target, headers.get("host") or "localhost")
+        path, _, query = target.partition("?")
         scheme = "https" if self.tls else "http"
         if any(ipaddress.ip_address(client.partition("%")[0]) in network
                for network in self.config.trusted_proxies):
-            told = forwarded(head.headers)
+            told = forwarded(headers)
             client = told["for"] or client
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
-        given = head.headers.get("x-request-id", "")
-        return Request(head.method, path, query, head.headers, body, scheme, host, "", client,
+        given = headers.get("x-request-id", "")
+        return Request(method, path, query, headers, b"", scheme, host, "", client,
                        given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}")
 
     def answer(self, request: Request) -> tuple[Response, bool]:
@@ -5028,9 +5003,9 @@ class ScimServer(ThreadingHTTPServer):
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        self.log.add(time=time.time(), tenant=response.tenant, method=method, route=response.route,
-                     status=response.status, milliseconds=round(seconds * 1000, 1), bytes=octets,
-                     id=request.id)
+        self.log.add({"time": time.time(), "tenant": response.tenant, "method": method,
+                      "route": response.route, "status": response.status,
+                      "milliseconds": round(seconds * 1000, 1), "bytes": octets, "id": request.id})
 
 
 class WsgiApplication:
@@ -5054,7 +5029,8 @@ class WsgiApplication:
         """Return a request without its body; WSGI has decoded the path, as Latin-1."""
         headers = {name[5:].replace("_", "-").lower(): value
                    for name, value in environ.items() if name.startswith("HTTP_")}
-        root, path = (quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO"))
+        root, path = (quote(environ.get(name, "").encode("latin-1"))
+                      for name in ("SCRIPT_NAME", "PATH_INFO"))
         host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         given = headers.get("x-request-id", "")
         return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
@@ -5445,16 +5421,16 @@ enter();
 
 KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
+FIXED = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log",
+         "console")               # what a running server does not take anew
 
 
-def page_of(config: Config) -> str:
-    """Return the console, "" where it is switched off."""
-    return CONSOLE_PAGE if config.console else ""
+Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
+Hook = Callable[[str], str | None] | None
 
 
 @contextmanager
-def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-            authenticate: Callable[[str], str | None] | None = None, deterministic: bool = False,
+def running(config: Source = None, *, authenticate: Hook = None, deterministic: bool = False,
             ) -> Iterator[ScimServer]:
     """Run a server on a free port while a with block lasts; see its url, token() and directory().
 
@@ -5462,14 +5438,13 @@ def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None 
     deterministic lets ids count up and the clock tick a millisecond at each look. Raises
     ConfigError, StoreError and OSError.
     """
-    ids, ticks = itertools.count(1), itertools.count()
     made = to_config(config)
-    application = Application(
-        replace(made, port=0), authenticate,
-        (lambda: datetime(2026, 1, 1, tzinfo=UTC) + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-        page_of(made))
-    try:
+    ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
+    with closing(Application(
+            replace(made, port=0), authenticate,
+            (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+            CONSOLE_PAGE * made.console)) as application:
         for tenant in made.tenants:
             application.directory(tenant.name)           # a test wants each of them
         server = ScimServer(application)
@@ -5481,18 +5456,18 @@ def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None 
         finally:
             server.stop()
             thread.join()
-    finally:
-        application.close()
 
 
-def wsgi(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-         authenticate: Callable[[str], str | None] | None = None) -> WsgiApplication:
+def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
     """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
 
     Arguments and errors are those of running().
     """
     made = to_config(config)
-    return WsgiApplication(Application(made, authenticate, page=page_of(made)))
+    return WsgiApplication(Application(made, authenticate, page=CONSOLE_PAGE * made.console))
+
+
+# -- Commands, those that return nothing end with status 0--------------------------------
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -5503,9 +5478,15 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 def chosen_config(options: argparse.Namespace) -> Config:
     """Return the configuration that the command line means; ConfigError."""
-    file = chosen_file(options)
+    file, reader = chosen_file(options), ConfigReader()
     config = load_config(file) if file else parse_config(DEMO)
-    return replace(config, data_dir=options.data_dir) if options.data_dir else config
+    if options.listen:
+        host, port = reader.address("--listen", options.listen)
+        config = replace(config, host=host, port=port)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return replace(config, data_dir=options.data_dir or config.data_dir,
+                   workers=max(1, options.workers or config.workers))
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
@@ -5524,12 +5505,12 @@ def chosen_directory(options: argparse.Namespace) -> Directory:
     return Application(replace(config, tenants=(tenant,))).directory(tenant.name)
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, the configuration of the day; return the exit status."""
-    config = listened(chosen_config(options), options)
-    application = Application(config, page=page_of(config))
+def serve(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM, the configuration of the day."""
+    config = chosen_config(options)
+    application = Application(config, page=CONSOLE_PAGE * config.console)
     if not any(isinstance(found, Directory) for found in application.directories.values()):
-        application.directory(config.tenants[0].name)
+        application.directory(config.tenants[0].name)    # says why
     warn(application)
     try:
         listener = listen(config)
@@ -5542,48 +5523,43 @@ def serve(options: argparse.Namespace) -> int:
         raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
                          "--listen HOST:PORT, or other files in tls") from error
     if config.workers == 1:
-        return work(options, application, listener, greeting(url_of(config, listener), config))
-    application.close()                                  # SQLite's files do not outlive a fork
-    return supervise(options, config, listener)
+        work(options, application, listener, greeting(url_of(config, listener), config))
+    else:
+        application.close()                              # SQLite's files do not outlive a fork
+        supervise(options, config, listener)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener,
-         greeting: str = "") -> int:
-    """Serve on a socket until a signal; return the exit status."""
+def work(options: argparse.Namespace, application: Application, listener: Listener, told: str = "") -> None:
+    """Serve on a socket until a signal; what is to be told is printed when signals are heeded."""
     server = ScimServer(application, listener)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=server.stop).start()     # shutdown() waits for this thread's loop
-
     reload = threading.Event()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
+        signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
     threading.Thread(target=follow_file, args=(options, server, reload), daemon=True).start()
-    if greeting:
-        print(greeting, flush=True)
+    if told:
+        print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
     server.stopped.wait()
     application.close()
-    return 0
 
 
-def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> int:
+def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> None:
     """Run workers on one socket, and a new one for each that dies, until a signal."""
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     workers: set[int] = set()
     stopping = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
-        stopping = stopping or number in (signal.SIGINT, signal.SIGTERM)
+        stopping = stopping or number != signal.SIGHUP
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
         signal.signal(number, pass_on)
     print(greeting(url_of(config, listener), config), flush=True)
@@ -5594,7 +5570,8 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
                 for number in numbers:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-                os._exit(work(options, Application(config, page=page_of(config)), listener))
+                work(options, Application(config, page=CONSOLE_PAGE * config.console), listener)
+                os._exit(0)
             workers.add(worker)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         worker, status = os.wait()
@@ -5602,39 +5579,33 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
         if not stopping:
             complain(f"worker {worker} ended with status {status}; another one takes its place")
             time.sleep(KNOCK_SECONDS)                    # one that cannot start does not spin
-    return 0
 
 
 def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event) -> None:
-    """Serve what the configuration file says when it changes, or on a signal, while the server runs.
-
-    A file with mistakes changes nothing, and is told on standard error.
-    """
-    config = server.config
-
+    """Take the configuration file when it changes, or on a signal, while the server runs."""
     def stamp() -> int:
         with suppress(OSError):
             return os.stat(chosen_file(options)).st_mtime_ns
         return 0
     seen = stamp()
     while not server.stopping.is_set():
-        if not reload.wait(RELOAD_SECONDS) and stamp() == seen:
-            continue
-        reload.clear()
-        seen = stamp()
-        try:
-            fresh = listened(chosen_config(options), options)
-            server.application.configure(fresh)
-        except (ConfigError, StoreError) as error:
-            complain(f"{chosen_file(options)}: not taken, the earlier configuration serves on: "
-                     + str(error).replace("\n", "; "))
-            continue
-        warn(server.application)
-        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections",
-                 "workers", "access_log", "console")
-        changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
-        complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
-                 + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
+        if reload.wait(RELOAD_SECONDS) or stamp() != seen:
+            reload.clear()
+            seen = stamp()
+            complain(f"{chosen_file(options)}: {take_file(options, server)}")
+
+
+def take_file(options: argparse.Namespace, server: ScimServer) -> str:
+    """Serve what the configuration file says, or go on where it has mistakes; return what came of it."""
+    try:
+        fresh = chosen_config(options)
+        server.application.configure(fresh)
+    except (ConfigError, StoreError) as error:
+        return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
+    warn(server.application)
+    changed = [name for name in FIXED if getattr(fresh, name) != getattr(server.config, name)]
+    return f"taken, {len(fresh.tenants)} tenant(s)" + (
+        f"; {', '.join(changed)} will be taken at the next start" if changed else "")
 
 
 def is_loopback(host: str) -> bool:
@@ -5653,22 +5624,6 @@ def warn(application: Application) -> None:
                  "configure tls, or trusted_proxies for a proxy that has it")
 
 
-def listened(config: Config, options: argparse.Namespace) -> Config:
-    """Return a configuration that listens where the command line says."""
-    if options.workers:
-        config = replace(config, workers=max(1, options.workers))
-    return replace(config, **listen_option(options.listen)) if options.listen else config
-
-
-def listen_option(text: str) -> dict[str, Any]:
-    """Return host and port of --listen; ConfigError."""
-    reader = ConfigReader()
-    host, port = reader.address("--listen", text)
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return {"host": host, "port": port}
-
-
 def greeting(url: str, config: Config) -> str:
     """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it.
 
@@ -5676,26 +5631,25 @@ def greeting(url: str, config: Config) -> str:
     """
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
-        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
-        lines += [f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
-                  for token in tenant.tokens]
+        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
+                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
+                    for token in tenant.tokens)]
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
                       for token in tenant.tokens[:1] if token.secret]
     return "\n".join(lines)
 
 
-def make_token(options: argparse.Namespace) -> int:
-    """Print a new secret, and its entry for the configuration; return the exit status."""
+def make_token(options: argparse.Namespace) -> None:
+    """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(f"Secret Token, shown this once:\n\n  {secret}\n\n"
           "Entry for the tenant's \"tokens\" in the configuration:\n\n  "
           + json.dumps({"name": options.name, "sha256": digest(secret)}))
-    return 0
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print what a configuration means for Entra ID; return the exit status."""
+def check(options: argparse.Namespace) -> None:
+    """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
@@ -5706,7 +5660,6 @@ def check(options: argparse.Namespace) -> int:
             print(f"  token    {token.name}, {last_use(store_path(config, tenant), token)}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
-    return 0
 
 
 def last_use(path: str, token: Token) -> str:
@@ -5718,25 +5671,24 @@ def last_use(path: str, token: Token) -> str:
     return f"last used {used}" if used else "never used"
 
 
-def back_up(options: argparse.Namespace) -> int:
-    """Copy a tenant's database to a new file, while the server may run; return the exit status."""
-    config, tenant = chosen_tenant(options)
-    path = store_path(config, tenant)
+def back_up(options: argparse.Namespace) -> None:
+    """Copy a tenant's database to a new file, while the server may run."""
+    path = store_path(*chosen_tenant(options))
     if not os.path.exists(path):
-        raise StoreError(f"{path}: does not exist, tenant {tenant.name} has no data yet")
+        raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
     with closing(Store(path)) as store:
         store.backup(options.file)
-    print(f"tenant {tenant.name}: {path} copied to {options.file}")
-    return 0
+    print(f"tenant {options.tenant}: {path} copied to {options.file}")
 
 
-def restore(options: argparse.Namespace) -> int:
-    """Put a backup in the place of a tenant's database; return the exit status."""
+def restore(options: argparse.Namespace) -> None:
+    """Put a backup in the place of a tenant's database."""
     config, tenant = chosen_tenant(options)
     path = store_path(config, tenant)
-    if not os.path.isfile(options.file) or path == ":memory:":
-        raise StoreError(f"{options.file}: is no file" if path != ":memory:"
-                         else "data_dir: :memory: keeps nothing, so there is nothing to restore to")
+    if path == ":memory:":
+        raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
+    if not os.path.isfile(options.file):
+        raise StoreError(f"{options.file}: is no file")
     make_data_dir(config)
     try:
         store = Store(path)
@@ -5749,216 +5701,187 @@ def restore(options: argparse.Namespace) -> int:
     with closing(store):
         store.restore(options.file)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
-    return 0
 
 
-def show_employees(options: argparse.Namespace) -> int:
-    """Print a tenant's employees; return the exit status."""
+def show_employees(options: argparse.Namespace) -> None:
+    """Print a tenant's employees."""
     directory = chosen_directory(options)
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
-    if options.format == "json":
-        for employee in found:
-            print(json.dumps(asdict(employee), ensure_ascii=False))
-    elif options.format == "csv":
-        for line in employee_csv(employee_table(found, directory.link_names)):
-            print(line, end="")
-    else:
-        table = list(employee_table(found, directory.link_names))
-        shown_columns = [n for n in range(len(table[0])) if any(row[n] for row in table[1:])]
-        widths = [max(len(row[n]) for row in table) for n in shown_columns]
-        for row in table:
-            print("  ".join(row[n].ljust(width)
-                            for n, width in zip(shown_columns, widths, strict=True)).rstrip())
-    return 0
+    table = employee_table(found, directory.link_names)
+    sys.stdout.writelines(
+        (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)
+        if options.format == "json" else employee_csv(table) if options.format == "csv"
+        else aligned(list(table)))
 
 
-def show_changes(options: argparse.Namespace) -> int:
-    """Print a tenant's changes, a line of JSON each; return the exit status."""
+def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
+    columns = enumerate(zip(*table, strict=True))
+    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:])}
+    for row in table:
+        yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
+
+
+def show_changes(options: argparse.Namespace) -> None:
+    """Print a tenant's changes, a line of JSON each."""
     directory, after = chosen_directory(options), options.after
     with suppress(KeyboardInterrupt):
         while (found := directory.changes(after, MAX_WAIT * options.follow)) or options.follow:
             for change in found:
                 after = change.seq
                 print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
-    return 0
 
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """A request of Entra ID, and what must come back: a status, and some values of the answer.
+class Demo:
+    """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
 
-    {ada}, {bob} and {crew} stand for the ids that the steps of those names were answered with.
-    """
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self.token, self.wrong = url, token, 0
 
-    title: str
-    method: str
-    path: str
-    body: Json
-    status: int
-    expected: Mapping[str, Json] = field(default_factory=dict)
-    name: str = ""
+    def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
+        """Return status and JSON of the answer to a request; OSError where nobody answers."""
+        request = urllib.request.Request(
+            self.url + path, None if body is None else dump(body).encode(), method=method, headers={
+                "Authorization": f"Bearer {self.token}", "Content-Type": "application/scim+json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            with suppress(ValueError):
+                return error.code, json.loads(error.read() or b"{}")
+            return error.code, {}
 
-
-def demo_steps(dialect: str, custom: Json) -> Iterator[Step]:
-    """Yield Entra ID's cycle in a dialect of PATCH: "default", or "aadOptscim062020" of the flag.
-
-    custom is a custom field as /Schemas lists it, {} for none.
-    """
-    def change(path: str, value: Json, op: str = "Replace") -> Json:
-        named = {"op": op, "path": path, "value": value} if dialect == "default" else {
-            "op": op.lower(), "value": {path: value}}
-        return {"schemas": [PATCH_OP], "Operations": [named]}
-
-    def members(op: str, *ids: str) -> Json:
-        return {"schemas": [PATCH_OP], "Operations": [
-            {"op": op, "path": "members", "value": [{"value": id} for id in ids]}]}
-
-    user_name = f"ada.{secrets.token_hex(4)}@demo.example"
-    ada = {"schemas": [USER, ENTERPRISE], "userName": user_name, "externalId": str(uuid.uuid4()),
-           "displayName": "Ada Demo", "title": "Engineer", "active": True,
-           "emails": [{"type": "work", "value": user_name, "primary": True}],
-           ENTERPRISE: {"department": "Lifts"}}
-    found = quote(f'userName eq "{user_name}"')
-    off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
-    yield Step("Test Connection: look up somebody who is not there", "GET",
-               f"/Users?filter={quote(f'userName eq {dump(str(uuid.uuid4()))}')}", None, 200,
-               {"totalResults": 0})
-    yield Step("Ada is assigned: look her up", "GET", f"/Users?filter={found}", None, 200,
-               {"totalResults": 0})
-    yield Step("Create Ada, an engineer", "POST", "/Users", ada, 201, {"title": "Engineer"}, "ada")
-    yield Step("Create her once more: refused", "POST", "/Users", ada, 409,
-               {"scimType": "uniqueness"})
-    yield Step("Create Bob", "POST", "/Users", {**ada, "userName": f"bob.{user_name}",
-                                                "externalId": str(uuid.uuid4())}, 201, {}, "bob")
-    yield Step("Her job title changes", "PATCH", "/Users/{ada}", change("title", "Chief"), 200,
-               {"title": "Chief"})
-    yield Step("Her department changes", "PATCH", "/Users/{ada}",
-               change(f"{ENTERPRISE}:department", "Roofs"), 200, {ENTERPRISE: {"department": "Roofs"}})
-    if custom:
-        value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
-        yield Step(f"The custom field {custom['name']} is mapped", "PATCH", "/Users/{ada}",
-                   change(f"{FACILIO}:{custom['name']}", value), 200)
-    yield Step("A mapping mistake, no such custom field: refused", "PATCH", "/Users/{ada}",
-               change(f"{FACILIO}:no_such_field", "1"), 400)
-    yield Step("The group Night Crew, with Ada", "POST", "/Groups", {
-        "schemas": [GROUP], "displayName": f"Night Crew {user_name}",
-        "members": [{"value": "{ada}"}]}, 201, {}, "crew")
-    yield Step("Bob joins the crew", "PATCH", "/Groups/{crew}", members("Add", "{bob}"), 200)
-    yield Step("Ada leaves the crew", "PATCH", "/Groups/{crew}", members("Remove", "{ada}"), 200)
-    yield Step("Ada is disabled", "PATCH", "/Users/{ada}", change("active", off), 200,
-               {"active": False})
-    yield Step("Ada is back", "PATCH", "/Users/{ada}", change("active", True), 200, {"active": True})
-    for name, path in (("Ada", "/Users/{ada}"), ("Bob", "/Users/{bob}"), ("The crew", "/Groups/{crew}")):
-        yield Step(f"{name} is deleted for good", "DELETE", path, None, 204)
-    yield Step("Nothing is left of her", "GET", "/Users/{ada}", None, 404)
-
-
-def send(url: str, token: str, method: str, body: Json) -> tuple[int, Json]:
-    """Return status and JSON of the answer to a request; OSError where nobody answers."""
-    request = urllib.request.Request(
-        url, None if body is None else dump(body).encode(), method=method, headers={
-            "Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        with suppress(ValueError):
-            return error.code, json.loads(error.read() or b"{}")
-        return error.code, {}
-
-
-def play(url: str, token: str, steps: Iterable[Step]) -> int:
-    """Send steps, print each with its verdict, and return how many went wrong."""
-    wrong = 0
-    ids: dict[str, str] = {}
-    for step in steps:
-        def filled(text: str) -> str:
-            return re.sub(r"\{(ada|bob|crew)\}", lambda found: ids.get(found[1], found[1]), text)
-        body = None if step.body is None else json.loads(filled(dump(step.body)))
-        status, answer = send(url + filled(step.path), token, step.method, body)
-        good = status == step.status and step.expected.items() <= answer.items()
-        wrong += not good
-        ids[step.name] = answer.get("id", "")
+    def step(self, title: str, expected: int, method: str, path: str, body: Json = None, /,
+             **values: Json) -> str:
+        """Send a request that a status and some values must answer; return the id of the answer."""
+        status, answer = self.send(method, path, body)
+        good = status == expected and values.items() <= answer.items()
         told = answer.get("detail", "") or ("" if good else shown(answer))
-        print(f"  {'ok   ' if good else 'WRONG'}  {step.title:<52} {status}  {told}".rstrip(), flush=True)
+        print(f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True)
         if not good:
-            print(f"         expected {step.status} {dump(dict(step.expected))}")
-    return wrong
+            print(f"         expected {expected} {dump(values)}")
+            self.wrong += 1
+        return str(answer.get("id", "nobody"))
+
+    def play(self, dialect: str, custom: Json) -> None:
+        """Play the cycle in a dialect of PATCH: "default", or "aadOptscim062020" of the flag.
+
+        custom is a custom field as /Schemas lists it, {} for none.
+        """
+        def patch(op: str, path: str, value: Json) -> Json:
+            return {"schemas": [PATCH_OP], "Operations": [{"op": op, "path": path, "value": value}]}
+
+        def change(path: str, value: Json) -> Json:
+            return patch("Replace", path, value) if dialect == "default" else {
+                "schemas": [PATCH_OP], "Operations": [{"op": "replace", "value": {path: value}}]}
+
+        def named(user_name: str) -> str:
+            return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
+
+        step, her, who = self.step, f"ada.{secrets.token_hex(4)}@demo.example", str(uuid.uuid4())
+        user = {"schemas": [USER, ENTERPRISE], "userName": her, "externalId": str(uuid.uuid4()),
+                "displayName": "Ada Demo", "title": "Engineer", "active": True,
+                "emails": [{"type": "work", "value": her, "primary": True}],
+                ENTERPRISE: {"department": "Lifts"}}
+        other = {**user, "userName": f"bob.{her}", "externalId": str(uuid.uuid4())}
+        off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
+        step("Test Connection: look up somebody who is not there", 200, "GET", named(who), totalResults=0)
+        step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
+        ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
+        step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
+        bob_id = step("Create Bob", 201, "POST", "/Users", other)
+        ada, bob = f"/Users/{ada_id}", f"/Users/{bob_id}"
+        step("Her job title changes", 200, "PATCH", ada, change("title", "Chief"), title="Chief")
+        step("Her department changes", 200, "PATCH", ada, change(f"{ENTERPRISE}:department", "Roofs"),
+             **{ENTERPRISE: {"department": "Roofs"}})
+        if custom:
+            value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
+            step(f"The custom field {custom['name']} is mapped", 200, "PATCH", ada,
+                 change(f"{FACILIO}:{custom['name']}", value))
+        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada,
+             change(f"{FACILIO}:no_such_field", "1"))
+        crew = "/Groups/" + step("The group Night Crew, with Ada", 201, "POST", "/Groups", {
+            "schemas": [GROUP], "displayName": f"Night Crew {her}", "members": [{"value": ada_id}]})
+        step("Bob joins the crew", 200, "PATCH", crew, patch("Add", "members", [{"value": bob_id}]))
+        step("Ada leaves the crew", 200, "PATCH", crew, patch("Remove", "members", [{"value": ada_id}]))
+        step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
+        step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
+        for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
+            step(f"{name} is deleted for good", 204, "DELETE", path)
+        step("Nothing is left of her", 404, "GET", ada)
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; return the exit status."""
-    config = listened(chosen_config(options), options)
-    secrets_of = [token.secret for token in config.tenants[0].tokens if token.secret]
+    """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
+    config = chosen_config(options)
     url = (options.url or f"http://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
-    if not (token := options.token or (secrets_of[0] if secrets_of else "")):
+    known = [token.secret for token in config.tenants[0].tokens if token.secret]
+    if not (options.token or known):
         raise StoreError("--token is needed: the configuration holds hashes alone")
+    played = Demo(url, options.token or known[0])
     try:
-        status, schema = send(f"{url}/Schemas/{FACILIO}", token, "GET", None)
-        custom = schema["attributes"][0] if status == 200 else {}
-        wrong = 0
+        status, schema = played.send("GET", f"/Schemas/{FACILIO}")
         for dialect in ("default", "aadOptscim062020"):
             print(f"\n{url}, dialect {dialect}")
-            wrong += play(url, token, demo_steps(dialect, custom))
+            played.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
         raise StoreError(f"{url}: no answer ({error}); start the server in another terminal: "
                          "python3 scim_server.py") from error
-    print(f"\n{wrong or 'no'} step(s) went wrong")
-    return 1 if wrong else 0
+    print(f"\n{played.wrong or 'no'} step(s) went wrong")
+    return 1 if played.wrong else 0
+
+
+# -- The command line ------------------------------------------------------------------
+
+Options = dict[str, dict[str, Any]]                      # as argparse takes them
+SERVE_OPTIONS: Options = {
+    "--config": {"metavar": "FILE", "help": "configuration (default: sample_config.json beside this file, "
+                                            "else a built-in demo tenant)"},
+    "--data-dir": {"metavar": "DIR", "help": "where the tenants' files are; :memory: keeps nothing"},
+    "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
+    "--workers": {"metavar": "N", "type": int, "help": "processes that share the work"},
+    "--version": {"action": "version", "version": f"scim_server {__version__}"}}
+CONFIG, DATA_DIR = ({name: {**SERVE_OPTIONS[name], "default": argparse.SUPPRESS}}
+                    for name in ("--config", "--data-dir"))
+TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
+    "token": (make_token, "make a secret token and its configuration entry", {
+        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", CONFIG),
+    "employees": (show_employees, "print a tenant's employees", {
+        "--format": {"choices": ("table", "csv", "json"), "default": "table"},
+        "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
+        "--changed-since": {"default": "", "metavar": "TIME", "help": "such as 2026-11-24T08:00:00Z"},
+        "--id": {"type": int, "help": "only this one"}, **TENANT}),
+    "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
+        "--after": {"type": int, "default": 0, "metavar": "SEQ", "help": "only those behind this one"},
+        "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"}, **TENANT}),
+    "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", {
+        "file": {"metavar": "FILE"}, **TENANT}),
+    "restore": (restore, "put a backup in the place of a tenant's database", {
+        "file": {"metavar": "FILE"}, **TENANT}),
+    "demo": (demo, "play Entra ID's cycle against a running server", {
+        "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
+        "--token": {"help": "its Secret Token (default: that of the first tenant)"}, **CONFIG})}
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file.")
-    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
-    token = commands.add_parser("token", help="make a secret token and its configuration entry")
-    token.add_argument("--name", default="entra", help="name of the token (default: entra)")
-    token.set_defaults(run=make_token)
-    checker = commands.add_parser("check", help="validate a configuration, list the custom fields' "
-                                                "names for Entra ID")
-    checker.set_defaults(run=check)
-    people = commands.add_parser("employees", help="print a tenant's employees")
-    people.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    people.add_argument("--active", choices=("true", "false"), help="only those who are, or are not")
-    people.add_argument("--changed-since", default="", metavar="TIME", help="a time such as "
-                                                                            "2026-11-24T08:00:00Z")
-    people.add_argument("--id", type=int, help="only this one")
-    people.set_defaults(run=show_employees)
-    feed = commands.add_parser("changes", help="print a tenant's changes, a line of JSON each")
-    feed.add_argument("--after", type=int, default=0, metavar="SEQ", help="only those behind this one")
-    feed.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
-    feed.set_defaults(run=show_changes)
-    keep = commands.add_parser("backup", help="copy a tenant's database to a new file, even while "
-                                              "the server runs")
-    keep.set_defaults(run=back_up)
-    bring = commands.add_parser("restore", help="put a backup in the place of a tenant's database")
-    bring.set_defaults(run=restore)
-    for command in (keep, bring):
-        command.add_argument("file", metavar="FILE")
-    player = commands.add_parser("demo", help="play Entra ID's cycle against a running server")
-    player.add_argument("--url", metavar="URL", help="its Tenant URL (default: as configured)")
-    player.add_argument("--token", help="its Secret Token (default: that of the first tenant)")
-    player.set_defaults(run=demo)
-    for command in (people, feed, keep, bring):
-        command.add_argument("--tenant", required=True, metavar="NAME")
-        command.add_argument("--data-dir", default=argparse.SUPPRESS, metavar="DIR",
-                             help="where the tenants' files are")
-    for command, default in ((parser, None), *((command, argparse.SUPPRESS)
-                                               for command in (checker, people, feed, keep, bring, player))):
-        command.add_argument("--config", metavar="FILE", default=default,
-                             help="configuration (default: sample_config.json beside this file, "
-                                  "else a built-in demo tenant)")
-    parser.add_argument("--listen", metavar="HOST:PORT", help="address; port 0 picks a free one")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the tenants' files are; :memory: "
-                                                          "keeps nothing")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the work")
-    parser.add_argument("--version", action="version", version=f"scim_server {__version__}")
     parser.set_defaults(run=serve)
+    for option, details in SERVE_OPTIONS.items():
+        parser.add_argument(option, **details)
+    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    for name, (run, purpose, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        command.set_defaults(run=run)
+        for option, details in options.items():
+            command.add_argument(option, **details)
     return parser.parse_args(arguments)
 
 
@@ -5966,13 +5889,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 where a person must mend something."""
     options = parse_options(arguments)
     try:
-        return options.run(options)     # type: ignore[no-any-return]
+        return options.run(options) or 0
     except (StoreError, ScimError) as error:
-        print(f"scim_server: {error}", file=sys.stderr)
+        complain(str(error))
     except ConfigError as error:
-        prefix = f"scim_server: {chosen_file(options)}: "
-        lines = error.problems if options.run is check else ["; ".join(error.problems)]
-        print("\n".join(prefix + line for line in lines), file=sys.stderr)
+        for line in error.problems if options.run is check else ["; ".join(error.problems)]:
+            complain(f"{chosen_file(options)}: {line}")
     return 2
 
 
