@@ -80,10 +80,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import lru_cache, partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from types import FrameType
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -4535,7 +4535,7 @@ def complain(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
+def read_line(stream: io.BufferedReader, limit: int, status: int, detail: str) -> bytes:
     """Return a line with its CRLF; ScimError if it is longer, EOFError where the stream ends."""
     line = stream.readline(limit + 1)
     if len(line) > limit:
@@ -4545,7 +4545,7 @@ def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
     return line
 
 
-def read_head(stream: BinaryIO) -> tuple[str, str, int, dict[str, str]]:
+def read_head(stream: io.BufferedReader) -> tuple[str, str, int, dict[str, str]]:
     """Return the next request's method, target, minor version, and headers by names in lower case.
 
     Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends. (RFC 9112 §3, §5)
@@ -4593,7 +4593,7 @@ def too_large(limit: int) -> ScimError:
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
-def read_exactly(stream: BinaryIO, length: int) -> bytes:
+def read_exactly(stream: io.BufferedReader, length: int) -> bytes:
     """Return that many octets; EOFError where the connection ends before."""
     found = stream.read(length)
     if len(found) < length:
@@ -4601,7 +4601,7 @@ def read_exactly(stream: BinaryIO, length: int) -> bytes:
     return found
 
 
-def read_chunks(stream: BinaryIO, limit: int) -> bytes:
+def read_chunks(stream: io.BufferedReader, limit: int) -> bytes:
     """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
     next_line = partial(read_line, stream, MAX_CHUNK_LINE, malformed.status, malformed.detail)
@@ -4790,59 +4790,56 @@ class Connection(io.RawIOBase):
             pass
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(BaseRequestHandler):
     """One connection: requests in, answers out, one after the other."""
 
     server: ScimServer
 
-    def setup(self) -> None:
-        """Find the connection of the socket."""
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.peer = self.server.connections.get(self.request) or Connection(self.request)
-
     def handle(self) -> None:
         """Serve requests until either side ends the connection."""
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.peer = self.server.connections.get(self.request) or Connection(self.request)
+        self.stream: io.BufferedReader = io.BufferedReader(self.peer, 64 * 1024)
         with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
                 self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
-            self.rfile = io.BufferedReader(self.peer, 64 * 1024)
-            self.close_connection = False
-            while not self.close_connection:
-                self.handle_one_request()
+            while self._exchange():
+                pass
 
     def finish(self) -> None:
         """Close the connection."""
         with suppress(OSError):
             self.peer.socket.close()
 
-    def handle_one_request(self) -> None:
-        """Read a request, have it answered, write the answer in one piece, log it."""
+    def _exchange(self) -> bool:
+        """Read a request, have it answered, log it; return whether another one may follow."""
         self.peer.state = IDLE
         self.peer.allow(IDLE_SECONDS)
-        if self.server.stopping.is_set() or not self.rfile.peek(1):     # type: ignore[attr-defined]
-            raise EOFError
+        if self.server.stopping.is_set() or not self.stream.peek(1):
+            return False
         self.peer.state, started = READING, time.perf_counter()
-        self.close_connection, request = True, Request("", "")
+        self.peer.allow(HEAD_SECONDS)
         try:
-            self.peer.allow(HEAD_SECONDS)
-            method, target, minor_version, headers = read_head(self.rfile)      # type: ignore[arg-type]
+            method, target, minor_version, headers = read_head(self.stream)
             located = self.server.located(method, target, headers, self.client_address[0])
             request = replace(located, body=self._body(located, minor_version))
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
                          f"its body at {SLOWEST} octets a second")
-            self._answer(error_response(refusal), request, started)
-            return self.peer.linger()
+            self._answer(error_response(refusal), Request("", ""), started, last=True)
+            self.peer.linger()
+            return False
         self.server.begin(self.peer)
         response, cut = self.server.answer(request)
         if response.tenant:
             self.peer.since = time.monotonic()
         options = headers.get("connection", "").lower()
-        self.close_connection = (self.server.stopping.is_set() or "close" in options or cut
-                                 or (minor_version == 0 and "keep-alive" not in options))
-        self._answer(response, request, started, cut)
+        last = (self.server.stopping.is_set() or "close" in options or cut
+                or (minor_version == 0 and "keep-alive" not in options))
+        self._answer(response, request, started, last, cut)
+        return not last
 
     def _body(self, request: Request, minor_version: int) -> bytes:
         """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
@@ -4853,15 +4850,15 @@ class Handler(BaseHTTPRequestHandler):
         if headers.get("expect", "").lower() == "100-continue" and minor_version > 0:
             self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        if "transfer-encoding" in headers:
-            return read_chunks(self.rfile, limit)               # type: ignore[arg-type]
-        return read_exactly(self.rfile, length)                 # type: ignore[arg-type]
+        chunked = "transfer-encoding" in headers
+        return read_chunks(self.stream, limit) if chunked else read_exactly(self.stream, length)
 
-    def _answer(self, response: Response, request: Request, started: float, cut: bool = False) -> None:
+    def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False,
+                ) -> None:
         fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
                  f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in fields),
-                 *(["Connection: close"] if self.close_connection else []), "\r\n"]
+                 *(["Connection: close"] if last else []), "\r\n"]
         try:
             self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
                            + body[:len(body) // 2 if cut else None])
@@ -4886,7 +4883,7 @@ def url_of(config: Config, listener: Listener) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
 
 
-class ScimServer(ThreadingHTTPServer):
+class ScimServer(ThreadingTCPServer):
     """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
