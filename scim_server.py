@@ -4509,10 +4509,8 @@ PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics
 # Uses chapters 1, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
-MAX_REQUEST_LINE = 8 * 1024
-MAX_HEAD = 32 * 1024
+MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024        # octets
 MAX_FIELDS = 100
-MAX_CHUNK_LINE = 1024
 HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first octet of a body
 SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
@@ -4546,7 +4544,7 @@ def read_line(stream: io.BufferedReader, limit: int, status: int, detail: str) -
 
 
 def read_head(stream: io.BufferedReader) -> tuple[str, str, int, dict[str, str]]:
-    """Return the next request's method, target, minor version, and headers by names in lower case.
+    """Return the next request's method, target, minor version and headers, by names in lower case.
 
     Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends. (RFC 9112 §3, §5)
     """
@@ -4638,17 +4636,14 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 class Tls:
-    """The TLS context of a certificate and its key, made anew when the files change.
-
-    Raises OSError or ssl.SSLError where they cannot be used at the start.
-    """
+    """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
 
     def __init__(self, *files: str) -> None:
         self._files = files
         self._seen, self._context = self._stamp(), self._load()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context for a new connection; files that cannot be used change nothing."""
+        """Return the context for a new connection, made anew when the files change if they can be used."""
         with suppress(OSError):
             if (stamp := self._stamp()) != self._seen:
                 try:
@@ -4670,10 +4665,9 @@ class Tls:
 
 
 def request_log(style: str, stream: TextIO) -> Batches:
-    """Return what takes a request as a dict and writes it as a line to a stream: text, json or off.
+    """Return what takes a request as a dict and writes it as a line of a stream: text, json or off.
 
-    Its values hold no blank and no line end. A stream that takes nothing loses lines once LOG_LINES of
-    them wait; no request waits for it.
+    Its values hold no blank. No request waits for the stream: when LOG_LINES wait, more are lost.
     """
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -4711,19 +4705,14 @@ class Exchange:
 
 @dataclass
 class Fault:
-    """What the next requests meet, for tests of clients: a status in place of the answer, a delay,
-    or an answer that is cut in the middle of its body.
+    """What the next requests meet, for tests of clients."""
 
-    401 is what an expired token gets, 412 what a conflict of ETags gets. It is met so many times by
-    requests of a method ("" is any) whose path has a text in it.
-    """
-
-    status: int = 0
+    status: int = 0                    # in place of the answer; 401 as of an expired token, 412 as of ETags
     times: int = 1
-    method: str = ""
-    path: str = ""
+    method: str = ""                   # "" is any
+    path: str = ""                     # a text in the path of those that meet it
     delay: float = 0                   # seconds
-    cut: bool = False
+    cut: bool = False                  # in the middle of the answer's body
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def meets(self, request: Request) -> bool:
@@ -4741,17 +4730,11 @@ class Fault:
 
 
 class Connection(io.RawIOBase):
-    """A connection's octets, each awaited until a deadline alone; and what it is at.
-
-    since is when it was accepted or last brought a request with a good token. TimeoutError
-    where the deadline passes, at whatever pace the octets come.
-    """
+    """A connection's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
 
     def __init__(self, socket: socket.socket) -> None:
-        self.socket = socket
-        self.state = IDLE
-        self.evicted = False
-        self.since = time.monotonic()
+        self.socket, self.state, self.evicted = socket, IDLE, False
+        self.since = time.monotonic()          # accepted, or a request with a good token was here last
         self.allow(HEAD_SECONDS)
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -5056,7 +5039,7 @@ class WsgiApplication:
 
 CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>SCIM console</title>
-<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-2 -2 4 4'><circle r='2' fill='%232f5fd0'/></svg>">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><circle r='1' fill='%2325d'/></svg>">
 <style>
 :root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
   --fill: #2f5fd0; --link: #2450b8; --ok: #12683f; --okay: #e4f3ea; --warn: #7a4b00; --warned: #fcf1d8; --bad: #a3211b; --badly: #fce9e7; }
@@ -5080,34 +5063,37 @@ section, .card { padding: 18px 20px; } .empty { text-align: center; padding: 48p
 .sign > * { margin-bottom: 12px; } .sign button, [type=search], [type=password] { width: 100%; } .state h2, .why { color: var(--tone); }
 .grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0; }
 .grid > *, .state p, .note p, .steps p, dd { margin: 0; } .state h2::before { content: "●"; margin-right: 7px; }
-.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; } .bar [type=search] { flex: 1 1 220px; max-width: 420px; }
+.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; }
+.bar [type=search] { flex: 1 1 220px; max-width: 420px; } .copy code { user-select: all; }
 input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px; background: var(--card);
   padding: 7px 12px; min-height: 38px; } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); }
 ::placeholder { color: var(--soft); opacity: 1; } button { cursor: pointer; white-space: nowrap; } button:disabled { opacity: .45; }
 button:hover:enabled { background: var(--hover); } .main:enabled { background: var(--fill); border-color: var(--fill); color: #fff; }
-.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font-weight: inherit; }
+.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit; }
 [aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
-.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); } .live { margin-left: auto; min-width: 8em; text-align: right; }
+.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); }
+.live { margin-left: auto; min-width: 8em; text-align: end; } .more { padding: 4px 18px 18px; }
 summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
   cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
 summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
-.more { padding: 4px 18px 18px; } .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.pill { display: inline-block; color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; } .history b { display: inline-block; }
-.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .steps li > :last-child { min-width: 0; }
+.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
+.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; }
+.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .history b, .pill { display: inline-block; }
 dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
 pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
 .mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px; }
-.ok .mark { border-color: var(--tone); color: var(--tone); } .steps li { display: flex; gap: 12px; padding: 8px 0; }
-.scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
+.steps li > * { min-width: 0; } .ok .mark { border-color: var(--tone); color: var(--tone); }
+.steps li { display: flex; gap: 12px; padding: 8px 0; } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; }
 table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
 th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; }
-@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; } nav { order: 3; flex: 1 0 100%; gap: 0; }
-  nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .more { padding: 2px 12px 14px; } summary time { grid-column: 2; }
-  summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } .scroll { margin: 0 -14px; padding: 0 14px; }
-  thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
-  td { display: flex; gap: 12px; border: 0; padding: 2px 0; } td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); }
-  td > :not(.pill) { min-width: 0; flex: 1; } td:has(> span:empty) { display: none; } }
+th { white-space: nowrap; } tbody tr:last-child td { border: 0; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
+@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; }
+  nav { order: 3; flex: 1 0 100%; gap: 0; } nav a { padding: 10px 8px 8px; } section, .card, .more { padding: 14px; }
+  .more { padding-top: 2px; } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px; } summary time { grid-column: 2; }
+  .scroll { margin: 0 -14px; padding: 0 14px; } thead { display: none; } table { overflow-wrap: anywhere; }
+  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
+  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > :not(.pill) { min-width: 0; flex: 1; }
+  td:has(> span:empty) { display: none; } }
 </style>
 <header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
 <button id="out" class="small">Sign out</button></div></header><main></main>
@@ -5145,21 +5131,14 @@ const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', hea
 const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
 const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
   h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', value))));
-const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, onclick({target}) {
-  getSelection().selectAllChildren(target.previousSibling);
-  navigator.clipboard?.writeText(text);                // which is there on https and localhost alone
-  target.textContent = navigator.clipboard ? 'Copied' : 'Selected';
-}}, 'Copy'));
-function searchField(placeholder, load) {
-  let typing;
-  const oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
-  return h('input', {type: 'search', ariaLabel: placeholder, placeholder, oninput});
-}
+const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
+  onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
+const searchField = (placeholder, load, typing) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
+  oninput: () => { clearTimeout(typing); typing = setTimeout(load, 250); }});
 
 // -- The server: the token goes in a header, and nowhere else --
 async function ask(path, signal) {
-  const headers = {Authorization: 'Bearer ' + sessionStorage.getItem('token'), 'X-Console': '1'};
-  const answer = await fetch(path, {signal, headers});
+  const answer = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
   if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
   if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
   return answer;
@@ -5198,21 +5177,19 @@ function entry(call) {
     ['Request id', call.id]]), call.body && json(call.body))));
 }
 function health(troubles) {
-  const {last: [last], refused, strangers} = setup;
+  const {last: [last], refused, strangers} = setup, unseen = last ? setup.fields.filter(one => !one.people) : [];
   const of = kind => troubles.filter(one => one.seq > last.seq - 100 && one.notes.some(note => note.kind === kind));
-  const [lost] = of('connection'), wrong = of('mapping'), missing = last ? setup.fields.filter(one => !one.people) : [];
-  const state = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
-  return h('div.grid', state(!last || lost ? 'warn' : 'ok', 'Connection', last ?
-    `Last call on ${full(last.at)}, token “${last.token}”. ` : ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'),
-      ' in Entra ID.'], lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`,
-  setup.lost && ` ${setup.lost} calls are missing in the log.`),
-  state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-    `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` : strangers ? 'Calls were refused:' :
+  const [lost] = of('connection'), wrong = of('mapping'), first = ([{notes: [note]}]) => note.text;
+  const card = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
+  return h('div.grid', card(!last || lost ? 'warn' : 'ok', 'Connection', last ? `Last call on ${full(last.at)}, token “${last.token}”. ` :
+    ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
+  lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
+  card(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
+    `${refused.length} refused since ${full(refused.at(-1).at)}. ${first(refused)}` : strangers ? 'Calls were refused:' :
       'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
-  state(wrong.length ? LEVELS[wrong[0].level][0] : missing.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
-    `${wrong.length} of the last 100 calls had trouble. ${wrong[0].notes[0].text} ` : last ? 'Everything that was sent fits. ' :
-      'Nothing was sent yet. ', missing.length && [link(missing.length > 1 ? 'Custom fields' : 'A custom field', 'setup'),
-    ` never arrived: ${missing.map(one => one.display_name).join(', ')}.`]));
+  card(wrong.length ? LEVELS[wrong[0].level][0] : unseen.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
+    `${wrong.length} of the last 100 calls had trouble. ${first(wrong)} ` : last ? 'All that was sent fits. ' : 'Nothing was sent yet. ',
+  unseen.length && [link('Custom fields', 'setup'), ` that never arrived: ${unseen.map(one => one.display_name).join(', ')}.`]));
 }
 async function showLog() {
   const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
@@ -5240,10 +5217,10 @@ async function showLog() {
 
 // -- Set-up --
 async function testConnection(result) {                // what Entra's button does: look for somebody who is not there
-  const lines = await Promise.all([['Users', 'userName'], ['Groups', 'displayName']].map(([endpoint, name]) =>
-    get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
-      found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
-      error => [false, `${endpoint}: ${error.message}`])));
+  const look = (endpoint, name) => get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
+    found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
+    error => [false, `${endpoint}: ${error.message}`]);
+  const lines = await Promise.all([look('Users', 'userName'), look('Groups', 'displayName')]);
   if (!setup.url.startsWith(location.origin + '/')) lines.push([false, `This page is at ${location.origin}, but the server takes ` +
     `itself for ${setup.url}: let the proxy keep the Host header, or trust it (trusted_proxies).`]);
   if (location.protocol !== 'https:')
@@ -5298,10 +5275,11 @@ async function listing(endpoint, none, base) {
   const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
   let start, sort = 'displayName', order = 'ascending', turn = 0;
   const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
-  const heads = titled(columns.map(([title, path]) => h('button', {onclick() {
+  const sortBy = path => {
     [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending'];
     return load(1);
-  }}, title)));
+  };
+  const heads = titled(columns.map(([title, path]) => h('button', {onclick: () => sortBy(path)}, title)));
   const card = h('div.card.list', table(heads, body));
   async function load(from) {
     const text = search.value.trim(), mine = ++turn, word = JSON.stringify(text);
@@ -5321,9 +5299,8 @@ async function listing(endpoint, none, base) {
   await load(1);
   return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), lacking, card, h('div.bar', back, next, count)];
 }
-const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.',
-  ...await listing('Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ',
-    link('The check list', 'setup'), ' shows how far it is.'))];
+const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.', ...await listing(
+  'Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ', link('See how far it is', 'setup'), '.'))];
 const showGroups = async () => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', empty('No groups yet',
   'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'))];
 async function about(endpoint, id) {                   // a resource, its employee if it has one, and what both kinds show of it
@@ -5333,9 +5310,8 @@ async function about(endpoint, id) {                   // a resource, its employ
   const history = changes.map(one => h('li', h('div', h('b', one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
     link('this person', 'people', one.member) : link('this group', 'groups', one.id)], h('p.soft', full(one.at),
     one.token && ` by “${one.token}”`, one.attributes.length && ': ' + short(one.attributes)))));
-  return [resource, employee, h('div.grid', section('History', changes.length ? h('ol.steps.history', history) :
-    h('p.soft', 'The change feed holds nothing about it any more.')), section('SCIM resource', resource ? json(resource) :
-    h('p.soft', 'It was deleted; the employee stays.'))), h('h2', 'Calls'),
+  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'None is left.'),
+    section('SCIM resource', resource ? json(resource) : 'It was deleted; the employee stays.')), h('h2', 'Calls'),
   calls.length ? h('ol.log', calls.map(entry)) : empty('No calls', 'The log holds none about it.')];
 }
 async function showPerson(id) {
@@ -5349,8 +5325,7 @@ async function showPerson(id) {
     ['External id', employee.external_id]])),
   section('Custom fields', setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
     words(employee.custom_fields[one.link_name]) || h('span.soft', 'not sent')])) : 'None', h('p'), h('h2', 'Groups'),
-  resource?.groups?.length ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) :
-    h('p.soft', 'In no group.'))), ...rest];
+  resource?.groups ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) : 'None')), ...rest];
 }
 async function showGroup(id) {
   const [resource, , ...rest] = await about('Groups', id), none = empty('No members', 'Assign people to this group in Entra ID.');
@@ -5363,22 +5338,22 @@ const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: [
   groups: ['Groups', showGroups, showGroup]};
 const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
 function signIn(...problems) {
-  sessionStorage.removeItem('token');
-  [setup, header.hidden, form.hidden, form.token.value] = [null, true, false, ''];
-  view.abort();
+  delete sessionStorage.token;
+  setup = null; view.abort();
+  [header.hidden, form.hidden, form.token.value] = [true, false, ''];
   main.replaceChildren(...problems.map(alarm), form);
   form.token.focus();
 }
 form.onsubmit = event => {
   event.preventDefault();
-  sessionStorage.setItem('token', form.token.value.trim());
+  sessionStorage.token = form.token.value.trim();
   show();
 };
 async function show(event) {
   view.abort();
   const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
   const chosen = SECTIONS[name] ? name : 'log', [, all, one] = SECTIONS[chosen];
-  if (!sessionStorage.getItem('token')) return signIn();
+  if (!sessionStorage.token) return signIn();
   const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
   const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
   if (signal.aborted) return;
@@ -5392,7 +5367,7 @@ async function show(event) {
 }
 function enter(event) {
   const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
-  if (given) { sessionStorage.setItem('token', decodeURIComponent(given)); setup = null; }
+  if (given) { sessionStorage.token = decodeURIComponent(given); setup = null; }
   if (given || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }
@@ -5420,8 +5395,6 @@ KNOCK_SECONDS = 0.1               # how long a server may take to see that it ha
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
 FIXED = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log",
          "console")               # what a running server does not take anew
-
-
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
 
@@ -5456,15 +5429,12 @@ def running(config: Source = None, *, authenticate: Hook = None, deterministic: 
 
 
 def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
-    """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
-
-    Arguments and errors are those of running().
-    """
+    """Return the server for gunicorn and its like, or to mount under a prefix; arguments as running()."""
     made = to_config(config)
     return WsgiApplication(Application(made, authenticate, page=CONSOLE_PAGE * made.console))
 
 
-# -- Commands, those that return nothing end with status 0--------------------------------
+# -- Commands: those that return nothing end with status 0 ------------------------------
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -5584,6 +5554,7 @@ def follow_file(options: argparse.Namespace, server: ScimServer, reload: threadi
         with suppress(OSError):
             return os.stat(chosen_file(options)).st_mtime_ns
         return 0
+
     seen = stamp()
     while not server.stopping.is_set():
         if reload.wait(RELOAD_SECONDS) or stamp() != seen:
@@ -5765,10 +5736,7 @@ class Demo:
         return str(answer.get("id", "nobody"))
 
     def play(self, dialect: str, custom: Json) -> None:
-        """Play the cycle in a dialect of PATCH: "default", or "aadOptscim062020" of the flag.
-
-        custom is a custom field as /Schemas lists it, {} for none.
-        """
+        """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
         def patch(op: str, path: str, value: Json) -> Json:
             return {"schemas": [PATCH_OP], "Operations": [{"op": op, "path": path, "value": value}]}
 
@@ -5779,14 +5747,15 @@ class Demo:
         def named(user_name: str) -> str:
             return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
 
-        step, her, who = self.step, f"ada.{secrets.token_hex(4)}@demo.example", str(uuid.uuid4())
+        step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
         user = {"schemas": [USER, ENTERPRISE], "userName": her, "externalId": str(uuid.uuid4()),
                 "displayName": "Ada Demo", "title": "Engineer", "active": True,
                 "emails": [{"type": "work", "value": her, "primary": True}],
                 ENTERPRISE: {"department": "Lifts"}}
         other = {**user, "userName": f"bob.{her}", "externalId": str(uuid.uuid4())}
         off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
-        step("Test Connection: look up somebody who is not there", 200, "GET", named(who), totalResults=0)
+        step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())),
+             totalResults=0)
         step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
         ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
         step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
