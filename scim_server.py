@@ -5154,7 +5154,7 @@ async function follow(state, use) {                    // long polls while the v
     try {
       state.textContent ||= 'Live';
       const [newest] = await getLog({after, wait: 25, count: 100});
-      [state.textContent, pause] = ['Live', 1000];
+      state.textContent = 'Live'; pause = 1000;
       if (newest) { after = newest.seq; await use(); }
     } catch (error) {
       if (signal.aborted) return;
@@ -5275,10 +5275,7 @@ async function listing(endpoint, none, base) {
   const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
   let start, sort = 'displayName', order = 'ascending', turn = 0;
   const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
-  const sortBy = path => {
-    [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending'];
-    return load(1);
-  };
+  const sortBy = path => { [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending']; load(1); };
   const heads = titled(columns.map(([title, path]) => h('button', {onclick: () => sortBy(path)}, title)));
   const card = h('div.card.list', table(heads, body));
   async function load(from) {
@@ -5340,15 +5337,11 @@ const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
 function signIn(...problems) {
   delete sessionStorage.token;
   setup = null; view.abort();
-  [header.hidden, form.hidden, form.token.value] = [true, false, ''];
+  header.hidden = true; form.hidden = false; form.token.value = '';
   main.replaceChildren(...problems.map(alarm), form);
   form.token.focus();
 }
-form.onsubmit = event => {
-  event.preventDefault();
-  sessionStorage.token = form.token.value.trim();
-  show();
-};
+form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
   view.abort();
   const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
@@ -5459,11 +5452,11 @@ def chosen_config(options: argparse.Namespace) -> Config:
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     """Return the configuration and the tenant that --tenant names; StoreError."""
     config = chosen_config(options)
-    for tenant in config.tenants:
-        if tenant.name == options.tenant:
-            return config, tenant
-    raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are "
-                     f"{', '.join(tenant.name for tenant in config.tenants)}")
+    tenants = {tenant.name: tenant for tenant in config.tenants}
+    if options.tenant not in tenants:
+        raise StoreError(f"--tenant {options.tenant}: not in the configuration; "
+                         f"there are {', '.join(tenants)}")
+    return config, tenants[options.tenant]
 
 
 def chosen_directory(options: argparse.Namespace) -> Directory:
