@@ -80,10 +80,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import lru_cache, partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, ThreadingTCPServer
 from types import FrameType
-from typing import Any, BinaryIO, TextIO
+from typing import Any, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -4129,37 +4129,31 @@ PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics
 # Uses chapters 1, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
-MAX_REQUEST_LINE = 8 * 1024
-MAX_HEAD = 32 * 1024
+MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024        # octets
 MAX_FIELDS = 100
-MAX_CHUNK_LINE = 1024
 HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first octet of a body
 SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
+STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 LOG_LINES = 10_000                # that wait for a stream
 LOG_SECONDS = 0.05                # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
-FIRST_TICK = datetime(2026, 1, 1, tzinfo=UTC)            # of a deterministic clock
-STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
+LENGTH = re.compile(r"\d{1,19}", re.ASCII)
+IDLE, READING, ANSWERING = "idle", "reading", "answering"
 
 
-@dataclass(frozen=True)
-class Head:
-    """The head of a request: header names in lower case, values of repeated ones joined."""
-
-    method: str
-    target: str
-    minor_version: int
-    headers: dict[str, str]
+def complain(text: str) -> None:
+    """Print a line for the operator."""
+    print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
+def read_line(stream: io.BufferedReader, limit: int, status: int, detail: str) -> bytes:
     """Return a line with its CRLF; ScimError if it is longer, EOFError where the stream ends."""
     line = stream.readline(limit + 1)
     if len(line) > limit:
@@ -4169,15 +4163,15 @@ def read_line(stream: BinaryIO, limit: int, status: int, detail: str) -> bytes:
     return line
 
 
-def read_head(stream: BinaryIO) -> Head:
-    """Return the next request's head (RFC 9112 §3, §5).
+def read_head(stream: io.BufferedReader) -> tuple[str, str, int, dict[str, str]]:
+    """Return the next request's method, target, minor version and headers, by names in lower case.
 
-    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends.
+    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends. (RFC 9112 §3, §5)
     """
-    long_line = f"the request line is longer than {MAX_REQUEST_LINE} octets"
-    line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
+    limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
+    line = read_line(stream, *limits)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
-        line = read_line(stream, MAX_REQUEST_LINE, 414, long_line)
+        line = read_line(stream, *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -4187,43 +4181,29 @@ def read_head(stream: BinaryIO) -> Head:
     for _ in range(MAX_FIELDS + 1):
         line = read_line(stream, left, 431, f"the header fields take more than {MAX_HEAD} octets")
         if line == b"\r\n":
-            minor_version = int(start[4])
-            check_framing(headers, minor_version)
-            return Head(start[1].decode(), start[2].decode(), minor_version, headers)
+            check_framing(headers, int(start[4]))
+            return start[1].decode(), start[2].decode(), int(start[4]), headers
         left -= len(line)
         if not (parts := FIELD_LINE.fullmatch(line)):
             raise ScimError(400, "", "a header field is malformed")
         name, value = parts[1].decode().lower(), parts[2].decode("latin-1")
-        if name in headers:
-            if name in ("host", "content-length", "transfer-encoding"):
-                raise ScimError(400, "", f"{name}: given twice")
-            value = f"{headers[name]}, {value}"
-        headers[name] = value
+        if name in headers and name in ("host", "content-length", "transfer-encoding"):
+            raise ScimError(400, "", f"{name}: given twice")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
     raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
     """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
-    host, length = headers.get("host"), headers.get("content-length")
+    host, length, coding = (headers.get(name) for name in ("host", "content-length", "transfer-encoding"))
     if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
-    if length is not None and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+    if length is not None and not LENGTH.fullmatch(length):
         raise ScimError(400, "", "content-length: expected a number")
-    if coding := headers.get("transfer-encoding"):
-        if length is not None or minor_version == 0:
-            raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
-        if coding.lower() != "chunked":
-            raise ScimError(400, "", "transfer-encoding: expected chunked alone")
-
-
-def read_body(stream: BinaryIO, headers: Mapping[str, str], limit: int) -> bytes:
-    """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
-    if "transfer-encoding" in headers:
-        return read_chunks(stream, limit)
-    length = int(headers.get("content-length", 0))
-    if length > limit:
-        raise too_large(limit)
-    return read_exactly(stream, length)
+    if coding and (length is not None or minor_version == 0):
+        raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
+    if coding and coding.lower() != "chunked":
+        raise ScimError(400, "", "transfer-encoding: expected chunked alone")
 
 
 def too_large(limit: int) -> ScimError:
@@ -4231,7 +4211,7 @@ def too_large(limit: int) -> ScimError:
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
-def read_exactly(stream: BinaryIO, length: int) -> bytes:
+def read_exactly(stream: io.BufferedReader, length: int) -> bytes:
     """Return that many octets; EOFError where the connection ends before."""
     found = stream.read(length)
     if len(found) < length:
@@ -4239,31 +4219,26 @@ def read_exactly(stream: BinaryIO, length: int) -> bytes:
     return found
 
 
-def read_chunks(stream: BinaryIO, limit: int) -> bytes:
-    """Return a chunked body (RFC 9112 §7.1), its extensions and trailers passed over."""
-    malformed = (400, "the chunked body is malformed")
+def read_chunks(stream: io.BufferedReader, limit: int) -> bytes:
+    """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
+    malformed = ScimError(400, "", "the chunked body is malformed")
+    next_line = partial(read_line, stream, MAX_CHUNK_LINE, malformed.status, malformed.detail)
     body = bytearray()
-    while True:
-        if not (line := CHUNK_LINE.fullmatch(read_line(stream, MAX_CHUNK_LINE, *malformed))):
-            raise ScimError(400, "", malformed[1])
-        if not (size := int(line[1], 16)):
+    while head := CHUNK_LINE.fullmatch(next_line()):
+        if not (size := int(head[1], 16)):
+            if any(next_line() == b"\r\n" for _ in range(MAX_FIELDS)):
+                return bytes(body)
             break
         if len(body) + size > limit:
             raise too_large(limit)
         body += read_exactly(stream, size)
         if read_exactly(stream, 2) != b"\r\n":
-            raise ScimError(400, "", malformed[1])
-    for _ in range(MAX_FIELDS):
-        if read_line(stream, MAX_CHUNK_LINE, *malformed) == b"\r\n":
-            return bytes(body)
-    raise ScimError(400, "", malformed[1])
+            break
+    raise malformed
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, which may be a whole URL (RFC 9112 §3.2).
-
-    Raises ScimError 400.
-    """
+    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError 400."""
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -4276,95 +4251,55 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     nearest = headers.get("forwarded", "").rpartition(",")[2]
     found = {name.strip().lower(): value.strip(' "')
              for name, _, value in (pair.partition("=") for pair in nearest.split(";"))}
-    for name in ("proto", "host", "for"):
-        value = headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
-        found[name] = found.get(name) or value
-    return found
+    return {name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+            for name in ("proto", "host", "for")}
 
 
 class Tls:
-    """The TLS context of a certificate and its key, made anew when the files change.
+    """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
 
-    Raises OSError or ssl.SSLError where they cannot be used at the start.
-    """
-
-    def __init__(self, certificate: str, key: str) -> None:
-        self._files = (certificate, key)
-        self._stamp: list[int] = []
-        self._context = self._load()
+    def __init__(self, *files: str) -> None:
+        self._files = files
+        self._seen, self._context = self._stamp(), self._load()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context for a new connection; files that cannot be used change nothing."""
+        """Return the context for a new connection, made anew when the files change if they can be used."""
         with suppress(OSError):
-            stamp = [os.stat(file).st_mtime_ns for file in self._files]
-            if stamp != self._stamp:
+            if (stamp := self._stamp()) != self._seen:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    self._stamp = stamp          # said once
-                    print(f"scim_server: {' and '.join(self._files)}: cannot be used ({error}); "
-                          "the earlier certificate serves on", file=sys.stderr, flush=True)
+                    complain(f"{' and '.join(self._files)}: cannot be used ({error}); "
+                             "the earlier certificate serves on")
+                self._seen = stamp               # so that it is said once
         return self._context
 
+    def _stamp(self) -> list[int]:
+        return [os.stat(file).st_mtime_ns for file in self._files]
+
     def _load(self) -> ssl.SSLContext:
-        stamp = [os.stat(file).st_mtime_ns for file in self._files]
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(*self._files)
-        self._stamp = stamp
         return context
 
 
-class AccessLog:
-    """A line for each request on a stream, written by a thread of its own: text, json or off.
+def request_log(style: str, stream: TextIO) -> Batches:
+    """Return what takes a request as a dict and writes it as a line of a stream: text, json or off.
 
-    A stream that takes nothing loses lines once LOG_LINES of them wait; no request waits for it.
+    Its values hold no blank. No request waits for the stream: when LOG_LINES wait, more are lost.
     """
-
-    def __init__(self, style: str, stream: TextIO) -> None:
-        self._style = style
-        self._stream = stream
-        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self._closing = threading.Event()
-        self._writer = threading.Thread(target=self._write, daemon=True)
-        if style != "off":
-            self._writer.start()
-
-    def add(self, **line: Any) -> None:
-        """Log a request; its values hold no blank and no line end."""
-        if self._style != "off" and self._lines.qsize() < LOG_LINES:
-            self._lines.put(line)
-
-    def close(self) -> None:
-        """Write what waits, for a second at the most."""
-        if self._style != "off":
-            self._closing.set()
-            self._lines.put(None)
-            self._writer.join(1)
-
-    def _write(self) -> None:
-        more = True
-        while more:
-            lines = [self._lines.get()]
-            self._closing.wait(LOG_SECONDS)              # what comes meanwhile is one write
-            lines += [self._lines.get() for _ in range(self._lines.qsize())]
-            more = lines[-1] is not None
-            text = "".join(self._line(line) for line in lines if line)
-            with suppress(OSError, ValueError):          # nobody reads it, or it is closed
-                self._stream.write(text)
-                self._stream.flush()
-
-    def _line(self, line: dict[str, Any]) -> str:
+    def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        if self._style == "json":
-            return json.dumps(line) + "\n"
-        return " ".join(str(value) or "-" for value in line.values()) + "\n"
+        values = (str(value) or "-" for value in line.values())
+        return json.dumps(line) if style == "json" else " ".join(values)
 
+    def write(lines: list[dict[str, Any]]) -> None:
+        with suppress(OSError, ValueError):              # nobody reads it, or it is closed
+            stream.write("".join(f"{text(line)}\n" for line in lines))
+            stream.flush()
 
-@lru_cache(1)
-def http_date(second: int) -> str:
-    """Return a time as the Date header has it."""
-    return formatdate(second, usegmt=True)
+    return Batches(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
 def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
@@ -4390,19 +4325,14 @@ class Exchange:
 
 @dataclass
 class Fault:
-    """What the next requests meet, for tests of clients: a status in place of the answer, a delay,
-    or an answer that is cut in the middle of its body.
+    """What the next requests meet, for tests of clients."""
 
-    401 is what an expired token gets, 412 what a conflict of ETags gets. It is met so many times by
-    requests of a method ("" is any) whose path has a text in it.
-    """
-
-    status: int = 0
+    status: int = 0                    # in place of the answer; 401 as of an expired token, 412 as of ETags
     times: int = 1
-    method: str = ""
-    path: str = ""
+    method: str = ""                   # "" is any
+    path: str = ""                     # a text in the path of those that meet it
     delay: float = 0                   # seconds
-    cut: bool = False
+    cut: bool = False                  # in the middle of the answer's body
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def meets(self, request: Request) -> bool:
@@ -4415,31 +4345,21 @@ class Fault:
             self.status, "", "If-Match: the version is another now; read it again"
             if self.status == 412 else "a fault that a test asked for",
             {"Retry-After": "1"} if self.status in (429, 503) else {})
-        return error_response(ScimError(error.status, "", error.detail,
-                                        {**error.headers, **self.headers}))
-
-
-IDLE, READING, ANSWERING = "idle", "reading", "answering"
+        error.headers.update(self.headers)
+        return error_response(error)
 
 
 class Connection(io.RawIOBase):
-    """A connection's octets, each awaited until a deadline alone; and what it is at.
-
-    since is when it was accepted or last brought a request with a good token. TimeoutError
-    where the deadline passes, at whatever pace the octets come.
-    """
+    """A connection's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
 
     def __init__(self, socket: socket.socket) -> None:
-        self.socket = socket
-        self.state = IDLE
-        self.evicted = False
-        self.since = time.monotonic()
+        self.socket, self.state, self.evicted = socket, IDLE, False
+        self.since = time.monotonic()          # accepted, or a request with a good token was here last
         self.allow(HEAD_SECONDS)
 
     def allow(self, seconds: float, pace: float = 0) -> None:
         """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self._deadline = time.monotonic() + seconds
-        self._pace = pace
+        self._deadline, self._pace = time.monotonic() + seconds, pace
 
     def readable(self) -> bool:
         """Return True, for BufferedReader."""
@@ -4473,84 +4393,78 @@ class Connection(io.RawIOBase):
             pass
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(BaseRequestHandler):
     """One connection: requests in, answers out, one after the other."""
 
     server: ScimServer
 
-    def setup(self) -> None:
-        """Find the connection of the socket."""
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        self.peer = self.server.connections.get(self.request) or Connection(self.request)
-
     def handle(self) -> None:
         """Serve requests until either side ends the connection."""
-        try:
+        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.peer = self.server.connections.get(self.request) or Connection(self.request)
+        self.stream: io.BufferedReader = io.BufferedReader(self.peer, 64 * 1024)
+        with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
-                self.peer.socket = self.server.tls.context().wrap_socket(self.request,
-                                                                         server_side=True)
-            self.rfile = io.BufferedReader(self.peer, 64 * 1024)
-            self.close_connection = False
-            while not self.close_connection:
-                self.handle_one_request()
-        except (EOFError, OSError):
-            pass                          # the client is gone, or was silent for too long
+                self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
+            while self._exchange():
+                pass
 
     def finish(self) -> None:
         """Close the connection."""
         with suppress(OSError):
             self.peer.socket.close()
 
-    def handle_one_request(self) -> None:
-        """Read a request, have it answered, write the answer in one piece, log it."""
+    def _exchange(self) -> bool:
+        """Read a request, have it answered, log it; return whether another one may follow."""
         self.peer.state = IDLE
         self.peer.allow(IDLE_SECONDS)
-        if self.server.stopping.is_set() or not self.rfile.peek(1):     # type: ignore[attr-defined]
-            raise EOFError
+        if self.server.stopping.is_set() or not self.stream.peek(1):
+            return False
         self.peer.state, started = READING, time.perf_counter()
-        self.close_connection, request = True, Request("", "")
+        self.peer.allow(HEAD_SECONDS)
         try:
-            self.peer.allow(HEAD_SECONDS)
-            head = read_head(self.rfile)                  # type: ignore[arg-type]
-            host, path = origin_form(head.target, head.headers.get("host") or "localhost")
-            path, _, query = path.partition("?")
-            request = self.server.located(head, host, path, query, self._body(head, path),
-                                          self.client_address[0])
+            method, target, minor_version, headers = read_head(self.stream)
+            located = self.server.located(method, target, headers, self.client_address[0])
+            request = replace(located, body=self._body(located, minor_version))
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
                          f"its body at {SLOWEST} octets a second")
-            self._answer(error_response(refusal), request, started)
-            return self.peer.linger()
+            self._answer(error_response(refusal), Request("", ""), started, last=True)
+            self.peer.linger()
+            return False
         self.server.begin(self.peer)
         response, cut = self.server.answer(request)
         if response.tenant:
             self.peer.since = time.monotonic()
-        options = head.headers.get("connection", "").lower()
-        self.close_connection = (self.server.stopping.is_set() or "close" in options or cut
-                                 or (head.minor_version == 0 and "keep-alive" not in options))
-        self._answer(response, request, started, cut)
+        options = headers.get("connection", "").lower()
+        last = (self.server.stopping.is_set() or "close" in options or cut
+                or (minor_version == 0 and "keep-alive" not in options))
+        self._answer(response, request, started, last, cut)
+        return not last
 
-    def _body(self, head: Head, path: str) -> bytes:
-        limit = self.server.application.body_limit(path)
-        if int(head.headers.get("content-length", 0)) > limit:
+    def _body(self, request: Request, minor_version: int) -> bytes:
+        """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
+        limit, headers = self.server.application.body_limit(request.path), request.headers
+        length = int(headers.get("content-length", 0))
+        if length > limit:
             raise too_large(limit)
-        if head.headers.get("expect", "").lower() == "100-continue" and head.minor_version > 0:
+        if headers.get("expect", "").lower() == "100-continue" and minor_version > 0:
             self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        return read_body(self.rfile, head.headers, limit)       # type: ignore[arg-type]
+        chunked = "transfer-encoding" in headers
+        return read_chunks(self.stream, limit) if chunked else read_exactly(self.stream, length)
 
-    def _answer(self, response: Response, request: Request, started: float,
-                cut: bool = False) -> None:
+    def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False,
+                ) -> None:
         fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
-                 f"Date: {http_date(int(time.time()))}", *(f"{name}: {value}" for name, value in fields)]
-        if self.close_connection:
-            lines.append("Connection: close")
-        head = "\r\n".join(lines).encode("latin-1", "replace") + b"\r\n\r\n"
+                 f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in fields),
+                 *(["Connection: close"] if last else []), "\r\n"]
         try:
-            self.peer.send(head + (body[:len(body) // 2] if cut else body))
+            self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
+                           + body[:len(body) // 2 if cut else None])
         finally:
             self.server.note(request, response, time.perf_counter() - started, len(body))
 
@@ -4569,11 +4483,10 @@ def listen(config: Config) -> Listener:
 def url_of(config: Config, listener: Listener) -> str:
     """Return the Tenant URL of a server on a socket."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    scheme = "https" if config.tls else "http"
-    return f"{scheme}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
+    return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
 
 
-class ScimServer(ThreadingHTTPServer):
+class ScimServer(ThreadingTCPServer):
     """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
@@ -4584,22 +4497,20 @@ class ScimServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, application: Application, listener: Listener | None = None) -> None:
-        self.application = application
-        self.config = config = application.config
-        self.tls = Tls(*config.tls) if config.tls else None
-        self.stopping = threading.Event()
-        self.stopped = threading.Event()
-        self.log = AccessLog(config.access_log, sys.stderr)
+        self.application, self.config = application, application.config
+        self.tls = Tls(*self.config.tls) if self.config.tls else None
+        self.log = request_log(self.config.access_log, sys.stderr)
+        self.stopping, self.stopped = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
         self.connections: dict[socket.socket, Connection] = {}
         self._changed = threading.Condition()
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
-        super().__init__((config.host, config.port), Handler, bind_and_activate=False)
+        super().__init__((self.config.host, self.config.port), Handler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(config)
+        self.socket = listener or listen(self.config)
         self.server_address = self.socket.getsockname()
-        self.url = url_of(config, self.socket)
+        self.url = url_of(self.config, self.socket)
 
     def token(self, tenant: str) -> str:
         """Return a new secret of a tenant, for the client of a test."""
@@ -4614,8 +4525,7 @@ class ScimServer(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
-            while len(self.connections) >= self.config.max_connections \
-                    and not self.stopping.is_set():
+            while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
                 resting = {peer.since: sock for sock, peer in self.connections.items()
                            if peer.state != ANSWERING}
                 if resting:
@@ -4656,25 +4566,25 @@ class ScimServer(ThreadingHTTPServer):
                     peer.end(socket.SHUT_RD)             # its read ends
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.server_close()
-        self.log.close()
+        self.log.close(1)
         self.stopped.set()
 
     # -- Requests --
 
-    def located(self, head: Head, host: str, path: str, query: str, body: bytes,
-                client: str) -> Request:
-        """Return a request: where it came from, and how it named this server."""
+    def located(self, method: str, target: str, headers: Mapping[str, str], client: str) -> Request:
+        """Return a request without its body: where it came from, and how it named this server."""
+        host, target = origin_form(target, headers.get("host") or "localhost")
+        path, _, query = target.partition("?")
         scheme = "https" if self.tls else "http"
         if any(ipaddress.ip_address(client.partition("%")[0]) in network
                for network in self.config.trusted_proxies):
-            told = forwarded(head.headers)
+            told = forwarded(headers)
             client = told["for"] or client
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
-        given = head.headers.get("x-request-id", "")
-        return Request(head.method, path, query, head.headers, body, scheme, host, "", client,
-                       given if REQUEST_ID.fullmatch(given)
-                       else f"{self._run}-{next(self._numbers)}")
+        given = headers.get("x-request-id", "")
+        return Request(method, path, query, headers, b"", scheme, host, "", client,
+                       given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}")
 
     def answer(self, request: Request) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
@@ -4692,9 +4602,9 @@ class ScimServer(ThreadingHTTPServer):
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        self.log.add(time=time.time(), tenant=response.tenant, method=method,
-                     route=response.route, status=response.status,
-                     milliseconds=round(seconds * 1000, 1), bytes=octets, id=request.id)
+        self.log.add({"time": time.time(), "tenant": response.tenant, "method": method,
+                      "route": response.route, "status": response.status,
+                      "milliseconds": round(seconds * 1000, 1), "bytes": octets, "id": request.id})
 
 
 class WsgiApplication:
@@ -4718,17 +4628,17 @@ class WsgiApplication:
         """Return a request without its body; WSGI has decoded the path, as Latin-1."""
         headers = {name[5:].replace("_", "-").lower(): value
                    for name, value in environ.items() if name.startswith("HTTP_")}
+        root, path = (quote(environ.get(name, "").encode("latin-1"))
+                      for name in ("SCRIPT_NAME", "PATH_INFO"))
+        host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         given = headers.get("x-request-id", "")
-        return Request(
-            environ["REQUEST_METHOD"], quote(environ.get("PATH_INFO", "").encode("latin-1")),
-            environ.get("QUERY_STRING", ""), headers, b"", environ["wsgi.url_scheme"],
-            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
-            quote(environ.get("SCRIPT_NAME", "").encode("latin-1")), environ.get("REMOTE_ADDR", ""),
-            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
+        return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
+                       environ["wsgi.url_scheme"], host, root, environ.get("REMOTE_ADDR", ""),
+                       given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
-        if length and not re.fullmatch(r"\d{1,19}", length, re.ASCII):
+        if length and not LENGTH.fullmatch(length):
             raise ScimError(400, "", "content-length: expected a number")
         # A server that takes chunked bodies ends the stream itself, and says so.
         size = int(length) if length else limit + 1 if environ.get("wsgi.input_terminated") else 0
@@ -4746,455 +4656,341 @@ class WsgiApplication:
 # Uses nothing.
 # ----------------------------------------------------------------------------
 
-CONSOLE_PAGE = r"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
+CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>SCIM console</title>
-<link rel="icon" href="data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect
- width='16' height='16' rx='4' fill='%232f5fd0'/%3E%3Cpath d='M4 8.5l2.6 2.6L12 5.4' fill='none' stroke='white'
- stroke-width='1.8'/%3E%3C/svg%3E">
+<link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><circle r='1' fill='%2325d'/></svg>">
 <style>
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
-  --link: #2450b8; --fill: #2f5fd0; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8;
-  --bad: #a3211b; --bad-bg: #fce9e7; --hover: #f0f3f8; }
-@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --ink: #e7ebf2; --soft: #a2aec0;
-  --line: #2b3341; --link: #93b4ff; --fill: #3a66cf; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c;
-  --warn-bg: #332812; --bad: #ffa29a; --bad-bg: #3a1b1b; --hover: #1f2732; } }
-* { box-sizing: border-box; }
-html { overflow-y: scroll; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif;
-  overflow-wrap: anywhere; } table { overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
-header { background: var(--card); border-bottom: 1px solid var(--line); }
-header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; }
-header > div { display: flex; flex-wrap: wrap; align-items: center; gap: 0 24px; min-height: 56px; }
-header b { font-size: 16px; } header b span { color: var(--soft); font-weight: 400; }
-nav { display: flex; gap: 4px; flex: 1; }
-nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
-nav a:hover { color: var(--ink); } nav a[aria-current] { color: var(--ink); border-color: var(--fill); }
-main { padding-top: 28px; padding-bottom: 80px; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; }
-h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; } .lead { color: var(--soft); max-width: 75ch; }
-a { color: var(--link); } code { overflow-wrap: anywhere; }
-code, pre { font: 13px/1.5 ui-monospace, monospace; }
-:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; border-radius: 4px; }
-section, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 18px 20px;
-  margin: 0 0 18px; min-width: 0; }
-.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 260px), 1fr));
-  margin: 18px 0; } .grid > * { margin: 0; } .two { grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); }
-.state h2::before { content: ""; display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 8px;
-  background: currentColor; } .state h2 { font-size: 15px; margin: 0 0 4px; } .state p { margin: 0; }
-.state.ok h2 { color: var(--ok); } .state.warn h2 { color: var(--warn); } .state.bad h2 { color: var(--bad); }
-.bar { display: flex; flex-wrap: wrap; gap: 10px 16px; align-items: center; margin: 0 0 14px; min-height: 38px; }
-.bar label { display: flex; gap: 8px; align-items: center; } .bar .grow { flex: 1 1 220px; max-width: 420px; }
-.live { margin-left: auto; color: var(--soft); font-size: 13px; min-width: 8em; text-align: right; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px;
-  background: var(--card); padding: 7px 12px; min-height: 38px; } input[type=search], input[type=password] { width: 100%; }
-input[type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); margin: 0; }
-button { cursor: pointer; white-space: nowrap; } ::placeholder { color: var(--soft); opacity: 1; } button:hover:enabled { background: var(--hover); } button:disabled { opacity: .45; cursor: default; }
-button.main { background: var(--fill); border-color: var(--fill); color: #fff; }
-button.main:hover:enabled { background: var(--fill); filter: brightness(1.1); }
-button.plain { border: 0; padding: 0; min-height: 24px; background: none; font-weight: inherit; text-align: left; }
-button.small { padding: 2px 10px; min-height: 28px; font-size: 13px; }
-ol, ul { list-style: none; margin: 0; padding: 0; }
-.log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden; }
-.log > li + li { border-top: 1px solid var(--line); }
-summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px;
-  cursor: pointer; list-style: none; align-items: baseline; } summary::-webkit-details-marker { display: none; }
-summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
-[open] .why { display: none; } 
-.history b { display: inline-block; } .history b::first-letter { text-transform: uppercase; }
-summary time, .soft { color: var(--soft); font-size: 13px; } summary .why { grid-column: 2 / -1; font-size: 14px; }
-.pill { display: inline-block; border-radius: 20px; padding: 0 9px; font-size: 13px; white-space: nowrap;
-  font-variant-numeric: tabular-nums; } .ok .pill, .pill.ok { color: var(--ok); background: var(--ok-bg); }
-.warn .pill, .pill.warn { color: var(--warn); background: var(--warn-bg); }
-.bad .pill, .pill.bad { color: var(--bad); background: var(--bad-bg); }
-.warn .why { color: var(--warn); } .bad .why { color: var(--bad); }
-.more { padding: 4px 18px 18px; } .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.note p { margin: 0; } .warn .note { background: var(--warn-bg); } .bad .note { background: var(--bad-bg); }
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
+  --fill: #2f5fd0; --link: #2450b8; --ok: #12683f; --okay: #e4f3ea; --warn: #7a4b00; --warned: #fcf1d8; --bad: #a3211b; --badly: #fce9e7; }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --ink: #e7ebf2; --soft: #a2aec0;
+  --line: #2b3341; --fill: #3a66cf; --link: #93b4ff; --ok: #83dcab; --okay: #15301f; --warn: #f1c76c; --warned: #332812; --bad: #ffa29a;
+  --badly: #3a1b1b; } }
+.ok { --tone: var(--ok); --ground: var(--okay); } .warn, .change { --tone: var(--warn); --ground: var(--warned); }
+.bad { --tone: var(--bad); --ground: var(--badly); } .pill, .note, .ok .mark, .change { background: var(--ground); }
+* { box-sizing: border-box; } html { overflow-y: scroll; } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; } h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; }
+a { color: var(--link); } code, pre { font: 13px/1.5 ui-monospace, monospace; } ol, ul { list-style: none; margin: 0; padding: 0; }
+.soft, .live, .lead, summary time, dt, header span { color: var(--soft); } .soft, .live, .pill, .small, summary time { font-size: 13px; }
+header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; margin-right: 14px; }
+header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; } main { padding-top: 28px; padding-bottom: 80px; }
+header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px; } header > div, .bar { flex-wrap: wrap; }
+nav { flex: 1; } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
+nav a:hover, nav [aria-current] { color: var(--ink); } nav [aria-current] { border-color: var(--fill); }
+section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0; }
+section, .card { padding: 18px 20px; } .empty { text-align: center; padding: 48px 20px; } .sign { max-width: 420px; margin: 10vh auto; }
+.sign > * { margin-bottom: 12px; } .sign button, [type=search], [type=password] { width: 100%; } .state h2, .why { color: var(--tone); }
+.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0; }
+.grid > *, .state p, .note p, .steps p, dd { margin: 0; } .state h2::before { content: "●"; margin-right: 7px; }
+.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; }
+.bar [type=search] { flex: 1 1 220px; max-width: 420px; } .copy code { user-select: all; }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px; background: var(--card);
+  padding: 7px 12px; min-height: 38px; } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); }
+::placeholder { color: var(--soft); opacity: 1; } button { cursor: pointer; white-space: nowrap; } button:disabled { opacity: .45; }
+button:hover:enabled { background: var(--hover); } .main:enabled { background: var(--fill); border-color: var(--fill); color: #fff; }
+.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit; }
+[aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
+.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); }
+.live { margin-left: auto; min-width: 8em; text-align: end; } .more { padding: 4px 18px 18px; }
+summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
+  cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
+summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
+.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
+.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; }
+.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .history b, .pill { display: inline-block; }
 dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
-dt { color: var(--soft); } dd { margin: 0; }
 pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
-.scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; } table { border-collapse: collapse; width: 100%; }
+.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px; }
+.steps li > * { min-width: 0; } .ok .mark { border-color: var(--tone); color: var(--tone); }
+.steps li { display: flex; gap: 12px; padding: 8px 0; } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
 th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; white-space: nowrap; } tbody tr:last-child td { border: 0; } tr.change { background: var(--warn-bg);
-  box-shadow: -20px 0 var(--warn-bg), 20px 0 var(--warn-bg); }
-.steps li { display: flex; gap: 12px; padding: 8px 0; } .steps li > :last-child { min-width: 0; }
-.steps p { margin: 0; } .mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line);
-  text-align: center; line-height: 20px; } .done .mark { background: var(--ok-bg); border-color: var(--ok); color: var(--ok); }
-.empty { text-align: center; padding: 48px 20px; } .empty p { max-width: 56ch; margin: 0 auto 8px; color: var(--soft); }
-.copy { display: flex; gap: 10px; align-items: center; justify-content: space-between; }
-.sign { max-width: 420px; margin: 10vh auto; } .sign > * { margin-bottom: 12px; } .sign button { width: 100%; }
-@media (max-width: 640px) { header > div, main { padding-left: 14px; padding-right: 14px; } main { padding-top: 18px; }
-  header > div { padding-top: 8px; } header b { flex: 1; } nav { order: 3; flex: 1 0 100%; margin: 0 -8px; }
-  nav a { padding: 10px 8px 8px; } section, .card { padding: 14px; } .scroll { margin: 0 -14px; padding: 0 14px; }
-  summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 12px; } summary time { grid-column: 2; }
-  .more { padding: 2px 12px 14px; } thead { display: none; } table { overflow-wrap: anywhere; } tbody tr { display: block;
-  padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
-  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > * { min-width: 0; flex: 1; }
-  .live { flex: 1; } td > .pill { flex: none; } td:has(> span:empty) { display: none; } }
-@media (prefers-reduced-motion: no-preference) { button, nav a, summary, .mark { transition: background .15s, color .15s; } }
+th { white-space: nowrap; } tbody tr:last-child td { border: 0; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
+@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; }
+  nav { order: 3; flex: 1 0 100%; gap: 0; } nav a { padding: 10px 8px 8px; } section, .card, .more { padding: 14px; }
+  .more { padding-top: 2px; } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px; } summary time { grid-column: 2; }
+  .scroll { margin: 0 -14px; padding: 0 14px; } thead { display: none; } table { overflow-wrap: anywhere; }
+  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
+  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > :not(.pill) { min-width: 0; flex: 1; }
+  td:has(> span:empty) { display: none; } }
 </style>
 <header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
-<button id="out" class="small">Sign out</button></div></header>
-<main></main>
+<button id="out" class="small">Sign out</button></div></header><main></main>
+<form class="card sign" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token of your tenant: the one that Entra ID
+ has. It stays in this tab, and what you see is read-only.</p><label for="token">Secret Token</label>
+<input type="password" id="token" autocomplete="off" required><button class="main">Sign in</button></form>
 <script>
-'use strict';
 const ENTERPRISE = 'urn:ietf:params:scim:schemas:extension:enterprise:2.0:User';
 const FACILIO = 'urn:ietf:params:scim:schemas:extension:facilio:2.0:User';
-const SECTIONS = {log: 'Log', setup: 'Set-up', people: 'Employees', groups: 'Groups'};
 const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
-const KINDS = {connection: 'Connection', authentication: 'Authentication', mapping: 'Attribute mapping'};
-const main = document.querySelector('main'), header = document.querySelector('header');
-let setup = null, view = new AbortController();       // what the server knows of the tenant; the view on show
+const [header, main, form] = document.body.children;
+let setup = null, view = new AbortController();        // what the server knows of the tenant; the view on show
 
 // -- Elements: whatever comes from the server becomes text, never HTML --
-
-function h(tag, properties, ...children) {
-  const element = document.createElement(tag);
-  for (const [name, value] of Object.entries(properties || {}))
-    if (name in element) element[name] = value; else element.setAttribute(name, value);
+function h(kind, ...children) {                        // h('p.soft', {title: 'x'}, 'text'): the properties may be left out
+  const [tag, ...classes] = kind.split('.'), element = document.createElement(tag);
+  const properties = children[0]?.constructor === Object ? children.shift() : {};
+  for (const [name, value] of Object.entries(properties)) name in element ? element[name] = value : element.setAttribute(name, value);
+  element.classList.add(...classes);
   element.append(...children.flat(9).filter(Boolean));
   return element;
 }
-const link = (section, id, text) => h('a', {href: `#/${section}/${encodeURIComponent(id)}`}, text || id);
+const link = (text, ...way) => h('a', {href: ['#', ...way.map(encodeURIComponent)].join('/')}, text || way.at(-1));
 const full = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
 const when = at => h('time', {dateTime: at}, full(at));
-const words = value => value === true ? 'Yes' : value === false ? 'No' : value ?? '';
-const cells = (titles, row, change) => h('tr', {className: change ? 'change' : ''}, row.map((value, n) =>
-  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', {}, value))));
-const table = (titles, body) => h('div', {className: 'scroll'}, h('table', {}, h('thead', {}, h('tr', {},
-  titles.map(title => title instanceof Element ? title : h('th', {scope: 'col'}, title)))), body));
-const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
+const words = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
 const short = names => names.join(', ').replaceAll(FACILIO + ':', '').replaceAll(ENTERPRISE + ':', '');
-const pairs = rows => h('dl', {}, rows.filter(([, ...value]) => value.some(Boolean))
-  .map(([name, ...value]) => [h('dt', {}, name), h('dd', {}, ...value)]));
-const empty = (title, ...text) => h('div', {className: 'card empty'}, h('h2', {}, title), h('p', {}, ...text));
-const copyable = text => h('div', {className: 'copy'}, h('code', {}, text), h('button', {className: 'small',
-  ariaLabel: 'Copy ' + text, onclick: ({target}) => {       // browsers copy by themselves on https and localhost alone
-    getSelection().selectAllChildren(target.previousSibling);
-    navigator.clipboard?.writeText(text);
-    target.textContent = navigator.clipboard ? 'Copied' : 'Selected'; }}, 'Copy'));
+const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn'), `${good ? '✓' : sign} ${text}`);
+const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
+const section = (title, ...content) => h('section', h('h2', title), ...content);
+const empty = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
+const pairs = rows => h('dl', rows.filter(([, ...value]) => value.some(Boolean)).map(([name, ...value]) => [h('dt', name),
+  h('dd', value)]));
+const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', heads)), body));
+const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
+const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
+  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', value))));
+const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
+  onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
+const searchField = (placeholder, load, typing) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
+  oninput: () => { clearTimeout(typing); typing = setTimeout(load, 250); }});
 
 // -- The server: the token goes in a header, and nowhere else --
-
-async function ask(path, options) {
-  const token = sessionStorage.getItem('token');
-  const answer = await fetch(path, {...options, headers: {Authorization: 'Bearer ' + token, 'X-Console': '1'}});
+async function ask(path, signal) {
+  const answer = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
   if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
   if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
   return answer;
 }
-const get = async (path, parameters, signal) => (await ask(
-  path + (parameters ? '?' + new URLSearchParams(parameters) : ''), {signal})).json();
-async function download(path, name) {
-  const url = URL.createObjectURL(await (await ask(path)).blob());
-  h('a', {href: url, download: name}).click();
-  setTimeout(() => URL.revokeObjectURL(url), 1000);
-}
-async function follow(signal, after, state, use) {     // long polls; each failure doubles the pause
-  for (let pause = 1000; !signal.aborted;) {
+const get = async (path, parameters) => (await ask(path + '?' + new URLSearchParams(parameters), view.signal)).json();
+const getLog = async parameters => (await get('/console/api/log', parameters)).entries;
+const getSetup = async () => { setup = await get('/console/api/setup'); };
+const download = async (path, name) =>
+  h('a', {href: URL.createObjectURL(await (await ask('/console/api/' + path)).blob()), download: name}).click();
+async function follow(state, use) {                    // long polls while the view is on show; each failure doubles the pause
+  const {signal} = view;
+  for (let after = setup.last[0]?.seq || 0, pause = 1000; !signal.aborted;)
     try {
       state.textContent ||= 'Live';
-      const {entries} = await get('/console/api/log', {after, wait: 25, count: 100}, signal);
-      state.textContent = 'Live';
-      pause = 1000;
-      if (entries.length) { after = entries[0].seq; await use(entries); }
+      const [newest] = await getLog({after, wait: 25, count: 100});
+      state.textContent = 'Live'; pause = 1000;
+      if (newest) { after = newest.seq; await use(); }
     } catch (error) {
       if (signal.aborted) return;
       state.textContent = `No answer, next try in ${pause / 1000} s`;
       await new Promise(wake => setTimeout(wake, pause));
       pause = Math.min(2 * pause, 60000);
     }
-  }
 }
 
 // -- The log --
-
-function entry(found) {
-  const [level, sign, meaning] = LEVELS[found.level], [note] = found.notes, place = {User: 'people', Group: 'groups'}[found.type];
-  return h('li', {}, h('details', {className: level}, h('summary', {},
-    h('span', {className: 'pill', title: meaning}, `${sign} ${found.status}`),
-    h('span', {}, found.operation, ' ', h('b', {}, found.name)), when(found.at),
-    note && h('span', {className: 'why'}, note.text)),
-  h('div', {className: 'more'}, found.notes.map(one => h('div', {className: 'note'},
-    h('p', {className: 'soft'}, KINDS[one.kind]), h('p', {}, one.text), h('p', {}, h('b', {}, 'What to do: '), one.remedy))),
-  pairs([['About', place && found.subject && link(place, found.subject, found.name)],
-    ['Attributes', short(found.attributes)], ['Answer', found.detail],
-    ['Request', h('code', {}, `${found.method} ${found.path}`)],
-    ['Token', `${found.token}, from ${found.client || 'an unknown address'}`],
-    ['Took', `${found.milliseconds} ms`], ['Request id', found.id]]), found.body && json(found.body))));
+function entry(call) {
+  const [level, sign, meaning] = LEVELS[call.level], [note] = call.notes, place = {User: 'people', Group: 'groups'}[call.type];
+  return h('li', h('details.' + level, h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`),
+    h('span', call.operation, ' ', h('b', call.name)), when(call.at), note && h('span.why', note.text)),
+  h('div.more', call.notes.map(one => h('div.note', h('p.soft', one.kind), h('p', one.text),
+    h('p', h('b', 'What to do: '), one.remedy))),
+  pairs([['About', place && call.subject && link(call.name, place, call.subject)], ['Attributes', short(call.attributes)],
+    ['Answer', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
+    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Took', `${call.milliseconds} ms`],
+    ['Request id', call.id]]), call.body && json(call.body))));
 }
-const entries = found => h('ol', {className: 'log'}, found.map(entry));
-
-function health(found) {
-  const {last: [last], refused, strangers} = setup, troubles = found.filter(one => one.seq > last.seq - 100);
-  const of = kind => troubles.filter(one => one.notes.some(note => note.kind === kind)), [lost] = of('connection');
-  const wrong = of('mapping'), missing = last ? setup.fields.filter(one => !one.people).map(one => one.display_name) : [];
-  const strange = strangers ? ` ${strangers} with an unknown token since ${full(setup.strange_since)}.` : '';
-  const state = (level, title, ...text) => h('div', {className: `card state ${level}`}, h('h2', {}, title), h('p', {}, ...text));
-  return h('div', {className: 'grid'},
-    state(!last || lost ? 'warn' : 'ok', 'Connection', !last ? ['Nobody has called yet. Enter the ',
-      h('a', {href: '#/setup'}, 'Tenant URL'), ' in Entra ID.'] : `Last call on ${full(last.at)}, token “${last.token}”. `,
-    lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
-    state(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-      `${refused.length} refused since ${full(refused.at(-1).at)}. ${refused[0].notes[0].text}` :
-      strange ? 'Calls were refused:' : 'No call was refused.', strange),
-    state(wrong.length ? wrong[0].level > 1 ? 'bad' : 'warn' : missing.length ? 'warn' : 'ok', 'Attribute mapping',
-      wrong.length ? `${wrong.length} of the last 100 calls had trouble. ${wrong[0].notes[0].text} ` : last ?
-        'Everything that was sent fits. ' : 'Nothing was sent yet. ', missing.length && [h('a', {href: '#/setup'},
-        missing.length > 1 ? 'Custom fields' : 'A custom field'), ` never arrived: ${missing.join(', ')}.`]));
+function health(troubles) {
+  const {last: [last], refused, strangers} = setup, unseen = last ? setup.fields.filter(one => !one.people) : [];
+  const of = kind => troubles.filter(one => one.seq > last.seq - 100 && one.notes.some(note => note.kind === kind));
+  const [lost] = of('connection'), wrong = of('mapping'), first = ([{notes: [note]}]) => note.text;
+  const card = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
+  return h('div.grid', card(!last || lost ? 'warn' : 'ok', 'Connection', last ? `Last call on ${full(last.at)}, token “${last.token}”. ` :
+    ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
+  lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
+  card(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
+    `${refused.length} refused since ${full(refused.at(-1).at)}. ${first(refused)}` : strangers ? 'Calls were refused:' :
+      'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
+  card(wrong.length ? LEVELS[wrong[0].level][0] : unseen.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
+    `${wrong.length} of the last 100 calls had trouble. ${first(wrong)} ` : last ? 'All that was sent fits. ' : 'Nothing was sent yet. ',
+  unseen.length && [link('Custom fields', 'setup'), ` that never arrived: ${unseen.map(one => one.display_name).join(', ')}.`]));
 }
-
-async function showLog(id, signal) {
-  const search = h('input', {type: 'search', ariaLabel: 'Search the log', placeholder: 'Search names, attributes, answers'});
-  const problems = h('input', {type: 'checkbox'}), list = h('div'), top = h('div'), state = h('span', {role: 'status'});
-  const fresh = h('button', {className: 'small', hidden: true, onclick: () => load()});
-  const fetchPage = before => get('/console/api/log', {before, count: 50, level: +problems.checked, text: search.value}, signal);
-  let typing, turn = 0;
+async function showLog() {
+  const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
+  const list = h('div'), top = h('div'), state = h('span', {role: 'status'});
+  const fresh = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
+  const older = h('button', {onclick: async () => list.firstChild.append(...take(await page(oldest)))}, 'Show older calls');
+  const page = before => getLog({before, count: 50, level: +problems.checked, text: search.value});
+  const take = calls => { oldest = calls.at(-1)?.seq; older.hidden = calls.length < 50; return calls.map(entry); };
+  let turn = 0, oldest;
   async function load() {
-    const mine = ++turn;                               // an answer that another search has overtaken is dropped
-    const [page, troubles, known] = await Promise.all([fetchPage(0), get('/console/api/log', {level: 1}, signal),
-      get('/console/api/setup', null, signal)]);
-    if (mine !== turn) return;
-    setup = known;
-    top.replaceChildren(health(troubles.entries));
+    const mine = ++turn, [calls, troubles] = await Promise.all([page(0), getLog({level: 1}), getSetup()]);
+    if (mine !== turn) return;                         // another search has overtaken this answer
     fresh.hidden = true;
-    const older = h('button', {hidden: page.entries.length < 50, onclick: async () => {
-      const more = await fetchPage(page.entries.at(-1).seq);
-      page.entries = more.entries;
-      older.hidden = more.entries.length < 50;
-      list.querySelector('ol').append(...more.entries.map(entry));
-    }}, 'Show older calls');
-    list.replaceChildren(...page.entries.length ? [entries(page.entries), h('p'), older] : [
-      problems.checked || search.value ? empty('No call fits', 'Clear the search, or look at all calls.') :
-        empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
-          h('a', {href: '#/setup'}, 'Set-up'), ' for what to enter there.')]);
+    top.replaceChildren(health(troubles));
+    list.replaceChildren(h('ol.log', take(calls)), calls.length ? '' : problems.checked || search.value ?
+      empty('No call fits', 'Clear the search, or look at all calls.') :
+      empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
+        link('Set-up', 'setup'), ' for what to enter there.'));
   }
-  search.oninput = () => { clearTimeout(typing); typing = setTimeout(load, 250); };
-  problems.onchange = load;
   await load();
-  follow(signal, setup.last[0]?.seq || 0, state, async () => {
-    if (scrollY < 200 && !list.querySelector('[open]')) return load();
-    fresh.textContent = 'Show new calls';
-    fresh.hidden = false;
-  });
+  follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
   return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
-    h('div', {className: 'bar'}, h('span', {className: 'grow'}, search), h('label', {}, problems, 'Problems only'),
-      h('span', {className: 'live'}, fresh, ' ', state)), list];
+    h('div.bar', search, h('label', problems, 'Problems only'), h('span.live', fresh, ' ', state)), list, older];
 }
 
 // -- Set-up --
-
-async function testConnection(result) {              // what Entra's button does: look for somebody who is not there
-  const lines = [];
-  for (const [endpoint, name] of [['Users', 'userName'], ['Groups', 'displayName']])
-    try {
-      const found = await get('/scim/v2/' + endpoint, {filter: `${name} eq "${crypto.getRandomValues(new Uint32Array(2))
-        .join('-')}"`});
-      lines.push([!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`]);
-    } catch (error) { lines.push([false, `${endpoint}: ${error.message}`]); }
-  if (!setup.url.startsWith(location.origin + '/'))
-    lines.push([false, `This page is at ${location.origin}, but the server takes itself for ${setup.url}: let the proxy keep ` +
-      'the Host header, or trust it (trusted_proxies).']);
+async function testConnection(result) {                // what Entra's button does: look for somebody who is not there
+  const look = (endpoint, name) => get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
+    found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
+    error => [false, `${endpoint}: ${error.message}`]);
+  const lines = await Promise.all([look('Users', 'userName'), look('Groups', 'displayName')]);
+  if (!setup.url.startsWith(location.origin + '/')) lines.push([false, `This page is at ${location.origin}, but the server takes ` +
+    `itself for ${setup.url}: let the proxy keep the Host header, or trust it (trusted_proxies).`]);
   if (location.protocol !== 'https:')
     lines.push([false, 'This page came by http. Entra ID calls by https only, on a public name: put TLS in front.']);
-  result.replaceChildren(...lines.map(([good, text]) => h('p', {}, h('span', {className: 'pill ' + (good ? 'ok' : 'warn')},
-    good ? '✓' : '!'), ' ', text)));
+  result.replaceChildren(...lines.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
 }
-
-const FIELDS = ['Field', 'Type', 'Name in Entra', 'Arrived'];
-const TARGETS = ['Source', 'Target', 'Type', 'Change'];
-async function showSetup(id, signal) {
-  const steps = h('ol', {className: 'steps'}), fields = h('tbody'), result = h('div', {role: 'status'});
-  const state = h('span', {className: 'soft', role: 'status'});
+async function showSetup() {
+  const steps = h('ol.steps'), fields = h('tbody'), result = h('div', {role: 'status'}), state = h('span.soft', {role: 'status'});
+  const targets = ['Source', 'Target', 'Type', 'Change'], names = ['Field', 'Type', 'Name in Entra', 'Arrived'];
   async function load() {
-    setup = await get('/console/api/setup', null, signal);
-    steps.replaceChildren(...setup.steps.map(one => h('li', {className: one.at ? 'done' : ''},
-      h('span', {className: 'mark', ariaHidden: 'true'}, one.at ? '✓' : ''), h('div', {}, h('b', {}, one.title),
-        h('p', {className: 'soft'}, one.at ? ['Done: first on ', full(one.at)] : one.hint)))));
-    fields.replaceChildren(...setup.fields.map(one => cells(FIELDS, [one.display_name, one.type, copyable(one.urn),
-      h('span', {className: 'pill ' + (one.people ? 'ok' : 'warn')}, one.people ? `✓ ${one.people} people` :
-        '! never arrived')])));
+    await getSetup();
+    steps.replaceChildren(...setup.steps.map(one => h(one.at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'}, one.at && '✓'),
+      h('div', h('b', one.title), h('p.soft', one.at ? 'Done: first on ' + full(one.at) : one.hint)))));
+    fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
+      one.people ? pill(true, `${one.people} people`) : pill(false, 'never arrived')])));
   }
   await load();
-  follow(signal, setup.last[0]?.seq || 0, state, load);
-  const tokens = setup.tokens.map(one => [one.name, one.expired ? h('span', {className: 'pill bad'}, '✕ expired') : '',
-    one.expires ? ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; ` : '',
-    one.last_use ? `last used on ${full(one.last_use)}` : 'never used']);
-  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.',
-    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Connection'), h('p', {className: 'soft'},
-      'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
-    h('p', {className: 'soft'}, 'Secret Token: the secret of one of these tokens, which only you have'), pairs(tokens), h('p'),
-    h('button', {className: 'main', onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
-    h('section', {}, h('h2', {}, 'Check list ', state), steps)),
-    h('section', {}, h('h2', {}, 'Attribute mapping'), h('p', {className: 'soft'}, 'Mappings → Provision Microsoft Entra ID ' +
-      'Users: from the source in Entra ID to the target in customappsso. Highlighted is what differs from Entra\'s proposal.'),
-    table(TARGETS, h('tbody', {}, setup.mapping.map(([source, target, type, change]) => cells(TARGETS,
-      [source || '(your choice)', h('code', {}, target), type, change], change)))),
-    h('p'), h('button', {onclick: () => download('/console/api/mapping', 'mapping.csv')}, 'Download as CSV')),
-    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? [h('p', {className: 'soft'},
-      'Show advanced options → Edit attribute list for customappsso: add these names with these types, then map to them.'),
-    table(FIELDS, fields)] : h('p', {className: 'soft'},
-      'This tenant has none. They are “custom_fields” of the tenant in the configuration.'), h('p'),
-    h('button', {onclick: () => download('/console/api/schema', 'customappsso.json')}, 'Download the schema as JSON'))];
+  follow(state, load);
+  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
+    section('Connection', h('p.soft', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
+      h('p.soft', 'Secret Token: the secret of one of these tokens, which only you have'), pairs(setup.tokens.map(one => [one.name,
+        one.expired && h('span.pill.bad', '✕ expired'), one.expires && ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; `,
+        one.last_use ? `last used on ${full(one.last_use)}` : 'never used'])), h('p'),
+      h('button.main', {onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
+    section(['Check list ', state], steps)),
+  section('Attribute mapping', h('p.soft', 'Mappings → Provision Microsoft Entra ID Users: from the source in Entra ID to the ' +
+    'target in customappsso. Highlighted is what differs from Entra\'s proposal.'), table(titled(targets), h('tbody',
+    setup.mapping.map(([source, target, type, change]) => row(targets, [source || '(your choice)', h('code', target), type, change],
+      change ? 'tr.change' : 'tr')))), h('p'),
+  h('button', {onclick: () => download('mapping', 'mapping.csv')}, 'Download as CSV')),
+  section('Custom fields', setup.fields.length ? [h('p.soft', 'Show advanced options → Edit attribute list for customappsso: ' +
+    'add these names with these types, then map to them.'), table(titled(names), fields)] : h('p.soft', 'This tenant has none. ' +
+    'They are “custom_fields” of the tenant in the configuration.'), h('p'),
+  h('button', {onclick: () => download('schema', 'customappsso.json')}, 'Download the schema as JSON'))];
 }
 
 // -- Employees and groups: the server filters, sorts and pages --
-
-function listing(endpoint, columns, searched, none, base, signal) {
-  const search = h('input', {type: 'search', ariaLabel: 'Search', placeholder: 'Search'});
-  const state = h('select', {ariaLabel: 'Show'}, [['', 'All'], ['active eq true', 'Active'],
-    ['active eq false', 'Inactive']].map(([value, text]) => h('option', {value}, text)));
-  const lacking = h('div'), body = h('tbody'), count = h('span', {role: 'status', className: 'soft'});
-  let start = 1, sort = columns[0].sort, down = false, typing, turn = 0;
-  const move = by => { start = Math.max(1, start + by); return load(); };
-  const back = h('button', {onclick: () => move(-25)}, 'Previous'), next = h('button', {onclick: () => move(25)}, 'Next');
-  const head = columns.map(column => h('th', {scope: 'col'}, column.sort ? h('button', {className: 'plain', onclick: () => {
-    down = sort === column.sort && !down; sort = column.sort; start = 1; return load();
-  }}, column.title) : column.title));
-  const place = h('div', {className: 'card list'}, table(head, body));
-  async function load() {
-    const text = JSON.stringify(search.value.trim());
-    const terms = [base, state.value, text !== '""' && `(${searched.map(name => `${name} co ${text}`).join(' or ')})`];
-    const parameters = {startIndex: start, count: 25, sortBy: sort, sortOrder: down ? 'descending' : 'ascending',
-      excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')};
-    const mine = ++turn, found = await get('/scim/v2/' + endpoint, parameters, signal), total = found.totalResults;
-    if (mine !== turn) return;
-    columns.forEach((column, n) => column.sort && (head[n].ariaSort = column.sort !== sort ? 'none' :
-      down ? 'descending' : 'ascending', head[n].firstChild.textContent = column.title + (column.sort !== sort ? '' :
-      down ? ' ↓' : ' ↑')));
-    body.replaceChildren(...found.Resources.map(one => cells(columns.map(column => column.title),
-      columns.map(column => column.value(one)))));
-    place.hidden = !total;
-    lacking.replaceChildren(...total ? [] : [terms.filter(Boolean).length > (base ? 1 : 0) ?
-      empty('Nothing fits', 'Try another word, or show all.') : none]);
-    count.textContent = total ? `${start}–${start + found.Resources.length - 1} of ${total}` : '';
-    back.hidden = next.hidden = total <= 25;
-    back.disabled = start < 2; next.disabled = start + 25 > total;
-  }
-  state.onchange = () => { start = 1; return load(); };
-  search.oninput = () => { clearTimeout(typing); typing = setTimeout(state.onchange, 250); };
-  return load().then(() => [h('div', {className: 'bar'}, h('span', {className: 'grow'}, search),
-    endpoint === 'Users' && h('label', {}, 'Show', state)), lacking, place, h('div', {className: 'bar'}, back, next, count)]);
-}
-
 const mail = user => (user.emails?.find(one => one.primary) || user.emails?.find(one => one.type === 'work'))?.value;
-const PEOPLE = ['displayName', 'userName', 'emails.value', 'title'];
-const columns = () => [{title: 'Name', sort: 'displayName', value: one => link('people', one.id, one.displayName || one.userName)},
-  {title: 'E-mail', sort: 'emails.value', value: one => mail(one) || one.userName},
-  {title: 'Designation', sort: 'title', value: one => one.title || ''},
-  ...setup.fields.map(field => ({title: field.display_name, sort: field.urn,
-    value: one => String(words(one[FACILIO]?.[field.link_name]))})),
-  {title: 'Active', sort: 'active', value: one => h('span', {className: 'pill ' + (one.active ? 'ok' : 'warn')},
-    one.active ? '✓ Active' : '– Inactive')}];
-const showPeople = async (id, signal) => ['Employees', 'People as they were provisioned; each is an employee of Facilio.',
-  ...await listing('Users', columns(), PEOPLE, empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ',
-    h('a', {href: '#/setup'}, 'The check list'), ' shows how far it is.'), '', signal)];
-const showGroups = async (id, signal) => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', [
-  {title: 'Name', sort: 'displayName', value: one => link('groups', one.id, one.displayName)},
-  {title: 'External id', sort: 'externalId', value: one => one.externalId || ''},
-  {title: 'Changed', sort: 'meta.lastModified', value: one => when(one.meta.lastModified)}], ['displayName', 'externalId'],
-empty('No groups yet', 'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'),
-'', signal)];
-
-function changesOf(changes, id) {
-  return h('section', {}, h('h2', {}, 'History'), changes.length ? h('ol', {className: 'steps history'}, changes.map(one =>
-    h('li', {}, h('div', {}, h('b', {}, one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
-      link('people', one.member, 'this person') : link('groups', one.id, 'this group')], h('p', {className: 'soft'},
-      full(one.at), one.token && ` by “${one.token}”`, one.attributes.length ? ': ' + short(one.attributes) : ''))))) :
-    h('p', {className: 'soft'}, 'The change feed holds nothing about it any more.'));
+const SEARCHED = {Users: ['displayName', 'userName', 'emails.value', 'title'], Groups: ['displayName', 'externalId']};
+const COLUMNS = {                                      // title, what it sorts by, what it shows of a resource
+  Users: () => [['Name', 'displayName', one => link(one.displayName || one.userName, 'people', one.id)],
+    ['E-mail', 'emails.value', one => mail(one) || one.userName], ['Designation', 'title', one => one.title || ''],
+    ...setup.fields.map(field => [field.display_name, field.urn, one => words(one[FACILIO]?.[field.link_name])]),
+    ['Active', 'active', one => one.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
+  Groups: () => [['Name', 'displayName', one => link(one.displayName, 'groups', one.id)],
+    ['External id', 'externalId', one => one.externalId || ''], ['Changed', 'meta.lastModified', one => when(one.meta.lastModified)]],
+};
+async function listing(endpoint, none, base) {
+  const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', () => load(1));
+  const state = h('select', {onchange: () => load(1)}, [['', 'All'], ['active eq true', 'Active'], ['active eq false', 'Inactive']]
+    .map(([value, text]) => h('option', {value}, text)));
+  const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
+  let start, sort = 'displayName', order = 'ascending', turn = 0;
+  const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
+  const sortBy = path => { [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending']; load(1); };
+  const heads = titled(columns.map(([title, path]) => h('button', {onclick: () => sortBy(path)}, title)));
+  const card = h('div.card.list', table(heads, body));
+  async function load(from) {
+    const text = search.value.trim(), mine = ++turn, word = JSON.stringify(text);
+    const terms = [base, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${word}`).join(' or ')})`];
+    start = Math.max(1, from);
+    const {Resources: found, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy: sort,
+      sortOrder: order, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
+    if (mine !== turn) return;                         // another search has overtaken this answer
+    columns.forEach(([, path], n) => { heads[n].ariaSort = path === sort ? order : 'none'; });
+    body.replaceChildren(...found.map(one => row(titles, columns.map(([, , show]) => show(one)))));
+    card.hidden = !total;
+    lacking.replaceChildren(total ? '' : state.value || text ? empty('Nothing fits', 'Try another word, or show all.') : none);
+    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : '';
+    back.hidden = next.hidden = total <= 25;
+    [back.disabled, next.disabled] = [start < 2, start + 25 > total];
+  }
+  await load(1);
+  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), lacking, card, h('div.bar', back, next, count)];
 }
-async function about(endpoint, id, signal) {
-  const [found, past, calls] = await Promise.all([
-    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}, signal),
-    get('/console/api/history/' + encodeURIComponent(id), null, signal),
-    get('/console/api/log', {subject: id, count: 20}, signal)]);
-  const [resource] = found.Resources;
-  return {resource, past, rest: [h('div', {className: 'grid two'}, changesOf(past.changes, id), h('section', {},
-    h('h2', {}, 'SCIM resource'), resource ? json(resource) : h('p', {className: 'soft'}, 'It was deleted; the employee stays.'))),
-  h('h2', {}, 'Calls'), calls.entries.length ? entries(calls.entries) : empty('No calls', 'The log holds none about it.')]};
+const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.', ...await listing(
+  'Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ', link('See how far it is', 'setup'), '.'))];
+const showGroups = async () => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', empty('No groups yet',
+  'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'))];
+async function about(endpoint, id) {                   // a resource, its employee if it has one, and what both kinds show of it
+  const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
+    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
+    get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
+  const history = changes.map(one => h('li', h('div', h('b', one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
+    link('this person', 'people', one.member) : link('this group', 'groups', one.id)], h('p.soft', full(one.at),
+    one.token && ` by “${one.token}”`, one.attributes.length && ': ' + short(one.attributes)))));
+  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'None is left.'),
+    section('SCIM resource', resource ? json(resource) : 'It was deleted; the employee stays.')), h('h2', 'Calls'),
+  calls.length ? h('ol.log', calls.map(entry)) : empty('No calls', 'The log holds none about it.')];
 }
-async function showPerson(id, signal) {
-  const {resource, past: {employee}, rest} = await about('Users', id, signal);
-  if (!employee) return ['Nobody here', 'No employee has this id.', h('a', {href: '#/people'}, 'All employees')];
-  const boss = resource?.[ENTERPRISE]?.manager;
-  return [employee.name, [h('a', {href: '#/people'}, 'Employees'), ` / employee ${employee.id}`],
-    h('div', {className: 'grid two'}, h('section', {}, h('h2', {}, 'Employee'), pairs([
-      ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
-      ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile],
-      ['Number', employee.employeeNumber], ['Manager', boss && link('people', boss.value, boss.displayName ||
-        (employee.manager ? `employee ${employee.manager}` : 'not known here yet'))],
-      ['Language', employee.language], ['Changed', when(employee.changed)], ['External id', employee.external_id]])),
-    h('section', {}, h('h2', {}, 'Custom fields'), setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
-      String(words(employee.custom_fields[one.link_name])) || h('span', {className: 'soft'}, 'not sent')])) : 'None', h('p'),
-    h('h2', {}, 'Groups'), resource?.groups?.length ? h('ul', {}, resource.groups.map(one => h('li', {}, link('groups', one.value,
-      one.display)))) : h('p', {className: 'soft'}, 'In no group.'))), ...rest];
+async function showPerson(id) {
+  const [resource, employee, ...rest] = await about('Users', id), boss = resource?.[ENTERPRISE]?.manager;
+  if (!employee) return ['Nobody here', 'No employee has this id.', link('All employees', 'people')];
+  const manager = boss && (boss.displayName || (employee.manager ? `employee ${employee.manager}` : 'not known here yet'));
+  return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id}`], h('div.grid', section('Employee', pairs([
+    ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
+    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Number', employee.employeeNumber],
+    ['Manager', boss && link(manager, 'people', boss.value)], ['Language', employee.language], ['Changed', when(employee.changed)],
+    ['External id', employee.external_id]])),
+  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
+    words(employee.custom_fields[one.link_name]) || h('span.soft', 'not sent')])) : 'None', h('p'), h('h2', 'Groups'),
+  resource?.groups ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) : 'None')), ...rest];
 }
-async function showGroup(id, signal) {
-  const {resource, rest} = await about('Groups', id, signal);
-  const members = await listing('Users', columns(), PEOPLE, empty('No members', 'Assign people to this group in Entra ID.'),
-    `groups.value eq ${JSON.stringify(id)}`, signal);
-  return [resource?.displayName || 'A group that was deleted', h('a', {href: '#/groups'}, 'Groups'), h('p'),
-    h('h2', {}, 'Members'), ...members, ...rest];
+async function showGroup(id) {
+  const [resource, , ...rest] = await about('Groups', id), none = empty('No members', 'Assign people to this group in Entra ID.');
+  return [resource?.displayName || 'A group that was deleted', link('Groups', 'groups'), h('p'), h('h2', 'Members'),
+    ...await listing('Users', none, `groups.value eq ${JSON.stringify(id)}`), ...rest];
 }
 
 // -- Sign in, and the way from view to view --
-
-function signIn(problem) {
-  sessionStorage.removeItem('token');
+const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showPeople, showPerson],
+  groups: ['Groups', showGroups, showGroup]};
+const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
+function signIn(...problems) {
+  delete sessionStorage.token;
   setup = null; view.abort();
-  header.hidden = true;
-  const input = h('input', {type: 'password', id: 'token', autocomplete: 'off', required: true});
-  main.replaceChildren(h('form', {className: 'card sign', onsubmit: event => {
-    event.preventDefault(); sessionStorage.setItem('token', input.value.trim());
-    show();
-  }}, h('h1', {tabIndex: -1}, 'SCIM console'), h('p', {className: 'lead'}, 'Sign in with the Secret Token of your tenant: the one ' +
-    'that Entra ID has. It stays in this tab, and what you see is read-only.'), h('label', {htmlFor: 'token'}, 'Secret Token'), input,
-  h('div', {role: 'alert', className: 'bad'}, problem && h('p', {className: 'note'}, problem)),
-  h('button', {className: 'main'}, 'Sign in')));
-  input.focus();
+  header.hidden = true; form.hidden = false; form.token.value = '';
+  main.replaceChildren(...problems.map(alarm), form);
+  form.token.focus();
 }
+form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
   view.abort();
-  const {signal} = view = new AbortController();
-  const [section, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
-  const chosen = SECTIONS[section] ? section : 'log';
-  const render = {log: showLog, setup: showSetup, people: id ? showPerson : showPeople, groups: id ? showGroup : showGroups}[chosen];
-  if (!sessionStorage.getItem('token')) return signIn('');
-  let parts;
-  try {
-    setup ||= await get('/console/api/setup', null, signal);
-    parts = await render(id, signal);
-  } catch (error) {
-    parts = ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
-  }
+  const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
+  const chosen = SECTIONS[name] ? name : 'log', [, all, one] = SECTIONS[chosen];
+  if (!sessionStorage.token) return signIn();
+  const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
+  const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
   if (signal.aborted) return;
-  const [title, lead, ...rest] = parts;
   header.hidden = false;
   document.title = `${title} – SCIM console`;
   document.querySelector('#tenant').textContent = setup?.tenant || '';
-  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([name, text]) => h('a',
-    {href: '#/' + name, ...name === chosen && {'aria-current': 'page'}}, text)));
-  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p', {className: 'lead'}, ...[lead].flat()), ...rest.filter(Boolean));
+  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([section, [text]]) =>
+    h('a', {href: '#/' + section, ...section === chosen && {ariaCurrent: 'page'}}, text)));
+  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...rest.filter(Boolean));
   if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
 }
-document.querySelector('#out').onclick = () => signIn('');
-addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
-  event.preventDefault();
-  if (!view.signal.aborted && event.reason.name !== 'AbortError')
-    main.prepend(h('div', {role: 'alert', className: 'bad'}, h('p', {className: 'note'}, event.reason.message)));
-});
 function enter(event) {
   const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
-  if (given) { sessionStorage.setItem('token', decodeURIComponent(given)); setup = null; }
+  if (given) { sessionStorage.token = decodeURIComponent(given); setup = null; }
   if (given || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }
+document.querySelector('#out').onclick = () => signIn();
+addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+  event.preventDefault();
+  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alarm(event.reason.message));
+});
 addEventListener('hashchange', enter);
 enter();
-</script>
-</html>
+</script></html>
 """
 
 
@@ -5209,16 +5005,14 @@ enter();
 
 KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
-
-
-def page_of(config: Config) -> str:
-    """Return the console, "" where it is switched off."""
-    return CONSOLE_PAGE if config.console else ""
+FIXED = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log",
+         "console")               # what a running server does not take anew
+Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
+Hook = Callable[[str], str | None] | None
 
 
 @contextmanager
-def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-            authenticate: Callable[[str], str | None] | None = None, deterministic: bool = False,
+def running(config: Source = None, *, authenticate: Hook = None, deterministic: bool = False,
             ) -> Iterator[ScimServer]:
     """Run a server on a free port while a with block lasts; see its url, token() and directory().
 
@@ -5226,14 +5020,13 @@ def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None 
     deterministic lets ids count up and the clock tick a millisecond at each look. Raises
     ConfigError, StoreError and OSError.
     """
-    ids, ticks = itertools.count(1), itertools.count()
     made = to_config(config)
-    application = Application(
-        replace(made, port=0), authenticate,
-        (lambda: FIRST_TICK + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-        page_of(made))
-    try:
+    ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
+    with closing(Application(
+            replace(made, port=0), authenticate,
+            (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+            CONSOLE_PAGE * made.console)) as application:
         for tenant in made.tenants:
             application.directory(tenant.name)           # a test wants each of them
         server = ScimServer(application)
@@ -5245,18 +5038,15 @@ def running(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None 
         finally:
             server.stop()
             thread.join()
-    finally:
-        application.close()
 
 
-def wsgi(config: Config | Mapping[str, Json] | str | os.PathLike[str] | None = None, *,
-         authenticate: Callable[[str], str | None] | None = None) -> WsgiApplication:
-    """Return the server for gunicorn, waitress or mod_wsgi, or for mounting under a prefix.
-
-    Arguments and errors are those of running().
-    """
+def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
+    """Return the server for gunicorn and its like, or to mount under a prefix; arguments as running()."""
     made = to_config(config)
-    return WsgiApplication(Application(made, authenticate, page=page_of(made)))
+    return WsgiApplication(Application(made, authenticate, page=CONSOLE_PAGE * made.console))
+
+
+# -- Commands: those that return nothing end with status 0 ------------------------------
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -5267,19 +5057,25 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 def chosen_config(options: argparse.Namespace) -> Config:
     """Return the configuration that the command line means; ConfigError."""
-    file = chosen_file(options)
+    file, reader = chosen_file(options), ConfigReader()
     config = load_config(file) if file else parse_config(DEMO)
-    return replace(config, data_dir=options.data_dir) if options.data_dir else config
+    if options.listen:
+        host, port = reader.address("--listen", options.listen)
+        config = replace(config, host=host, port=port)
+    if reader.problems:
+        raise ConfigError(reader.problems)
+    return replace(config, data_dir=options.data_dir or config.data_dir,
+                   workers=max(1, options.workers or config.workers))
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     """Return the configuration and the tenant that --tenant names; StoreError."""
     config = chosen_config(options)
-    for tenant in config.tenants:
-        if tenant.name == options.tenant:
-            return config, tenant
-    raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are "
-                     f"{', '.join(tenant.name for tenant in config.tenants)}")
+    tenants = {tenant.name: tenant for tenant in config.tenants}
+    if options.tenant not in tenants:
+        raise StoreError(f"--tenant {options.tenant}: not in the configuration; "
+                         f"there are {', '.join(tenants)}")
+    return config, tenants[options.tenant]
 
 
 def chosen_directory(options: argparse.Namespace) -> Directory:
@@ -5288,12 +5084,12 @@ def chosen_directory(options: argparse.Namespace) -> Directory:
     return Application(replace(config, tenants=(tenant,))).directory(tenant.name)
 
 
-def serve(options: argparse.Namespace) -> int:
-    """Serve until SIGINT or SIGTERM, the configuration of the day; return the exit status."""
-    config = listened(chosen_config(options), options)
-    application = Application(config, page=page_of(config))
+def serve(options: argparse.Namespace) -> None:
+    """Serve until SIGINT or SIGTERM, the configuration of the day."""
+    config = chosen_config(options)
+    application = Application(config, page=CONSOLE_PAGE * config.console)
     if not any(isinstance(found, Directory) for found in application.directories.values()):
-        application.directory(config.tenants[0].name)
+        application.directory(config.tenants[0].name)    # says why
     warn(application)
     try:
         listener = listen(config)
@@ -5306,48 +5102,43 @@ def serve(options: argparse.Namespace) -> int:
         raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
                          "--listen HOST:PORT, or other files in tls") from error
     if config.workers == 1:
-        return work(options, application, listener, greeting(url_of(config, listener), config))
-    application.close()                                  # SQLite's files do not outlive a fork
-    return supervise(options, config, listener)
+        work(options, application, listener, greeting(url_of(config, listener), config))
+    else:
+        application.close()                              # SQLite's files do not outlive a fork
+        supervise(options, config, listener)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener,
-         greeting: str = "") -> int:
-    """Serve on a socket until a signal; return the exit status."""
+def work(options: argparse.Namespace, application: Application, listener: Listener, told: str = "") -> None:
+    """Serve on a socket until a signal; what is to be told is printed when signals are heeded."""
     server = ScimServer(application, listener)
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=server.stop).start()     # shutdown() waits for this thread's loop
-
     reload = threading.Event()
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
+        signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
     threading.Thread(target=follow_file, args=(options, server, reload), daemon=True).start()
-    if greeting:
-        print(greeting, flush=True)
+    if told:
+        print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
     server.stopped.wait()
     application.close()
-    return 0
 
 
-def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> int:
+def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> None:
     """Run workers on one socket, and a new one for each that dies, until a signal."""
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     workers: set[int] = set()
     stopping = False
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         nonlocal stopping
-        stopping = stopping or number in (signal.SIGINT, signal.SIGTERM)
+        stopping = stopping or number != signal.SIGHUP
         for worker in workers:
             with suppress(ProcessLookupError):
                 os.kill(worker, number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
         signal.signal(number, pass_on)
     print(greeting(url_of(config, listener), config), flush=True)
@@ -5358,7 +5149,8 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
                 for number in numbers:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-                os._exit(work(options, Application(config, page=page_of(config)), listener))
+                work(options, Application(config, page=CONSOLE_PAGE * config.console), listener)
+                os._exit(0)
             workers.add(worker)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
         worker, status = os.wait()
@@ -5366,44 +5158,34 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
         if not stopping:
             complain(f"worker {worker} ended with status {status}; another one takes its place")
             time.sleep(KNOCK_SECONDS)                    # one that cannot start does not spin
-    return 0
 
 
 def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event) -> None:
-    """Serve what the configuration file says when it changes, or on a signal, while the server runs.
-
-    A file with mistakes changes nothing, and is told on standard error.
-    """
-    config = server.config
-
+    """Take the configuration file when it changes, or on a signal, while the server runs."""
     def stamp() -> int:
         with suppress(OSError):
             return os.stat(chosen_file(options)).st_mtime_ns
         return 0
+
     seen = stamp()
     while not server.stopping.is_set():
-        if not reload.wait(RELOAD_SECONDS) and stamp() == seen:
-            continue
-        reload.clear()
-        seen = stamp()
-        try:
-            fresh = listened(chosen_config(options), options)
-            server.application.configure(fresh)
-        except (ConfigError, StoreError) as error:
-            complain(f"{chosen_file(options)}: not taken, the earlier configuration serves on: "
-                     + str(error).replace("\n", "; "))
-            continue
-        warn(server.application)
-        fixed = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections",
-                 "workers", "access_log", "console")
-        changed = [name for name in fixed if getattr(fresh, name) != getattr(config, name)]
-        complain(f"{chosen_file(options)}: taken, {len(fresh.tenants)} tenant(s)"
-                 + (f"; {', '.join(changed)} will be taken at the next start" if changed else ""))
+        if reload.wait(RELOAD_SECONDS) or stamp() != seen:
+            reload.clear()
+            seen = stamp()
+            complain(f"{chosen_file(options)}: {take_file(options, server)}")
 
 
-def complain(text: str) -> None:
-    """Print a line for the operator."""
-    print(f"scim_server: {text}", file=sys.stderr, flush=True)
+def take_file(options: argparse.Namespace, server: ScimServer) -> str:
+    """Serve what the configuration file says, or go on where it has mistakes; return what came of it."""
+    try:
+        fresh = chosen_config(options)
+        server.application.configure(fresh)
+    except (ConfigError, StoreError) as error:
+        return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
+    warn(server.application)
+    changed = [name for name in FIXED if getattr(fresh, name) != getattr(server.config, name)]
+    return f"taken, {len(fresh.tenants)} tenant(s)" + (
+        f"; {', '.join(changed)} will be taken at the next start" if changed else "")
 
 
 def is_loopback(host: str) -> bool:
@@ -5422,22 +5204,6 @@ def warn(application: Application) -> None:
                  "configure tls, or trusted_proxies for a proxy that has it")
 
 
-def listened(config: Config, options: argparse.Namespace) -> Config:
-    """Return a configuration that listens where the command line says."""
-    if options.workers:
-        config = replace(config, workers=max(1, options.workers))
-    return replace(config, **listen_option(options.listen)) if options.listen else config
-
-
-def listen_option(text: str) -> dict[str, Any]:
-    """Return host and port of --listen; ConfigError."""
-    reader = ConfigReader()
-    host, port = reader.address("--listen", text)
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return {"host": host, "port": port}
-
-
 def greeting(url: str, config: Config) -> str:
     """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it.
 
@@ -5445,26 +5211,25 @@ def greeting(url: str, config: Config) -> str:
     """
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
-        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
-        lines += [f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
-                  for token in tenant.tokens]
+        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
+                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
+                    for token in tenant.tokens)]
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
                       for token in tenant.tokens[:1] if token.secret]
     return "\n".join(lines)
 
 
-def make_token(options: argparse.Namespace) -> int:
-    """Print a new secret, and its entry for the configuration; return the exit status."""
+def make_token(options: argparse.Namespace) -> None:
+    """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(f"Secret Token, shown this once:\n\n  {secret}\n\n"
           "Entry for the tenant's \"tokens\" in the configuration:\n\n  "
           + json.dumps({"name": options.name, "sha256": digest(secret)}))
-    return 0
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print what a configuration means for Entra ID; return the exit status."""
+def check(options: argparse.Namespace) -> None:
+    """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
@@ -5475,7 +5240,6 @@ def check(options: argparse.Namespace) -> int:
             print(f"  token    {token.name}, {last_use(store_path(config, tenant), token)}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
-    return 0
 
 
 def last_use(path: str, token: Token) -> str:
@@ -5487,25 +5251,24 @@ def last_use(path: str, token: Token) -> str:
     return f"last used {used}" if used else "never used"
 
 
-def back_up(options: argparse.Namespace) -> int:
-    """Copy a tenant's database to a new file, while the server may run; return the exit status."""
-    config, tenant = chosen_tenant(options)
-    path = store_path(config, tenant)
+def back_up(options: argparse.Namespace) -> None:
+    """Copy a tenant's database to a new file, while the server may run."""
+    path = store_path(*chosen_tenant(options))
     if not os.path.exists(path):
-        raise StoreError(f"{path}: does not exist, tenant {tenant.name} has no data yet")
+        raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
     with closing(Store(path)) as store:
         store.backup(options.file)
-    print(f"tenant {tenant.name}: {path} copied to {options.file}")
-    return 0
+    print(f"tenant {options.tenant}: {path} copied to {options.file}")
 
 
-def restore(options: argparse.Namespace) -> int:
-    """Put a backup in the place of a tenant's database; return the exit status."""
+def restore(options: argparse.Namespace) -> None:
+    """Put a backup in the place of a tenant's database."""
     config, tenant = chosen_tenant(options)
     path = store_path(config, tenant)
-    if not os.path.isfile(options.file) or path == ":memory:":
-        raise StoreError(f"{options.file}: is no file" if path != ":memory:"
-                         else "data_dir: :memory: keeps nothing, so there is nothing to restore to")
+    if path == ":memory:":
+        raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
+    if not os.path.isfile(options.file):
+        raise StoreError(f"{options.file}: is no file")
     make_data_dir(config)
     try:
         store = Store(path)
@@ -5518,216 +5281,185 @@ def restore(options: argparse.Namespace) -> int:
     with closing(store):
         store.restore(options.file)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
-    return 0
 
 
-def show_employees(options: argparse.Namespace) -> int:
-    """Print a tenant's employees; return the exit status."""
+def show_employees(options: argparse.Namespace) -> None:
+    """Print a tenant's employees."""
     directory = chosen_directory(options)
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
-    if options.format == "json":
-        for employee in found:
-            print(json.dumps(asdict(employee), ensure_ascii=False))
-    elif options.format == "csv":
-        for line in employee_csv(employee_table(found, directory.link_names)):
-            print(line, end="")
-    else:
-        table = list(employee_table(found, directory.link_names))
-        shown_columns = [n for n in range(len(table[0])) if any(row[n] for row in table[1:])]
-        widths = [max(len(row[n]) for row in table) for n in shown_columns]
-        for row in table:
-            print("  ".join(row[n].ljust(width)
-                            for n, width in zip(shown_columns, widths, strict=True)).rstrip())
-    return 0
+    table = employee_table(found, directory.link_names)
+    sys.stdout.writelines(
+        (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)
+        if options.format == "json" else employee_csv(table) if options.format == "csv"
+        else aligned(list(table)))
 
 
-def show_changes(options: argparse.Namespace) -> int:
-    """Print a tenant's changes, a line of JSON each; return the exit status."""
+def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
+    columns = enumerate(zip(*table, strict=True))
+    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:])}
+    for row in table:
+        yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
+
+
+def show_changes(options: argparse.Namespace) -> None:
+    """Print a tenant's changes, a line of JSON each."""
     directory, after = chosen_directory(options), options.after
     with suppress(KeyboardInterrupt):
         while (found := directory.changes(after, MAX_WAIT * options.follow)) or options.follow:
             for change in found:
                 after = change.seq
                 print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
-    return 0
 
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
 
-@dataclass(frozen=True)
-class Step:
-    """A request of Entra ID, and what must come back: a status, and some values of the answer.
+class Demo:
+    """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
 
-    {ada}, {bob} and {crew} stand for the ids that the steps of those names were answered with.
-    """
+    def __init__(self, url: str, token: str) -> None:
+        self.url, self.token, self.wrong = url, token, 0
 
-    title: str
-    method: str
-    path: str
-    body: Json
-    status: int
-    expected: Mapping[str, Json] = field(default_factory=dict)
-    name: str = ""
+    def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
+        """Return status and JSON of the answer to a request; OSError where nobody answers."""
+        request = urllib.request.Request(
+            self.url + path, None if body is None else dump(body).encode(), method=method, headers={
+                "Authorization": f"Bearer {self.token}", "Content-Type": "application/scim+json"})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, json.loads(answer.read() or b"{}")
+        except urllib.error.HTTPError as error:
+            with suppress(ValueError):
+                return error.code, json.loads(error.read() or b"{}")
+            return error.code, {}
 
-
-def demo_steps(dialect: str, custom: Json) -> Iterator[Step]:
-    """Yield Entra ID's cycle in a dialect of PATCH: "default", or "aadOptscim062020" of the flag.
-
-    custom is a custom field as /Schemas lists it, {} for none.
-    """
-    def change(path: str, value: Json, op: str = "Replace") -> Json:
-        named = {"op": op, "path": path, "value": value} if dialect == "default" else {
-            "op": op.lower(), "value": {path: value}}
-        return {"schemas": [PATCH_OP], "Operations": [named]}
-
-    def members(op: str, *ids: str) -> Json:
-        return {"schemas": [PATCH_OP], "Operations": [
-            {"op": op, "path": "members", "value": [{"value": id} for id in ids]}]}
-
-    user_name = f"ada.{secrets.token_hex(4)}@demo.example"
-    ada = {"schemas": [USER, ENTERPRISE], "userName": user_name, "externalId": str(uuid.uuid4()),
-           "displayName": "Ada Demo", "title": "Engineer", "active": True,
-           "emails": [{"type": "work", "value": user_name, "primary": True}],
-           ENTERPRISE: {"department": "Lifts"}}
-    found = quote(f'userName eq "{user_name}"')
-    off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
-    yield Step("Test Connection: look up somebody who is not there", "GET",
-               f"/Users?filter={quote(f'userName eq {dump(str(uuid.uuid4()))}')}", None, 200,
-               {"totalResults": 0})
-    yield Step("Ada is assigned: look her up", "GET", f"/Users?filter={found}", None, 200,
-               {"totalResults": 0})
-    yield Step("Create Ada, an engineer", "POST", "/Users", ada, 201, {"title": "Engineer"}, "ada")
-    yield Step("Create her once more: refused", "POST", "/Users", ada, 409,
-               {"scimType": "uniqueness"})
-    yield Step("Create Bob", "POST", "/Users", {**ada, "userName": f"bob.{user_name}",
-                                                "externalId": str(uuid.uuid4())}, 201, {}, "bob")
-    yield Step("Her job title changes", "PATCH", "/Users/{ada}", change("title", "Chief"), 200,
-               {"title": "Chief"})
-    yield Step("Her department changes", "PATCH", "/Users/{ada}",
-               change(f"{ENTERPRISE}:department", "Roofs"), 200, {ENTERPRISE: {"department": "Roofs"}})
-    if custom:
-        value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
-        yield Step(f"The custom field {custom['name']} is mapped", "PATCH", "/Users/{ada}",
-                   change(f"{FACILIO}:{custom['name']}", value), 200)
-    yield Step("A mapping mistake, no such custom field: refused", "PATCH", "/Users/{ada}",
-               change(f"{FACILIO}:no_such_field", "1"), 400)
-    yield Step("The group Night Crew, with Ada", "POST", "/Groups", {
-        "schemas": [GROUP], "displayName": f"Night Crew {user_name}",
-        "members": [{"value": "{ada}"}]}, 201, {}, "crew")
-    yield Step("Bob joins the crew", "PATCH", "/Groups/{crew}", members("Add", "{bob}"), 200)
-    yield Step("Ada leaves the crew", "PATCH", "/Groups/{crew}", members("Remove", "{ada}"), 200)
-    yield Step("Ada is disabled", "PATCH", "/Users/{ada}", change("active", off), 200,
-               {"active": False})
-    yield Step("Ada is back", "PATCH", "/Users/{ada}", change("active", True), 200, {"active": True})
-    for name, path in (("Ada", "/Users/{ada}"), ("Bob", "/Users/{bob}"), ("The crew", "/Groups/{crew}")):
-        yield Step(f"{name} is deleted for good", "DELETE", path, None, 204)
-    yield Step("Nothing is left of her", "GET", "/Users/{ada}", None, 404)
-
-
-def send(url: str, token: str, method: str, body: Json) -> tuple[int, Json]:
-    """Return status and JSON of the answer to a request; OSError where nobody answers."""
-    request = urllib.request.Request(
-        url, None if body is None else dump(body).encode(), method=method, headers={
-            "Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        with suppress(ValueError):
-            return error.code, json.loads(error.read() or b"{}")
-        return error.code, {}
-
-
-def play(url: str, token: str, steps: Iterable[Step]) -> int:
-    """Send steps, print each with its verdict, and return how many went wrong."""
-    wrong = 0
-    ids: dict[str, str] = {}
-    for step in steps:
-        def filled(text: str) -> str:
-            return re.sub(r"\{(ada|bob|crew)\}", lambda found: ids.get(found[1], found[1]), text)
-        body = None if step.body is None else json.loads(filled(dump(step.body)))
-        status, answer = send(url + filled(step.path), token, step.method, body)
-        good = status == step.status and step.expected.items() <= answer.items()
-        wrong += not good
-        ids[step.name] = answer.get("id", "")
+    def step(self, title: str, expected: int, method: str, path: str, body: Json = None, /,
+             **values: Json) -> str:
+        """Send a request that a status and some values must answer; return the id of the answer."""
+        status, answer = self.send(method, path, body)
+        good = status == expected and values.items() <= answer.items()
         told = answer.get("detail", "") or ("" if good else shown(answer))
-        print(f"  {'ok   ' if good else 'WRONG'}  {step.title:<52} {status}  {told}".rstrip(), flush=True)
+        print(f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True)
         if not good:
-            print(f"         expected {step.status} {dump(dict(step.expected))}")
-    return wrong
+            print(f"         expected {expected} {dump(values)}")
+            self.wrong += 1
+        return str(answer.get("id", "nobody"))
+
+    def play(self, dialect: str, custom: Json) -> None:
+        """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
+        def patch(op: str, path: str, value: Json) -> Json:
+            return {"schemas": [PATCH_OP], "Operations": [{"op": op, "path": path, "value": value}]}
+
+        def change(path: str, value: Json) -> Json:
+            return patch("Replace", path, value) if dialect == "default" else {
+                "schemas": [PATCH_OP], "Operations": [{"op": "replace", "value": {path: value}}]}
+
+        def named(user_name: str) -> str:
+            return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
+
+        step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
+        user = {"schemas": [USER, ENTERPRISE], "userName": her, "externalId": str(uuid.uuid4()),
+                "displayName": "Ada Demo", "title": "Engineer", "active": True,
+                "emails": [{"type": "work", "value": her, "primary": True}],
+                ENTERPRISE: {"department": "Lifts"}}
+        other = {**user, "userName": f"bob.{her}", "externalId": str(uuid.uuid4())}
+        off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
+        step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())),
+             totalResults=0)
+        step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
+        ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
+        step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
+        bob_id = step("Create Bob", 201, "POST", "/Users", other)
+        ada, bob = f"/Users/{ada_id}", f"/Users/{bob_id}"
+        step("Her job title changes", 200, "PATCH", ada, change("title", "Chief"), title="Chief")
+        step("Her department changes", 200, "PATCH", ada, change(f"{ENTERPRISE}:department", "Roofs"),
+             **{ENTERPRISE: {"department": "Roofs"}})
+        if custom:
+            value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
+            step(f"The custom field {custom['name']} is mapped", 200, "PATCH", ada,
+                 change(f"{FACILIO}:{custom['name']}", value))
+        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada,
+             change(f"{FACILIO}:no_such_field", "1"))
+        crew = "/Groups/" + step("The group Night Crew, with Ada", 201, "POST", "/Groups", {
+            "schemas": [GROUP], "displayName": f"Night Crew {her}", "members": [{"value": ada_id}]})
+        step("Bob joins the crew", 200, "PATCH", crew, patch("Add", "members", [{"value": bob_id}]))
+        step("Ada leaves the crew", 200, "PATCH", crew, patch("Remove", "members", [{"value": ada_id}]))
+        step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
+        step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
+        for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
+            step(f"{name} is deleted for good", 204, "DELETE", path)
+        step("Nothing is left of her", 404, "GET", ada)
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; return the exit status."""
-    config = listened(chosen_config(options), options)
-    secrets_of = [token.secret for token in config.tenants[0].tokens if token.secret]
+    """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
+    config = chosen_config(options)
     url = (options.url or f"http://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
-    if not (token := options.token or (secrets_of[0] if secrets_of else "")):
+    known = [token.secret for token in config.tenants[0].tokens if token.secret]
+    if not (options.token or known):
         raise StoreError("--token is needed: the configuration holds hashes alone")
+    played = Demo(url, options.token or known[0])
     try:
-        status, schema = send(f"{url}/Schemas/{FACILIO}", token, "GET", None)
-        custom = schema["attributes"][0] if status == 200 else {}
-        wrong = 0
+        status, schema = played.send("GET", f"/Schemas/{FACILIO}")
         for dialect in ("default", "aadOptscim062020"):
             print(f"\n{url}, dialect {dialect}")
-            wrong += play(url, token, demo_steps(dialect, custom))
+            played.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
         raise StoreError(f"{url}: no answer ({error}); start the server in another terminal: "
                          "python3 scim_server.py") from error
-    print(f"\n{wrong or 'no'} step(s) went wrong")
-    return 1 if wrong else 0
+    print(f"\n{played.wrong or 'no'} step(s) went wrong")
+    return 1 if played.wrong else 0
+
+
+# -- The command line ------------------------------------------------------------------
+
+Options = dict[str, dict[str, Any]]                      # as argparse takes them
+SERVE_OPTIONS: Options = {
+    "--config": {"metavar": "FILE", "help": "configuration (default: sample_config.json beside this file, "
+                                            "else a built-in demo tenant)"},
+    "--data-dir": {"metavar": "DIR", "help": "where the tenants' files are; :memory: keeps nothing"},
+    "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
+    "--workers": {"metavar": "N", "type": int, "help": "processes that share the work"},
+    "--version": {"action": "version", "version": f"scim_server {__version__}"}}
+CONFIG, DATA_DIR = ({name: {**SERVE_OPTIONS[name], "default": argparse.SUPPRESS}}
+                    for name in ("--config", "--data-dir"))
+TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
+COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
+    "token": (make_token, "make a secret token and its configuration entry", {
+        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", CONFIG),
+    "employees": (show_employees, "print a tenant's employees", {
+        "--format": {"choices": ("table", "csv", "json"), "default": "table"},
+        "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
+        "--changed-since": {"default": "", "metavar": "TIME", "help": "such as 2026-11-24T08:00:00Z"},
+        "--id": {"type": int, "help": "only this one"}, **TENANT}),
+    "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
+        "--after": {"type": int, "default": 0, "metavar": "SEQ", "help": "only those behind this one"},
+        "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"}, **TENANT}),
+    "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", {
+        "file": {"metavar": "FILE"}, **TENANT}),
+    "restore": (restore, "put a backup in the place of a tenant's database", {
+        "file": {"metavar": "FILE"}, **TENANT}),
+    "demo": (demo, "play Entra ID's cycle against a running server", {
+        "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
+        "--token": {"help": "its Secret Token (default: that of the first tenant)"}, **CONFIG})}
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file.")
-    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
-    token = commands.add_parser("token", help="make a secret token and its configuration entry")
-    token.add_argument("--name", default="entra", help="name of the token (default: entra)")
-    token.set_defaults(run=make_token)
-    checker = commands.add_parser("check", help="validate a configuration, list the custom fields' "
-                                                "names for Entra ID")
-    checker.set_defaults(run=check)
-    people = commands.add_parser("employees", help="print a tenant's employees")
-    people.add_argument("--format", choices=("table", "csv", "json"), default="table")
-    people.add_argument("--active", choices=("true", "false"), help="only those who are, or are not")
-    people.add_argument("--changed-since", default="", metavar="TIME", help="a time such as "
-                                                                            "2026-11-24T08:00:00Z")
-    people.add_argument("--id", type=int, help="only this one")
-    people.set_defaults(run=show_employees)
-    feed = commands.add_parser("changes", help="print a tenant's changes, a line of JSON each")
-    feed.add_argument("--after", type=int, default=0, metavar="SEQ", help="only those behind this one")
-    feed.add_argument("--follow", action="store_true", help="go on with what comes, until Ctrl-C")
-    feed.set_defaults(run=show_changes)
-    keep = commands.add_parser("backup", help="copy a tenant's database to a new file, even while "
-                                              "the server runs")
-    keep.set_defaults(run=back_up)
-    bring = commands.add_parser("restore", help="put a backup in the place of a tenant's database")
-    bring.set_defaults(run=restore)
-    for command in (keep, bring):
-        command.add_argument("file", metavar="FILE")
-    player = commands.add_parser("demo", help="play Entra ID's cycle against a running server")
-    player.add_argument("--url", metavar="URL", help="its Tenant URL (default: as configured)")
-    player.add_argument("--token", help="its Secret Token (default: that of the first tenant)")
-    player.set_defaults(run=demo)
-    for command in (people, feed, keep, bring):
-        command.add_argument("--tenant", required=True, metavar="NAME")
-        command.add_argument("--data-dir", default=argparse.SUPPRESS, metavar="DIR",
-                             help="where the tenants' files are")
-    for command, default in ((parser, None), *((command, argparse.SUPPRESS)
-                                               for command in (checker, people, feed, keep, bring, player))):
-        command.add_argument("--config", metavar="FILE", default=default,
-                             help="configuration (default: sample_config.json beside this file, "
-                                  "else a built-in demo tenant)")
-    parser.add_argument("--listen", metavar="HOST:PORT", help="address; port 0 picks a free one")
-    parser.add_argument("--data-dir", metavar="DIR", help="where the tenants' files are; :memory: "
-                                                          "keeps nothing")
-    parser.add_argument("--workers", type=int, metavar="N", help="processes that share the work")
-    parser.add_argument("--version", action="version", version=f"scim_server {__version__}")
     parser.set_defaults(run=serve)
+    for option, details in SERVE_OPTIONS.items():
+        parser.add_argument(option, **details)
+    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    for name, (run, purpose, options) in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose)
+        command.set_defaults(run=run)
+        for option, details in options.items():
+            command.add_argument(option, **details)
     return parser.parse_args(arguments)
 
 
@@ -5735,13 +5467,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 where a person must mend something."""
     options = parse_options(arguments)
     try:
-        return options.run(options)     # type: ignore[no-any-return]
+        return options.run(options) or 0
     except (StoreError, ScimError) as error:
-        print(f"scim_server: {error}", file=sys.stderr)
+        complain(str(error))
     except ConfigError as error:
-        prefix = f"scim_server: {chosen_file(options)}: "
-        lines = error.problems if options.run is check else ["; ".join(error.problems)]
-        print("\n".join(prefix + line for line in lines), file=sys.stderr)
+        for line in error.problems if options.run is check else ["; ".join(error.problems)]:
+            complain(f"{chosen_file(options)}: {line}")
     return 2
 
 
