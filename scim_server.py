@@ -54,6 +54,7 @@ import difflib
 import hashlib
 import hmac
 import http.client
+import http.server
 import io
 import ipaddress
 import itertools
@@ -81,7 +82,6 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import lru_cache, partial
 from pathlib import Path
-from socketserver import BaseRequestHandler, ThreadingTCPServer
 from types import FrameType
 from typing import Any, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -4393,17 +4393,20 @@ class Connection(io.RawIOBase):
             pass
 
 
-class Handler(BaseRequestHandler):
+class Handler(http.server.BaseHTTPRequestHandler):
     """One connection: requests in, answers out, one after the other."""
 
     server: ScimServer
 
-    def handle(self) -> None:
-        """Serve requests until either side ends the connection."""
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+    def setup(self) -> None:
+        """Find the connection that the server took in."""
         self.peer = self.server.connections.get(self.request) or Connection(self.request)
         self.stream: io.BufferedReader = io.BufferedReader(self.peer, 64 * 1024)
+
+    def handle(self) -> None:
+        """Serve requests until either side ends the connection."""
         with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
+            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
                 self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
@@ -4423,15 +4426,16 @@ class Handler(BaseRequestHandler):
             return False
         self.peer.state, started = READING, time.perf_counter()
         self.peer.allow(HEAD_SECONDS)
+        request = Request("", "", id=self.server.request_id(""))
         try:
             method, target, minor_version, headers = read_head(self.stream)
-            located = self.server.located(method, target, headers, self.client_address[0])
-            request = replace(located, body=self._body(located, minor_version))
+            request = self.server.located(method, target, headers, self.client_address[0])
+            request = replace(request, body=self._body(request, minor_version))
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
                          f"its body at {SLOWEST} octets a second")
-            self._answer(error_response(refusal), Request("", ""), started, last=True)
+            self._answer(error_response(refusal), request, started, last=True)
             self.peer.linger()
             return False
         self.server.begin(self.peer)
@@ -4486,15 +4490,13 @@ def url_of(config: Config, listener: Listener) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
 
 
-class ScimServer(ThreadingTCPServer):
+class ScimServer(http.server.ThreadingHTTPServer):
     """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
     appended to, and exchanges has what was asked and answered where it is not None. Without a socket
     that listens it makes one. Raises OSError where the address or the certificate cannot be had.
     """
-
-    daemon_threads = True
 
     def __init__(self, application: Application, listener: Listener | None = None) -> None:
         self.application, self.config = application, application.config
@@ -4582,9 +4584,12 @@ class ScimServer(ThreadingTCPServer):
             client = told["for"] or client
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
-        given = headers.get("x-request-id", "")
         return Request(method, path, query, headers, b"", scheme, host, "", client,
-                       given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}")
+                       self.request_id(headers.get("x-request-id", "")))
+
+    def request_id(self, given: str) -> str:
+        """Return the id of a request: that of its header where it has a good one, or a new one."""
+        return given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}"
 
     def answer(self, request: Request) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
