@@ -2150,12 +2150,12 @@ class Directory:
         """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
-            total = None if window.after else session.total(filters)
-            if window.count == 0 or window.offset >= (1 if total is None else total):
-                return Page(total, [])
             found = session.page(filters, sorting, replace(window, count=window.count + 1))
+            total = None if window.after else len(found) + window.offset
             if more := len(found) > window.count:
                 del found[0 if window.backward else -1]
+            if total is not None and (more or (window.offset and not found)):
+                total = session.total(filters)           # where the page does not tell
             groups = session.groups([row.seq for _, row in found if row.type == "User"])
             resources = [self._complete(session, row, asked[row.type][1], groups=groups)
                          for _, row in found]
