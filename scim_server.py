@@ -1790,6 +1790,8 @@ class Store:
         last one commits for all. Inside a write of the same thread (Bulk) it is a step of that one.
         """
         if self._owner == threading.get_ident():
+            if not self._writer.in_transaction:          # SQLite gave it up, with what came before
+                raise sqlite3.OperationalError("an earlier step of the same write failed")
             with self._transaction(self._writer) as session:
                 yield session
             return

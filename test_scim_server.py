@@ -1993,6 +1993,18 @@ def test_a_full_or_read_only_database_undoes_the_write_and_recovers_by_itself(
     assert len(employees(scim, "?count=999")) == 2 + number
 
 
+def test_a_bulk_request_that_meets_a_full_disk_leaves_nothing(
+        server: scim_server.ScimServer, scim: Scim) -> None:
+    scim.user("ada")
+    spoiled(server, "max_page_count = 1")
+    big = [{"method": "POST", "path": "/Users", "bulkId": f"b{number}",
+            "data": {"userName": f"u{number}", "title": "t" * (60_000 if number == 5 else 1)}}
+           for number in range(40)]
+    assert scim.call("POST", "/Bulk", {"Operations": big}).status_code in (503, 507)
+    spoiled(server, "max_page_count = 1000000")
+    assert scim.get("/Users")["totalResults"] == 1 == len(employees(scim))
+
+
 def test_a_file_that_another_process_locks_is_503_until_it_is_free(
         monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
