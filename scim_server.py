@@ -1348,10 +1348,10 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     index, columns = target.attribute.index, COLUMNS[row]
-    if linked := LINKED_ENTRIES.get(index):
-        return f"({columns}) IN (SELECT {columns} FROM (SELECT {linked}) AS entry WHERE {condition})", parameters
-    condition = f"path = ? AND {condition}"
-    return f"({columns}) IN (SELECT {columns} FROM value AS entry WHERE {condition})", [index, *parameters]
+    source = f"(SELECT {linked})" if (linked := LINKED_ENTRIES.get(index)) else "value"
+    own, values = ("", []) if linked else ("path = ? AND ", [index])
+    return (f"({columns}) IN (SELECT {columns} FROM {source} AS entry WHERE {own}{condition})",
+            [*values, *parameters])
 
 
 class StoreError(Exception):
@@ -1362,6 +1362,13 @@ def damaged(path: str, finding: str) -> StoreError:
     """Return the error of a file that SQLite cannot trust."""
     return StoreError(f"{path}: damaged ({finding}); put a backup in its place: "
                       "python scim_server.py restore --tenant NAME FILE")
+
+
+def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
+    """Return the error of a file that SQLite cannot use now, or not at all."""
+    if isinstance(error, sqlite3.OperationalError):
+        return StoreError(f"{path}: cannot be used ({error})")
+    return damaged(path, str(error))
 
 
 def storage_error(error: sqlite3.Error) -> ScimError:
@@ -1741,10 +1748,8 @@ class Store:
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise damaged(self.path, found)
             self._migrate()
-        except sqlite3.OperationalError as error:
-            raise StoreError(f"{self.path}: cannot be used ({error})") from error
         except sqlite3.DatabaseError as error:
-            raise damaged(self.path, str(error)) from error
+            raise unusable(self.path, error) from error
         except OSError as error:
             raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
                              "choose a directory that this user may write to") from error
@@ -2017,7 +2022,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 #
 # One tenant's SCIM operations, a transaction each. Takes and gives canonical
 # resources; the clock and the maker of ids are arguments.
-# Uses chapters 1 to 6. Knows nothing of HTTP.
+# Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
 KEEP_CHANGES = 1_000_000
@@ -2085,8 +2090,8 @@ class Directory:
     Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
     parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
     for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
-    keep is how many changes the feed holds, keep_days for how long; on_change is called with each.
-    Raises StoreError for a store that cannot be used.
+    keep is how many changes the feed holds, keep_days for how long. StoreError for a store
+    that cannot be used.
     """
 
     def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (),
@@ -2103,7 +2108,7 @@ class Directory:
             self._adopt_custom_fields()
             self._adopt_users()
         except sqlite3.DatabaseError as error:
-            raise damaged(store.path, str(error)) from error
+            raise unusable(store.path, error) from error
 
     def acting(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""

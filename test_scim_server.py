@@ -2015,6 +2015,8 @@ def test_a_file_that_another_process_locks_is_503_until_it_is_free(
         other.execute("BEGIN IMMEDIATE")
         assert_error(scim.call("POST", "/Users", {"userName": "bob"}), 503, "", "locked")
         assert scim.get("/Users")["totalResults"] == 1
+        with pytest.raises(scim_server.StoreError, match=r"cannot be used .*locked"):
+            scim_server.Store(tmp_path / "acme.sqlite3")
         other.close()
         scim.user("bob")
 
