@@ -591,6 +591,7 @@ TOKEN = re.compile(r"""
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")      # NUL and half a surrogate pair: no UTF-8 database takes it
 STRING_TYPES = ("string", "reference")
 
 
@@ -690,14 +691,9 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
     """Return the JSON value that a comparison names."""
     with suppress(ValueError):
         literal = json.loads(text.lower() if kind == "name" else text, strict=False)
-        if not (isinstance(literal, str) and unstorable(literal)):
+        if not (isinstance(literal, str) and UNSTORABLE.search(literal)):
             return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
-
-
-def unstorable(text: str) -> bool:
-    """Return whether text holds NUL or half a surrogate pair, which no UTF-8 database takes."""
-    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
@@ -2870,7 +2866,7 @@ def parse_body(body: bytes | Json) -> Json:
         # Only a body with escapes or many brackets can hold what the walk looks for.
         if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
             for path, text in texts_in(value):
-                if unstorable(text):
+                if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
         return value
     except (ValueError, RecursionError) as error:
