@@ -427,7 +427,8 @@ def facilio_extension(custom_fields: Iterable[CustomField]) -> Schema:
     return Schema(FACILIO, "FacilioUser", tuple(attributes), "Custom fields of the Employee module")
 
 
-def resource_types(custom_fields: Iterable[CustomField]) -> dict[str, ResourceType]:
+@lru_cache(1024)                  # tenants with the same custom fields share what is made of them
+def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
     """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
     extensions = (ENTERPRISE_SCHEMA, facilio_extension(custom_fields))
     return {"User": ResourceType("User", "/Users", USER_SCHEMA, extensions),
@@ -2096,7 +2097,7 @@ class Directory:
         self.store, self.clock, self.new_id = store, clock, new_id
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
-        self.resource_types = resource_types(custom_fields)
+        self.resource_types = resource_types(self.custom_fields)
         self.token = ""
         self._recipe = employee_recipe(self.resource_types["User"])
         try:
@@ -2454,7 +2455,7 @@ class Directory:
             known = json.loads(session.setting("custom_fields") or "[]")
             if known == fields:
                 return
-            old_type = resource_types(CustomField(*field) for field in known)["User"]
+            old_type = resource_types(tuple(CustomField(*one) for one in known))["User"]
             for row in session.holding(FACILIO):
                 body, hidden = self._split_custom_fields(row)
                 changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
