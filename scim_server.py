@@ -4130,8 +4130,8 @@ PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics
 # 11. HTTP server                                         RFC 9110, RFC 9112
 #
 # Bytes become a Request and a Response becomes bytes: strict framing, limits,
-# keep-alive, one write per answer. The head is read by our own parser; the stock
-# one goes through the email package and costs several times as much.
+# keep-alive, one write per answer. The head is read by our own parser: the stock
+# one forgives what two readers could read in two ways.
 # Uses chapters 1, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
