@@ -75,6 +75,7 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -1113,9 +1114,12 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     value = operation.value
     if operation.op == "remove" and attribute.multi_valued and operation.given:
         # Entra's default dialect lists the values to remove, for members by their ids.
-        unwanted = [identity(attribute, one) for one in value or ()]
-        holder[attribute.name] = [one for one in attribute.values(holder) if not any(
-            given <= identity(attribute, one) for given in unwanted)]
+        unwanted = {identity(attribute, one) for one in value or ()}
+        own = [identity(attribute, one) for one in attribute.values(holder)]
+        partial_ones = [] if attribute.linked else unwanted      # a member is known by its id as a whole
+        holder[attribute.name] = [
+            one for one, known in zip(attribute.values(holder), own, strict=True)
+            if known not in unwanted and not any(given <= known for given in partial_ones)]
     elif value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
@@ -1617,9 +1621,11 @@ class Session:
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
         """Return the employee without a SCIM user that a person was; userName as its key."""
-        for column, value in (("external_id", external_id), ("user_name", user_name)):
-            found = self._employees(f"{column} = ? AND provisioned = 0 ORDER BY id DESC LIMIT 1", [value])
-            if value and (row := next(found, None)):
+        # A userName is given out again; where both have an externalId, that alone tells who is who.
+        for condition, values in (("external_id = ?", [external_id]),
+                                  ("user_name = ? AND '' IN (external_id, ?)", [user_name, external_id])):
+            found = self._employees(f"{condition} AND provisioned = 0 ORDER BY id DESC LIMIT 1", values)
+            if values[0] and (row := next(found, None)):
                 return row
         return None
 
@@ -1878,8 +1884,11 @@ class Store:
             raise StoreError(f"{path}: cannot be written ({error}); "
                              "name a new file for the backup") from error
 
-    def restore(self, path: str) -> None:
-        """Become what a backup holds, all or nothing; StoreError for a file that is none."""
+    def restore(self, path: str, tenant: str) -> None:
+        """Become what a backup of a tenant holds, all or nothing; StoreError for another file.
+
+        Numbers of changes and employees that were given out since then are not given out again.
+        """
         # A backup may lie where nothing can be written, which SQLite believes when told.
         mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
         try:
@@ -1889,8 +1898,14 @@ class Store:
                     raise damaged(path, found)
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
                     raise StoreError(f"{path}: not a backup that this scim_server knows")
+                owner = Session(source).setting("tenant")
+                if owner not in ("", tenant):
+                    raise StoreError(f"{path}: is a backup of tenant {owner}, not of {tenant}")
+                given = self._writer.execute("SELECT seq, name FROM sqlite_sequence").fetchall()
                 source.backup(self._writer)
                 self._migrate()
+                self._writer.executemany("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?",
+                                         given)
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
@@ -2107,6 +2122,23 @@ class Directory:
         except sqlite3.DatabaseError as error:
             raise unusable(store.path, error) from error
 
+    @classmethod
+    def as_stored(cls, store: Store) -> Directory:
+        """Return a directory to read from, with the custom fields that its server has given it."""
+        with store.reading() as session:
+            known = json.loads(session.setting("custom_fields") or "[]")
+        return cls(store, tuple(CustomField(*one) for one in known))
+
+    def claim(self, tenant: str) -> None:
+        """Note whose store this is; StoreError where it is another tenant's."""
+        with self.store.reading() as session:
+            owner = session.setting("tenant")
+        if owner not in ("", tenant):
+            raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
+        if not owner:
+            with self.store.writing() as session:
+                session.set_setting("tenant", tenant)
+
     def acting(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
         view = copy.copy(self)
@@ -2124,10 +2156,10 @@ class Directory:
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
             row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
+            self._record(session, row, {}, revived(resource_type, row))
             if count := self._link(session, row, {}, accepted)[0]:
                 row = replace(row, member_count=count)
                 session.save(row, (), ())
-            self._record(session, row, {}, revived(resource_type, row))
             return self._complete(session, row)
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
@@ -2161,7 +2193,7 @@ class Directory:
             if total is not None and (more or (window.offset and not found)):
                 total = session.total(filters)           # where the page does not tell
             groups = session.groups([row.seq for _, row in found if row.type == "User"])
-            resources = [self._complete(session, row, asked[row.type][1], groups=groups)
+            resources = [self._complete(session, self._fitted(row), asked[row.type][1], groups=groups)
                          for _, row in found]
         first, last = (found[0][0], found[-1][0]) if found else (None, None)
         return Page(total, resources, first, last, more)
@@ -2314,7 +2346,12 @@ class Directory:
         """
         def follow(after: int) -> None:
             while self.store.wait(0):
-                for change in self.changes(after, MAX_WAIT):
+                try:
+                    found = self.changes(after, MAX_WAIT)
+                except ScimError:            # a slow callback: what the feed has forgotten is passed over
+                    with self.store.reading() as session:
+                        after, found = session.change_bounds()[0], []
+                for change in found:
                     after = change.seq
                     try:
                         callback(change)
@@ -2344,7 +2381,8 @@ class Directory:
             known = known or session.former_employee(external_id, name)
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
             self._save_employee(session, known, EmployeeRow(
-                known.id if known else 0, user_id, True, external_id, name, user.get("active", True),
+                known.id if known else 0, user_id, True, external_id, name,
+                user.get("active", known.active if known else True),     # taken away, it tells nothing
                 manager, now, employee_record(self._recipe, user)))
         elif known:
             gone = replace(known, provisioned=False, active=False, changed=now)
@@ -2355,7 +2393,8 @@ class Directory:
         old, new = ({**row.record, "active": row.active, "external_id": row.external_id,
                      "user_id": row.user_id, "manager": row.manager_id} if row else {}
                     for row in (before, after))
-        if before and old == new and before.provisioned == after.provisioned:
+        if before and (old, before.provisioned, before.user_name) == (
+                new, after.provisioned, after.user_name):
             return
         id = session.save_employee(after)
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
@@ -2383,7 +2422,7 @@ class Directory:
     def _find(self, session: Session, type: ResourceType | str, id: str) -> Row:
         name = self._type(type).name
         if row := session.find(name, id):
-            return row
+            return self._fitted(row)
         raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
@@ -2473,6 +2512,14 @@ class Directory:
         body = {name: value for name, value in row.body.items() if name != FACILIO}
         return (body | {FACILIO: visible} if visible else body), hidden
 
+    def _fitted(self, row: Row) -> Row:
+        """Return a row without custom fields that another view of the tenant, with others, left in it."""
+        known = {custom.link_name for custom in self.custom_fields}
+        if row.type != "User" or row.body.get(FACILIO, {}).keys() <= known:
+            return row
+        body, hidden = self._split_custom_fields(row)
+        return replace(row, body=body, hidden=hidden)
+
     def _adopt_users(self) -> None:
         """Make the employees of users that an older version stored without them."""
         with self.store.writing() as session:
@@ -2542,7 +2589,7 @@ def text_of(pattern: str, expected: str) -> Kind:
     return lambda value: value if re.fullmatch(pattern, value) else None, expected
 
 
-TEXT = text_of(r"(?s).*\S.*", "text that is not empty")
+TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
 TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
                       "letters, digits, - and _ (the name is that of the tenant's file)")
 LINK_NAME = text_of("[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _")  # RFC 7643 §2.1
@@ -2553,6 +2600,7 @@ LOG_FORM = text_of("text|json|off", "text, json or off")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
 NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None,
           "a whole number of 1 or more")
+DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None, "1 to 36500 days")
 NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
 TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
         "a time such as 2027-01-31T00:00:00Z")
@@ -2630,10 +2678,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
     """Return the object of some members; ValueError for a name that is given twice."""
-    names = [name for name, _ in pairs]
-    if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"{', '.join(sorted(repeated))}: given twice in one object")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        raise ValueError(f"{names.most_common(1)[0][0]}: given twice in one object")
+    return found
 
 
 def parse_config(document: Json) -> Config:
@@ -2643,7 +2692,7 @@ def parse_config(document: Json) -> Config:
         "listen": reader.address, "data_dir": TEXT, "access_log": LOG_FORM, "metrics_token": TEXT,
         "max_connections": NUMBER, "workers": NUMBER, "console": FLAG,
         "tenants": partial(reader.items, rule=reader.tenant, least=1),
-        "changes": partial(reader.members, rules={"keep": NUMBER, "days": NUMBER}),
+        "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
         "tls": partial(reader.members, rules={"certificate": TEXT, "key": TEXT},
                        needed={"certificate", "key"}),
         "trusted_proxies": partial(reader.items, rule=NETWORK)}, {"tenants"})
@@ -2712,14 +2761,14 @@ class ConfigReader:
         with suppress(TypeError, ValueError):
             if (found := convert(value)) is not None:
                 return found
-        self.wrong(path, f"expected {expected}, got {shown(value)}")
+        self.wrong(path, f"expected {expected}" + ("" if "token" in path else f", got {shown(value)}"))
         return None
 
     def members(self, path: str, value: Json, rules: Mapping[str, Rule],
                 needed: Iterable[str] = ()) -> dict[str, Any]:
         """Return what rules make of an object's members; unknown and missing names are mistakes."""
         if not isinstance(value, dict):
-            self.wrong(path, f"expected an object, got {shown(value)}")
+            self.wrong(path, "expected an object" + ("" if "token" in path else f", got {shown(value)}"))
             return {}
         below = path and path + "."
         for name in sorted(value.keys() - rules.keys()):
@@ -3135,6 +3184,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
 
+BULK_ID_TEXT = re.compile(r"bulkId:\S+")
 BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
 
 
@@ -3162,19 +3212,20 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
     return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
-        text.removeprefix(BULK_ID) for _, text in texts_in([id, data]) if text.startswith(BULK_ID)})
+        text.removeprefix(BULK_ID) for _, text in texts_in([id, data]) if BULK_ID_TEXT.fullmatch(text)})
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
     """Return JSON with ids for its bulkIds, without the objects that refer to one not yet known."""
-    if isinstance(value, str) and value.startswith(BULK_ID):
+    if isinstance(value, str) and BULK_ID_TEXT.fullmatch(value):
         return ids.get(value.removeprefix(BULK_ID))
     if isinstance(value, list):
-        return [resolved(item, ids) for item in value]
+        return [one for item in value if (one := resolved(item, ids)) is not None]
     if isinstance(value, dict):
         found = {name: resolved(item, ids) for name, item in value.items()}
-        lost = any(found[name] is None and item is not None for name, item in value.items())
-        return None if lost else found
+        if any(found[name] is None and isinstance(item, str) for name, item in value.items()):
+            return None
+        return {name: item for name, item in found.items() if item is not None or value[name] is None}
     return value
 
 
@@ -3319,7 +3370,7 @@ def list_employees(call: Call) -> Response:
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     found = list(itertools.islice(call.directory.employees(
         active == "true" if active else None, call.parameters.get("changed_since", ""),
-        call.integer("id", 0) or None, call.integer("cursor", 0)), count + 1))
+        call.integer("id", 0) if "id" in call.parameters else None, call.integer("cursor", 0)), count + 1))
     headers, cursor = {}, {}
     if len(found) > count:
         found.pop()
@@ -3862,6 +3913,7 @@ class Metrics:
 
 
 Owner = tuple[Tenant, Token]      # of a request
+RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
 OPEN_TENANTS = 64                 # whose files are kept open
 
 
@@ -3890,6 +3942,7 @@ class Application:
         self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
         self._awake: dict[str, Store] = {}                   # whose files are open, oldest use first
         self._latest: Store | None = None
+        self._tried = clock()
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -3914,6 +3967,9 @@ class Application:
         reader = ConfigReader()
         tenant = reader.tenant("tenant", document)
         with self._configuring:
+            if any(one.name != tenant.name and one.name.lower() == tenant.name.lower()
+                   for one in self.config.tenants):
+                reader.wrong("tenant.name", "the same name as another tenant's, but for its case")
             for token in tenant.tokens:
                 if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
                     reader.wrong("tenant.tokens", f"the same token as that of {other}")
@@ -3971,6 +4027,7 @@ class Application:
             store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
             directory = Directory(store, tenant.custom_fields, self._clock, self._new_id,
                                   config.keep_changes, config.keep_days)
+            directory.claim(tenant.name)
         except StoreError as error:
             return error
         self._wake(tenant.name, directory)
@@ -4040,7 +4097,12 @@ class Application:
         secret = request.headers.get("authorization", "").partition(" ")[2].strip()
         if not secret or (found := self._tokens.get(digest(secret))) or not self._ask:
             return found if secret else None
-        tenant = self.tenants.get(self._ask(secret) or "")
+        try:
+            name = self._ask(secret)
+        except Exception as error:           # noqa: BLE001  its text may hold the secret
+            raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})",
+                            {"Retry-After": str(RETRY_SECONDS)}) from None
+        tenant = self.tenants.get(name) if isinstance(name, str) else None
         return (tenant, Token("authenticate", "")) if tenant else None
 
     def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
@@ -4051,9 +4113,9 @@ class Application:
         tenant, token = owner[0].name, owner[1].name
         if not (directory := self.directories.get(tenant)):          # removed at this moment
             raise unauthorized()
-        if isinstance(directory, StoreError):
+        if isinstance(directory := self._retried(owner[0], directory), StoreError):
             raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
-                            {"Retry-After": "60"})
+                            {"Retry-After": str(RETRY_SECONDS)})
         used = self._used.get((tenant, token))
         if not used or now - used > timedelta(minutes=1):
             self._used[tenant, token] = now
@@ -4061,6 +4123,15 @@ class Application:
                 directory.note_use(token)
         self._wake(tenant, directory)
         return directory.acting(token)
+
+    def _retried(self, tenant: Tenant, found: Directory | StoreError) -> Directory | StoreError:
+        """Return a directory; one that could not be opened is tried again, not more often than allowed."""
+        now = self._clock()
+        if isinstance(found, StoreError) and now - self._tried > timedelta(seconds=RETRY_SECONDS):
+            with self._configuring:
+                self._tried = now
+                found = self.directories[tenant.name] = self._open(self.config, tenant)
+        return found
 
     def _wake(self, tenant: str, directory: Directory) -> None:
         """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
@@ -4471,7 +4542,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False,
                 ) -> None:
         fields, body = wire_form(response, request)
-        lines = [f"HTTP/1.1 {response.status} {http.client.responses[response.status]}",
+        lines = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Other')}",
                  f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in fields),
                  *(["Connection: close"] if last else []), "\r\n"]
         try:
@@ -4648,7 +4719,7 @@ class WsgiApplication:
         except ScimError as error:
             response = error_response(error)
         fields, body = wire_form(response, request)
-        start_response(f"{response.status} {http.client.responses[response.status]}", fields)
+        start_response(f"{response.status} {http.client.responses.get(response.status, 'Other')}", fields)
         return [body]
 
     def _request(self, environ: dict[str, Any]) -> Request:
@@ -5107,13 +5178,15 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 
 def chosen_directory(options: argparse.Namespace) -> Directory:
     """Return the directory of --tenant, beside the server that may be at work on it; StoreError."""
-    config, tenant = chosen_tenant(options)
-    return Application(replace(config, tenants=(tenant,))).directory(tenant.name)
+    path = store_path(*chosen_tenant(options))
+    if not os.path.exists(path):
+        raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
+    return Directory.as_stored(Store(path))
 
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, the configuration of the day."""
-    config = chosen_config(options)
+    seen, config = file_stamp(options), chosen_config(options)
     application = Application(config, page=CONSOLE_PAGE * config.console)
     if not any(isinstance(found, Directory) for found in application.directories.values()):
         application.directory(config.tenants[0].name)    # says why
@@ -5129,21 +5202,25 @@ def serve(options: argparse.Namespace) -> None:
         raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
                          "--listen HOST:PORT, or other files in tls") from error
     if config.workers == 1:
-        work(options, application, listener, greeting(url_of(config, listener), config))
+        work(options, application, listener, seen, greeting(url_of(config, listener), config))
     else:
         application.close()                              # SQLite's files do not outlive a fork
         supervise(options, config, listener)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener, told: str = "") -> None:
-    """Serve on a socket until a signal; what is to be told is printed when signals are heeded."""
+def work(options: argparse.Namespace, application: Application, listener: Listener, seen: int,
+         told: str = "") -> None:
+    """Serve on a socket until a signal; what is to be told is printed when signals are heeded.
+
+    seen is the stamp of the configuration file when it was read.
+    """
     server = ScimServer(application, listener)
     reload = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
         signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
-    threading.Thread(target=follow_file, args=(options, server, reload), daemon=True).start()
+    threading.Thread(target=follow_file, args=(options, server, reload, seen), daemon=True).start()
     if told:
         print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
@@ -5155,6 +5232,8 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
     """Run workers on one socket, and a new one for each that dies, until a signal."""
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
+    if config.data_dir == ":memory:":
+        raise StoreError("workers: more than one needs a data_dir on disk, to share what they store")
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     workers: set[int] = set()
     stopping = False
@@ -5171,12 +5250,15 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
     print(greeting(url_of(config, listener), config), flush=True)
     while workers or not stopping:
         while len(workers) < config.workers and not stopping:
+            seen = file_stamp(options)
+            with suppress(ConfigError):
+                config = replace(chosen_config(options), workers=config.workers)
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)       # until both sides can take them
             if not (worker := os.fork()):
                 for number in numbers:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-                work(options, Application(config, page=CONSOLE_PAGE * config.console), listener)
+                work(options, Application(config, page=CONSOLE_PAGE * config.console), listener, seen)
                 os._exit(0)
             workers.add(worker)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
@@ -5187,18 +5269,20 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
             time.sleep(KNOCK_SECONDS)                    # one that cannot start does not spin
 
 
-def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event) -> None:
-    """Take the configuration file when it changes, or on a signal, while the server runs."""
-    def stamp() -> int:
-        with suppress(OSError):
-            return os.stat(chosen_file(options)).st_mtime_ns
-        return 0
+def file_stamp(options: argparse.Namespace) -> int:
+    """Return by what a change of the configuration file shows, 0 where there is none."""
+    with suppress(OSError):
+        return os.stat(chosen_file(options)).st_mtime_ns
+    return 0
 
-    seen = stamp()
+
+def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event,
+                seen: int) -> None:
+    """Take the configuration file when it changes, or on a signal, while the server runs."""
     while not server.stopping.is_set():
-        if reload.wait(RELOAD_SECONDS) or stamp() != seen:
+        if reload.wait(RELOAD_SECONDS) or file_stamp(options) != seen:
             reload.clear()
-            seen = stamp()
+            seen = file_stamp(options)
             complain(f"{chosen_file(options)}: {take_file(options, server)}")
 
 
@@ -5207,7 +5291,7 @@ def take_file(options: argparse.Namespace, server: ScimServer) -> str:
     try:
         fresh = chosen_config(options)
         server.application.configure(fresh)
-    except (ConfigError, StoreError) as error:
+    except (ConfigError, StoreError, OSError, ValueError) as error:
         return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
     warn(server.application)
     changed = [name for name in FIXED if getattr(fresh, name) != getattr(server.config, name)]
@@ -5306,7 +5390,7 @@ def restore(options: argparse.Namespace) -> None:
                 os.replace(file, f"{file}.damaged")
         store = Store(path)
     with closing(store):
-        store.restore(options.file)
+        store.restore(options.file, tenant.name)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
 
 
