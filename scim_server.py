@@ -1153,7 +1153,7 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
         # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
-        if not (created := equal_terms(filter)):
+        if not (created := equal_terms(filter)) or (values and not attribute.multi_valued):
             raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
         selected, values = [created], [*values, created]
     for value in selected:
@@ -5540,7 +5540,8 @@ TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
     "token": (make_token, "make a secret token and its configuration entry", {
         "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
-    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", CONFIG),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID",
+              {**CONFIG, **DATA_DIR}),
     "employees": (show_employees, "print a tenant's employees", {
         "--format": {"choices": ("table", "csv", "json"), "default": "table"},
         "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},

@@ -395,6 +395,7 @@ def pathless(value: Any, op: str = "replace") -> Any:
 
 WORK, HOME = {"type": "work", "value": "w"}, {"type": "home", "value": "h", "primary": True}
 PATCHES = [                       # before, operations, after or the scimType of the error
+    ({"name": {"familyName": "A"}}, [put('name[familyName eq "B"].givenName', "x")], "noTarget"),
     # one value
     ({}, [add("nickName", "Tom")], {"nickName": "Tom"}),
     ({"nickName": "x"}, [add("nickName", "Tom")], {"nickName": "Tom"}),
@@ -2256,7 +2257,7 @@ def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
     file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
     with process("--config", str(file)) as (_, url, _):
         Scim(url, "acme-secret").get("/Users")
-    printed = command("check", "--config", str(file)).stdout
+    printed = command("check", "--config", str(file), "--data-dir", str(tmp_path / "data")).stdout
     today = scim_server.time_text(scim_server.utc_now())[:10]
     assert f"last used {today}" in printed and "never used" in printed
 
