@@ -5254,19 +5254,27 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
             with suppress(ConfigError):
                 config = replace(chosen_config(options), workers=config.workers)
             signal.pthread_sigmask(signal.SIG_BLOCK, numbers)       # until both sides can take them
-            if not (worker := os.fork()):
-                for number in numbers:
-                    signal.signal(number, signal.SIG_DFL)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-                work(options, Application(config, page=CONSOLE_PAGE * config.console), listener, seen)
-                os._exit(0)
-            workers.add(worker)
+            if not stopping:                             # asked again, now that none comes between
+                workers.add(fork_worker(options, config, listener, seen, numbers))
             signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-        worker, status = os.wait()
-        workers.discard(worker)
-        if not stopping:
-            complain(f"worker {worker} ended with status {status}; another one takes its place")
-            time.sleep(KNOCK_SECONDS)                    # one that cannot start does not spin
+        with suppress(ChildProcessError):                # stopped before there was any
+            worker, status = os.wait()
+            workers.discard(worker)
+            if not stopping:
+                complain(f"worker {worker} ended with status {status}; another one takes its place")
+                time.sleep(KNOCK_SECONDS)                # one that cannot start does not spin
+
+
+def fork_worker(options: argparse.Namespace, config: Config, listener: Listener, seen: int,
+                numbers: Iterable[int]) -> int:
+    """Return the process id of a new worker, in which this never returns."""
+    if worker := os.fork():
+        return worker
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    work(options, Application(config, page=CONSOLE_PAGE * config.console), listener, seen)
+    os._exit(0)
 
 
 def file_stamp(options: argparse.Namespace) -> int:
