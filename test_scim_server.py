@@ -3457,14 +3457,14 @@ def test_the_first_screen_of_the_readme_is_what_a_user_sees(tmp_path: Path) -> N
     serve, test, curl = (block.strip() for block in blocks("sh")[:3])
     assert serve == "python3 scim_server.py" and test.startswith("python3 -m venv .venv")
     with process(file=tmp_path / "scim_server.py") as (running, url, lines):
-        assert running.stdout
-        shown = blocks("")[0].strip().split("\n")
-        lines += [running.stdout.readline().rstrip() for _ in shown[1:]]
-        base = url.removesuffix("/scim/v2")
-        assert [line.replace(base, "URL") for line in lines] == [
-            line.replace("http://127.0.0.1:8080", "URL") for line in shown]
         token, path = re.findall(r"Bearer (\S+)\".*8080/scim/v2(\S+)", curl)[0]
         assert Scim(url, token).get(path) == json.loads(blocks("json")[0])
+        running.terminate()
+        assert running.stdout
+        lines += [line.rstrip() for line in running.stdout]
+        base = url.removesuffix("/scim/v2")
+        assert [line.replace(base, "URL") for line in lines] == [
+            line.replace("http://127.0.0.1:8080", "URL") for line in blocks("")[0].strip().split("\n")]
 
 
 @pytest.mark.parametrize("example", blocks("python"))
