@@ -81,7 +81,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
@@ -1304,11 +1304,9 @@ def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
     Another set would be made whole, be it of a million rows, before SQLite looks into it.
     """
     terms = sorted(filters, key=width)
-    compiled = [compile_filter(term, row) for term in terms]
-    if terms and width(terms[0]) < 2:
-        compiled[1:] = [probe(term, row) or sql
-                        for term, sql in zip(terms[1:], compiled[1:], strict=True)]
-    return compiled
+    narrow = bool(terms) and width(terms[0]) < 2
+    return [(probe(term, row) if narrow and number else None) or compile_filter(term, row)
+            for number, term in enumerate(terms)]
 
 
 def width(filter: Filter) -> int:
@@ -2514,8 +2512,7 @@ class Directory:
 
     def _fitted(self, row: Row) -> Row:
         """Return a row without custom fields that another view of the tenant, with others, left in it."""
-        known = {custom.link_name for custom in self.custom_fields}
-        if row.type != "User" or row.body.get(FACILIO, {}).keys() <= known:
+        if FACILIO not in row.body or row.body[FACILIO].keys() <= set(self.link_names):
             return row
         body, hidden = self._split_custom_fields(row)
         return replace(row, body=body, hidden=hidden)
@@ -3470,13 +3467,13 @@ class Answered:
     response: Response
     seconds: float
 
-    @property
+    @cached_property
     def type(self) -> str:
         """User, Group, or "" where the call was for something else."""
         types, endpoint = self.directory.resource_types.values(), self.response.route.split("/")[1:2]
         return next((found.name for found in types if [found.endpoint[1:]] == endpoint), "")
 
-    @property
+    @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query found; {} for none."""
         body = self.response.body if self.type and self.response.status < 300 else {}
@@ -3917,6 +3914,12 @@ RETRY_SECONDS = 5                 # after which a tenant whose file failed is op
 OPEN_TENANTS = 64                 # whose files are kept open
 
 
+def credentials(request: Request) -> tuple[str, str]:
+    """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return scheme, secret.strip()
+
+
 def unauthorized() -> ScimError:
     """Return the one answer to a bearer token that is not good, whatever is wrong with it."""
     return ScimError(401, "", "the bearer token is missing, unknown or expired; check the Secret Token of "
@@ -3934,7 +3937,7 @@ class Application:
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
                  clock: Clock = utc_now, new_id: Callable[[], str] = random_id, page: str = "") -> None:
-        self.page = page
+        self.page = page if config.console else ""
         self.log = ProvisioningLog()
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
@@ -3996,6 +3999,11 @@ class Application:
             raise found
         return found
 
+    @property
+    def served(self) -> list[Directory]:
+        """The directories of the tenants whose files are good."""
+        return [found for found in self.directories.values() if isinstance(found, Directory)]
+
     def token(self, name: str) -> str:
         """Return a new secret of a tenant, good until the next configuration."""
         secret = secrets.token_urlsafe(32)
@@ -4006,16 +4014,14 @@ class Application:
 
     def interrupt(self) -> None:
         """End all long polls, for good."""
-        for directory in self.directories.values():
-            if isinstance(directory, Directory):
-                directory.store.interrupt()
+        for directory in self.served:
+            directory.store.interrupt()
 
     def close(self) -> None:
         """Write the logs and close the files; nobody may use the application afterwards."""
         self.log.close()
-        for directory in self.directories.values():
-            if isinstance(directory, Directory):
-                directory.store.close()
+        for directory in self.served:
+            directory.store.close()
 
     def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
         """Return the directory of a tenant, the one that is in use where it fits, or why not."""
@@ -4094,7 +4100,7 @@ class Application:
 
     def owner(self, request: Request) -> Owner | None:
         """Return the tenant and the token that a request names, be it expired; None for nobody's."""
-        secret = request.headers.get("authorization", "").partition(" ")[2].strip()
+        secret = credentials(request)[1]
         if not secret or (found := self._tokens.get(digest(secret))) or not self._ask:
             return found if secret else None
         try:
@@ -4107,15 +4113,14 @@ class Application:
 
     def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
         """Return the directory that a request is for, in the name of its token."""
-        scheme, now = request.headers.get("authorization", "").partition(" ")[0], self._clock()
+        scheme, now = credentials(request)[0], self._clock()
         if not owner or scheme.lower() != "bearer" or (owner[1].expires and owner[1].expires <= now):
             raise unauthorized()
         tenant, token = owner[0].name, owner[1].name
         if not (directory := self.directories.get(tenant)):          # removed at this moment
             raise unauthorized()
-        if isinstance(directory := self._retried(owner[0], directory), StoreError):
-            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
-                            {"Retry-After": str(RETRY_SECONDS)})
+        if isinstance(directory, StoreError):
+            directory = self._retried(owner[0], now)
         used = self._used.get((tenant, token))
         if not used or now - used > timedelta(minutes=1):
             self._used[tenant, token] = now
@@ -4124,13 +4129,16 @@ class Application:
         self._wake(tenant, directory)
         return directory.acting(token)
 
-    def _retried(self, tenant: Tenant, found: Directory | StoreError) -> Directory | StoreError:
-        """Return a directory; one that could not be opened is tried again, not more often than allowed."""
-        now = self._clock()
-        if isinstance(found, StoreError) and now - self._tried > timedelta(seconds=RETRY_SECONDS):
+    def _retried(self, tenant: Tenant, now: datetime) -> Directory:
+        """Return the directory of a tenant that could not be opened, tried again now; ScimError 503."""
+        found = self.directories[tenant.name]
+        if now - self._tried > timedelta(seconds=RETRY_SECONDS):
             with self._configuring:
                 self._tried = now
                 found = self.directories[tenant.name] = self._open(self.config, tenant)
+        if isinstance(found, StoreError):
+            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
+                            {"Retry-After": str(RETRY_SECONDS)})
         return found
 
     def _wake(self, tenant: str, directory: Directory) -> None:
@@ -4187,8 +4195,7 @@ def get_metrics(application: Application, request: Request) -> Response:
     """Answer GET /metrics, for this machine or with the token that the configuration names."""
     local = request.client in ("127.0.0.1", "::1") and "forwarded" not in request.headers \
         and "x-forwarded-for" not in request.headers
-    secret = request.headers.get("authorization", "").partition(" ")[2].strip()
-    if not local and digest(secret) != application.config.metrics_sha256:
+    if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
         return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
                                                  "token", {"WWW-Authenticate": "Bearer"}))
     return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
@@ -5124,7 +5131,7 @@ def running(config: Source = None, *, authenticate: Hook = None, deterministic: 
             replace(made, port=0), authenticate,
             (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
             (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-            CONSOLE_PAGE * made.console)) as application:
+            CONSOLE_PAGE)) as application:
         for tenant in made.tenants:
             application.directory(tenant.name)           # a test wants each of them
         server = ScimServer(application)
@@ -5140,8 +5147,7 @@ def running(config: Source = None, *, authenticate: Hook = None, deterministic: 
 
 def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
     """Return the server for gunicorn and its like, or to mount under a prefix; arguments as running()."""
-    made = to_config(config)
-    return WsgiApplication(Application(made, authenticate, page=CONSOLE_PAGE * made.console))
+    return WsgiApplication(Application(to_config(config), authenticate, page=CONSOLE_PAGE))
 
 
 # -- Commands: those that return nothing end with status 0 ------------------------------
@@ -5187,8 +5193,8 @@ def chosen_directory(options: argparse.Namespace) -> Directory:
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, the configuration of the day."""
     seen, config = file_stamp(options), chosen_config(options)
-    application = Application(config, page=CONSOLE_PAGE * config.console)
-    if not any(isinstance(found, Directory) for found in application.directories.values()):
+    application = Application(config, page=CONSOLE_PAGE)
+    if not application.served:
         application.directory(config.tenants[0].name)    # says why
     warn(application)
     try:
@@ -5273,7 +5279,7 @@ def fork_worker(options: argparse.Namespace, config: Config, listener: Listener,
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-    work(options, Application(config, page=CONSOLE_PAGE * config.console), listener, seen)
+    work(options, Application(config, page=CONSOLE_PAGE), listener, seen)
     os._exit(0)
 
 
@@ -5354,20 +5360,21 @@ def check(options: argparse.Namespace) -> None:
     for tenant in config.tenants:
         print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
               f"{len(tenant.custom_fields)} custom field(s)")
+        uses = last_uses(store_path(config, tenant), tenant.tokens)
         for token in tenant.tokens:
+            used = f"last used {uses[token.name]}" if uses.get(token.name) else "never used"
             ends = f", expires {time_text(token.expires)}" if token.expires else ""
-            print(f"  token    {token.name}, {last_use(store_path(config, tenant), token)}{ends}")
+            print(f"  token    {token.name}, {used}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
 
 
-def last_use(path: str, token: Token) -> str:
-    """Return when a token was used last, as words: one that nobody uses can be withdrawn."""
+def last_uses(path: str, tokens: Iterable[Token]) -> dict[str, str]:
+    """Return when each token was used last, by name: one that nobody uses can be withdrawn."""
     if not os.path.exists(path):
-        return "never used"
+        return {}
     with closing(Store(path)) as store, store.reading() as session:
-        used = session.setting(f"used {token.name}")
-    return f"last used {used}" if used else "never used"
+        return {token.name: session.setting(f"used {token.name}") for token in tokens}
 
 
 def back_up(options: argparse.Namespace) -> None:
