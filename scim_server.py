@@ -5114,6 +5114,7 @@ FIXED = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections"
          "console")               # what a running server does not take anew
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
+Stamp = tuple[int, int]
 
 
 @contextmanager
@@ -5214,7 +5215,7 @@ def serve(options: argparse.Namespace) -> None:
         supervise(options, config, listener)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener, seen: int,
+def work(options: argparse.Namespace, application: Application, listener: Listener, seen: Stamp,
          told: str = "") -> None:
     """Serve on a socket until a signal; what is to be told is printed when signals are heeded.
 
@@ -5271,27 +5272,37 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
                 time.sleep(KNOCK_SECONDS)                # one that cannot start does not spin
 
 
-def fork_worker(options: argparse.Namespace, config: Config, listener: Listener, seen: int,
+def fork_worker(options: argparse.Namespace, config: Config, listener: Listener, seen: Stamp,
                 numbers: Iterable[int]) -> int:
     """Return the process id of a new worker, in which this never returns."""
+    supervisor = os.getpid()
     if worker := os.fork():
         return worker
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+    threading.Thread(target=end_after, args=(supervisor,), daemon=True).start()
     work(options, Application(config, page=CONSOLE_PAGE), listener, seen)
     os._exit(0)
 
 
-def file_stamp(options: argparse.Namespace) -> int:
-    """Return by what a change of the configuration file shows, 0 where there is none."""
+def end_after(supervisor: int) -> None:
+    """End this worker when its supervisor was killed, so that nobody is left on the address."""
+    while os.getppid() == supervisor:
+        time.sleep(KNOCK_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def file_stamp(options: argparse.Namespace) -> Stamp:
+    """Return by what a change of the configuration file shows: time and size, 0 where there is none."""
     with suppress(OSError):
-        return os.stat(chosen_file(options)).st_mtime_ns
-    return 0
+        found = os.stat(chosen_file(options))
+        return found.st_mtime_ns, found.st_size          # half a file may have the time of the whole
+    return 0, 0
 
 
 def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event,
-                seen: int) -> None:
+                seen: Stamp) -> None:
     """Take the configuration file when it changes, or on a signal, while the server runs."""
     while not server.stopping.is_set():
         if reload.wait(RELOAD_SECONDS) or file_stamp(options) != seen:
