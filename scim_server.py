@@ -68,6 +68,7 @@ import signal
 import socket
 import sqlite3
 import ssl
+import struct
 import sys
 import threading
 import time
@@ -1447,9 +1448,12 @@ class EmployeeRow:
     manager: int | None = None
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def dump(value: Json) -> str:
     """Return JSON text for the database."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return ENCODER.encode(value)
 
 
 def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
@@ -1463,7 +1467,7 @@ def bound_sql(missing: int, columns: str, after: Position | None, descending: bo
 
 def load_row(seq: int, type: str, id: str, body: str, hidden: str, *rest: Any) -> Row:
     """Return the resource in the columns of a row."""
-    return Row(seq, type, id, json.loads(body), json.loads(hidden), *rest)
+    return Row(seq, type, id, json.loads(body), {} if hidden == "{}" else json.loads(hidden), *rest)
 
 
 class Session:
@@ -2885,7 +2889,8 @@ class Call:
 
     def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18) -> int:
         """Return an integer parameter, moved into bounds; ScimError 400 invalidValue if it is none."""
-        text = self.parameters.get(name.lower()) or str(default)
+        if not (text := self.parameters.get(name.lower(), "")):
+            return default
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
             raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
@@ -3400,7 +3405,7 @@ def list_changes(call: Call) -> Response:
 # -- The provisioning log ------------------------------------------------------------
 
 LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
-LOG_READS = 200                   # the same of reads that succeeded, which tell least
+LOG_READS = 50                    # the same of reads that succeeded, which tell least
 LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
 LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
@@ -3699,18 +3704,16 @@ class ProvisioningLog:
         self._batches = Batches(self._write, LOG_PAUSE, LOG_WAITING)
 
     def add(self, call: Answered) -> None:
-        """Have a call written, without secrets, long bodies and long lists."""
+        """Have a call written, without long bodies and long lists."""
         if call.request.method == "GET" and call.response.status < 300 and self._batches.full(LOG_READS):
             self.lost += 1
             return
         body, answer = call.request.body, call.response.body
-        if isinstance(answer, dict) and "Resources" in answer:
-            answer = {"Resources": answer["Resources"][:2]}
+        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
+            call = replace(call, response=replace(call.response, body={"Resources": answer["Resources"][:2]}))
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
-            body = b""
-        self.lost += not self._batches.add(replace(
-            call, request=replace(call.request, headers={}, body=body),
-            response=replace(call.response, body=answer)))
+            call = replace(call, request=replace(call.request, body=b""))
+        self.lost += not self._batches.add(call)
 
     def add_stranger(self, at: str) -> None:
         """Count a call with an unknown token, which belongs to no tenant."""
@@ -4056,8 +4059,9 @@ class Application:
                 request.method == "GET" and "x-console" in request.headers):
             return                        # reading what the sync did is no part of it
         if owner:                         # of a tenant whose file is no good there is no log either
-            self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name), request,
-                                  response, seconds))
+            self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name),
+                                  Request(request.method, request.path, request.query, {}, request.body,
+                                          client=request.client, id=request.id), response, seconds))
         elif response.status == 401:
             self.log.add_stranger(time_text(self._clock()))
 
@@ -4092,7 +4096,7 @@ class Application:
             traceback.print_exc()
             response = error_response(ScimError(500, "", "the server failed; its log says why"))
         tenant = owner[0].name if owner and response.status != 401 else ""
-        return replace(response, tenant=tenant, route=route), owner
+        return Response(response.status, response.body, response.headers, tenant, route), owner
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
@@ -4389,8 +4393,7 @@ def request_log(style: str, stream: TextIO) -> Batches:
 
 def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
     """Return the header fields and the body of an answer."""
-    text = response.body if isinstance(response.body, str) else json.dumps(
-        response.body, ensure_ascii=False, separators=(",", ":"))
+    text = response.body if isinstance(response.body, str) else dump(response.body)
     body = b"" if response.body is None else text.encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
@@ -4452,18 +4455,32 @@ class Connection(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Read what has come into a buffer and return its length, 0 at the end."""
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        self.socket.settimeout(left)
-        count = self.socket.recv_into(buffer)
+        self._limit(socket.SO_RCVTIMEO, self._deadline)
+        try:
+            count = self.socket.recv_into(buffer)
+        except (BlockingIOError, ssl.SSLWantReadError) as error:
+            raise TimeoutError from error
         self._deadline += count * self._pace
         return count
 
     def send(self, octets: bytes) -> None:
         """Send octets, at SLOWEST or better."""
-        self.socket.settimeout(HEAD_SECONDS + len(octets) / SLOWEST)
-        self.socket.sendall(octets)
+        deadline, left = time.monotonic() + HEAD_SECONDS + len(octets) / SLOWEST, memoryview(octets)
+        while left:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                left = left[self.socket.send(left):]
+            except (BlockingIOError, ssl.SSLWantWriteError) as error:
+                raise TimeoutError from error
+
+    def _limit(self, option: int, deadline: float) -> None:
+        """Have the system end the next wait at a deadline: settimeout() would cost two calls more each time."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        seconds, microseconds = divmod(int(left * 1e6) + 1, 10 ** 6)     # 0 would be no limit
+        self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds)
+                               if os.name != "nt" else struct.pack("L", int(left * 1e3) + 1))
 
     def end(self, how: int) -> None:
         """End reading, writing or both, from whatever thread."""
@@ -4495,6 +4512,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
                 self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
+                self.peer.socket.settimeout(None)        # from here on the connection's deadlines hold
             while self._exchange():
                 pass
 
@@ -4515,7 +4533,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             method, target, minor_version, headers = read_head(self.stream)
             request = self.server.located(method, target, headers, self.client_address[0])
-            request = replace(request, body=self._body(request, minor_version))
+            if body := self._body(request, minor_version):
+                request = replace(request, body=body)
         except (ScimError, TimeoutError) as error:
             refusal = error if isinstance(error, ScimError) else ScimError(
                 408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "

@@ -2219,13 +2219,18 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         assert later.get("/Users")["totalResults"] == 1
 
 
+def children_of(running: Any) -> list[str]:
+    """Return the process ids of a supervisor's workers."""
+    return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+
+
 def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
     with logging_process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
         def write(number: int) -> int:
             return Scim(url, "acme-sample-secret-token").user(f"u{number}")["meta"]["version"] != ""
         with ThreadPoolExecutor(8) as pool:
             assert all(pool.map(write, range(60)))
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        children = children_of(running)
         assert len(children) == 2
         os.kill(int(children[0]), signal.SIGKILL)
         line_with(running, "another one takes its place")
@@ -2241,10 +2246,11 @@ def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) 
 
 def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        wait_until(lambda: len(children_of(running)) == 2)
+        children = children_of(running)
         running.kill()
         wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-        assert len(children) == 2 and not requests_accepted(int(url.split(":")[2].partition("/")[0]))
+        assert not requests_accepted(int(url.split(":")[2].partition("/")[0]))
 
 
 def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
@@ -2854,8 +2860,7 @@ def test_a_worker_that_is_replaced_knows_the_configuration_of_the_day(tmp_path: 
         assert Scim(url, "globex-secret").get("/Users")["totalResults"] == 0
         file.write_text(json.dumps({"data_dir": "data", "workers": 2, "tenants": CONFIG["tenants"][:1]}))
         assert line_with(running, ": taken") and line_with(running, ": taken")
-        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
-        os.kill(int(children[0]), signal.SIGKILL)
+        os.kill(int(children_of(running)[0]), signal.SIGKILL)
         line_with(running, "another one takes its place")
         for _ in range(12):
             assert Scim(url, "globex-secret").call("GET", "/Users").status_code == 401
