@@ -2915,8 +2915,8 @@ def parse_body(body: bytes | Json) -> Json:
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json,
                            object_pairs_hook=unique_names)
-        # Only a body with escapes or many brackets can hold what the walk looks for.
-        if b"\\u" in body or b"\0" in body or body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        # Only a body with escapes or deep nesting can hold what the walk looks for.
+        if b"\\u" in body or b"\0" in body or is_deep(value):
             for path, text in texts_in(value):
                 if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
@@ -2924,6 +2924,15 @@ def parse_body(body: bytes | Json) -> Json:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
+
+
+def is_deep(value: Json) -> bool:
+    """Return whether a JSON value is nested deeper than MAX_DEPTH, level by level."""
+    level = [[value]]
+    for _ in range(MAX_DEPTH + 1):
+        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(item, (dict, list))]
+    return bool(level)
 
 
 def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
@@ -3213,8 +3222,9 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
+    texts = texts_in([id, data]) if BULK_ID in dump([id, data]) else ()      # few refer to others
     return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
-        text.removeprefix(BULK_ID) for _, text in texts_in([id, data]) if BULK_ID_TEXT.fullmatch(text)})
+        text.removeprefix(BULK_ID) for _, text in texts if BULK_ID_TEXT.fullmatch(text)})
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
@@ -3311,7 +3321,8 @@ class Bulk:
             headers["if-match"] = operation.version
         return self.call.application.handle(replace(
             request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
-            headers=headers, body=resolved(operation.data, self.ids)))
+            headers=headers,
+            body=resolved(operation.data, self.ids) if operation.references else operation.data))
 
     def _complete_circles(self) -> None:
         """Replace what was made without its references as soon as all of them are known."""
