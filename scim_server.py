@@ -1266,6 +1266,7 @@ LINKED_ENTRIES = {
 
 BUSY_SECONDS = 5                  # how long a write waits for that of another process
 MAX_BATCH = 64                    # writes that share a commit
+WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
 READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
@@ -1749,7 +1750,7 @@ class Store:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             wal = Path(f"{self.path}-wal")
             unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
-            self._writer = self._connect()
+            self._writer = self._connect(WRITER_CACHE)
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise damaged(self.path, found)
             self._migrate()
@@ -1759,11 +1760,12 @@ class Store:
             raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
                              "choose a directory that this user may write to") from error
 
-    def _connect(self) -> sqlite3.Connection:
+    def _connect(self, cache: int = 2000) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
                                      check_same_thread=False, cached_statements=256)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
+        connection.execute(f"PRAGMA cache_size = -{cache}")              # KiB
         return connection
 
     def _migrate(self) -> None:
@@ -1809,7 +1811,7 @@ class Store:
         with self._writing:
             self._waiting.remove(threading.get_ident())
             if self._closed:
-                self._writer, self._closed = self._connect(), False
+                self._writer, self._closed = self._connect(WRITER_CACHE), False
             self._owner = threading.get_ident()
             try:
                 if not self._writer.in_transaction:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import random
 import re
 import shutil
@@ -91,10 +92,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Server:
-    """A server process on a folder of its own; scim_server.py, or what command says."""
+    """A server process on a folder of its own; scim_server.py, also as a module, or what command says."""
 
     def __init__(self, folder: Path, options: argparse.Namespace,
-                 command: Sequence[str] | None = None) -> None:
+                 command: Sequence[str] | None = None, module: bool = False) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
@@ -102,7 +103,8 @@ class Server:
         delay = [] if options.commit_delay is None else [
             "-c", SLOW_COMMITS, str(options.commit_delay / 1000), str(self.commits_file)]
         workers = ["--workers", str(options.workers)] if options.workers else []
-        self.command = command or [sys.executable, *delay, str(SERVER), "--listen", "127.0.0.1:0",
+        run = ["-m", SERVER.stem] if module else [*delay, str(SERVER)]
+        self.command = command or [sys.executable, *run, "--listen", "127.0.0.1:0",
                                    "--config", str(folder / "config.json"), *workers]
         self.process: subprocess.Popen[str] | None = None
 
@@ -110,8 +112,9 @@ class Server:
         """Start the process and return where it listens."""
         log = self.folder / "server.log"
         with open(log, "w") as stream:
-            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=stream,
-                                            text=True)
+            self.process = subprocess.Popen(
+                self.command, stdout=subprocess.PIPE, stderr=stream, text=True,
+                env={**os.environ, "PYTHONPATH": str(SERVER.parent), "PYTHONDONTWRITEBYTECODE": ""})
         for line in self.process.stdout or ():
             if found := re.match(r"(?:scim_server listening|Serving SCIM) on (\S+)", line):
                 self.target = Target.of(found[1], TOKEN)
@@ -551,8 +554,9 @@ def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> No
         People(server.start(), options.users).fill()
         server.stop()
         if "start".startswith(options.only) or "rss-idle".startswith(options.only):
-            report_start(Server(folder / "empty", options), "empty", report, options.runs)
-            shutil.rmtree(folder / "empty")
+            for module, what in [(False, "empty"), (True, "empty, as a module")]:
+                report_start(Server(folder / "empty", options, module=module), what, report, options.runs)
+                shutil.rmtree(folder / "empty")
             report_start(server, f"{options.users:,} users", report, options.runs)
         run_rows(folder, People(server.start(), options.users), server, options, report)
         if "rss-load".startswith(options.only):
