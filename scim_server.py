@@ -1247,13 +1247,23 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         entry TEXT NOT NULL);         -- JSON
     CREATE INDEX change_id ON change (id);
     CREATE INDEX change_member ON change (member) WHERE member <> '';
+    """, """
+    DELETE FROM value WHERE path IN ('schemas', 'id', 'meta', 'meta.resourcetype');
+    DROP INDEX change_at;
     """,
 )
 
-# Membership is rows of its own; these make index entries of them, under the attributes' paths.
+# What other rows tell is not stored as index entries: these make them, under the attributes' paths.
+EACH = "seq, 0 AS element FROM resource"
 MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
 GROUPS = "member_seq AS seq, group_seq AS element FROM member"
 LINKED_ENTRIES = {
+    "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
+               f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
+               f"FROM value WHERE path IN ('{FACILIO.lower()}', '{ENTERPRISE.lower()}')",
+    "id": f"id AS key, {EACH}",
+    "meta": f"'1' AS key, {EACH}",
+    "meta.resourcetype": f"type AS key, {EACH}",
     "members": f"'1' AS key, {MEMBERS}",
     "members.value": f"id AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
     "members.type": f"lower(type) AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
@@ -1265,6 +1275,7 @@ LINKED_ENTRIES = {
 }
 
 BUSY_SECONDS = 5                  # how long a write waits for that of another process
+MAX_FORGOTTEN = 1_000             # changes that are too old and go with one write
 MAX_BATCH = 64                    # writes that share a commit
 WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
 READERS = 8                       # connections that read at once; more would take turns anyway
@@ -1348,11 +1359,16 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
 
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
-    index, columns = target.attribute.index, COLUMNS[row]
-    source = f"(SELECT {linked})" if (linked := LINKED_ENTRIES.get(index)) else "value"
-    own, values = ("", []) if linked else ("path = ? AND ", [index])
-    return (f"({columns}) IN (SELECT {columns} FROM {source} AS entry WHERE {own}{condition})",
+    source, values = entries_of(target.attribute)
+    return (f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})",
             [*values, *parameters])
+
+
+def entries_of(attribute: Attribute) -> Sql:
+    """Return the index entries of an attribute as what follows FROM, to which conditions are added."""
+    if linked := LINKED_ENTRIES.get(attribute.index):
+        return f"(SELECT {linked}) AS entry WHERE 1 = 1", []
+    return "value AS entry WHERE path = ?", [attribute.index]
 
 
 class StoreError(Exception):
@@ -1527,7 +1543,8 @@ class Session:
                  "ON CONFLICT (type) DO UPDATE SET count = count + excluded.count", [type, more])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        old, new = set(before), set(after)
+        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES}
+                    for entries in (before, after))
         self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
                       [(*entry, seq) for entry in old - new])
         self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
@@ -1569,12 +1586,12 @@ class Session:
         rest = f"SELECT {missing} AS missing, '' AS key, seq FROM resource WHERE {condition} AND {bound}"
         if not sorting:
             return f"{rest} ORDER BY seq{' DESC' * descending}", [*parameters, *bounds]
-        path = sorting.target.attribute.index
+        source, path = entries_of(sorting.target.attribute)
         walk, walk_bounds = bound_sql(0, "key, seq", after, descending)
-        sql = (f"SELECT 0 AS missing, key, seq FROM value WHERE path = ? AND element = 0 AND {walk} "
+        sql = (f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} "
                f"AND seq IN (SELECT seq FROM resource WHERE {condition}) UNION ALL {rest} "
-               f"AND seq NOT IN (SELECT seq FROM value WHERE path = ? AND element = 0) {ORDER[descending]}")
-        return sql, [path, *walk_bounds, *parameters, *parameters, *bounds, path]
+               f"AND seq NOT IN (SELECT seq FROM {source} AND element = 0) {ORDER[descending]}")
+        return sql, [*path, *walk_bounds, *parameters, *parameters, *bounds, *path]
 
     # -- Memberships --
 
@@ -1660,7 +1677,9 @@ class Session:
             (change.at, change.kind, change.id, change.member, change.token, dump(change.attributes))
             for change in changes])
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
-        self.run("DELETE FROM change WHERE at < ?", [older_than])
+        oldest = self.run("SELECT seq, at FROM change ORDER BY seq LIMIT 1").fetchone()
+        if oldest and oldest[1] < older_than:            # times rise with the numbers
+            self.run("DELETE FROM change WHERE at < ? AND seq < ?", [older_than, oldest[0] + MAX_FORGOTTEN])
 
     def changes(self, after: int, count: int) -> list[Change]:
         """Return the changes behind one, as many as count."""
@@ -2930,7 +2949,7 @@ def parse_body(body: bytes | Json) -> Json:
 
 def is_deep(value: Json) -> bool:
     """Return whether a JSON value is nested deeper than MAX_DEPTH, level by level."""
-    level = [[value]]
+    level: list[Any] = [[value]]
     for _ in range(MAX_DEPTH + 1):
         level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(item, (dict, list))]

