@@ -1250,6 +1250,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     """, """
     DELETE FROM value WHERE path IN ('schemas', 'id', 'meta', 'meta.resourcetype');
     DROP INDEX change_at;
+    CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
     """,
 )
 
@@ -1661,6 +1662,11 @@ class Session:
         columns = {name: value for name, value in vars(row).items() if name != "manager"}
         return self._put("employee", columns)
 
+    def follow_manager(self, before: str, after: str) -> None:
+        """Let the reports of a manager have the SCIM id that is the manager's now."""
+        self.run("UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
+                 [after, before])
+
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
         sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
                f"FROM employee WHERE {condition}")
@@ -1700,7 +1706,8 @@ class Session:
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the last one made."""
-        return self.run("SELECT ifnull((SELECT min(seq) - 1 FROM change), seq), seq "
+        return self.run("SELECT max(ifnull((SELECT min(seq) - 1 FROM change), seq), ifnull((SELECT "
+                        "CAST(value AS INTEGER) FROM setting WHERE name = 'feed_start'), 0)), seq "
                         "FROM sqlite_sequence WHERE name = 'change'").fetchone() or (0, 0)
 
     # -- The provisioning log --
@@ -1929,6 +1936,10 @@ class Store:
                 self._migrate()
                 self._writer.executemany("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?",
                                          given)
+                # Whoever followed the feed, even to its end, is told to read all employees (410).
+                self._writer.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'change'")
+                session = Session(self._writer)
+                session.set_setting("feed_start", str(session.change_bounds()[1]))
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
@@ -2420,6 +2431,8 @@ class Directory:
                 new, after.provisioned, after.user_name):
             return
         id = session.save_employee(after)
+        if before and before.user_id != after.user_id:   # who comes back has the same reports
+            session.follow_manager(before.user_id, after.user_id)
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
             self._log(session, f"employee.{change_verb(old, new)}", str(id), attributes=names)
 
@@ -2504,7 +2517,8 @@ class Directory:
         removed = session.unlink(row.seq, old.keys() - new.keys())
         written = session.link(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
-        for kind, ids in (("member.removed", removed), ("member.added", added)):
+        updated = [id for id in written if id in old]
+        for kind, ids in (("member.removed", removed), ("member.added", added), ("member.updated", updated)):
             if ids:
                 self._log(session, kind, row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -2520,9 +2534,11 @@ class Directory:
             old_type = resource_types(tuple(CustomField(*one) for one in known))["User"]
             for row in session.holding(FACILIO):
                 body, hidden = self._split_custom_fields(row)
+                if (body, hidden) == (row.body, row.hidden):
+                    continue
                 changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
                 session.save(changed, row_entries(old_type, row), row_entries(resource_type, changed))
-                self._employ(session, row.id, revived(resource_type, changed))
+                self._record(session, row, revived(old_type, row), revived(resource_type, changed))
             session.set_setting("custom_fields", dump(fields))
 
     def _split_custom_fields(self, row: Row) -> tuple[Resource, Resource]:
@@ -2858,6 +2874,9 @@ class ConfigReader:
 # ----------------------------------------------------------------------------
 
 
+Owner = tuple[Tenant, Token]      # of a request
+
+
 @dataclass(frozen=True)
 class Request:
     """A request: header names in lower case; path and query as they stood in the target."""
@@ -2872,6 +2891,7 @@ class Request:
     root: str = ""                     # the path that the server is mounted at
     client: str = ""                   # the address that it came from
     id: str = "-"                      # for the logs
+    owner: Owner | None = None         # whose it is, where that is known: Bulk asks for many but once
 
 
 @dataclass(frozen=True)
@@ -3267,6 +3287,7 @@ class Bulk:
 
     def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
         self.call, self.operations = call, operations
+        self.owner = call.application.owner(call.request)
         self.answers: dict[int, Json] = {}        # so far, by number
         self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
         self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
@@ -3342,7 +3363,7 @@ class Bulk:
             headers["if-match"] = operation.version
         return self.call.application.handle(replace(
             request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
-            headers=headers,
+            headers=headers, owner=self.owner,
             body=resolved(operation.data, self.ids) if operation.references else operation.data))
 
     def _complete_circles(self) -> None:
@@ -3944,7 +3965,6 @@ class Metrics:
         return "\n".join(lines) + "\n"
 
 
-Owner = tuple[Tenant, Token]      # of a request
 RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
 OPEN_TENANTS = 64                 # whose files are kept open
 
@@ -4136,6 +4156,8 @@ class Application:
 
     def owner(self, request: Request) -> Owner | None:
         """Return the tenant and the token that a request names, be it expired; None for nobody's."""
+        if request.owner:
+            return request.owner
         secret = credentials(request)[1]
         if not secret or (found := self._tokens.get(digest(secret))) or not self._ask:
             return found if secret else None

@@ -2818,9 +2818,50 @@ def test_numbers_that_were_given_out_before_a_restore_are_not_given_out_again(tm
     directory.store.backup(str(tmp_path / "backup"))
     directory.create("User", {"userName": "ann"})
     directory.store.restore(str(tmp_path / "backup"), "a")
+    with pytest.raises(scim_server.ScimError, match="after=5") as gone:       # who had read all is told too
+        directory.changes(4)
+    assert gone.value.status == 410
     directory.create("User", {"userName": "zoe"})
     assert [one.id for one in directory.employees()] == [1, 3]
-    assert [one.seq for one in directory.changes(4)] == [5, 6]
+    assert [one.seq for one in directory.changes(5)] == [6, 7]
+
+
+def test_a_manager_who_comes_back_has_the_same_reports() -> None:
+    directory = scim_server.Directory(scim_server.Store(":memory:"))
+    ada = directory.create("User", {"userName": "ada", "externalId": "a"})["id"]
+    directory.create("User", {"userName": "bob", ENT: {"manager": {"value": ada}}})
+    directory.delete("User", ada)
+    directory.create("User", {"userName": "ada", "externalId": "a"})
+    assert [(one.id, one.manager) for one in directory.employees()] == [(1, None), (2, 1)]
+
+
+def test_new_custom_fields_change_those_who_have_values_alone_and_say_so() -> None:
+    store = scim_server.Store(":memory:")
+    directory = scim_server.Directory(store, FIELDS)
+    ada = directory.create("User", {"userName": "ada", FAC: {"union_code": "u"}})
+    bob = directory.create("User", {"userName": "bob", FAC: {"locker_no": 7}})
+    directory.create("Group", {"displayName": FAC})
+    fewer = scim_server.Directory(store, FIELDS[1:])
+    assert fewer.get("User", bob["id"])["meta"] == bob["meta"]
+    assert fewer.get("User", ada["id"])["meta"]["version"] != ada["meta"]["version"]
+    assert [(one.kind, one.id) for one in fewer.changes(5)] == [
+        ("user.updated", ada["id"]), ("employee.updated", "1")]
+
+
+def test_a_new_display_of_a_member_is_a_change() -> None:
+    directory = scim_server.Directory(scim_server.Store(":memory:"))
+    ada = directory.create("User", {"userName": "ada"})["id"]
+    crew = directory.create("Group", {"displayName": "Crew", "members": [{"value": ada}]})["id"]
+    directory.patch("Group", crew, {"Operations": [put(f'members[value eq "{ada}"].display', "Ada")]})
+    assert [(one.kind, one.id, one.member) for one in directory.changes(4)] == [("member.updated", crew, ada)]
+
+
+def test_a_hook_is_not_asked_for_each_operation_of_a_bulk() -> None:
+    asked: list[str] = []
+    with scim_server.running(authenticate=lambda secret: asked.append(secret) or "demo") as server:
+        answers = bulk(Scim(server.url, "vault"), *(("POST", "/Users", f"b{number}", {"userName": f"u{number}"})
+                                                    for number in range(9)))
+    assert [one["status"] for one in answers] == ["201"] * 9 and len(asked) <= 2
 
 
 def test_a_mistake_in_a_token_does_not_print_the_secret() -> None:
