@@ -4512,7 +4512,7 @@ class Connection(io.RawIOBase):
         self._limit(socket.SO_RCVTIMEO, self._deadline)
         try:
             count = self.socket.recv_into(buffer)
-        except (BlockingIOError, ssl.SSLWantReadError) as error:
+        except BlockingIOError as error:
             raise TimeoutError from error
         self._deadline += count * self._pace
         return count
@@ -4524,17 +4524,19 @@ class Connection(io.RawIOBase):
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
                 left = left[self.socket.send(left):]
-            except (BlockingIOError, ssl.SSLWantWriteError) as error:
+            except BlockingIOError as error:
                 raise TimeoutError from error
 
     def _limit(self, option: int, deadline: float) -> None:
-        """Have the system end the next wait at a deadline: settimeout() would cost two calls more each time."""
+        """Have the next wait end at a deadline."""
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        seconds, microseconds = divmod(int(left * 1e6) + 1, 10 ** 6)     # 0 would be no limit
-        self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, microseconds)
-                               if os.name != "nt" else struct.pack("L", int(left * 1e3) + 1))
+        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):    # which would wait again
+            self.socket.settimeout(left)
+        else:                            # settimeout() costs two calls of the system more for each wait
+            self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack(
+                "ll", *divmod(int(left * 1e6) + 1, 10 ** 6)))            # 0 would be no limit
 
     def end(self, how: int) -> None:
         """End reading, writing or both, from whatever thread."""
@@ -4566,7 +4568,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.server.tls:
                 self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
                 self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
-                self.peer.socket.settimeout(None)        # from here on the connection's deadlines hold
             while self._exchange():
                 pass
 
@@ -4721,12 +4722,12 @@ class ScimServer(http.server.ThreadingHTTPServer):
         with suppress(OSError):                          # a knock, which ends the wait for one
             socket.create_connection(self.socket.getsockname()[:2], 1).close()
         ending.join()
+        self.server_close()
         with self._changed:
             for peer in self.connections.values():
                 if peer.state == IDLE:
                     peer.end(socket.SHUT_RD)             # its read ends
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
-        self.server_close()
         self.log.close(1)
         self.stopped.set()
 

@@ -1738,10 +1738,12 @@ def test_three_hundred_slow_clients_keep_nobody_out(tmp_path: Path) -> None:
 
         with ThreadPoolExecutor(1) as pool:
             flooding = pool.submit(flood)
-            for number in range(40):
-                Scim(server.url, "acme-secret").user(f"u{number}")
-                assert len(server.connections) <= limit
-            done.set()
+            try:
+                for number in range(40):
+                    Scim(server.url, "acme-secret").user(f"u{number}")
+                    assert len(server.connections) <= limit
+            finally:
+                done.set()
             assert flooding.result() >= 300
         assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 40
         assert threading.active_count() < 2 * limit
@@ -1902,6 +1904,17 @@ def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
         assert "tls.pem" in capsys.readouterr().err
         (tmp_path / "tls.pem").unlink()
         assert peer_certificate(server) in CERTIFICATES[1]
+
+
+def test_a_silent_tls_client_loses_its_connection_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scim_server, "IDLE_SECONDS", 0.2)
+    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
+        trusting = ssl.create_default_context(cafile=str(tmp_path / "tls.pem"))
+        trusting.check_hostname = False
+        with socket.create_connection(server.server_address[:2], timeout=20) as plain, \
+                trusting.wrap_socket(plain) as connection:
+            assert connection.recv(1) == b""
+        wait_until(lambda: not server.connections)
 
 
 @pytest.mark.parametrize("headers, expected", [
@@ -2096,8 +2109,10 @@ def test_a_backup_made_while_writing_is_one_commit_and_can_be_restored(tmp_path:
                 number += 1
             return number
         writing = pool.submit(write)
-        saved = command("backup", *place, str(copy))
-        done.set()
+        try:
+            saved = command("backup", *place, str(copy))
+        finally:
+            done.set()
         assert saved.returncode == 0, saved.stderr
         written = writing.result()
         assert command("backup", *place, str(copy)).returncode == 2     # never over a file
