@@ -1734,6 +1734,18 @@ class Session:
 
     # -- Settings --
 
+    def numbers(self) -> dict[str, int]:
+        """Return the last number that each table has given out."""
+        return dict(self.run("SELECT name, seq FROM sqlite_sequence").fetchall())
+
+    def number_on(self, given: Mapping[str, int]) -> None:
+        """Give out no number again, and end the feed for all who followed it, even to its end (410)."""
+        last = {name: max(seq, self.numbers().get(name, 0)) for name, seq in given.items()}
+        last["change"] = last.get("change", 0) + 1
+        self.run_many("DELETE FROM sqlite_sequence WHERE name = ?", [(name,) for name in last])
+        self.run_many("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", last.items())
+        self.set_setting("feed_start", str(last["change"]))
+
     def setting(self, name: str) -> str:
         """Return a stored setting, "" if it was never set."""
         found = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
@@ -1931,15 +1943,11 @@ class Store:
                 owner = Session(source).setting("tenant")
                 if owner not in ("", tenant):
                     raise StoreError(f"{path}: is a backup of tenant {owner}, not of {tenant}")
-                given = self._writer.execute("SELECT seq, name FROM sqlite_sequence").fetchall()
+                given = Session(self._writer).numbers()
                 source.backup(self._writer)
                 self._migrate()
-                self._writer.executemany("UPDATE sqlite_sequence SET seq = max(seq, ?) WHERE name = ?",
-                                         given)
-                # Whoever followed the feed, even to its end, is told to read all employees (410).
-                self._writer.execute("UPDATE sqlite_sequence SET seq = seq + 1 WHERE name = 'change'")
-                session = Session(self._writer)
-                session.set_setting("feed_start", str(session.change_bounds()[1]))
+                with self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
+                    session.number_on(given)
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 

@@ -2827,17 +2827,22 @@ def test_a_tenant_that_was_locked_at_the_start_is_served_when_it_is_free(
         assert scim.get("/Users")["totalResults"] == 0
 
 
-def test_numbers_that_were_given_out_before_a_restore_are_not_given_out_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("empty", [False, True])
+def test_numbers_that_were_given_out_before_a_restore_are_not_given_out_again(
+        tmp_path: Path, empty: bool) -> None:
     directory = scim_server.Directory(scim_server.Store(tmp_path / "a.sqlite3"))
     directory.create("User", {"userName": "ada"})
     directory.store.backup(str(tmp_path / "backup"))
     directory.create("User", {"userName": "ann"})
+    if empty:
+        scim_server.Directory(scim_server.Store(tmp_path / "new.sqlite3")).store.backup(str(tmp_path / "backup2"))
+        os.replace(tmp_path / "backup2", tmp_path / "backup")
     directory.store.restore(str(tmp_path / "backup"), "a")
     with pytest.raises(scim_server.ScimError, match="after=5") as gone:       # who had read all is told too
         directory.changes(4)
     assert gone.value.status == 410
     directory.create("User", {"userName": "zoe"})
-    assert [one.id for one in directory.employees()] == [1, 3]
+    assert [one.id for one in directory.employees()] == ([3] if empty else [1, 3])
     assert [one.seq for one in directory.changes(5)] == [6, 7]
 
 
