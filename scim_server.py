@@ -1788,7 +1788,7 @@ class Store:
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
             wal = Path(f"{self.path}-wal")
             unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
-            self._writer = self._connect(WRITER_CACHE)
+            self._writer = self._connect(writer=True)
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise damaged(self.path, found)
             self._migrate()
@@ -1798,12 +1798,14 @@ class Store:
             raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
                              "choose a directory that this user may write to") from error
 
-    def _connect(self, cache: int = 2000) -> sqlite3.Connection:
+    def _connect(self, writer: bool = False) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
                                      check_same_thread=False, cached_statements=256)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
-        connection.execute(f"PRAGMA cache_size = -{cache}")              # KiB
+        if writer:
+            connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE}")
+            connection.execute("PRAGMA temp_store = MEMORY")     # a savepoint would make and remove a file
         return connection
 
     def _migrate(self) -> None:
@@ -1849,7 +1851,7 @@ class Store:
         with self._writing:
             self._waiting.remove(threading.get_ident())
             if self._closed:
-                self._writer, self._closed = self._connect(WRITER_CACHE), False
+                self._writer, self._closed = self._connect(writer=True), False
             self._owner = threading.get_ident()
             try:
                 if not self._writer.in_transaction:
@@ -2977,10 +2979,11 @@ def parse_body(body: bytes | Json) -> Json:
 
 def is_deep(value: Json) -> bool:
     """Return whether a JSON value is nested deeper than MAX_DEPTH, level by level."""
-    level: list[Any] = [[value]]
-    for _ in range(MAX_DEPTH + 1):
+    depth, level = 0, list[Any]([[value]])
+    while level and depth <= MAX_DEPTH:
         level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(item, (dict, list))]
+        depth += 1
     return bool(level)
 
 
