@@ -1279,6 +1279,7 @@ BUSY_SECONDS = 5                  # how long a write waits for that of another p
 MAX_FORGOTTEN = 1_000             # changes that are too old and go with one write
 MAX_BATCH = 64                    # writes that share a commit
 WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
+WAL_PAGES = 4000                  # written before they are copied: those that all creates change but once
 READERS = 8                       # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
@@ -1805,6 +1806,7 @@ class Store:
         connection.execute("PRAGMA synchronous = FULL")
         if writer:
             connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE}")
+            connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
             connection.execute("PRAGMA temp_store = MEMORY")     # a savepoint would make and remove a file
         return connection
 
@@ -2979,7 +2981,8 @@ def parse_body(body: bytes | Json) -> Json:
 
 def is_deep(value: Json) -> bool:
     """Return whether a JSON value is nested deeper than MAX_DEPTH, level by level."""
-    depth, level = 0, list[Any]([[value]])
+    level: list[Any] = [[value]]
+    depth = 0
     while level and depth <= MAX_DEPTH:
         level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
                  if isinstance(item, (dict, list))]
