@@ -1884,7 +1884,8 @@ class Store:
             self._batch.error = error
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-        self._batch.done.set()
+        finally:
+            self._batch.done.set()                       # whatever happens, nobody waits for ever
         if self._resting:
             self._let_go()
         with self._written:
@@ -1976,6 +1977,8 @@ class Store:
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""
         with self._writing:
+            if not self._closed and self._writer.in_transaction:        # of writes that wait for company
+                self._commit()
             for connection in (*self._idle, self._writer):
                 connection.close()
 
