@@ -260,12 +260,6 @@ class Attribute:
         problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
         raise ScimError(400, "invalidValue", f"{self.path}: {problem}")
 
-    def holds(self, value: Json) -> bool:
-        """Return whether a value is of this simple attribute's type as it stands."""
-        with suppress(ScimError):
-            return type(self.convert(value)) is type(value)
-        return False
-
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
         value = holder.get(self.name, [])
@@ -2074,6 +2068,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
+KINDS = {str: "string", int: "integer", bool: "boolean"}      # the types of custom fields' values
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -2238,7 +2233,7 @@ class Directory:
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             before = self._complete(session, row)
             condition.check(before["meta"]["version"])
             # Okta leaves out active when it changes other attributes: that must not reactivate.
@@ -2258,7 +2253,7 @@ class Directory:
         members = resource_type.root.sub_attribute("members")
         named = named_members(members, operations) if members else None
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
             row = self._save(session, row, before, apply_patch(resource_type, before, operations))
@@ -2269,7 +2264,7 @@ class Directory:
     def delete(self, type: ResourceType | str, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             condition.check(self._complete(session, row, MEMBERLESS)["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, "Group", group["value"])
@@ -2455,10 +2450,10 @@ class Directory:
     def _type(self, type: ResourceType | str) -> ResourceType:
         return self.resource_types[type] if isinstance(type, str) else type
 
-    def _find(self, session: Session, type: ResourceType | str, id: str) -> Row:
+    def _find(self, session: Session, type: ResourceType | str, id: str, writing: bool = False) -> Row:
         name = self._type(type).name
         if row := session.find(name, id):
-            return self._fitted(row)
+            return self._fitted(row, session if writing else None)
         raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
@@ -2525,38 +2520,43 @@ class Directory:
 
     def _adopt_custom_fields(self) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        resource_type = self.resource_types["User"]
         fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         with self.store.writing() as session:
             known = json.loads(session.setting("custom_fields") or "[]")
             if known == fields:
                 return
-            old_type = resource_types(tuple(CustomField(*one) for one in known))["User"]
             for row in session.holding(FACILIO):
-                body, hidden = self._split_custom_fields(row)
-                if (body, hidden) == (row.body, row.hidden):
-                    continue
-                changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
-                session.save(changed, row_entries(old_type, row), row_entries(resource_type, changed))
-                self._record(session, row, revived(old_type, row), revived(resource_type, changed))
+                self._fitted(row, session)
             session.set_setting("custom_fields", dump(fields))
 
-    def _split_custom_fields(self, row: Row) -> tuple[Resource, Resource]:
-        """Return the body of a user with the custom fields of today, and the values to hide."""
-        extension = self.resource_types["User"].root.by_name[FACILIO.lower()]
-        visible, hidden = {}, {**row.hidden, **row.body.get(FACILIO, {})}
-        for name, value in list(hidden.items()):
-            if (sub := extension.sub_attribute(name)) and sub.holds(value):
-                visible[sub.name] = hidden.pop(name)
-        body = {name: value for name, value in row.body.items() if name != FACILIO}
-        return (body | {FACILIO: visible} if visible else body), hidden
+    def _fitted(self, row: Row, session: Session | None = None) -> Row:
+        """Return a row with the custom fields of now where another view of the tenant left others in it.
 
-    def _fitted(self, row: Row) -> Row:
-        """Return a row without custom fields that another view of the tenant, with others, left in it."""
-        if FACILIO not in row.body or row.body[FACILIO].keys() <= set(self.link_names):
+        A session that writes stores it, and what it means for the employee.
+        """
+        if FACILIO not in row.body and not row.hidden:
             return row
-        body, hidden = self._split_custom_fields(row)
-        return replace(row, body=body, hidden=hidden)
+        user_type = self.resource_types["User"]
+        extension, found = user_type.root.by_name[FACILIO.lower()], row.body.get(FACILIO, {})
+        visible: Resource = {}
+        hidden: Resource = {}
+        for name, value in (*found.items(), *row.hidden.items()):
+            sub = extension.sub_attribute(name)
+            if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
+                visible[sub.name] = value
+            else:
+                hidden.setdefault(name, value)
+        if (visible, hidden) == (found, row.hidden):
+            return row
+        body = {name: value for name, value in row.body.items() if name != FACILIO}
+        fitted = replace(row, body=body | {FACILIO: visible} if visible else body, hidden=hidden,
+                         revision=row.revision + 1)
+        if session:      # the index holds what that view wrote, by types that the values show
+            written = resource_types(tuple(CustomField(name, KINDS[type(value)])
+                                           for name, value in found.items()))["User"]
+            session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
+            self._record(session, row, revived(user_type, row), revived(user_type, fitted))
+        return fitted
 
     def _adopt_users(self) -> None:
         """Make the employees of users that an older version stored without them."""

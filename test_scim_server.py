@@ -2785,6 +2785,24 @@ def test_custom_fields_that_another_view_left_harm_nobody(tmp_path: Path) -> Non
         assert scim.call("DELETE", f"/Users/{id}").status_code == 204
 
 
+def test_what_another_view_wrote_is_typed_indexed_and_taken_over_by_the_next_one(tmp_path: Path) -> None:
+    store, field = scim_server.Store(tmp_path / "one.sqlite3"), scim_server.CustomField
+    stale = scim_server.Directory(store, [field("code"), field("floor")])
+    number = scim_server.Directory(store, [field("code", "Integer")])
+    ada, bob = (stale.create("User", {"userName": name, FAC: {"code": "A7", "floor": "9"}})["id"]
+                for name in ("ada", "bob"))
+    assert FAC not in number.get("User", ada)
+    patched = number.patch("User", ada, {"Operations": [put(f"{FAC}:code", 5)]})
+    assert patched and patched[FAC] == {"code": 5} and number.get("User", ada) == patched
+    stale.patch("User", ada, {"Operations": [put("title", "Chief")]})
+    assert number.get("User", ada)[FAC] == {"code": 5}
+    for name, found in (("other", []), ("code", [ada, bob]), ("floor", [ada, bob])):
+        fresh = scim_server.Directory(store, [field(name)])
+        people = fresh.query("User", f"{FAC}:{name} pr").resources
+        assert [one["id"] for one in people] == found
+    fresh.delete("User", ada)
+
+
 def test_reading_at_the_command_line_changes_nothing(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         scim = Scim(server.url, "acme-secret")
