@@ -4452,7 +4452,7 @@ def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
-    if response.status != 204:                           # RFC 9110 §8.6: never with a 204
+    if response.status not in (204, 304):                # RFC 9110 §8.6: never with a 204, nor 0 with a 304
         fields.append(("Content-Length", str(len(body))))
     return fields, b"" if request.method == "HEAD" else body
 

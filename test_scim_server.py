@@ -1395,6 +1395,13 @@ def test_a_conditional_request_looks_at_the_version(
         assert answer.content == b"" and answer.headers["ETag"] == 'W/"1"'
 
 
+def test_a_304_does_not_say_that_the_resource_is_empty(either: Scim) -> None:
+    ada = either.user("ada")
+    answer = either.call("GET", f"/Users/{ada['id']}", If_None_Match=ada["meta"]["version"])
+    assert answer.status_code == 304 and answer.headers["ETag"] == ada["meta"]["version"]
+    assert "Content-Length" not in answer.headers      # RFC 9110 §8.6: that of the 200, or none
+
+
 def test_a_write_that_changes_nothing_keeps_version_and_last_modified(scim: Scim) -> None:
     ada = scim.user("ada", title="Engineer", emails=[{"value": "a@x", "type": "work"}])
     path = f"/Users/{ada['id']}"
