@@ -3217,7 +3217,8 @@ def search_resources(call: Call) -> Response:
         if not all(isinstance(one, (str, int)) for one in names):
             raise ScimError(400, "invalidValue",
                             f"{name}: expected text, an integer or names, got {shown(value)}")
-        parameters[name] = ",".join(map(str, names))
+        if names:
+            parameters[name] = ",".join(map(str, names))
     return list_resources(replace(call, parameters=parameters))
 
 

@@ -1462,6 +1462,14 @@ def test_a_patch_of_a_group_with_many_members_answers_what_it_changed_alone(scim
     assert len(scim.get(path)["members"]) == 1002
 
 
+def test_null_in_a_query_by_post_is_as_if_it_were_not_there(scim: Scim) -> None:
+    scim.user("ada")
+    body = {"cursor": None, "startIndex": 1, "count": None, "filter": None, "attributes": []}
+    answer = scim.call("POST", "/Users/.search", body)
+    assert answer.status_code == 200, answer.text
+    assert (answer.json()["startIndex"], answer.json()["totalResults"]) == (1, 1)
+
+
 def test_a_query_at_the_root_mixes_types_in_a_stable_order(scim: Scim) -> None:
     ada = scim.user("ada", displayName="Ada")
     scim.group("Crew", ada["id"])
