@@ -233,7 +233,7 @@ class Attribute:
     @property
     def value_attribute(self) -> Attribute | None:
         """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
-        return self.by_name.get("value")
+        return self.by_name.get("value") if ":" not in self.name else None     # a field of an extension
 
     def convert(self, value: Json) -> Json:
         """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
@@ -828,7 +828,7 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     if not isinstance(value, dict):
         attribute.convert(value)
     # Entra clears a manager with "", which refers to nobody.
-    if value.get("value") == "" and not attribute.multi_valued:
+    if value.get("value") == "" and attribute.value_attribute and not attribute.multi_valued:
         return None
     return accept_complex(attribute, value) or None
 

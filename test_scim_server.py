@@ -2800,6 +2800,15 @@ def test_custom_fields_that_another_view_left_harm_nobody(tmp_path: Path) -> Non
         assert scim.call("DELETE", f"/Users/{id}").status_code == 204
 
 
+def test_a_custom_field_may_be_called_value() -> None:
+    field = scim_server.CustomField
+    directory = scim_server.Directory(scim_server.Store(":memory:"), [field("value"), field("code")])
+    ada = directory.create("User", {"userName": "ada", FAC: {"value": "", "code": "7"}})
+    assert ada[FAC] == {"value": "", "code": "7"}
+    patched = directory.patch("User", ada["id"], {"Operations": [add(FAC, {"code": "8"})]})
+    assert patched and patched[FAC] == {"value": "", "code": "8"}
+
+
 def test_what_another_view_wrote_is_typed_indexed_and_taken_over_by_the_next_one(tmp_path: Path) -> None:
     store, field = scim_server.Store(tmp_path / "one.sqlite3"), scim_server.CustomField
     stale = scim_server.Directory(store, [field("code"), field("floor")])
