@@ -1154,13 +1154,12 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
     for value in selected:
         if operation.path.sub_attribute:
             change(operation.path.sub_attribute, value, operation)
-        elif operation.op == "remove" or operation.value is None:
-            value.clear()
+        elif operation.op == "add":
+            value.update(operation.value or {})
         else:
-            if operation.op == "replace":
-                value.clear()
-                value.update(equal_terms(filter))
-            value.update(operation.value)
+            value.clear()
+            if operation.op == "replace" and operation.value is not None:
+                value.update(equal_terms(filter) | operation.value)
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 

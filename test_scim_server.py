@@ -452,6 +452,8 @@ PATCHES = [                       # before, operations, after or the scimType of
      {"roles": [{"primary": True, "value": "y"}]}),
     ({"emails": [HOME, WORK]}, [remove('emails[type eq "work"]')], {"emails": [HOME]}),
     ({"emails": [WORK]}, [remove('emails[type eq "work"]')], {}),
+    ({"emails": [WORK]}, [add('emails[type eq "work"]', None)], {"emails": [WORK]}),
+    ({"emails": [WORK]}, [put('emails[type eq "work"]', None)], {}),
     ({"emails": [HOME]}, [remove('emails[type eq "work"].value')], {"emails": [HOME]}),
     ({"emails": [HOME, WORK]}, [put('emails[type eq "work"]', {"value": "n"})],
      {"emails": [HOME, {"type": "work", "value": "n"}]}),
