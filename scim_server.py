@@ -3612,7 +3612,7 @@ def refusal(call: Answered, raw: str) -> str:
 def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
     method, route, thing = call.request.method, call.response.route, call.type.lower()
-    if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
+    if not thing or (method in ("GET", "POST") and re.search(r"filter|\.search", call.request.query + route)):
         return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
     if method == "GET" and "{id}" not in route:
         return f"List {thing}s"

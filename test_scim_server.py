@@ -2599,6 +2599,13 @@ def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -
     assert [one["seq"] for one in logged(console, 11, text="night crew", before=seqs[5])] == seqs[6:8]
 
 
+def test_a_query_by_post_is_a_look_up_and_creates_nobody(scim: Scim, console: Scim) -> None:
+    scim.call("POST", "/Users/.search", {"filter": 'userName eq "ada"'})
+    assert [one["operation"] for one in logged(console, 1)] == ["Look up user"]
+    done = {step["title"]: bool(step["at"]) for step in console.get("/console/api/setup")["steps"]}
+    assert done["A person is looked up"] and not done["A person is created"]
+
+
 def test_each_operation_of_a_bulk_request_is_an_entry(scim: Scim, console: Scim) -> None:
     bulk(scim, post("/Users", "a", userName="ada"), post("/Users", "b", title="nameless"))
     assert [(entry["operation"], entry["name"], entry["level"]) for entry in logged(console, 3)] == [
