@@ -1557,9 +1557,14 @@ class Session:
         """Return the resources of a window on those that match, each with its position."""
         descending = sorting is not None and sorting.descending
         sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
-        found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
-                         f"JOIN resource USING (seq) {ORDER[descending]}",
-                         [*parameters, window.count, window.offset])
+        try:
+            found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
+                             f"JOIN resource USING (seq) {ORDER[descending]}",
+                             [*parameters, window.count, window.offset])
+        except sqlite3.OperationalError as error:
+            if "parser stack" in str(error) or "too large" in str(error):
+                raise ScimError(400, "invalidFilter", "filter: too many terms or brackets") from None
+            raise
         return [(Position(missing, key, row[0]), load_row(*row)) for missing, key, *row in found]
 
     def _condition(self, filters: Mapping[str, Filter]) -> Sql:

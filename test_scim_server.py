@@ -279,6 +279,13 @@ def test_a_filter_that_does_not_parse_is_refused_with_its_column(text: str, colu
     assert f"column {column}:" in caught.value.detail
 
 
+@pytest.mark.parametrize("text", ["(title pr or " * 50 + "title pr" + ")" * 50, "x pr or " * 1000 + "x pr"])
+def test_a_filter_that_is_too_much_for_the_database_is_the_clients_mistake(scim: Scim, text: str) -> None:
+    answer = scim.call("POST", "/Users/.search", {"filter": text})
+    if answer.status_code != 200:      # how much that is differs between versions of SQLite
+        assert_error(answer, 400, "invalidFilter", "brackets")
+
+
 def test_a_filter_comes_through_a_url_with_its_blanks_and_signs(scim: Scim) -> None:
     scim.user("a+b & c's#%@x.example")
     for text in ("a%2Bb+%26+c%27s%23%25%40x.example", "a%2bb%20%26%20c's%23%25@x.example"):
