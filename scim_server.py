@@ -827,10 +827,10 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
         value = {"value": value}
     if not isinstance(value, dict):
         attribute.convert(value)
+    accepted = accept_complex(attribute, value)
     # Entra clears a manager with "", which refers to nobody.
-    if value.get("value") == "" and attribute.value_attribute and not attribute.multi_valued:
-        return None
-    return accept_complex(attribute, value) or None
+    nobody = accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
+    return None if nobody else accepted or None
 
 
 def is_primary(value: Json) -> bool:
@@ -1034,6 +1034,9 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     if read_only := path.read_only:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
+    if value == "" and attribute is (holder := path.attributes[-2:][0]).value_attribute \
+            and not holder.multi_valued:           # a manager's empty value clears the manager
+        path, attribute = PatchPath(path.attributes[:-1]), holder
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
     if merge and attribute.type == "complex" and not attribute.value_attribute \
             and not attribute.multi_valued and isinstance(value, dict):

@@ -514,6 +514,8 @@ PATCHES = [                       # before, operations, after or the scimType of
     ({ENT: {"manager": {"value": "x"}}}, [remove(f"{ENT}:manager")], {}),
     ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", "")], {}),
     ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", {"value": ""})], {}),
+    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", {"Value": ""})], {}),
+    ({ENT: {"manager": {"value": "x", "displayName": "X"}}}, [put(f"{ENT}:manager.value", "")], {}),
 ]
 
 
