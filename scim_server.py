@@ -2545,8 +2545,7 @@ class Directory:
             return row
         user_type = self.resource_types["User"]
         extension, found = user_type.root.by_name[FACILIO.lower()], row.body.get(FACILIO, {})
-        visible: Resource = {}
-        hidden: Resource = {}
+        visible, hidden = Resource(), Resource()
         for name, value in (*found.items(), *row.hidden.items()):
             sub = extension.sub_attribute(name)
             if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
@@ -4192,7 +4191,8 @@ class Application:
             self._used[tenant, token] = now
             with suppress(sqlite3.Error):
                 directory.note_use(token)
-        self._wake(tenant, directory)
+        if not request.owner:            # a Bulk has the turn to write, which configure() may wait for
+            self._wake(tenant, directory)
         return directory.acting(token)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:

@@ -2916,6 +2916,37 @@ def test_a_new_display_of_a_member_is_a_change() -> None:
     assert [(one.kind, one.id, one.member) for one in directory.changes(4)] == [("member.updated", crew, ada)]
 
 
+def test_a_bulk_and_new_custom_fields_of_its_tenant_do_not_wait_for_each_other() -> None:
+    application = scim_server.Application(scim_server.to_config(CONFIG))
+
+    def ask(token: str, method: str = "GET", path: str = "/Users", body: Any = b"") -> Any:
+        return application.handle(scim_server.Request(
+            method, "/scim/v2" + path, headers={"authorization": f"Bearer {token}"}, body=body))
+
+    changing = threading.Thread(daemon=True, target=application.add_tenant, args=(
+        {**CONFIG["tenants"][0], "custom_fields": []},))
+
+    def interrupt() -> str:
+        if not changing.ident:
+            ask("globex-secret")
+            changing.start()
+            wait_until(lambda: acme.store._waiting)
+        return str(uuid.uuid4())
+
+    acme = application.directory("acme")
+    acme.new_id = interrupt
+    operations = [{"method": "POST", "path": "/Users", "bulkId": name, "data": {"userName": name}}
+                  for name in ("ada", "bob")]
+    asking = threading.Thread(daemon=True, target=ask, args=(
+        "acme-secret", "POST", "/Bulk", {"Operations": operations}))
+    asking.start()
+    asking.join(20)
+    changing.join(20)
+    assert not asking.is_alive() and not changing.is_alive()
+    assert application.directory("acme").query("User").total_results == 2
+    application.close()
+
+
 def test_a_hook_is_not_asked_for_each_operation_of_a_bulk() -> None:
     asked: list[str] = []
     with scim_server.running(authenticate=lambda secret: asked.append(secret) or "demo") as server:
