@@ -233,7 +233,7 @@ class Attribute:
     @property
     def value_attribute(self) -> Attribute | None:
         """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
-        return self.by_name.get("value")
+        return self.by_name.get("value") if ":" not in self.name else None     # a field of an extension
 
     def convert(self, value: Json) -> Json:
         """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
@@ -259,12 +259,6 @@ class Attribute:
                     return date_time_key(value) and value
         problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
         raise ScimError(400, "invalidValue", f"{self.path}: {problem}")
-
-    def holds(self, value: Json) -> bool:
-        """Return whether a value is of this simple attribute's type as it stands."""
-        with suppress(ScimError):
-            return type(self.convert(value)) is type(value)
-        return False
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
@@ -833,10 +827,10 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
         value = {"value": value}
     if not isinstance(value, dict):
         attribute.convert(value)
+    accepted = accept_complex(attribute, value)
     # Entra clears a manager with "", which refers to nobody.
-    if value.get("value") == "" and not attribute.multi_valued:
-        return None
-    return accept_complex(attribute, value) or None
+    nobody = accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
+    return None if nobody else accepted or None
 
 
 def is_primary(value: Json) -> bool:
@@ -1040,6 +1034,9 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     if read_only := path.read_only:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
+    if value == "" and attribute is (holder := path.attributes[-2:][0]).value_attribute \
+            and not holder.multi_valued:           # a manager's empty value clears the manager
+        path, attribute = PatchPath(path.attributes[:-1]), holder
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
     if merge and attribute.type == "complex" and not attribute.value_attribute \
             and not attribute.multi_valued and isinstance(value, dict):
@@ -1160,13 +1157,12 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
     for value in selected:
         if operation.path.sub_attribute:
             change(operation.path.sub_attribute, value, operation)
-        elif operation.op == "remove" or operation.value is None:
-            value.clear()
+        elif operation.op == "add":
+            value.update(operation.value or {})
         else:
-            if operation.op == "replace":
-                value.clear()
-                value.update(equal_terms(filter))
-            value.update(operation.value)
+            value.clear()
+            if operation.op == "replace" and operation.value is not None:
+                value.update(equal_terms(filter) | operation.value)
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
@@ -1565,9 +1561,14 @@ class Session:
         """Return the resources of a window on those that match, each with its position."""
         descending = sorting is not None and sorting.descending
         sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
-        found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
-                         f"JOIN resource USING (seq) {ORDER[descending]}",
-                         [*parameters, window.count, window.offset])
+        try:
+            found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
+                             f"JOIN resource USING (seq) {ORDER[descending]}",
+                             [*parameters, window.count, window.offset])
+        except sqlite3.OperationalError as error:
+            if "parser stack" in str(error) or "too large" in str(error):
+                raise ScimError(400, "invalidFilter", "filter: too many terms or brackets") from None
+            raise
         return [(Position(missing, key, row[0]), load_row(*row)) for missing, key, *row in found]
 
     def _condition(self, filters: Mapping[str, Filter]) -> Sql:
@@ -2089,6 +2090,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
+KINDS = {str: "string", int: "integer", bool: "boolean"}      # the types of custom fields' values
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -2253,7 +2255,7 @@ class Directory:
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             before = self._complete(session, row)
             condition.check(before["meta"]["version"])
             # Okta leaves out active when it changes other attributes: that must not reactivate.
@@ -2273,7 +2275,7 @@ class Directory:
         members = resource_type.root.sub_attribute("members")
         named = named_members(members, operations) if members else None
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
             row = self._save(session, row, before, apply_patch(resource_type, before, operations))
@@ -2284,7 +2286,7 @@ class Directory:
     def delete(self, type: ResourceType | str, id: str, condition: Condition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
-            row = self._find(session, type, id)
+            row = self._find(session, type, id, writing=True)
             condition.check(self._complete(session, row, MEMBERLESS)["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, "Group", group["value"])
@@ -2470,10 +2472,10 @@ class Directory:
     def _type(self, type: ResourceType | str) -> ResourceType:
         return self.resource_types[type] if isinstance(type, str) else type
 
-    def _find(self, session: Session, type: ResourceType | str, id: str) -> Row:
+    def _find(self, session: Session, type: ResourceType | str, id: str, writing: bool = False) -> Row:
         name = self._type(type).name
         if row := session.find(name, id):
-            return self._fitted(row)
+            return self._fitted(row, session if writing else None)
         raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
@@ -2540,38 +2542,42 @@ class Directory:
 
     def _adopt_custom_fields(self) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        resource_type = self.resource_types["User"]
         fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         with self.store.writing() as session:
             known = json.loads(session.setting("custom_fields") or "[]")
             if known == fields:
                 return
-            old_type = resource_types(tuple(CustomField(*one) for one in known))["User"]
             for row in session.holding(FACILIO):
-                body, hidden = self._split_custom_fields(row)
-                if (body, hidden) == (row.body, row.hidden):
-                    continue
-                changed = replace(row, body=body, hidden=hidden, revision=row.revision + 1)
-                session.save(changed, row_entries(old_type, row), row_entries(resource_type, changed))
-                self._record(session, row, revived(old_type, row), revived(resource_type, changed))
+                self._fitted(row, session)
             session.set_setting("custom_fields", dump(fields))
 
-    def _split_custom_fields(self, row: Row) -> tuple[Resource, Resource]:
-        """Return the body of a user with the custom fields of today, and the values to hide."""
-        extension = self.resource_types["User"].root.by_name[FACILIO.lower()]
-        visible, hidden = {}, {**row.hidden, **row.body.get(FACILIO, {})}
-        for name, value in list(hidden.items()):
-            if (sub := extension.sub_attribute(name)) and sub.holds(value):
-                visible[sub.name] = hidden.pop(name)
-        body = {name: value for name, value in row.body.items() if name != FACILIO}
-        return (body | {FACILIO: visible} if visible else body), hidden
+    def _fitted(self, row: Row, session: Session | None = None) -> Row:
+        """Return a row with the custom fields of now where another view of the tenant left others in it.
 
-    def _fitted(self, row: Row) -> Row:
-        """Return a row without custom fields that another view of the tenant, with others, left in it."""
-        if FACILIO not in row.body or row.body[FACILIO].keys() <= set(self.link_names):
+        A session that writes stores it, and what it means for the employee.
+        """
+        if FACILIO not in row.body and not row.hidden:
             return row
-        body, hidden = self._split_custom_fields(row)
-        return replace(row, body=body, hidden=hidden)
+        user_type = self.resource_types["User"]
+        extension, found = user_type.root.by_name[FACILIO.lower()], row.body.get(FACILIO, {})
+        visible, hidden = Resource(), Resource()
+        for name, value in (*found.items(), *row.hidden.items()):
+            sub = extension.sub_attribute(name)
+            if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
+                visible[sub.name] = value
+            else:
+                hidden.setdefault(name, value)
+        if (visible, hidden) == (found, row.hidden):
+            return row
+        body = {name: value for name, value in row.body.items() if name != FACILIO}
+        fitted = replace(row, body=body | {FACILIO: visible} if visible else body, hidden=hidden,
+                         revision=row.revision + 1)
+        if session:      # the index holds what that view wrote, by types that the values show
+            written = resource_types(tuple(CustomField(name, KINDS[type(value)])
+                                           for name, value in found.items()))["User"]
+            session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
+            self._record(session, row, revived(user_type, row), revived(user_type, fitted))
+        return fitted
 
     def _adopt_users(self) -> None:
         """Make the employees of users that an older version stored without them."""
@@ -3234,7 +3240,8 @@ def search_resources(call: Call) -> Response:
         if not all(isinstance(one, (str, int)) for one in names):
             raise ScimError(400, "invalidValue",
                             f"{name}: expected text, an integer or names, got {shown(value)}")
-        parameters[name] = ",".join(map(str, names))
+        if names:
+            parameters[name] = ",".join(map(str, names))
     return list_resources(replace(call, parameters=parameters))
 
 
@@ -3629,7 +3636,7 @@ def refusal(call: Answered, raw: str) -> str:
 def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
     method, route, thing = call.request.method, call.response.route, call.type.lower()
-    if not thing or (method in ("GET", "POST") and "filter" in call.request.query + route):
+    if not thing or (method in ("GET", "POST") and re.search(r"filter|\.search", call.request.query + route)):
         return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
     if method == "GET" and "{id}" not in route:
         return f"List {thing}s"
@@ -4201,7 +4208,8 @@ class Application:
             self._used[tenant, token] = now
             with suppress(sqlite3.Error):
                 directory.note_use(token)
-        self._wake(tenant, directory)
+        if not request.owner:            # a Bulk has the turn to write, which configure() may wait for
+            self._wake(tenant, directory)
         return directory.acting(token)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
@@ -4469,7 +4477,7 @@ def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
-    if response.status != 204:                           # RFC 9110 §8.6: never with a 204
+    if response.status not in (204, 304):                # RFC 9110 §8.6: never with a 204, nor 0 with a 304
         fields.append(("Content-Length", str(len(body))))
     return fields, b"" if request.method == "HEAD" else body
 
