@@ -2166,6 +2166,7 @@ class Directory:
         self.resource_types = resource_types(self.custom_fields)
         self.token = ""
         self._recipe = employee_recipe(self.resource_types["User"])
+        self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
         try:
             self.cursor_key = self._secret("cursor_key")
             self._adopt_custom_fields()
@@ -2556,10 +2557,11 @@ class Directory:
 
         A session that writes stores it, and what it means for the employee.
         """
-        if FACILIO not in row.body and not row.hidden:
+        found = row.body.get(FACILIO, {})
+        if not row.hidden and all(self._kinds.get(name) == KINDS[type(found[name])] for name in found):
             return row
         user_type = self.resource_types["User"]
-        extension, found = user_type.root.by_name[FACILIO.lower()], row.body.get(FACILIO, {})
+        extension = user_type.root.by_name[FACILIO.lower()]
         visible, hidden = Resource(), Resource()
         for name, value in (*found.items(), *row.hidden.items()):
             sub = extension.sub_attribute(name)
