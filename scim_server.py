@@ -142,18 +142,20 @@ class ScimError(Exception):
     says what was found, and what would do. headers go into the HTTP answer.
     """
 
-    def __init__(self, status: int, scim_type: str, detail: str,
-                 headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, scim_type: str, detail: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(detail)
-        self.status = status
-        self.scim_type = scim_type
-        self.detail = detail
-        self.headers = dict(headers or {})
+        self.status, self.scim_type, self.detail, self.headers = status, scim_type, detail, dict(headers)
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
         scim_type = {"scimType": self.scim_type} if self.scim_type else {}
         return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
+
+
+invalid_filter = partial(ScimError, 400, "invalidFilter")        # these take the detail alone
+invalid_path = partial(ScimError, 400, "invalidPath")
+invalid_syntax = partial(ScimError, 400, "invalidSyntax")
+invalid_value = partial(ScimError, 400, "invalidValue")
 
 
 def shown(value: Json) -> str:
@@ -258,7 +260,7 @@ class Attribute:
                 with suppress(ValueError):
                     return date_time_key(value) and value
         problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
-        raise ScimError(400, "invalidValue", f"{self.path}: {problem}")
+        raise invalid_value(f"{self.path}: {problem}")
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
@@ -305,19 +307,17 @@ class Schema:
     description: str = ""
 
 
+computed = partial(Attribute, mutability="readOnly")
 EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
-    Attribute("schemas", "reference", multi_valued=True, case_exact=True, mutability="readOnly",
-              returned="always"),
-    Attribute("id", case_exact=True, mutability="readOnly", returned="always", uniqueness="server"),
+    computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
+    computed("id", case_exact=True, returned="always", uniqueness="server"),
     EXTERNAL_ID,
 )
-META = Attribute("meta", "complex", mutability="readOnly", sub_attributes=(
-    Attribute("resourceType", case_exact=True, mutability="readOnly"),
-    Attribute("created", "dateTime", mutability="readOnly"),
-    Attribute("lastModified", "dateTime", mutability="readOnly"),
-    Attribute("location", "reference", case_exact=True, mutability="readOnly"),
-    Attribute("version", case_exact=True, mutability="readOnly"),
+META = computed("meta", "complex", sub_attributes=(
+    computed("resourceType", case_exact=True),
+    computed("created", "dateTime"), computed("lastModified", "dateTime"),
+    computed("location", "reference", case_exact=True), computed("version", case_exact=True),
 ))
 
 
@@ -368,13 +368,10 @@ USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
         Attribute("type", canonical_values=("work", "home", "other")),
         Attribute("primary", "boolean"), Attribute("display", published=False),
     )),
-    Attribute("groups", "complex", multi_valued=True, mutability="readOnly", linked=True,
-              sub_attributes=(
-        Attribute("value", case_exact=True, mutability="readOnly"),
-        Attribute("$ref", "reference", case_exact=True, mutability="readOnly",
-                  reference_types=("Group",)),
-        Attribute("display", mutability="readOnly"),
-        Attribute("type", mutability="readOnly", canonical_values=("direct",)),
+    computed("groups", "complex", multi_valued=True, linked=True, sub_attributes=(
+        computed("value", case_exact=True),
+        computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
+        computed("display"), computed("type", canonical_values=("direct",)),
     )),
     plural("entitlements"), plural("roles"), plural("x509Certificates", "binary"),
 ))
@@ -385,10 +382,8 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
     Attribute("members", "complex", multi_valued=True, linked=True, sub_attributes=(
         Attribute("value", required=True, case_exact=True),   # an id of ours, and ids have a case
         # Computed. scim2-tester learns from it that a value must be the id of a resource.
-        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
-                  reference_types=("User", "Group")),
-        Attribute("type", canonical_values=("User", "Group")),
-        Attribute("display"),
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable", reference_types=("User", "Group")),
+        Attribute("type", canonical_values=("User", "Group")), Attribute("display"),
     )),
 ))
 
@@ -594,14 +589,14 @@ STRING_TYPES = ("string", "reference")
 
 def bad_filter(column: int, expected: str, found: str) -> ScimError:
     """Return the error of a filter that does not parse."""
-    return ScimError(400, "invalidFilter", f"filter, column {column}: expected {expected}, found "
-                                           f"{shown(found) if found else 'the end'}")
+    return invalid_filter(f"filter, column {column}: expected {expected}, found "
+                          f"{shown(found) if found else 'the end'}")
 
 
 def tokens_of(text: str) -> Tokens:
     """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:
-        raise ScimError(400, "invalidFilter", f"filter: longer than {MAX_FILTER_LENGTH} characters")
+        raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
     tokens, position, end = [], 0, len(text.rstrip())
     while position < end:
         if not (token := TOKEN.match(text, position)):
@@ -622,7 +617,7 @@ def parse_filter(text: str, resource_type: ResourceType) -> Filter:
 def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0) -> Parsed:
     """Return the filter that a mark closes, a bracket or "" for the end; what follows is behind it."""
     if depth > MAX_FILTER_DEPTH:
-        raise ScimError(400, "invalidFilter", f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
+        raise invalid_filter(f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
     choices = [[term]]
     while (word := tokens[position][1].lower()) in ("and", "or"):
@@ -668,8 +663,8 @@ def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, de
 def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
-        raise ScimError(400, "invalidFilter", f"{name}: a filter in brackets needs a complex "
-                                              f"attribute, this one is of type {target[-1].type}")
+        raise invalid_filter(f"{name}: a filter in brackets needs a complex "
+                             f"attribute, this one is of type {target[-1].type}")
     return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
 
 
@@ -703,20 +698,20 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         target = (*target, target[-1].value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
-        raise ScimError(400, "invalidFilter", f"{name}: compare one of its sub-attributes: "
-                        f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
+        raise invalid_filter(f"{name}: compare one of its sub-attributes: "
+                             f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
     if literal is None and op == "eq":
         return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
     if literal is None or unordered or shapeless:
-        raise ScimError(400, "invalidFilter", f"{name}: '{op}' does not go with {shown(literal)} "
-                                              f"and the type {attribute.type}")
+        raise invalid_filter(f"{name}: '{op}' does not go with {shown(literal)} "
+                             f"and the type {attribute.type}")
     try:
         literal = attribute.convert(literal)
     except ScimError as error:
-        raise ScimError(400, "invalidFilter", error.detail) from None
+        raise invalid_filter(error.detail) from None
     return Compare(Target(target), op, attribute.key(literal), literal)
 
 
@@ -744,18 +739,18 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
     if attributes is None:
-        raise ScimError(400, "invalidPath", f"path {shown(text)}: " + unknown(name, resource_type))
+        raise invalid_path(f"path {shown(text)}: " + unknown(name, resource_type))
     if not bracket:
         return PatchPath(attributes)
     if not attributes:
-        raise ScimError(400, "invalidPath", f"path {shown(text)}: a filter needs an attribute")
+        raise invalid_path(f"path {shown(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
     if tokens[position + bool(sub)][0] != "end":
-        raise ScimError(400, "invalidPath", f"path {shown(text)}: what follows ']' must be a "
-                                            f"sub-attribute of {attributes[-1].path}")
+        raise invalid_path(f"path {shown(text)}: what follows ']' must be a "
+                           f"sub-attribute of {attributes[-1].path}")
     return PatchPath(attributes, filter, sub)
 
 
@@ -778,10 +773,17 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 # ----------------------------------------------------------------------------
 
 
+def lower_names(value: Json, expected: str = "the body must be a JSON object") -> dict[str, Json]:
+    """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
+    if not isinstance(value, dict):
+        raise invalid_syntax(f"{expected}, got {shown(value)}")
+    return {name.lower(): item for name, item in value.items()}
+
+
 def accept(resource_type: ResourceType, body: Json) -> Resource:
     """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
     if not isinstance(body, dict):
-        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(body)}")
+        raise invalid_syntax(f"the body must be a JSON object, got {shown(body)}")
     return accept_complex(resource_type.root, body)
 
 
@@ -793,7 +795,7 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
         # What is read-only is left out, and what no schema knows, as Entra and Okta need.
         if sub and sub.mutability == "readWrite" and item is not None:
             if sub.name in given:
-                raise ScimError(400, "invalidValue", f"{sub.path}: given twice")
+                raise invalid_value(f"{sub.path}: given twice")
             given[sub.name] = item
     accepted = {sub.name: item for sub in attribute.sub_attributes if sub.name in given
                 if (item := accept_value(sub, given[sub.name])) is not None}
@@ -850,12 +852,12 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
     """Raise ScimError 400 invalidValue unless a complex value (or a resource) has what it must."""
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            raise ScimError(400, "invalidValue", f"{sub.path} is required and must not be empty")
+            raise invalid_value(f"{sub.path} is required and must not be empty")
         if sub.linked:
             for item in value.get(sub.name, ()):
                 require(sub, item)
         elif sub.multi_valued and len(value.get(sub.name, ())) > MAX_VALUES:
-            raise ScimError(400, "invalidValue", f"{sub.path}: more than {MAX_VALUES} values")
+            raise invalid_value(f"{sub.path}: more than {MAX_VALUES} values")
 
 
 def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resource:
@@ -982,25 +984,21 @@ class Operation:
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
-    named = {name.lower(): value for name, value in body.items()} if isinstance(body, dict) else {}
-    if not isinstance(items := named.get("operations"), list) or not items:
-        raise ScimError(400, "invalidSyntax", "Operations: expected a list of PATCH operations")
+    if not isinstance(items := lower_names(body).get("operations"), list) or not items:
+        raise invalid_syntax("Operations: expected a list of PATCH operations")
     return [operation for item in items for operation in parse_operation(resource_type, item)]
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
     """Yield what one item of Operations asks for; its names and op go without regard to case."""
-    if not isinstance(item, dict):
-        raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
-    item = {name.lower(): value for name, value in item.items()}
+    item = lower_names(item, "Operations: expected objects")
     op, text, value = str(item.get("op")).lower(), item.get("path"), item.get("value")
     if op not in ("add", "replace", "remove"):
-        raise ScimError(400, "invalidSyntax",
-                        f"op: expected add, replace or remove, got {shown(item.get('op'))}")
+        raise invalid_syntax(f"op: expected add, replace or remove, got {shown(item.get('op'))}")
     if op != "remove" and "value" not in item:
-        raise ScimError(400, "invalidValue", f"{op} {text or ''}: value is missing")
+        raise invalid_value(f"{op} {text or ''}: value is missing")
     if text is not None and not isinstance(text, str):
-        raise ScimError(400, "invalidPath", f"path: expected text, got {shown(text)}")
+        raise invalid_path(f"path: expected text, got {shown(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
     if path.attributes:
         yield from bind_operation(op, path, value, merge=op == "add")
@@ -1013,8 +1011,7 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
     """Yield the operations that the members of a path-less operation's value stand for."""
     if not isinstance(value, dict):
-        raise ScimError(400, "invalidValue",
-                        f"{op} without path: expected an object, got {shown(value)}")
+        raise invalid_value(f"{op} without path: expected an object, got {shown(value)}")
     # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
     # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
     # A misspelt custom field is an error as in a path, so that the administrator sees it.
@@ -1384,12 +1381,6 @@ def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
     if isinstance(error, sqlite3.OperationalError):
         return StoreError(f"{path}: cannot be used ({error})")
     return damaged(path, str(error))
-
-
-def storage_error(error: sqlite3.Error) -> ScimError:
-    """Return the answer to a failure of the disk or the file, after which nothing was written."""
-    return ScimError(507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; "
-                     "nothing was changed, the request may be repeated", {"Retry-After": "5"})
 
 
 @dataclass(frozen=True)
@@ -2134,11 +2125,7 @@ class Condition:
 
 ALWAYS = Condition()
 Clock = Callable[[], datetime]
-
-
-def utc_now() -> datetime:
-    """Return the time, in UTC."""
-    return datetime.now(UTC)
+utc_now: Clock = partial(datetime.now, UTC)
 
 
 def random_id() -> str:
@@ -2168,7 +2155,10 @@ class Directory:
         self._recipe = employee_recipe(self.resource_types["User"])
         self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
         try:
-            self.cursor_key = self._secret("cursor_key")
+            with store.writing() as session:
+                if not session.setting("cursor_key"):
+                    session.set_setting("cursor_key", secrets.token_hex(32))
+                self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
             self._adopt_custom_fields()
             self._adopt_users()
         except sqlite3.DatabaseError as error:
@@ -2342,8 +2332,8 @@ class Directory:
         try:
             since = date_time_key(changed_since) if changed_since else ""
         except ValueError:
-            raise ScimError(400, "invalidValue", "changed_since: expected a dateTime, got "
-                                                 f"{shown(changed_since)}") from None
+            raise invalid_value("changed_since: expected a dateTime, got "
+                                f"{shown(changed_since)}") from None
         after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
         while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
                                           active=active, changed_since=since)):
@@ -2462,13 +2452,6 @@ class Directory:
                      for member in members], self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
-
-    def _secret(self, name: str) -> bytes:
-        """Return a random key that the store keeps, made when it is first asked for."""
-        with self.store.writing() as session:
-            if not session.setting(name):
-                session.set_setting(name, secrets.token_hex(32))
-            return bytes.fromhex(session.setting(name))
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         return self.resource_types[type] if isinstance(type, str) else type
@@ -2617,8 +2600,8 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
 
 def stored(resource: Resource) -> Resource:
     """Return the part of a resource that is kept in its row's body."""
-    computed = ("schemas", "id", "meta", "groups", "members")
-    return {name: value for name, value in resource.items() if name not in computed}
+    made_anew = ("schemas", "id", "meta", "groups", "members")
+    return {name: value for name, value in resource.items() if name not in made_anew}
 
 
 def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
@@ -2956,7 +2939,7 @@ class Call:
         if not (text := self.parameters.get(name.lower(), "")):
             return default
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
-            raise ScimError(400, "invalidValue", f"{name}: expected an integer, got {shown(text)}")
+            raise invalid_value(f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
     def projected(self, resource: Resource) -> Resource:
@@ -2987,7 +2970,7 @@ def parse_body(body: bytes | Json) -> Json:
         return value
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise ScimError(400, "invalidSyntax", f"the body is not JSON: {reason}") from None
+        raise invalid_syntax(f"the body is not JSON: {reason}") from None
 
 
 def is_deep(value: Json) -> bool:
@@ -3019,14 +3002,6 @@ def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str,
 def not_json(word: str) -> Json:
     """Refuse NaN and Infinity, which Python reads and RFC 8259 does not know."""
     raise ValueError(word)
-
-
-def parse_message(body: bytes | Json) -> dict[str, Json]:
-    """Return the members of a protocol message, names in lower case; ScimError 400 invalidSyntax."""
-    message = parse_body(body)
-    if not isinstance(message, dict):
-        raise ScimError(400, "invalidSyntax", f"the body must be a JSON object, got {shown(message)}")
-    return {name.lower(): value for name, value in message.items()}
 
 
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
@@ -3177,7 +3152,7 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
                    sorting: Sorting | None) -> Response:
     """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
     if "startindex" in call.parameters:
-        raise ScimError(400, "invalidValue", "startIndex: not together with cursor")
+        raise invalid_value("startIndex: not together with cursor")
     try:
         count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
     except ScimError as error:
@@ -3237,11 +3212,10 @@ def signature(call: Call, content: bytes) -> bytes:
 def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
-    for name, value in parse_message(call.request.body).items():
+    for name, value in lower_names(parse_body(call.request.body)).items():
         names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
         if not all(isinstance(one, (str, int)) for one in names):
-            raise ScimError(400, "invalidValue",
-                            f"{name}: expected text, an integer or names, got {shown(value)}")
+            raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
         if names:
             parameters[name] = ",".join(map(str, names))
     return list_resources(replace(call, parameters=parameters))
@@ -3251,8 +3225,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
-        raise ScimError(400, "invalidValue",
-                        f"sortOrder: expected ascending or descending, got {shown(order)}")
+        raise invalid_value(f"sortOrder: expected ascending or descending, got {shown(order)}")
     name = parameters.get("sortby", "").strip()
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
     if target and target[-1].type == "complex" and target[-1].value_attribute:
@@ -3282,11 +3255,11 @@ class BulkOperation:
 def parse_bulk_operation(item: Json) -> BulkOperation:
     """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
     if not isinstance(item, dict):
-        raise ScimError(400, "invalidSyntax", f"Operations: expected objects, got {shown(item)}")
+        raise invalid_syntax(f"Operations: expected objects, got {shown(item)}")
     given = {name.lower(): value for name, value in item.items() if value is not None}
     for name in ("method", "path", "bulkId", "version"):
         if not isinstance(value := given.setdefault(name.lower(), ""), str):
-            raise ScimError(400, "invalidSyntax", f"Operations: {name} must be text, got {shown(value)}")
+            raise invalid_syntax(f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
     texts = texts_in([id, data]) if BULK_ID in dump([id, data]) else ()      # few refer to others
@@ -3320,8 +3293,7 @@ class Bulk:
         self.incomplete: list[int] = []           # made before what they refer to, in a circle
         for number, made in enumerate(operations):
             if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
-                raise ScimError(400, "invalidValue",
-                                f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
+                raise invalid_value(f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request, until there are so many errors."""
@@ -3371,16 +3343,14 @@ class Bulk:
     def _check(self, operation: BulkOperation) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
-            raise ScimError(400, "invalidValue",
-                            f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
+            raise invalid_value(f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
         endpoints = [found.endpoint for found in self.call.directory.resource_types.values()]
         if f"/{operation.endpoint}" not in endpoints or (method == "POST") != (operation.id == "") \
                 or "/" in operation.id:
             expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise ScimError(400, "invalidPath",
-                            f"path: {method} needs one such as {expected}, got {shown(path)}")
+            raise invalid_path(f"path: {method} needs one such as {expected}, got {shown(path)}")
         if method == "POST" and not operation.bulk_id:
-            raise ScimError(400, "invalidValue", "bulkId: POST needs one")
+            raise invalid_value("bulkId: POST needs one")
 
     def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
         request, path_id = self.call.request, quote(resolved(id, self.ids) or "", safe="")
@@ -3421,15 +3391,15 @@ class Bulk:
 
 def run_bulk(call: Call) -> Response:
     """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
-    message = parse_message(call.request.body)
+    message = lower_names(parse_body(call.request.body))
     items, limit = message.get("operations"), message.get("failonerrors")
     if not isinstance(items, list) or not items:
-        raise ScimError(400, "invalidSyntax", "Operations: expected a list of operations")
+        raise invalid_syntax("Operations: expected a list of operations")
     if len(items) > MAX_BULK_OPERATIONS:
         raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} "
                                  "of maxOperations")
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise ScimError(400, "invalidValue", f"failOnErrors: expected 1 or more, got {shown(limit)}")
+        raise invalid_value(f"failOnErrors: expected 1 or more, got {shown(limit)}")
     with call.directory.store.writing():
         answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
@@ -3447,7 +3417,7 @@ def list_employees(call: Call) -> Response:
     """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
     active = call.parameters.get("active", "").lower()
     if active not in ("", "true", "false"):
-        raise ScimError(400, "invalidValue", f"active: expected true or false, got {shown(active)}")
+        raise invalid_value(f"active: expected true or false, got {shown(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     found = list(itertools.islice(call.directory.employees(
         active == "true" if active else None, call.parameters.get("changed_since", ""),
@@ -3922,11 +3892,8 @@ Route = tuple[dict[str, Operate], str]          # operations by method, and the 
 
 ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front are outside of BASE_PATH
     "": {"GET": list_resources},
-    "ServiceProviderConfig": {"GET": get_published},
-    "Schemas": {"GET": get_published},
-    "Schemas/{id}": {"GET": get_published},
-    "ResourceTypes": {"GET": get_published},
-    "ResourceTypes/{id}": {"GET": get_published},
+    **{path: {"GET": get_published} for path in (
+        "ServiceProviderConfig", "Schemas", "Schemas/{id}", "ResourceTypes", "ResourceTypes/{id}")},
     "Bulk": {"POST": run_bulk},
     ".search": {"POST": search_resources},
     "{type}/.search": {"POST": search_resources},
@@ -3944,19 +3911,12 @@ ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front ar
 }
 
 
-def route_table() -> dict[tuple[str, ...], Route]:
-    """Return the routes by the segments of their paths, with "{id}" for any id."""
-    table: dict[tuple[str, ...], Route] = {}
-    for pattern, methods in ROUTES.items():
-        head = {"HEAD": methods["GET"]} if "GET" in methods else {}
-        for endpoint in ("Users", "Groups"):
-            path = pattern.replace("{type}", endpoint)
-            segments = tuple(path.split("/")) if path else ()
-            table[segments] = ({**methods, **head}, "/" + path.removeprefix("/"))
-    return table
-
-
-ROUTE_TABLE = route_table()
+ROUTE_TABLE: dict[tuple[str, ...], Route] = {   # by the segments of the path; HEAD is as GET
+    tuple(path.split("/")) if path else (): (
+        methods | ({"HEAD": methods["GET"]} if "GET" in methods else {}), "/" + path.removeprefix("/"))
+    for pattern, methods in ROUTES.items()
+    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))
+}
 
 
 def find_route(segments: Sequence[str]) -> Route | None:
@@ -3992,6 +3952,7 @@ class Metrics:
 
 
 RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
+RETRY = {"Retry-After": str(RETRY_SECONDS)}
 OPEN_TENANTS = 64                 # whose files are kept open
 
 
@@ -4167,9 +4128,11 @@ class Application:
             response = self._dispatch(request, directory, segments, methods)
         except ScimError as error:
             response = error_response(error)
-        except sqlite3.DatabaseError as error:
+        except sqlite3.DatabaseError as error:             # of the disk or the file
             traceback.print_exc()
-            response = error_response(storage_error(error))
+            response = error_response(ScimError(
+                507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was "
+                "changed, the request may be repeated", RETRY))
         except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
             traceback.print_exc()
             response = error_response(ScimError(500, "", "the server failed; its log says why"))
@@ -4190,8 +4153,7 @@ class Application:
         try:
             name = self._ask(secret)
         except Exception as error:           # noqa: BLE001  its text may hold the secret
-            raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})",
-                            {"Retry-After": str(RETRY_SECONDS)}) from None
+            raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY) from None
         tenant = self.tenants.get(name) if isinstance(name, str) else None
         return (tenant, Token("authenticate", "")) if tenant else None
 
@@ -4222,8 +4184,7 @@ class Application:
                 self._tried = now
                 found = self.directories[tenant.name] = self._open(self.config, tenant)
         if isinstance(found, StoreError):
-            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why",
-                            {"Retry-After": str(RETRY_SECONDS)})
+            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why", RETRY)
         return found
 
     def _wake(self, tenant: str, directory: Directory) -> None:
@@ -4272,7 +4233,7 @@ def get_readiness(application: Application, request: Request) -> Response:
                 raise directory
             directory.last_use("")
     except (StoreError, sqlite3.Error):
-        return Response(503, "not ready\n", {"Content-Type": "text/plain", "Retry-After": "5"})
+        return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
     return plain_response("ready\n", "text/plain")
 
 
@@ -4472,8 +4433,8 @@ def request_log(style: str, stream: TextIO) -> Batches:
     return Batches(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
-def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str]], bytes]:
-    """Return the header fields and the body of an answer."""
+def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return the status, the header fields and the body of an answer."""
     text = response.body if isinstance(response.body, str) else dump(response.body)
     body = b"" if response.body is None else text.encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
@@ -4481,7 +4442,8 @@ def wire_form(response: Response, request: Request) -> tuple[list[tuple[str, str
         fields.append(("Content-Type", "application/scim+json"))
     if response.status not in (204, 304):                # RFC 9110 §8.6: never with a 204, nor 0 with a 304
         fields.append(("Content-Length", str(len(body))))
-    return fields, b"" if request.method == "HEAD" else body
+    status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
+    return status, fields, b"" if request.method == "HEAD" else body
 
 
 @dataclass(frozen=True)
@@ -4649,9 +4611,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False,
                 ) -> None:
-        fields, body = wire_form(response, request)
-        lines = [f"HTTP/1.1 {response.status} {http.client.responses.get(response.status, 'Other')}",
-                 f"Date: {formatdate(usegmt=True)}", *(f"{name}: {value}" for name, value in fields),
+        status, fields, body = wire_form(response, request)
+        lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}",
+                 *(f"{name}: {value}" for name, value in fields),
                  *(["Connection: close"] if last else []), "\r\n"]
         try:
             self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
@@ -4813,11 +4775,11 @@ class ScimServer(http.server.ThreadingHTTPServer):
                       "milliseconds": round(seconds * 1000, 1), "bytes": octets, "id": request.id})
 
 
+@dataclass(frozen=True)
 class WsgiApplication:
     """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
 
-    def __init__(self, application: Application) -> None:
-        self.application = application
+    application: Application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         """Answer a request."""
@@ -4826,8 +4788,8 @@ class WsgiApplication:
             response = self.application.handle(replace(request, body=self._body(environ, request)))
         except ScimError as error:
             response = error_response(error)
-        fields, body = wire_form(response, request)
-        start_response(f"{response.status} {http.client.responses.get(response.status, 'Other')}", fields)
+        status, fields, body = wire_form(response, request)
+        start_response(status, fields)
         return [body]
 
     def _request(self, environ: dict[str, Any]) -> Request:
@@ -5284,12 +5246,12 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     return config, tenants[options.tenant]
 
 
-def chosen_directory(options: argparse.Namespace) -> Directory:
-    """Return the directory of --tenant, beside the server that may be at work on it; StoreError."""
+def chosen_store(options: argparse.Namespace) -> Store:
+    """Return the store of --tenant, beside the server that may be at work on it; StoreError."""
     path = store_path(*chosen_tenant(options))
     if not os.path.exists(path):
         raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
-    return Directory.as_stored(Store(path))
+    return Store(path)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -5491,12 +5453,9 @@ def last_uses(path: str, tokens: Iterable[Token]) -> dict[str, str]:
 
 def back_up(options: argparse.Namespace) -> None:
     """Copy a tenant's database to a new file, while the server may run."""
-    path = store_path(*chosen_tenant(options))
-    if not os.path.exists(path):
-        raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
-    with closing(Store(path)) as store:
+    with closing(chosen_store(options)) as store:
         store.backup(options.file)
-    print(f"tenant {options.tenant}: {path} copied to {options.file}")
+    print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
 
 
 def restore(options: argparse.Namespace) -> None:
@@ -5523,7 +5482,7 @@ def restore(options: argparse.Namespace) -> None:
 
 def show_employees(options: argparse.Namespace) -> None:
     """Print a tenant's employees."""
-    directory = chosen_directory(options)
+    directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
     table = employee_table(found, directory.link_names)
@@ -5543,7 +5502,7 @@ def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
 
 def show_changes(options: argparse.Namespace) -> None:
     """Print a tenant's changes, a line of JSON each."""
-    directory, after = chosen_directory(options), options.after
+    directory, after = Directory.as_stored(chosen_store(options)), options.after
     with suppress(KeyboardInterrupt):
         while (found := directory.changes(after, MAX_WAIT * options.follow)) or options.follow:
             for change in found:
