@@ -172,8 +172,7 @@ def shown(value: Json) -> str:
 # /Schemas prints. Uses chapter 1. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-TYPE_NAMES = {"boolean": "a Boolean", "integer": "an Integer", "dateTime": "a dateTime",
-              "complex": "an object"}
+TYPE_NAMES = {"boolean": "a Boolean", "integer": "an Integer", "dateTime": "a dateTime", "complex": "an object"}
 INTEGER_LIMIT = 2 ** 63           # integers are 64-bit, as in the store's keys
 DATE_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
                        r"(?:Z|([+-])(\d\d):(\d\d))?", re.ASCII | re.IGNORECASE)
@@ -285,14 +284,12 @@ def strings(*names: str) -> tuple[Attribute, ...]:
     return tuple(map(Attribute, names))
 
 
-def plural(name: str, value_type: str = "string", types: tuple[str, ...] = (),
-           display: bool = True) -> Attribute:
+def plural(name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True) -> Attribute:
     """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
     return Attribute(name, "complex", multi_valued=True, sub_attributes=(
         Attribute("value", value_type, case_exact=value_type != "string",
                   reference_types=("external",) if value_type == "reference" else ()),
-        Attribute("display", published=display),
-        Attribute("type", canonical_values=types),
+        Attribute("display", published=display), Attribute("type", canonical_values=types),
         Attribute("primary", "boolean"),
     ))
 
@@ -411,18 +408,13 @@ class CustomField:
         return f"{FACILIO}:{self.link_name}"
 
 
-def facilio_extension(custom_fields: Iterable[CustomField]) -> Schema:
-    """Return the Facilio extension of a tenant, made of its custom fields."""
-    attributes = [Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
-                  for custom in custom_fields]
-    return Schema(FACILIO, "FacilioUser", tuple(attributes), "Custom fields of the Employee module")
-
-
 @lru_cache(1024)                  # tenants with the same custom fields share what is made of them
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
     """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
-    extensions = (ENTERPRISE_SCHEMA, facilio_extension(custom_fields))
-    return {"User": ResourceType("User", "/Users", USER_SCHEMA, extensions),
+    own = Schema(FACILIO, "FacilioUser", description="Custom fields of the Employee module", attributes=tuple(
+        Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
+        for custom in custom_fields))
+    return {"User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, own)),
             "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA)}
 
 
@@ -433,7 +425,6 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # are two readers: matches() here, compile_filter() in chapter 6.
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -589,8 +580,8 @@ STRING_TYPES = ("string", "reference")
 
 def bad_filter(column: int, expected: str, found: str) -> ScimError:
     """Return the error of a filter that does not parse."""
-    return invalid_filter(f"filter, column {column}: expected {expected}, found "
-                          f"{shown(found) if found else 'the end'}")
+    found = shown(found) if found else "the end"
+    return invalid_filter(f"filter, column {column}: expected {expected}, found {found}")
 
 
 def tokens_of(text: str) -> Tokens:
@@ -663,8 +654,8 @@ def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, de
 def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
-        raise invalid_filter(f"{name}: a filter in brackets needs a complex "
-                             f"attribute, this one is of type {target[-1].type}")
+        raise invalid_filter(f"{name}: a filter in brackets needs a complex attribute, this one is of type "
+                             f"{target[-1].type}")
     return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
 
 
@@ -698,16 +689,15 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         target = (*target, target[-1].value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
-        raise invalid_filter(f"{name}: compare one of its sub-attributes: "
-                             f"{', '.join(sub.name for sub in attribute.sub_attributes)}")
+        names = ", ".join(sub.name for sub in attribute.sub_attributes)
+        raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
     if literal is None and op == "eq":
         return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
     if literal is None or unordered or shapeless:
-        raise invalid_filter(f"{name}: '{op}' does not go with {shown(literal)} "
-                             f"and the type {attribute.type}")
+        raise invalid_filter(f"{name}: '{op}' does not go with {shown(literal)} and the type {attribute.type}")
     try:
         literal = attribute.convert(literal)
     except ScimError as error:
@@ -716,7 +706,6 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
 
 
 # -- Paths of PATCH ------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class PatchPath:
@@ -749,8 +738,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
     if tokens[position + bool(sub)][0] != "end":
-        raise invalid_path(f"path {shown(text)}: what follows ']' must be a "
-                           f"sub-attribute of {attributes[-1].path}")
+        raise invalid_path(f"path {shown(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}")
     return PatchPath(attributes, filter, sub)
 
 
@@ -771,7 +759,6 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 # project() chooses what of a resource goes out; index_entries() what is indexed.
 # Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
-
 
 def lower_names(value: Json, expected: str = "the body must be a JSON object") -> dict[str, Json]:
     """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
@@ -870,8 +857,7 @@ def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
     """Return a resource in the order of the schema, its "schemas" made anew (RFC 7643 §3)."""
     extensions = [extension.id for extension in resource_type.extensions if extension.id in resource]
     resource = {**resource, "schemas": [resource_type.schema.id, *extensions]}
-    return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes
-            if sub.name in resource}
+    return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes if sub.name in resource}
 
 
 # -- Projection ------------------------------------------------------------------
@@ -929,15 +915,13 @@ def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted:
     return selected
 
 
-def project(resource_type: ResourceType, resource: Resource, selection: Selection,
-            base_url: str) -> Resource:
+def project(resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str) -> Resource:
     """Return what a client gets to see of a resource, with absolute URLs below base_url."""
     location = f"{base_url}{resource_type.endpoint}/{resource['id']}"
     resource = {**resource, "meta": {**resource["meta"], "location": location}}
     for sub in resource_type.root.sub_attributes:
         if sub.linked and sub.name in resource:
-            resource[sub.name] = [{**item, "$ref": base_url + item["$ref"]}
-                                  for item in resource[sub.name]]
+            resource[sub.name] = [{**item, "$ref": base_url + item["$ref"]} for item in resource[sub.name]]
     if selection.wanted is None and not selection.unwanted:
         return resource
     return select(resource_type.root, resource, selection.wanted, selection.unwanted)
@@ -970,7 +954,6 @@ def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int 
 # apply_patch() makes a new resource of an old one, whole or not at all.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
-
 
 @dataclass(frozen=True, slots=True)
 class Operation:
@@ -1071,8 +1054,7 @@ def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[
     return named
 
 
-def apply_patch(resource_type: ResourceType, resource: Resource,
-                operations: Iterable[Operation]) -> Resource:
+def apply_patch(resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]) -> Resource:
     """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
     patched = copy.deepcopy(resource)
     for operation in operations:
@@ -1140,8 +1122,7 @@ def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
 
 
-def change_selected(attribute: Attribute, holder: Resource, operation: Operation,
-                    filter: Filter) -> None:
+def change_selected(attribute: Attribute, holder: Resource, operation: Operation, filter: Filter) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
@@ -1623,8 +1604,7 @@ class Session:
 
     def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
         """Remove members from a group and return the ids of those that were there."""
-        sql = ("DELETE FROM member WHERE group_seq = ? AND member_seq = "
-               "(SELECT seq FROM resource WHERE id = ?)")
+        sql = "DELETE FROM member WHERE group_seq = ? AND member_seq = (SELECT seq FROM resource WHERE id = ?)"
         return [id for id in ids if self.run(sql, [group_seq, id]).rowcount]
 
     # -- Employees --
@@ -1646,9 +1626,8 @@ class Session:
     def employees(self, after: int, last: int, count: int, active: bool | None = None,
                   changed_since: str = "") -> list[EmployeeRow]:
         """Return employees by their ids, behind one up to another, count at most; a time as its key."""
-        return list(self._employees(
-            "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-            [after, last, active, changed_since, count]))
+        return list(self._employees("id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
+                                    [after, last, active, changed_since, count]))
 
     def save_employee(self, row: EmployeeRow) -> int:
         """Store an employee, a new one where its id is 0, and return the id."""
@@ -1657,8 +1636,7 @@ class Session:
 
     def follow_manager(self, before: str, after: str) -> None:
         """Let the reports of a manager have the SCIM id that is the manager's now."""
-        self.run("UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
-                 [after, before])
+        self.run("UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''", [after, before])
 
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
         sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
@@ -1707,13 +1685,11 @@ class Session:
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
         """Append entries, each behind its level and its subject, and keep so many of the newest."""
-        self.run_many("INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
-                      [(level, subject, dump(entry).encode("utf-8", "replace").decode())
-                       for level, subject, entry in rows])
+        self.run_many("INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)", [
+            (level, subject, dump(entry).encode("utf-8", "replace").decode()) for level, subject, entry in rows])
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
-    def requests(self, after: int, before: int, count: int, level: int, subject: str,
-                 text: str) -> list[Json]:
+    def requests(self, after: int, before: int, count: int, level: int, subject: str, text: str) -> list[Json]:
         """Return entries with their numbers, newest first: between two numbers, from a level on."""
         sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
                "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?")
@@ -1920,8 +1896,7 @@ class Store:
             with closing(self._connect()) as source, closing(sqlite3.connect(path)) as copy_of_it:
                 source.backup(copy_of_it)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{path}: cannot be written ({error}); "
-                             "name a new file for the backup") from error
+            raise StoreError(f"{path}: cannot be written ({error}); name a new file for the backup") from error
 
     def restore(self, path: str, tenant: str) -> None:
         """Become what a backup of a tenant holds, all or nothing; StoreError for another file.
@@ -2026,9 +2001,8 @@ class Employee:
 
 def employee_recipe(user_type: ResourceType) -> Recipe:
     """Return EMPLOYEE_FIELDS with its paths bound to a tenant's User."""
-    return {name: [[parse_path(path, user_type) for path in alternative.split("+")]
-                   for alternative in alternatives]
-            for name, alternatives in EMPLOYEE_FIELDS.items()}
+    return {name: [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]
+            for name, choices in EMPLOYEE_FIELDS.items()}
 
 
 def employee_record(recipe: Recipe, user: Resource) -> Resource:
@@ -2056,8 +2030,7 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     for employee in employees:
         values = [getattr(employee, name) for name in columns]
         values += [employee.custom_fields.get(name) for name in link_names]
-        yield ["" if value is None else value if isinstance(value, str) else json.dumps(value)
-               for value in values]
+        yield ["" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
 
 
 def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
@@ -2082,6 +2055,7 @@ KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
 KINDS = {str: "string", int: "integer", bool: "boolean"}      # the types of custom fields' values
+CHANGED_SINCE = Attribute("changed_since", "dateTime").placed()
 WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
@@ -2136,17 +2110,15 @@ def random_id() -> str:
 class Directory:
     """One tenant's users, groups and employees, without any HTTP. Safe from several threads.
 
-    A resource type is one of resource_types or its name; bodies and resources are JSON objects.
-    Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
-    parse_operations do, 409 uniqueness for a userName or group displayName that is taken, and 412
-    for a condition that does not hold. cursor_key is a secret of the store for signing cursors.
-    keep is how many changes the feed holds, keep_days for how long. StoreError for a store
-    that cannot be used.
+    A resource type is one of resource_types or its name; bodies and resources are JSON objects. Operations
+    raise ScimError 404 for an id that no resource of the type has, 400 as accept and parse_operations do,
+    409 uniqueness for a userName or group displayName that is taken, and 412 for a condition that does not
+    hold. cursor_key is a secret of the store for signing cursors. keep is how many changes the feed holds,
+    keep_days for how long. StoreError for a store that cannot be used.
     """
 
-    def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (),
-                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id,
-                 keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
+    def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (), clock: Clock = utc_now,
+                 new_id: Callable[[], str] = random_id, keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
         self.store, self.clock, self.new_id = store, clock, new_id
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
@@ -2209,9 +2181,8 @@ class Directory:
         with self.store.reading() as session:
             return self._complete(session, self._find(session, type, id), selection)
 
-    def query(self, type: ResourceType | str, filter: Filter | str = EVERYTHING,
-              sorting: Sorting | None = None, start_index: int = 1, count: int = DEFAULT_COUNT,
-              selection: Selection = WHOLE) -> Page:
+    def query(self, type: ResourceType | str, filter: Filter | str = EVERYTHING, sorting: Sorting | None = None,
+              start_index: int = 1, count: int = DEFAULT_COUNT, selection: Selection = WHOLE) -> Page:
         """Return the count resources of a type that match, from the 1-based start_index.
 
         Without sorting the order is that of creation, so that paging sees each resource once
@@ -2223,8 +2194,7 @@ class Directory:
         window = Window(max(count, 0), max(start_index, 1) - 1)
         return self.search({resource_type.name: (filter, selection)}, sorting, window)
 
-    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None,
-               window: Window) -> Page:
+    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window) -> Page:
         """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
@@ -2240,8 +2210,7 @@ class Directory:
         first, last = (found[0][0], found[-1][0]) if found else (None, None)
         return Page(total, resources, first, last, more)
 
-    def replace(self, type: ResourceType | str, id: str, body: Json,
-                condition: Condition = ALWAYS) -> Resource:
+    def replace(self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
@@ -2300,8 +2269,7 @@ class Directory:
             for body in document.get("Users", ()):
                 ids[body["userName"]] = self.create("User", body)["id"]
             for body in document.get("Groups", ()):
-                given = [one if isinstance(one, dict) else {"value": one}
-                         for one in body.get("members", ())]
+                given = [one if isinstance(one, dict) else {"value": one} for one in body.get("members", ())]
                 members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
                 ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
         return ids
@@ -2329,11 +2297,7 @@ class Directory:
 
         Raises ScimError 400 invalidValue for a changed_since that is no dateTime.
         """
-        try:
-            since = date_time_key(changed_since) if changed_since else ""
-        except ValueError:
-            raise invalid_value("changed_since: expected a dateTime, got "
-                                f"{shown(changed_since)}") from None
+        since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
         after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
         while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
                                           active=active, changed_since=since)):
@@ -2435,8 +2399,7 @@ class Directory:
         old, new = ({**row.record, "active": row.active, "external_id": row.external_id,
                      "user_id": row.user_id, "manager": row.manager_id} if row else {}
                     for row in (before, after))
-        if before and (old, before.provisioned, before.user_name) == (
-                new, after.provisioned, after.user_name):
+        if before and (old, before.provisioned, before.user_name) == (new, after.provisioned, after.user_name):
             return
         id = session.save_employee(after)
         if before and before.user_id != after.user_id:   # who comes back has the same reports
@@ -2462,8 +2425,7 @@ class Directory:
             return self._fitted(row, session if writing else None)
         raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
-    def _complete(self, session: Session, row: Row, selection: Selection = WHOLE,
-                  named: Iterable[str] | None = None,
+    def _complete(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
         root = self.resource_types[row.type].root
@@ -2642,8 +2604,7 @@ TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
 TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
 LOG_FORM = text_of("text|json|off", "text, json or off")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
-NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None,
-          "a whole number of 1 or more")
+NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None, "a whole number of 1 or more")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None, "1 to 36500 days")
 NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
 TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
@@ -2737,8 +2698,7 @@ def parse_config(document: Json) -> Config:
         "max_connections": NUMBER, "workers": NUMBER, "console": FLAG,
         "tenants": partial(reader.items, rule=reader.tenant, least=1),
         "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
-        "tls": partial(reader.members, rules={"certificate": TEXT, "key": TEXT},
-                       needed={"certificate", "key"}),
+        "tls": partial(reader.members, rules={"certificate": TEXT, "key": TEXT}, needed={"certificate", "key"}),
         "trusted_proxies": partial(reader.items, rule=NETWORK)}, {"tenants"})
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -2746,8 +2706,7 @@ def parse_config(document: Json) -> Config:
     tls, metrics, changes = (found.pop(name, {}) for name in ("tls", "metrics_token", "changes"))
     return Config(host=host, port=port, tls=(tls["certificate"], tls["key"]) if tls else None,
                   metrics_sha256=digest(metrics) if metrics else "",
-                  keep_changes=changes.get("keep", KEEP_CHANGES),
-                  keep_days=changes.get("days", KEEP_DAYS), **found)
+                  keep_changes=changes.get("keep", KEEP_CHANGES), keep_days=changes.get("days", KEEP_DAYS), **found)
 
 
 def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
@@ -2808,8 +2767,7 @@ class ConfigReader:
         self.wrong(path, f"expected {expected}" + ("" if "token" in path else f", got {shown(value)}"))
         return None
 
-    def members(self, path: str, value: Json, rules: Mapping[str, Rule],
-                needed: Iterable[str] = ()) -> dict[str, Any]:
+    def members(self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()) -> dict[str, Any]:
         """Return what rules make of an object's members; unknown and missing names are mistakes."""
         if not isinstance(value, dict):
             self.wrong(path, "expected an object" + ("" if "token" in path else f", got {shown(value)}"))
@@ -2878,7 +2836,6 @@ class ConfigReader:
 # to a SCIM error. Plain Python, whatever brings the requests.
 # Uses chapters 1 to 9. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
-
 
 Owner = tuple[Tenant, Token]      # of a request
 
@@ -2960,8 +2917,7 @@ def parse_body(body: bytes | Json) -> Json:
     if not isinstance(body, bytes):
         return body
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json,
-                           object_pairs_hook=unique_names)
+        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
         # Only a body with escapes or deep nesting can hold what the walk looks for.
         if b"\\u" in body or b"\0" in body or is_deep(value):
             for path, text in texts_in(value):
@@ -3018,7 +2974,6 @@ def error_response(error: ScimError) -> Response:
 
 # -- Discovery -------------------------------------------------------------------
 
-
 def published_attribute(attribute: Attribute) -> Json:
     """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
     cased = attribute.type in STRING_TYPES or attribute.type == "binary"
@@ -3030,8 +2985,7 @@ def published_attribute(attribute: Attribute) -> Json:
         "description": attribute.description or attribute.name,
         "canonicalValues": list(attribute.canonical_values) or None,
         "referenceTypes": list(attribute.reference_types) or None,
-        "subAttributes": [published_attribute(sub)
-                          for sub in attribute.sub_attributes if sub.published] or None,
+        "subAttributes": [published_attribute(sub) for sub in attribute.sub_attributes if sub.published] or None,
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -3053,8 +3007,7 @@ def published_resource_types(directory: Directory, base_url: str) -> dict[str, J
     return {found.name: {
         "schemas": [RESOURCE_TYPE], "id": found.name, "name": found.name,
         "description": found.schema.description, "endpoint": found.endpoint, "schema": found.schema.id,
-        "schemaExtensions": [{"schema": extension.id, "required": False}
-                             for extension in found.extensions if extension.attributes],
+        "schemaExtensions": [{"schema": one.id, "required": False} for one in found.extensions if one.attributes],
         "meta": {"resourceType": "ResourceType", "location": f"{base_url}/ResourceTypes/{found.name}"},
     } for found in directory.resource_types.values()}
 
@@ -3096,7 +3049,6 @@ def get_published(call: Call) -> Response:
 
 
 # -- Operations: each takes a call and gives a response ----------------------------
-
 
 def create_resource(call: Call) -> Response:
     """Answer POST /Users and POST /Groups."""
@@ -3144,12 +3096,10 @@ def list_resources(call: Call) -> Response:
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
     page = call.directory.search(asked, sorting, Window(count, start_index - 1))
-    return list_response(map(call.projected, page.resources), page.total_results or 0,
-                         startIndex=start_index)
+    return list_response(map(call.projected, page.resources), page.total_results or 0, startIndex=start_index)
 
 
-def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]],
-                   sorting: Sorting | None) -> Response:
+def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None) -> Response:
     """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
@@ -3396,8 +3346,7 @@ def run_bulk(call: Call) -> Response:
     if not isinstance(items, list) or not items:
         raise invalid_syntax("Operations: expected a list of operations")
     if len(items) > MAX_BULK_OPERATIONS:
-        raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} "
-                                 "of maxOperations")
+        raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {shown(limit)}")
     with call.directory.store.writing():
@@ -3406,7 +3355,6 @@ def run_bulk(call: Call) -> Response:
 
 
 # -- Employees and changes: beside SCIM ----------------------------------------------
-
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer that is no SCIM message."""
@@ -3458,6 +3406,7 @@ LOG_READS = 50                    # the same of reads that succeeded, which tell
 LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
 LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
+Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
 
@@ -3508,6 +3457,14 @@ EXPLANATIONS = (
      "Compare the mapping in Entra with the table on the Set-up page."),
 )
 
+STEPS = (                         # of the set-up: key, operation, title, how to get there
+    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
+    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
+    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
+    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
+    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Answered:
@@ -3533,9 +3490,6 @@ class Answered:
         body = self.response.body if self.type and self.response.status < 300 else {}
         found = (body or {}).get("Resources", [body or {}])
         return found[0] if len(found) == 1 else {}
-
-
-Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
 
 
 def sent_values(body: Json) -> Iterator[Sent]:
@@ -3673,15 +3627,6 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     return 2 if refused else int(bool(notes)), id, entry
 
 
-STEPS = (                         # of the set-up: key, operation, title, how to get there
-    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
-    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
-    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
-    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
-    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
-)
-
-
 def write_log(store: Store, calls: Sequence[Answered]) -> None:
     """Store calls of one tenant in its log, and when a step of the set-up was done first."""
     with store.reading() as session:
@@ -3804,8 +3749,7 @@ MAPPING = (                       # source in Entra ID, customappsso attribute, 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
-    return plain_response(body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
-                                         **headers})
+    return plain_response(body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers})
 
 
 def page_response(page: str) -> Response:
@@ -3833,9 +3777,8 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
 def get_log(call: Call) -> Response:
     """Answer GET /console/api/log: entries newest first, those after or before a number."""
     found = call.directory.requests(
-        call.integer("after", 0), call.integer("before", 0),
-        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("level", 0),
-        call.parameters.get("subject", ""), call.parameters.get("text", ""),
+        call.integer("after", 0), call.integer("before", 0), call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
+        call.integer("level", 0), call.parameters.get("subject", ""), call.parameters.get("text", ""),
         call.integer("wait", 0, 0, MAX_WAIT))
     return console_response({"entries": found, "lost": call.application.log.lost})
 
@@ -4012,8 +3955,7 @@ class Application:
         reader = ConfigReader()
         tenant = reader.tenant("tenant", document)
         with self._configuring:
-            if any(one.name != tenant.name and one.name.lower() == tenant.name.lower()
-                   for one in self.config.tenants):
+            if any(one.name != tenant.name and one.name.lower() == tenant.name.lower() for one in self.config.tenants):
                 reader.wrong("tenant.name", "the same name as another tenant's, but for its case")
             for token in tenant.tokens:
                 if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
@@ -4116,8 +4058,7 @@ class Application:
             owner = self.owner(request)
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
-            elif not find_route(segments := ["", *segments]) \
-                    or (segments[1] == "console" and not self.page):
+            elif not find_route(segments := ["", *segments]) or (segments[1] == "console" and not self.page):
                 raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
             directory = self._authenticate(request, owner)
             if segments[:1] == ["Me"]:
@@ -4204,8 +4145,7 @@ class Application:
             allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
-            raise ScimError(405, "", f"{request.method} is not for {request.path}; "
-                                     f"it takes {allow['Allow']}", allow)
+            raise ScimError(405, "", f"{request.method} is not for {request.path}; it takes {allow['Allow']}", allow)
         query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
         endpoint, *rest = segments or [""]
         types = tuple(directory.resource_types.values())
@@ -4218,7 +4158,6 @@ class Application:
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
-
 
 def get_health(application: Application, request: Request) -> Response:
     """Answer GET /healthz: the process is up."""
@@ -4277,6 +4216,7 @@ ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
 IDLE, READING, ANSWERING = "idle", "reading", "answering"
+Listener = socket.socket
 
 
 def complain(text: str) -> None:
@@ -4609,20 +4549,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         chunked = "transfer-encoding" in headers
         return read_chunks(self.stream, limit) if chunked else read_exactly(self.stream, length)
 
-    def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False,
-                ) -> None:
+    def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False) -> None:
         status, fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}",
-                 *(f"{name}: {value}" for name, value in fields),
-                 *(["Connection: close"] if last else []), "\r\n"]
+                 *(f"{name}: {value}" for name, value in fields), *(["Connection: close"] if last else []), "\r\n"]
         try:
-            self.peer.send("\r\n".join(lines).encode("latin-1", "replace")
-                           + body[:len(body) // 2 if cut else None])
+            self.peer.send("\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None])
         finally:
             self.server.note(request, response, time.perf_counter() - started, len(body))
-
-
-Listener = socket.socket
 
 
 def listen(config: Config) -> Listener:
@@ -4677,8 +4611,7 @@ class ScimServer(http.server.ThreadingHTTPServer):
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
             while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
-                resting = {peer.since: sock for sock, peer in self.connections.items()
-                           if peer.state != ANSWERING}
+                resting = {peer.since: sock for sock, peer in self.connections.items() if peer.state != ANSWERING}
                 if resting:
                     loser = self.connections.pop(resting[min(resting)])
                     loser.evicted = True
@@ -4727,8 +4660,7 @@ class ScimServer(http.server.ThreadingHTTPServer):
         host, target = origin_form(target, headers.get("host") or "localhost")
         path, _, query = target.partition("?")
         scheme = "https" if self.tls else "http"
-        if any(ipaddress.ip_address(client.partition("%")[0]) in network
-               for network in self.config.trusted_proxies):
+        if any(ipaddress.ip_address(client.partition("%")[0]) in network for network in self.config.trusted_proxies):
             told = forwarded(headers)
             client = told["for"] or client
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
@@ -4758,8 +4690,7 @@ class ScimServer(http.server.ThreadingHTTPServer):
         Threads that compete for the interpreter at each call of SQLite halve what all of them get
         done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn.
         """
-        mine = request.method == "GET" and "wait" not in request.query and self._turn.acquire(
-            timeout=TURN_SECONDS)
+        mine = request.method == "GET" and "wait" not in request.query and self._turn.acquire(timeout=TURN_SECONDS)
         try:
             return self.application.handle(request)
         finally:
@@ -4796,8 +4727,7 @@ class WsgiApplication:
         """Return a request without its body; WSGI has decoded the path, as Latin-1."""
         headers = {name[5:].replace("_", "-").lower(): value
                    for name, value in environ.items() if name.startswith("HTTP_")}
-        root, path = (quote(environ.get(name, "").encode("latin-1"))
-                      for name in ("SCRIPT_NAME", "PATH_INFO"))
+        root, path = (quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO"))
         host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         given = headers.get("x-request-id", "")
         return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
@@ -4899,8 +4829,7 @@ function h(kind, ...children) {                        // h('p.soft', {title: 'x
   const [tag, ...classes] = kind.split('.'), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(properties)) name in element ? element[name] = value : element.setAttribute(name, value);
-  element.classList.add(...classes);
-  element.append(...children.flat(9).filter(Boolean));
+  element.classList.add(...classes); element.append(...children.flat(9).filter(Boolean));
   return element;
 }
 const link = (text, ...way) => h('a', {href: ['#', ...way.map(encodeURIComponent)].join('/')}, text || way.at(-1));
@@ -4946,8 +4875,7 @@ async function follow(state, use) {                    // long polls while the v
     } catch (error) {
       if (signal.aborted) return;
       state.textContent = `No answer, next try in ${pause / 1000} s`;
-      await new Promise(wake => setTimeout(wake, pause));
-      pause = Math.min(2 * pause, 60000);
+      await new Promise(wake => setTimeout(wake, pause)); pause = Math.min(2 * pause, 60000);
     }
 }
 
@@ -4989,15 +4917,13 @@ async function showLog() {
   async function load() {
     const mine = ++turn, [calls, troubles] = await Promise.all([page(0), getLog({level: 1}), getSetup()]);
     if (mine !== turn) return;                         // another search has overtaken this answer
-    fresh.hidden = true;
-    top.replaceChildren(health(troubles));
+    fresh.hidden = true; top.replaceChildren(health(troubles));
     list.replaceChildren(h('ol.log', take(calls)), calls.length ? '' : problems.checked || search.value ?
       empty('No call fits', 'Clear the search, or look at all calls.') :
       empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
         link('Set-up', 'setup'), ' for what to enter there.'));
   }
-  await load();
-  follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
+  await load(); follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
   return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
     h('div.bar', search, h('label', problems, 'Problems only'), h('span.live', fresh, ' ', state)), list, older];
 }
@@ -5024,8 +4950,7 @@ async function showSetup() {
     fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
       one.people ? pill(true, `${one.people} people`) : pill(false, 'never arrived')])));
   }
-  await load();
-  follow(state, load);
+  await load(); follow(state, load);
   return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
     section('Connection', h('p.soft', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
       h('p.soft', 'Secret Token: the secret of one of these tokens, which only you have'), pairs(setup.tokens.map(one => [one.name,
@@ -5122,11 +5047,9 @@ const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: [
   groups: ['Groups', showGroups, showGroup]};
 const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
 function signIn(...problems) {
-  delete sessionStorage.token;
-  setup = null; view.abort();
+  delete sessionStorage.token; setup = null; view.abort();
   header.hidden = true; form.hidden = false; form.token.value = '';
-  main.replaceChildren(...problems.map(alarm), form);
-  form.token.focus();
+  main.replaceChildren(...problems.map(alarm), form); form.token.focus();
 }
 form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
@@ -5137,8 +5060,7 @@ async function show(event) {
   const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
   const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
   if (signal.aborted) return;
-  header.hidden = false;
-  document.title = `${title} – SCIM console`;
+  header.hidden = false; document.title = `${title} – SCIM console`;
   document.querySelector('#tenant').textContent = setup?.tenant || '';
   document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([section, [text]]) =>
     h('a', {href: '#/' + section, ...section === chosen && {ariaCurrent: 'page'}}, text)));
@@ -5156,8 +5078,7 @@ addEventListener('unhandledrejection', event => {      // of a button or a searc
   event.preventDefault();
   if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alarm(event.reason.message));
 });
-addEventListener('hashchange', enter);
-enter();
+addEventListener('hashchange', enter); enter();
 </script></html>
 """
 
@@ -5181,13 +5102,11 @@ Stamp = tuple[int, int]
 
 
 @contextmanager
-def running(config: Source = None, *, authenticate: Hook = None, deterministic: bool = False,
-            ) -> Iterator[ScimServer]:
+def running(config: Source = None, *, authenticate: Hook = None, deterministic: bool = False) -> Iterator[ScimServer]:
     """Run a server on a free port while a with block lasts; see its url, token() and directory().
 
-    config is a configuration, its file, its document, or nothing for a demo tenant in memory.
-    deterministic lets ids count up and the clock tick a millisecond at each look. Raises
-    ConfigError, StoreError and OSError.
+    config is a configuration, its file, its document, or nothing for a demo tenant in memory. deterministic
+    lets ids count up and the clock tick a millisecond at each look. Raises ConfigError, StoreError and OSError.
     """
     made = to_config(config)
     ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
@@ -5216,7 +5135,6 @@ def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication
 
 # -- Commands: those that return nothing end with status 0 ------------------------------
 
-
 def chosen_file(options: argparse.Namespace) -> str:
     """Return the configuration file to use, "" for the built-in demo."""
     sample = Path(__file__).with_name("sample_config.json")
@@ -5241,8 +5159,7 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
-        raise StoreError(f"--tenant {options.tenant}: not in the configuration; "
-                         f"there are {', '.join(tenants)}")
+        raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are {', '.join(tenants)}")
     return config, tenants[options.tenant]
 
 
@@ -5364,8 +5281,7 @@ def file_stamp(options: argparse.Namespace) -> Stamp:
     return 0, 0
 
 
-def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event,
-                seen: Stamp) -> None:
+def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event, seen: Stamp) -> None:
     """Take the configuration file when it changes, or on a signal, while the server runs."""
     while not server.stopping.is_set():
         if reload.wait(RELOAD_SECONDS) or file_stamp(options) != seen:
@@ -5411,8 +5327,7 @@ def greeting(url: str, config: Config) -> str:
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
-                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})"
-                    for token in tenant.tokens)]
+                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})" for token in tenant.tokens)]
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
                       for token in tenant.tokens[:1] if token.secret]
@@ -5432,8 +5347,7 @@ def check(options: argparse.Namespace) -> None:
     config = chosen_config(options)
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
-        print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
-              f"{len(tenant.custom_fields)} custom field(s)")
+        print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)")
         uses = last_uses(store_path(config, tenant), tenant.tokens)
         for token in tenant.tokens:
             used = f"last used {uses[token.name]}" if uses.get(token.name) else "never used"
@@ -5512,7 +5426,6 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
-
 class Demo:
     """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
 
@@ -5532,8 +5445,7 @@ class Demo:
                 return error.code, json.loads(error.read() or b"{}")
             return error.code, {}
 
-    def step(self, title: str, expected: int, method: str, path: str, body: Json = None, /,
-             **values: Json) -> str:
+    def step(self, title: str, expected: int, method: str, path: str, body: Json = None, /, **values: Json) -> str:
         """Send a request that a status and some values must answer; return the id of the answer."""
         status, answer = self.send(method, path, body)
         good = status == expected and values.items() <= answer.items()
@@ -5623,6 +5535,7 @@ SERVE_OPTIONS: Options = {
 CONFIG, DATA_DIR = ({name: {**SERVE_OPTIONS[name], "default": argparse.SUPPRESS}}
                     for name in ("--config", "--data-dir"))
 TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
+COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
     "token": (make_token, "make a secret token and its configuration entry", {
         "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
@@ -5636,10 +5549,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
     "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
         "--after": {"type": int, "default": 0, "metavar": "SEQ", "help": "only those behind this one"},
         "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"}, **TENANT}),
-    "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", {
-        "file": {"metavar": "FILE"}, **TENANT}),
-    "restore": (restore, "put a backup in the place of a tenant's database", {
-        "file": {"metavar": "FILE"}, **TENANT}),
+    "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", COPY),
+    "restore": (restore, "put a backup in the place of a tenant's database", COPY),
     "demo": (demo, "play Entra ID's cycle against a running server", {
         "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
         "--token": {"help": "its Secret Token (default: that of the first tenant)"}, **CONFIG})}
