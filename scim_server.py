@@ -308,12 +308,10 @@ computed = partial(Attribute, mutability="readOnly")
 EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
-    computed("id", case_exact=True, returned="always", uniqueness="server"),
-    EXTERNAL_ID,
+    computed("id", case_exact=True, returned="always", uniqueness="server"), EXTERNAL_ID,
 )
 META = computed("meta", "complex", sub_attributes=(
-    computed("resourceType", case_exact=True),
-    computed("created", "dateTime"), computed("lastModified", "dateTime"),
+    computed("resourceType", case_exact=True), computed("created", "dateTime"), computed("lastModified", "dateTime"),
     computed("location", "reference", case_exact=True), computed("version", case_exact=True),
 ))
 
@@ -1963,8 +1961,7 @@ class Store:
 EMPLOYEE_FIELDS = {
     "name": ("displayName", "name.formatted", "name.givenName+name.familyName", "userName"),
     "email": ("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"),
-    "phone": ('phoneNumbers[type eq "work"].value',),
-    "mobile": ('phoneNumbers[type eq "mobile"].value',),
+    "phone": ('phoneNumbers[type eq "work"].value',), "mobile": ('phoneNumbers[type eq "mobile"].value',),
     "designation": ("title",),
     **{name: (f"{ENTERPRISE}:{name}",) for name in (
         "department", "employeeNumber", "costCenter", "organization", "division")},
@@ -2119,11 +2116,10 @@ class Directory:
 
     def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (), clock: Clock = utc_now,
                  new_id: Callable[[], str] = random_id, keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
-        self.store, self.clock, self.new_id = store, clock, new_id
+        self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
-        self.token = ""
         self._recipe = employee_recipe(self.resource_types["User"])
         self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
         try:
@@ -2837,6 +2833,9 @@ class ConfigReader:
 # Uses chapters 1 to 9. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
+RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
+RETRY = {"Retry-After": str(RETRY_SECONDS)}
+OPEN_TENANTS = 64                 # whose files are kept open
 Owner = tuple[Tenant, Token]      # of a request
 
 
@@ -2891,12 +2890,13 @@ class Call:
         return parse_selection(self.parameters.get("attributes", ""),
                                self.parameters.get("excludedattributes", ""), resource_type)
 
-    def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18) -> int:
-        """Return an integer parameter, moved into bounds; ScimError 400 invalidValue if it is none."""
+    def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18,
+                scim_type: str = "invalidValue") -> int:
+        """Return an integer parameter, moved into bounds; ScimError 400 with the scimType if it is none."""
         if not (text := self.parameters.get(name.lower(), "")):
             return default
         if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
-            raise invalid_value(f"{name}: expected an integer, got {shown(text)}")
+            raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
     def projected(self, resource: Resource) -> Resource:
@@ -3103,10 +3103,7 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
     """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
-    try:
-        count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    except ScimError as error:
-        raise ScimError(400, "invalidCount", error.detail) from None
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
     page = call.directory.search(asked, sorting, Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
@@ -3644,32 +3641,31 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
 class Batches:
     """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
 
-    Nobody waits for it: an item that finds limit others waiting is lost. write must not raise.
+    Nobody waits for it: an item that finds limit others waiting is lost; lost counts them. write must not raise.
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
         self._write, self._pause, self._limit = write, pause, limit
         self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._hurry = threading.Event()
+        self._lock, self._hurry, self.lost = threading.Lock(), threading.Event(), 0
         self._thread: threading.Thread | None = None
 
     def full(self, limit: int) -> bool:
         """Return whether so many items wait."""
         return self._items.qsize() >= limit
 
-    def add(self, item: Any) -> bool:
-        """Have an item written; False if it is lost."""
+    def add(self, item: Any) -> None:
+        """Have an item written, or count it as lost."""
         if self.full(self._limit):
-            return False
+            self.lost += 1
+            return
         self._items.put(item)
         with self._lock:
             if not self._thread:
                 self._thread = threading.Thread(target=self._run, daemon=True)
                 self._thread.start()
-        return True
 
-    def close(self, seconds: float) -> None:
+    def close(self, seconds: float = 5) -> None:
         """Write what waits, for so long at the most; a later item starts another thread."""
         with self._lock:
             thread, self._thread = self._thread, None
@@ -3688,18 +3684,16 @@ class Batches:
             self._write([item for item in batch if item is not None])
 
 
-class ProvisioningLog:
+class ProvisioningLog(Batches):
     """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
 
     def __init__(self) -> None:
-        self.lost = 0
+        super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.strangers, self.strange_since = 0, ""       # calls with an unknown token
-        self._lock = threading.Lock()
-        self._batches = Batches(self._write, LOG_PAUSE, LOG_WAITING)
 
     def add(self, call: Answered) -> None:
         """Have a call written, without long bodies and long lists."""
-        if call.request.method == "GET" and call.response.status < 300 and self._batches.full(LOG_READS):
+        if call.request.method == "GET" and call.response.status < 300 and self.full(LOG_READS):
             self.lost += 1
             return
         body, answer = call.request.body, call.response.body
@@ -3707,18 +3701,14 @@ class ProvisioningLog:
             call = replace(call, response=replace(call.response, body={"Resources": answer["Resources"][:2]}))
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
             call = replace(call, request=replace(call.request, body=b""))
-        self.lost += not self._batches.add(call)
+        super().add(call)
 
     def add_stranger(self, at: str) -> None:
         """Count a call with an unknown token, which belongs to no tenant."""
         with self._lock:
             self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
 
-    def close(self) -> None:
-        """Write what waits, for five seconds at the most."""
-        self._batches.close(5)
-
-    def _write(self, batch: list[Answered]) -> None:
+    def _store(self, batch: list[Answered]) -> None:
         for store in dict.fromkeys(call.directory.store for call in batch):
             calls = [call for call in batch if call.directory.store is store]
             try:
@@ -3846,11 +3836,9 @@ ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front ar
     "/employees": {"GET": list_employees},
     "/employees/{id}": {"GET": get_employee},
     "/changes": {"GET": list_changes},
-    "/console/api/log": {"GET": get_log},
-    "/console/api/setup": {"GET": get_setup},
-    "/console/api/mapping": {"GET": get_mapping},
-    "/console/api/schema": {"GET": get_entra_schema},
-    "/console/api/history/{id}": {"GET": get_history},
+    **{f"/console/api/{name}": {"GET": operate} for name, operate in (
+        ("log", get_log), ("setup", get_setup), ("mapping", get_mapping), ("schema", get_entra_schema),
+        ("history/{id}", get_history))},
 }
 
 
@@ -3892,11 +3880,6 @@ class Metrics:
             lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
                       f"{values[number]:g}" for (tenant, method, route, status), values in counts]
         return "\n".join(lines) + "\n"
-
-
-RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
-RETRY = {"Retry-After": str(RETRY_SECONDS)}
-OPEN_TENANTS = 64                 # whose files are kept open
 
 
 def credentials(request: Request) -> tuple[str, str]:
@@ -4166,14 +4149,12 @@ def get_health(application: Application, request: Request) -> Response:
 
 def get_readiness(application: Application, request: Request) -> Response:
     """Answer GET /readyz: the database of each tenant answers."""
-    try:
-        for directory in application.directories.values():
-            if isinstance(directory, StoreError):
-                raise directory
+    with suppress(sqlite3.Error):
+        for directory in (served := application.served):
             directory.last_use("")
-    except (StoreError, sqlite3.Error):
-        return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
-    return plain_response("ready\n", "text/plain")
+        if len(served) == len(application.directories):
+            return plain_response("ready\n", "text/plain")
+    return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
 
 def get_metrics(application: Application, request: Request) -> Response:
@@ -4818,8 +4799,7 @@ th { white-space: nowrap; } tbody tr:last-child td { border: 0; } .change { box-
  has. It stays in this tab, and what you see is read-only.</p><label for="token">Secret Token</label>
 <input type="password" id="token" autocomplete="off" required><button class="main">Sign in</button></form>
 <script>
-const ENTERPRISE = 'urn:ietf:params:scim:schemas:extension:enterprise:2.0:User';
-const FACILIO = 'urn:ietf:params:scim:schemas:extension:facilio:2.0:User';
+const [ENTERPRISE, FACILIO] = ['enterprise', 'facilio'].map(name => `urn:ietf:params:scim:schemas:extension:${name}:2.0:User`);
 const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
 const [header, main, form] = document.body.children;
 let setup = null, view = new AbortController();        // what the server knows of the tenant; the view on show
@@ -4841,8 +4821,7 @@ const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn')
 const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
 const section = (title, ...content) => h('section', h('h2', title), ...content);
 const empty = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
-const pairs = rows => h('dl', rows.filter(([, ...value]) => value.some(Boolean)).map(([name, ...value]) => [h('dt', name),
-  h('dd', value)]));
+const pairs = rows => h('dl', rows.filter(([, ...all]) => all.some(Boolean)).map(([name, ...all]) => [h('dt', name), h('dd', all)]));
 const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', heads)), body));
 const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
 const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
@@ -5001,8 +4980,7 @@ async function listing(endpoint, none, base) {
     body.replaceChildren(...found.map(one => row(titles, columns.map(([, , show]) => show(one)))));
     card.hidden = !total;
     lacking.replaceChildren(total ? '' : state.value || text ? empty('Nothing fits', 'Try another word, or show all.') : none);
-    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : '';
-    back.hidden = next.hidden = total <= 25;
+    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : ''; back.hidden = next.hidden = total <= 25;
     [back.disabled, next.disabled] = [start < 2, start + 25 > total];
   }
   await load(1);
