@@ -2550,9 +2550,10 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
     """Return the paths of the attributes that differ; those of an extension one by one."""
     names = []
     for sub in attribute.sub_attributes:
-        old, new = before.get(sub.name), after.get(sub.name)
+        old, new = before.get(sub.name, {}), after.get(sub.name, {})
         if old != new and sub.mutability == "readWrite" and not sub.linked:
-            names += changed_names(sub, old or {}, new or {}) if ":" in sub.name else [sub.path]
+            names += [sub.path] if ":" not in sub.name else [
+                f"{sub.path}:{name}" for name in {**old, **new} if old.get(name) != new.get(name)]
     return names
 
 

@@ -2928,6 +2928,14 @@ def test_new_custom_fields_change_those_who_have_values_alone_and_say_so() -> No
         ("user.updated", ada["id"]), ("employee.updated", "1")]
 
 
+def test_a_change_names_the_custom_field_that_was_taken_away() -> None:
+    store = scim_server.Store(":memory:")
+    ada = scim_server.Directory(store, FIELDS).create("User", {"userName": "ada", FAC: {"locker_no": 7}})
+    change = scim_server.Directory(store).changes(2)[0]
+    assert (change.kind, change.id, change.attributes) == (
+        "user.updated", ada["id"], [f"{FAC}:locker_no"])
+
+
 def test_a_new_display_of_a_member_is_a_change() -> None:
     directory = scim_server.Directory(scim_server.Store(":memory:"))
     ada = directory.create("User", {"userName": "ada"})["id"]
