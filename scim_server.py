@@ -4188,6 +4188,7 @@ IDLE_SECONDS = 65
 TURN_SECONDS = 0.1                # that a read waits for others
 STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 LOG_LINES = 10_000                # that wait for a stream
+MAX_EXCHANGES = 1_000             # that are kept for a test to look at
 LOG_SECONDS = 0.05                # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -4559,7 +4560,7 @@ class ScimServer(http.server.ThreadingHTTPServer):
     """An application on a socket, a thread per connection. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
-    appended to, and exchanges has what was asked and answered where it is not None. Without a socket
+    appended to, and exchanges has what was asked and answered last where it is not None. Without a socket
     that listens it makes one. Raises OSError where the address or the certificate cannot be had.
     """
 
@@ -4664,6 +4665,7 @@ class ScimServer(http.server.ThreadingHTTPServer):
         response = fault.response() if fault.status else self._handle(request)
         if self.exchanges is not None:
             self.exchanges.append(Exchange(request, response))
+            del self.exchanges[:-MAX_EXCHANGES]
         return response, fault.cut
 
     def _handle(self, request: Request) -> Response:

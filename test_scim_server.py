@@ -2505,6 +2505,14 @@ def test_faults_meet_the_requests_that_they_name_so_many_times() -> None:
         assert asked[:3] == [("POST", 201), ("GET", 429), ("GET", 429)]
 
 
+def test_an_embedded_server_that_runs_for_long_keeps_no_more_than_the_last_exchanges() -> None:
+    with scim_server.running() as server:
+        for number in range(scim_server.MAX_EXCHANGES + 5):
+            server.answer(scim_server.Request("GET", f"/{number}"))
+        paths = [one.request.path for one in server.exchanges or ()]
+    assert paths == [f"/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
+
+
 def test_importing_the_file_does_nothing_and_works_from_a_zip(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "appliance.zip", "w") as archive:
         archive.write(HERE / "scim_server.py", "scim_server.py")
