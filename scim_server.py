@@ -2353,6 +2353,10 @@ class Directory:
                 except ScimError:            # a slow callback: what the feed has forgotten is passed over
                     with self.store.reading() as session:
                         after, found = session.change_bounds()[0], []
+                except sqlite3.OperationalError:         # the file fails for a while
+                    traceback.print_exc()
+                    self.store.wait(POLL_SECONDS)
+                    continue
                 for change in found:
                     after = change.seq
                     try:

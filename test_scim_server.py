@@ -30,7 +30,7 @@ import zipfile
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -1020,6 +1020,22 @@ def test_changes_of_another_process_are_seen_and_callbacks_harm_nobody(
     assert "somebody else's mistake" in capsys.readouterr().err
     for store in stores:
         store.close()
+
+
+def test_a_callback_is_called_again_when_a_file_that_failed_is_well(
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = scim_server.Directory(scim_server.Store(tmp_path / "a.sqlite3"))
+    seen: queue.Queue[scim_server.Change] = queue.Queue()
+    follower = directory.on_change(seen.put)
+    with closing(sqlite3.connect(tmp_path / "a.sqlite3", isolation_level=None)) as other:
+        other.execute("ALTER TABLE change RENAME TO elsewhere")
+        wait_until(lambda: "no such table" in capsys.readouterr().err or not follower.is_alive())
+        other.execute("ALTER TABLE elsewhere RENAME TO change")
+    directory.create("User", {"userName": "ada"})
+    assert seen.get(timeout=20).kind == "user.created"
+    directory.store.interrupt()
+    follower.join(20)
+    directory.store.close()
 
 
 def test_a_reader_of_forgotten_changes_is_told_where_to_start_again(tmp_path: Path) -> None:
