@@ -376,7 +376,7 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
     Attribute("displayName", required=True, uniqueness="server"),
     Attribute("members", "complex", multi_valued=True, linked=True, sub_attributes=(
         Attribute("value", required=True, case_exact=True),   # an id of ours, and ids have a case
-        # Computed. scim2-tester learns from it that a value must be the id of a resource.
+        # Computed, yet published: without it scim2-tester sends ids of nobody, which are passed over.
         Attribute("$ref", "reference", case_exact=True, mutability="immutable", reference_types=("User", "Group")),
         Attribute("type", canonical_values=("User", "Group")), Attribute("display"),
     )),
