@@ -1787,15 +1787,17 @@ class Store:
             session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     @contextmanager
-    def _transaction(self, connection: sqlite3.Connection, begin: str = "BEGIN") -> Iterator[Session]:
-        """Give a session in a transaction of its own, or in a step of the one that is open."""
-        end, undo = "COMMIT", ["ROLLBACK"]
+    def _transaction(self, connection: sqlite3.Connection, begin: str = "BEGIN", end: str = "COMMIT",
+                     ) -> Iterator[Session]:
+        """Give a session in a transaction of its own, or in a step of the one that is open; end may be ""."""
+        undo = ["ROLLBACK"]
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT step", "RELEASE step", ["ROLLBACK TO step", "RELEASE step"]
         connection.execute(begin)
         try:
             yield Session(connection)
-            connection.execute(end)
+            if end:
+                connection.execute(end)
         except BaseException:
             if connection.in_transaction:
                 for statement in undo:
@@ -1803,15 +1805,15 @@ class Store:
             raise
 
     @contextmanager
-    def writing(self) -> Iterator[Session]:
+    def writing(self, alone: bool = False) -> Iterator[Session]:
         """Give a session whose changes are on the disk when the block ends, or undone if it raises.
 
-        Who waits for a turn joins the transaction of the one before, in a savepoint of its own; the
-        last one commits for all. Inside a write of the same thread (Bulk) it is a step of that one.
+        Who waits for a turn joins the transaction of the one before, in a savepoint of its own, unless
+        it comes alone: SQLite copies each page that a savepoint changes. The last one commits for all.
+        Inside a write of the same thread (Bulk) it is a step of that one.
         """
         if self._owner == threading.get_ident():
-            if not self._writer.in_transaction:          # SQLite gave it up, with what came before
-                raise sqlite3.OperationalError("an earlier step of the same write failed")
+            self._check_open()
             with self._transaction(self._writer) as session:
                 yield session
             return
@@ -1822,13 +1824,15 @@ class Store:
                 self._writer, self._closed = self._connect(writer=True), False
             self._owner = threading.get_ident()
             try:
+                if alone and self._writer.in_transaction:
+                    self._commit()
                 if not self._writer.in_transaction:
                     self._batch = Batch()
-                    self._writer.execute("BEGIN IMMEDIATE")
                 batch = self._batch
                 batch.size += 1
-                with self._transaction(self._writer) as session:
+                with self._transaction(self._writer, "BEGIN IMMEDIATE", end="") as session:
                     yield session
+                    self._check_open()
             except sqlite3.Error as error:
                 if not self._writer.in_transaction:      # SQLite gave up all of the batch
                     self._batch.error = error
@@ -1841,10 +1845,15 @@ class Store:
         if batch.error:
             raise sqlite3.OperationalError(str(batch.error)) from batch.error
 
+    def _check_open(self) -> None:
+        """Raise OperationalError where SQLite gave the transaction up, with all that was in it."""
+        if not self._writer.in_transaction:
+            raise sqlite3.OperationalError("an earlier step of the same write failed")
+
     def _commit(self) -> None:
         """End the batch; where that fails, all of it did."""
         try:
-            if not self._batch.error:
+            if not self._batch.error and self._writer.in_transaction:      # it is not where the only write failed
                 self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._batch.error = error
@@ -3351,7 +3360,7 @@ def run_bulk(call: Call) -> Response:
         raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations")
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {shown(limit)}")
-    with call.directory.store.writing():
+    with call.directory.store.writing(alone=True):
         answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
