@@ -5180,12 +5180,12 @@ def work(options: argparse.Namespace, application: Application, listener: Listen
     seen is the stamp of the configuration file when it was read.
     """
     server = ScimServer(application, listener)
-    reload = threading.Event()
+    asked: list[int] = []                                # an Event's set() in set() would wait for itself
     for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
         signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
-    threading.Thread(target=follow_file, args=(options, server, reload, seen), daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
+    threading.Thread(target=follow_file, args=(options, server, asked, seen), daemon=True).start()
     if told:
         print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
@@ -5259,11 +5259,11 @@ def file_stamp(options: argparse.Namespace) -> Stamp:
     return 0, 0
 
 
-def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event, seen: Stamp) -> None:
-    """Take the configuration file when it changes, or on a signal, while the server runs."""
-    while not server.stopping.is_set():
-        if reload.wait(RELOAD_SECONDS) or file_stamp(options) != seen:
-            reload.clear()
+def follow_file(options: argparse.Namespace, server: ScimServer, asked: list[int], seen: Stamp) -> None:
+    """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
+    while not server.stopping.wait(RELOAD_SECONDS):
+        if asked or file_stamp(options) != seen:
+            asked.clear()
             seen = file_stamp(options)
             complain(f"{chosen_file(options)}: {take_file(options, server)}")
 

@@ -2266,6 +2266,15 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         assert later.get("/Users")["totalResults"] == 1
 
 
+def test_signals_that_come_in_a_burst_stop_nothing_but_the_server(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (running, url, _):
+        for _ in range(2_000):
+            running.send_signal(signal.SIGHUP)
+        Scim(url, "acme-sample-secret-token").user("ada")
+        running.terminate()
+        assert running.wait(20) == 0
+
+
 def children_of(running: Any) -> list[str]:
     """Return the process ids of a supervisor's workers."""
     return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
