@@ -1932,12 +1932,15 @@ class Store:
 
     def _let_go(self) -> None:
         if self.path != ":memory:" and self._writing.acquire(blocking=False):
-            if not self._closed and not self._writer.in_transaction:
-                self._writer.close()
-                self._closed = True
-            while self._idle:
-                self._idle.pop().close()
-            self._writing.release()
+            try:
+                if not self._closed and not self._writer.in_transaction:
+                    self._writer.close()
+                    self._closed = True
+                with suppress(IndexError):               # not by a look first: readers take them too
+                    while True:
+                        self._idle.pop().close()
+            finally:
+                self._writing.release()
 
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""

@@ -2328,6 +2328,24 @@ def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
         assert Scim(server.url, "secret-0").get("/Users")["totalResults"] == 2
 
 
+def test_readers_that_take_the_handles_of_a_store_that_rests_keep_no_writer_out(tmp_path: Path) -> None:
+    class Contested(list[Any]):
+        """Handles of which another thread takes the last one between a look and a grasp."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    store = scim_server.Store(tmp_path / "one.sqlite3")
+    store._idle = Contested()
+    with suppress(IndexError):
+        store.rest()
+    directory: list[Any] = []
+    writer = threading.Thread(daemon=True, target=lambda: directory.append(scim_server.Directory(store)))
+    writer.start()
+    writer.join(20)
+    assert directory
+
+
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
