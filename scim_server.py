@@ -4410,6 +4410,7 @@ class Connection(io.RawIOBase):
     def __init__(self, socket: socket.socket) -> None:
         self.socket, self.state, self.evicted = socket, IDLE, False
         self.since = time.monotonic()          # accepted, or a request with a good token was here last
+        socket.setblocking(True)               # BSD hands on what its listener is
         self.allow(HEAD_SECONDS)
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -4479,8 +4480,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if self.server.tls:
-                self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
-                self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
+                tls = self.server.tls.context().wrap_socket(
+                    self.request, server_side=True, do_handshake_on_connect=False)
+                self.peer.socket = tls                   # which can be ended from here on
+                tls.settimeout(HEAD_SECONDS)             # of the whole handshake
+                tls.do_handshake()
             while self._exchange():
                 pass
 

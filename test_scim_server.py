@@ -1903,7 +1903,7 @@ def tls_files(folder: Path, number: int = 0) -> Any:
 
 def peer_certificate(server: scim_server.ScimServer) -> str:
     """Return the certificate that a server shows."""
-    return ssl.get_server_certificate(server.server_address[:2])
+    return ssl.get_server_certificate(server.server_address[:2], timeout=20)
 
 
 def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
@@ -1941,6 +1941,26 @@ def test_a_silent_tls_client_loses_its_connection_too(monkeypatch: pytest.Monkey
                 trusting.wrap_socket(plain) as connection:
             assert connection.recv(1) == b""
         wait_until(lambda: not server.connections)
+
+
+def test_a_handshake_that_stalls_makes_room_at_the_limit(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 60)
+    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path), "max_connections": 1}) as server, \
+            socket.create_connection(server.server_address[:2], timeout=20) as silent:
+        wait_until(lambda: any(isinstance(peer.socket, ssl.SSLSocket) for peer in list(server.connections.values())))
+        assert peer_certificate(server) in CERTIFICATES[0]
+        assert silent.recv(1) == b""
+
+
+def test_a_system_that_hands_on_the_mode_of_the_listener_is_served(
+        monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer) -> None:
+    def accept() -> Any:
+        request, address = server.socket.accept()
+        request.setblocking(False)                       # as BSD does
+        return request, address
+    monkeypatch.setattr(server, "get_request", accept)
+    test_a_client_that_waits_for_100_continue_gets_it(server)
 
 
 @pytest.mark.parametrize("headers, expected", [
