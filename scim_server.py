@@ -84,7 +84,6 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -5206,31 +5205,24 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
         raise StoreError("workers: more than one needs an operating system that forks")
     if config.data_dir == ":memory:":
         raise StoreError("workers: more than one needs a data_dir on disk, to share what they store")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Signals are waited for, not handled: one that came just before os.wait() would wait with it.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)        # BSD drops what is ignored
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    print(greeting(url_of(config, listener), config), flush=True)
     workers: set[int] = set()
     stopping = False
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = stopping or number != signal.SIGHUP
-        for worker in workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker, number)
-
-    for number in numbers:
-        signal.signal(number, pass_on)
-    print(greeting(url_of(config, listener), config), flush=True)
     while workers or not stopping:
         while len(workers) < config.workers and not stopping:
             seen = file_stamp(options)
             with suppress(ConfigError):
                 config = replace(chosen_config(options), workers=config.workers)
-            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)       # until both sides can take them
-            if not stopping:                             # asked again, now that none comes between
-                workers.add(fork_worker(options, config, listener, seen, numbers))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-        with suppress(ChildProcessError):                # stopped before there was any
-            worker, status = os.wait()
+            workers.add(fork_worker(options, config, listener, seen, numbers))
+        if (number := signal.sigwait(numbers)) != signal.SIGCHLD:
+            stopping = stopping or number != signal.SIGHUP
+            for worker in workers:
+                os.kill(worker, number)
+        for worker, status in [found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]]:
             workers.discard(worker)
             if not stopping:
                 complain(f"worker {worker} ended with status {status}; another one takes its place")
