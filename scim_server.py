@@ -84,7 +84,6 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -1941,12 +1940,15 @@ class Store:
 
     def _let_go(self) -> None:
         if self.path != ":memory:" and self._writing.acquire(blocking=False):
-            if not self._closed and not self._writer.in_transaction:
-                self._writer.close()
-                self._closed = True
-            while self._idle:
-                self._idle.pop().close()
-            self._writing.release()
+            try:
+                if not self._closed and not self._writer.in_transaction:
+                    self._writer.close()
+                    self._closed = True
+                with suppress(IndexError):               # not by a look first: readers take them too
+                    while True:
+                        self._idle.pop().close()
+            finally:
+                self._writing.release()
 
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""
@@ -4422,6 +4424,7 @@ class Connection(io.RawIOBase):
     def __init__(self, socket: socket.socket) -> None:
         self.socket, self.state, self.evicted = socket, IDLE, False
         self.since = time.monotonic()          # accepted, or a request with a good token was here last
+        socket.setblocking(True)               # BSD hands on what its listener is
         self.allow(HEAD_SECONDS)
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -4491,8 +4494,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
             self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             if self.server.tls:
-                self.request.settimeout(HEAD_SECONDS)    # of the whole handshake
-                self.peer.socket = self.server.tls.context().wrap_socket(self.request, server_side=True)
+                tls = self.server.tls.context().wrap_socket(
+                    self.request, server_side=True, do_handshake_on_connect=False)
+                self.peer.socket = tls                   # which can be ended from here on
+                tls.settimeout(HEAD_SECONDS)             # of the whole handshake
+                tls.do_handshake()
             while self._exchange():
                 pass
 
@@ -5196,12 +5202,12 @@ def work(options: argparse.Namespace, application: Application, listener: Listen
     seen is the stamp of the configuration file when it was read.
     """
     server = ScimServer(application, listener)
-    reload = threading.Event()
+    asked: list[int] = []                                # an Event's set() in set() would wait for itself
     for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
         signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: reload.set())
-    threading.Thread(target=follow_file, args=(options, server, reload, seen), daemon=True).start()
+        signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
+    threading.Thread(target=follow_file, args=(options, server, asked, seen), daemon=True).start()
     if told:
         print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
@@ -5215,31 +5221,24 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
         raise StoreError("workers: more than one needs an operating system that forks")
     if config.data_dir == ":memory:":
         raise StoreError("workers: more than one needs a data_dir on disk, to share what they store")
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # Signals are waited for, not handled: one that came just before os.wait() would wait with it.
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)        # BSD drops what is ignored
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    print(greeting(url_of(config, listener), config), flush=True)
     workers: set[int] = set()
     stopping = False
-
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = stopping or number != signal.SIGHUP
-        for worker in workers:
-            with suppress(ProcessLookupError):
-                os.kill(worker, number)
-
-    for number in numbers:
-        signal.signal(number, pass_on)
-    print(greeting(url_of(config, listener), config), flush=True)
     while workers or not stopping:
         while len(workers) < config.workers and not stopping:
             seen = file_stamp(options)
             with suppress(ConfigError):
                 config = replace(chosen_config(options), workers=config.workers)
-            signal.pthread_sigmask(signal.SIG_BLOCK, numbers)       # until both sides can take them
-            if not stopping:                             # asked again, now that none comes between
-                workers.add(fork_worker(options, config, listener, seen, numbers))
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-        with suppress(ChildProcessError):                # stopped before there was any
-            worker, status = os.wait()
+            workers.add(fork_worker(options, config, listener, seen, numbers))
+        if (number := signal.sigwait(numbers)) != signal.SIGCHLD:
+            stopping = stopping or number != signal.SIGHUP
+            for worker in workers:
+                os.kill(worker, number)
+        for worker, status in [found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]]:
             workers.discard(worker)
             if not stopping:
                 complain(f"worker {worker} ended with status {status}; another one takes its place")
@@ -5275,11 +5274,11 @@ def file_stamp(options: argparse.Namespace) -> Stamp:
     return 0, 0
 
 
-def follow_file(options: argparse.Namespace, server: ScimServer, reload: threading.Event, seen: Stamp) -> None:
-    """Take the configuration file when it changes, or on a signal, while the server runs."""
-    while not server.stopping.is_set():
-        if reload.wait(RELOAD_SECONDS) or file_stamp(options) != seen:
-            reload.clear()
+def follow_file(options: argparse.Namespace, server: ScimServer, asked: list[int], seen: Stamp) -> None:
+    """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
+    while not server.stopping.wait(RELOAD_SECONDS):
+        if asked or file_stamp(options) != seen:
+            asked.clear()
             seen = file_stamp(options)
             complain(f"{chosen_file(options)}: {take_file(options, server)}")
 

@@ -1919,7 +1919,7 @@ def tls_files(folder: Path, number: int = 0) -> Any:
 
 def peer_certificate(server: scim_server.ScimServer) -> str:
     """Return the certificate that a server shows."""
-    return ssl.get_server_certificate(server.server_address[:2])
+    return ssl.get_server_certificate(server.server_address[:2], timeout=20)
 
 
 def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
@@ -1957,6 +1957,26 @@ def test_a_silent_tls_client_loses_its_connection_too(monkeypatch: pytest.Monkey
                 trusting.wrap_socket(plain) as connection:
             assert connection.recv(1) == b""
         wait_until(lambda: not server.connections)
+
+
+def test_a_handshake_that_stalls_makes_room_at_the_limit(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 60)
+    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path), "max_connections": 1}) as server, \
+            socket.create_connection(server.server_address[:2], timeout=20) as silent:
+        wait_until(lambda: any(isinstance(peer.socket, ssl.SSLSocket) for peer in list(server.connections.values())))
+        assert peer_certificate(server) in CERTIFICATES[0]
+        assert silent.recv(1) == b""
+
+
+def test_a_system_that_hands_on_the_mode_of_the_listener_is_served(
+        monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer) -> None:
+    def accept() -> Any:
+        request, address = server.socket.accept()
+        request.setblocking(False)                       # as BSD does
+        return request, address
+    monkeypatch.setattr(server, "get_request", accept)
+    test_a_client_that_waits_for_100_continue_gets_it(server)
 
 
 @pytest.mark.parametrize("headers, expected", [
@@ -2282,6 +2302,15 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         assert later.get("/Users")["totalResults"] == 1
 
 
+def test_signals_that_come_in_a_burst_stop_nothing_but_the_server(tmp_path: Path) -> None:
+    with process("--data-dir", str(tmp_path)) as (running, url, _):
+        for _ in range(2_000):
+            running.send_signal(signal.SIGHUP)
+        Scim(url, "acme-sample-secret-token").user("ada")
+        running.terminate()
+        assert running.wait(20) == 0
+
+
 def children_of(running: Any) -> list[str]:
     """Return the process ids of a supervisor's workers."""
     return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
@@ -2333,6 +2362,24 @@ def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
                         and file.endswith(".sqlite3")])
         wait_until(lambda: opened() == 2)
         assert Scim(server.url, "secret-0").get("/Users")["totalResults"] == 2
+
+
+def test_readers_that_take_the_handles_of_a_store_that_rests_keep_no_writer_out(tmp_path: Path) -> None:
+    class Contested(list[Any]):
+        """Handles of which another thread takes the last one between a look and a grasp."""
+
+        def __bool__(self) -> bool:
+            return True
+
+    store = scim_server.Store(tmp_path / "one.sqlite3")
+    store._idle = Contested()
+    with suppress(IndexError):
+        store.rest()
+    directory: list[Any] = []
+    writer = threading.Thread(daemon=True, target=lambda: directory.append(scim_server.Directory(store)))
+    writer.start()
+    writer.join(20)
+    assert directory
 
 
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
