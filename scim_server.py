@@ -1886,7 +1886,10 @@ class Store:
                 yield session
             return
         with self._readers:
-            connection = self._idle.pop() if self._idle else self._connect()
+            try:
+                connection = self._idle.pop()            # without a look first: others take them too
+            except IndexError:
+                connection = self._connect()
             try:
                 with self._transaction(connection) as session:
                     yield session
