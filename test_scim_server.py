@@ -62,6 +62,9 @@ FIELDS = scim_server.parse_config(CONFIG).tenants[0].custom_fields
 TYPES = scim_server.resource_types(FIELDS)
 USER_TYPE = TYPES["User"]
 
+# No test waits for ever for an answer.
+requests.Session.request = functools.partialmethod(requests.Session.request, timeout=60)  # type: ignore
+
 
 class Scim:
     """A tenant seen by its client: paths below /scim/v2, bodies and answers as JSON."""
@@ -70,7 +73,6 @@ class Scim:
         self.url = url
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {token}"
-        self.session.request = functools.partial(self.session.request, timeout=60)
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> requests.Response:
         """Send a request; header names are given with underscores."""
@@ -1927,8 +1929,8 @@ def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
     with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
         assert server.url.startswith("https://")
         assert server.tls and server.tls.context().minimum_version == ssl.TLSVersion.TLSv1_2
-        with socket.create_connection(server.server_address[:2]) as silent, \
-                socket.create_connection(server.server_address[:2]) as plain:
+        with socket.create_connection(server.server_address[:2], timeout=20) as silent, \
+                socket.create_connection(server.server_address[:2], timeout=20) as plain:
             silent.sendall(b"\x16")                      # a handshake that stalls
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             scim = Scim(server.url, "acme-secret")
@@ -2201,7 +2203,7 @@ def test_sigterm_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Pat
             for number in range(10_000):
                 acknowledged.append(scim.user(f"u{writer}-{number}")["id"])
 
-    with process("--data-dir", str(tmp_path)) as (running, url, _), ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, process("--data-dir", str(tmp_path)) as (running, url, _):
         writers = [pool.submit(write, url, number) for number in range(4)]
         wait_until(lambda: len(acknowledged) > 40)
         running.terminate()
@@ -2399,7 +2401,7 @@ def test_listening_beyond_this_machine_without_tls_is_warned_of(tmp_path: Path) 
     assert running.stderr
     told = running.stderr.readline()
     running.terminate()
-    running.communicate()
+    running.communicate(timeout=20)
     assert "warning: 0.0.0.0" in told and "tls" in told
 
 
@@ -2587,7 +2589,7 @@ def test_importing_the_file_does_nothing_and_works_from_a_zip(tmp_path: Path) ->
                "assert before == [signal.getsignal(n) for n in signal.valid_signals()]\n"
                "print(scim_server.__file__)")
     ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, check=True,
-                           capture_output=True)
+                           capture_output=True, timeout=60)
     assert "appliance.zip" in ended.stdout
     assert [one.name for one in tmp_path.iterdir()] == ["appliance.zip"]
 
@@ -3119,11 +3121,14 @@ def process(*arguments: str, file: Path = HERE / "scim_server.py", stderr: Any =
     running = subprocess.Popen([sys.executable, str(file), "--listen", "127.0.0.1:0", *arguments],
                                stdout=subprocess.PIPE, stderr=stderr, text=True)
     assert running.stdout
+    watchdog = threading.Timer(120, running.kill)        # who waits for what it prints waits no longer
+    watchdog.start()
     try:
         lines = [running.stdout.readline().rstrip()]
         assert lines[0].startswith("scim_server listening on http://127.0.0.1:")
         yield running, lines[0].split()[-1], lines
     finally:
+        watchdog.cancel()
         running.kill()
         running.wait()
         running.stdout.close()
@@ -3168,8 +3173,7 @@ def test_a_signal_ends_the_server_after_the_requests_in_flight(number: int) -> N
                 b"Expect: 100-continue\r\n\r\n" % len(body))
             assert connection.recv(100).startswith(b"HTTP/1.1 100")
             running.send_signal(number)
-            while requests_accepted(port):
-                pass
+            wait_until(lambda: not requests_accepted(port))
             connection.sendall(body)
             assert connection.recv(65536).startswith(b"HTTP/1.1 201")
         assert running.wait(10) == 0
@@ -3231,7 +3235,7 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
             except requests.ConnectionError:
                 return
 
-    with process("--data-dir", str(tmp_path)) as (running, url, _), ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool, process("--data-dir", str(tmp_path)) as (running, url, _):
         writers = [pool.submit(write, url, number) for number in range(4)]
         while len(acknowledged) < 60:
             assert not any(writer.done() for writer in writers)
