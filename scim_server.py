@@ -3945,12 +3945,17 @@ class Application:
         """
         make_data_dir(config)
         with self._configuring:
+            before = self.directories
             self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
             hashed = tuple(replace(tenant, tokens=tuple(
                 replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
             self.tenants = {tenant.name: tenant for tenant in hashed}
             self._tokens = {token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens}
+        for name in before.keys() - self.directories.keys():
+            if isinstance(gone := before[name], Directory):
+                gone.store.interrupt()
+                gone.store.rest()                    # closed after each of the requests in flight
 
     def add_tenant(self, document: Json) -> Directory:
         """Serve a tenant, given as in a configuration, be it known; ConfigError and StoreError."""
@@ -3971,12 +3976,8 @@ class Application:
     def remove_tenant(self, name: str) -> None:
         """Serve a tenant no more; its file stays."""
         with self._configuring:
-            gone = self.directories.get(name)
             self.configure(replace(self.config, tenants=tuple(
                 tenant for tenant in self.config.tenants if tenant.name != name)))
-        if isinstance(gone, Directory):
-            gone.store.interrupt()
-            gone.store.rest()                    # closed after each of the requests in flight
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError where its file is no good."""

@@ -31,7 +31,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -2364,6 +2364,9 @@ def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
                         and file.endswith(".sqlite3")])
         wait_until(lambda: opened() == 2)
         assert Scim(server.url, "secret-0").get("/Users")["totalResults"] == 2
+        config = server.application.config
+        server.application.configure(replace(config, tenants=config.tenants[:1]))
+        wait_until(lambda: opened() == 1)
 
 
 def test_readers_that_take_the_handles_of_a_store_that_rests_keep_no_writer_out(tmp_path: Path) -> None:
