@@ -1819,12 +1819,12 @@ class Store:
         self._waiting.append(threading.get_ident())
         with self._writing:
             self._waiting.remove(threading.get_ident())
+            if alone and not self._closed and self._writer.in_transaction:
+                self._commit()                           # after which a store that rests is closed
             if self._closed:
                 self._writer, self._closed = self._connect(writer=True), False
             self._owner = threading.get_ident()
             try:
-                if alone and self._writer.in_transaction:
-                    self._commit()
                 if not self._writer.in_transaction:
                     self._batch = Batch()
                 batch = self._batch

@@ -2387,6 +2387,24 @@ def test_readers_that_take_the_handles_of_a_store_that_rests_keep_no_writer_out(
     assert directory
 
 
+def test_a_bulk_that_ends_the_batch_of_others_finds_the_handle_that_rested_then(tmp_path: Path) -> None:
+    store = scim_server.Store(tmp_path / "one.sqlite3")
+
+    def come_alone() -> None:
+        with store.writing(alone=True) as session:
+            session.set_setting("later", "2")
+
+    with ThreadPoolExecutor(1) as pool:
+        with store.writing() as session:
+            session.set_setting("first", "1")
+            store.rest()
+            coming = pool.submit(come_alone)
+            wait_until(lambda: store._waiting)
+        coming.result()
+    with store.reading() as session:
+        assert (session.setting("first"), session.setting("later")) == ("1", "2")
+
+
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
