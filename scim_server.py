@@ -1536,7 +1536,7 @@ class Session:
                              [*parameters, window.count, window.offset])
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
-                raise ScimError(400, "invalidFilter", "filter: too many terms or brackets") from None
+                raise invalid_filter("filter: too many terms or brackets") from None
             raise
         return [(Position(missing, key, row[0]), load_row(*row)) for missing, key, *row in found]
 
@@ -1706,7 +1706,8 @@ class Session:
 
     def number_on(self, given: Mapping[str, int]) -> None:
         """Give out no number again, and end the feed for all who followed it, even to its end (410)."""
-        last = {name: max(seq, self.numbers().get(name, 0)) for name, seq in given.items()}
+        restored = self.numbers()
+        last = {name: max(seq, restored.get(name, 0)) for name, seq in given.items()}
         last["change"] = last.get("change", 0) + 1
         self.run_many("DELETE FROM sqlite_sequence WHERE name = ?", [(name,) for name in last])
         self.run_many("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", last.items())
@@ -2903,6 +2904,7 @@ class Call:
     condition: Condition                          # on the version
     base_url: str
     application: Application
+    owner: Owner | None                           # of the request
 
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
@@ -3252,7 +3254,6 @@ class Bulk:
 
     def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
         self.call, self.operations = call, operations
-        self.owner = call.application.owner(call.request)
         self.answers: dict[int, Json] = {}        # so far, by number
         self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
         self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
@@ -3325,7 +3326,7 @@ class Bulk:
             headers["if-match"] = operation.version
         return self.call.application.handle(replace(
             request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
-            headers=headers, owner=self.owner,
+            headers=headers, owner=self.call.owner,
             body=resolved(operation.data, self.ids) if operation.references else operation.data))
 
     def _complete_circles(self) -> None:
@@ -4042,7 +4043,7 @@ class Application:
         if not (request.path.startswith(BASE_PATH) or lost_its_way) or (
                 request.method == "GET" and "x-console" in request.headers):
             return                        # reading what the sync did is no part of it
-        if owner:                         # of a tenant whose file is no good there is no log either
+        if owner:       # of a tenant whose file is no good there is no log; headers would hold the secret
             self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name),
                                   Request(request.method, request.path, request.query, {}, request.body,
                                           client=request.client, id=request.id), response, seconds))
@@ -4069,7 +4070,7 @@ class Application:
             if not (found := find_route(segments)):
                 raise ScimError(404, "", f"{request.path} does not exist")
             methods, route = found
-            response = self._dispatch(request, directory, segments, methods)
+            response = self._dispatch(request, owner, directory, segments, methods)
         except ScimError as error:
             response = error_response(error)
         except sqlite3.DatabaseError as error:             # of the disk or the file
@@ -4142,7 +4143,7 @@ class Application:
                 if len(self._awake) > OPEN_TENANTS:
                     self._awake.pop(next(iter(self._awake))).rest()
 
-    def _dispatch(self, request: Request, directory: Directory, segments: list[str],
+    def _dispatch(self, request: Request, owner: Owner | None, directory: Directory, segments: list[str],
                   methods: Mapping[str, Operate]) -> Response:
         if request.method not in methods:
             allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
@@ -4157,7 +4158,7 @@ class Application:
             request, directory, asked[0], asked, endpoint, rest[-1] if rest else "",
             {name.lower(): value for name, value in query},
             Condition(request.headers.get("if-match", ""), request.headers.get("if-none-match", "")),
-            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self))
+            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self, owner))
 
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
@@ -4169,8 +4170,9 @@ def get_health(application: Application, request: Request) -> Response:
 
 def get_readiness(application: Application, request: Request) -> Response:
     """Answer GET /readyz: the database of each tenant answers."""
+    served = application.served
     with suppress(sqlite3.Error):
-        for directory in (served := application.served):
+        for directory in served:
             directory.last_use("")
         if len(served) == len(application.directories):
             return plain_response("ready\n", "text/plain")
