@@ -3118,6 +3118,7 @@ def test_a_worker_that_is_replaced_knows_the_configuration_of_the_day(tmp_path: 
     file.write_text(json.dumps({**CONFIG, "data_dir": "data", "workers": 2}))
     with logging_process("--config", str(file)) as (running, url, _):
         assert Scim(url, "globex-secret").get("/Users")["totalResults"] == 0
+        wait_until(lambda: len(children_of(running)) == 2)     # one that starts later has nothing to take
         file.write_text(json.dumps({"data_dir": "data", "workers": 2, "tenants": CONFIG["tenants"][:1]}))
         assert line_with(running, ": taken") and line_with(running, ": taken")
         os.kill(int(children_of(running)[0]), signal.SIGKILL)
