@@ -63,16 +63,17 @@ def send(method: str, url: str, body: Any = None, token: str = "") -> Any:
 @contextmanager
 def running(*command: str, ready: str) -> Iterator[str]:
     """Run a program until the block ends; gives what its output has of a pattern's group."""
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    try:
-        for line in program.stdout or ():
-            if match := re.search(ready, line):
-                yield match[1]
-                return
-        raise RuntimeError(f"{command[0]} ended before it was ready")
-    finally:
-        program.terminate()
-        program.wait()
+    for _ in range(3):        # chromedriver finds a port in one address family that the other has given away
+        program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        try:
+            for line in program.stdout or ():
+                if match := re.search(ready, line):
+                    yield match[1]
+                    return
+        finally:
+            program.terminate()
+            program.wait()
+    raise RuntimeError(f"{command[0]} ended before it was ready")
 
 
 class Browser:
