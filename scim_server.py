@@ -64,6 +64,7 @@ import os
 import queue
 import re
 import secrets
+import selectors
 import signal
 import socket
 import sqlite3
@@ -76,7 +77,7 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -3875,6 +3876,14 @@ def find_route(segments: Sequence[str]) -> Route | None:
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
 
 
+# By the first line of a request: what is answered in no time, somebody by id or by a name that few
+# have; and writes of one resource, which those of others may share a commit with.
+LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|(Users|Groups(?=\S*[?&]excludedAttributes=members[& ]))"
+                    rb"\?(\S*&)?filter=(userName|externalId|displayName)(%20|\+)eq(%20|\+)%22"
+                    rb"([^%& ]|%(?!22))*%22[& ])")
+SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
+
+
 class Metrics:
     """Counts of what was answered, as Prometheus reads them."""
 
@@ -3906,6 +3915,13 @@ def credentials(request: Request) -> tuple[str, str]:
     """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     return scheme, secret.strip()
+
+
+def database_failed(error: sqlite3.DatabaseError) -> ScimError:
+    """Return the answer to a request that the disk or the file failed, of which the log has more."""
+    traceback.print_exception(error)
+    return ScimError(507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was "
+                     "changed, the request may be repeated", RETRY)
 
 
 def unauthorized() -> ScimError:
@@ -4037,6 +4053,34 @@ class Application:
             self._note(request, response, owner, time.perf_counter() - started)
         return response
 
+    def handle_all(self, requests: Sequence[Request]) -> list[Response]:
+        """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
+        started = time.perf_counter()
+        answered = self._answer_all(requests)
+        for request, (response, owner) in zip(requests, answered, strict=True):
+            with suppress(Exception):
+                self._note(request, response, owner, time.perf_counter() - started)
+        return [response for response, _ in answered]
+
+    def _answer_all(self, requests: Sequence[Request]) -> list[tuple[Response, Owner | None]]:
+        owner, directory = None, None
+        with suppress(ScimError):
+            owner = self.owner(requests[0])
+            directory = self.directories.get(owner[0].name) if owner else None
+        if not owner or not isinstance(directory, Directory):
+            return list(map(self._answer, requests))
+        self._wake(owner[0].name, directory)
+        try:
+            with directory.store.writing():
+                return [self._answer(replace(request, owner=owner)) for request in requests]
+        except sqlite3.DatabaseError as error:
+            response = replace(error_response(database_failed(error)), tenant=owner[0].name)
+            return [(response, owner)] * len(requests)
+
+    def is_quick(self, line: bytes) -> bool:
+        """Return whether a request, by its first line, is answered in no time."""
+        return LOOKUP.match(line) is not None and not self._ask
+
     def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
         lost_its_way = response.status == 404 and not response.route
@@ -4074,10 +4118,7 @@ class Application:
         except ScimError as error:
             response = error_response(error)
         except sqlite3.DatabaseError as error:             # of the disk or the file
-            traceback.print_exc()
-            response = error_response(ScimError(
-                507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was "
-                "changed, the request may be repeated", RETRY))
+            response = error_response(database_failed(error))
         except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
             traceback.print_exc()
             response = error_response(ScimError(500, "", "the server failed; its log says why"))
@@ -4197,8 +4238,9 @@ PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics
 #
 # Bytes become a Request and a Response becomes bytes: strict framing, limits,
 # keep-alive, one write per answer. The head is read by our own parser: the stock
-# one forgives what two readers could read in two ways.
-# Uses chapters 1, 8 to 10. Knows nothing of SCIM but the form of its errors.
+# one forgives what two readers could read in two ways. One thread watches all
+# connections and answers what is quick, others do what takes time.
+# Uses chapters 1, 6, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024        # octets
@@ -4219,7 +4261,14 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
+ANNOUNCED = re.compile(rb"\r\n(authorization|content-length|transfer-encoding|expect):[ \t]*([^\r\n]*)", re.IGNORECASE)
 IDLE, READING, ANSWERING = "idle", "reading", "answering"
+RECEIVED = 16 * 1024              # octets at a time
+SPARE_THREADS = 4                 # that wait to lead
+SWEEP_SECONDS = 1                 # how often those who fell silent are looked for
+DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+# Whether a selector sees a connection that another thread registers while it waits.
+WATCHES = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
 Listener = socket.socket
 
 
@@ -4228,25 +4277,103 @@ def complain(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-def read_line(stream: io.BufferedReader, limit: int, status: int, detail: str) -> bytes:
-    """Return a line with its CRLF; ScimError if it is longer, EOFError where the stream ends."""
-    line = stream.readline(limit + 1)
-    if len(line) > limit:
-        raise ScimError(status, "", detail)
-    if not line.endswith(b"\n"):
-        raise EOFError
-    return line
+class Connection:
+    """A client's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
+
+    def __init__(self, socket: socket.socket) -> None:
+        self.socket, self.state, self.evicted = socket, IDLE, False
+        self.since = time.monotonic()          # accepted, or a request with a good token was here last
+        self.octets = bytearray()              # that came and were not read yet
+        socket.setblocking(True)               # BSD hands on what its listener is
+        self.allow(HEAD_SECONDS)
+
+    def allow(self, seconds: float, pace: float = 0) -> None:
+        """Set the deadline, and by how many seconds each octet that comes puts it off."""
+        self._deadline, self._pace = time.monotonic() + seconds, pace
+
+    def is_late(self) -> bool:
+        """Return whether the deadline is over."""
+        return time.monotonic() > self._deadline
+
+    def fill(self, flags: int = 0) -> None:
+        """Take in octets; EOFError at their end. With flags of recv() BlockingIOError where none have come."""
+        if not flags:
+            self._limit(socket.SO_RCVTIMEO, self._deadline)
+        try:
+            came = self.socket.recv(RECEIVED, flags)
+        except BlockingIOError as error:
+            raise error if flags else TimeoutError from error
+        if not came:
+            raise EOFError
+        self.octets += came
+        self._deadline += len(came) * self._pace
+
+    def line(self, limit: int, status: int, detail: str) -> bytes:
+        """Return a line with its CRLF; ScimError of that status if it is longer."""
+        while not (end := self.octets.find(b"\n", 0, limit) + 1):
+            if len(self.octets) > limit:
+                raise ScimError(status, "", detail)
+            self.fill()
+        return self.exactly(end)
+
+    def exactly(self, length: int) -> bytes:
+        """Return that many octets."""
+        while len(self.octets) < length:
+            self.fill()
+        found = bytes(self.octets[:length])
+        del self.octets[:length]
+        return found
+
+    def send(self, octets: bytes) -> None:
+        """Send octets, at SLOWEST or better."""
+        deadline, left = time.monotonic() + HEAD_SECONDS + len(octets) / SLOWEST, memoryview(octets)
+        while left:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                left = left[self.socket.send(left):]
+            except BlockingIOError as error:
+                raise TimeoutError from error
+
+    def send_now(self, octets: bytes) -> bytes:
+        """Send what can be sent without waiting, and return the rest."""
+        with suppress(BlockingIOError):
+            return octets[self.socket.send(octets, DONT_WAIT):]
+        return octets
+
+    def _limit(self, option: int, deadline: float) -> None:
+        """Have the next wait end at a deadline."""
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):    # which would wait again
+            self.socket.settimeout(left)
+        else:                            # settimeout() costs two calls of the system more for each wait
+            self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack(
+                "ll", *divmod(int(left * 1e6) + 1, 10 ** 6)))            # 0 would be no limit
+
+    def end(self, how: int) -> None:
+        """End reading, writing or both, from whatever thread."""
+        with suppress(OSError):
+            socket.socket.shutdown(self.socket, how)     # that of ssl.SSLSocket ends encryption too
+
+    def linger(self) -> None:
+        """Read on for a moment after a refusal: closing on unread octets would take it back."""
+        self.end(socket.SHUT_WR)
+        self.allow(1)
+        while True:
+            self.fill()
+            self.octets.clear()
 
 
-def read_head(stream: io.BufferedReader) -> tuple[str, str, int, dict[str, str]]:
+def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
     """Return the next request's method, target, minor version and headers, by names in lower case.
 
-    Raises ScimError 400, 414, 431 or 505, and EOFError where the connection ends. (RFC 9112 §3, §5)
+    Raises ScimError 400, 414, 431 or 505. (RFC 9112 §3, §5)
     """
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
-    line = read_line(stream, *limits)
+    line = peer.line(*limits)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
-        line = read_line(stream, *limits)
+        line = peer.line(*limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -4254,7 +4381,7 @@ def read_head(stream: io.BufferedReader) -> tuple[str, str, int, dict[str, str]]
     headers: dict[str, str] = {}
     left = MAX_HEAD
     for _ in range(MAX_FIELDS + 1):
-        line = read_line(stream, left, 431, f"the header fields take more than {MAX_HEAD} octets")
+        line = peer.line(left, 431, f"the header fields take more than {MAX_HEAD} octets")
         if line == b"\r\n":
             check_framing(headers, int(start[4]))
             return start[1].decode(), start[2].decode(), int(start[4]), headers
@@ -4286,18 +4413,10 @@ def too_large(limit: int) -> ScimError:
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
-def read_exactly(stream: io.BufferedReader, length: int) -> bytes:
-    """Return that many octets; EOFError where the connection ends before."""
-    found = stream.read(length)
-    if len(found) < length:
-        raise EOFError
-    return found
-
-
-def read_chunks(stream: io.BufferedReader, limit: int) -> bytes:
+def read_chunks(peer: Connection, limit: int) -> bytes:
     """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
-    next_line = partial(read_line, stream, MAX_CHUNK_LINE, malformed.status, malformed.detail)
+    next_line = partial(peer.line, MAX_CHUNK_LINE, malformed.status, malformed.detail)
     body = bytearray()
     while head := CHUNK_LINE.fullmatch(next_line()):
         if not (size := int(head[1], 16)):
@@ -4306,10 +4425,22 @@ def read_chunks(stream: io.BufferedReader, limit: int) -> bytes:
             break
         if len(body) + size > limit:
             raise too_large(limit)
-        body += read_exactly(stream, size)
-        if read_exactly(stream, 2) != b"\r\n":
+        body += peer.exactly(size)
+        if peer.exactly(2) != b"\r\n":
             break
     raise malformed
+
+
+def arrived(octets: bytearray) -> tuple[bytes, bytes] | None:
+    """Return the request line and the Authorization of a request that has come with all its body, else None."""
+    if (end := octets.find(b"\r\n\r\n")) < 0:
+        return None
+    found = {name.lower(): value for name, value in ANNOUNCED.findall(octets, 0, end)}
+    length = found.get(b"content-length", b"0")
+    if b"transfer-encoding" in found or b"expect" in found or not LENGTH.fullmatch(length.decode("latin-1")) \
+            or len(octets) - end - 4 < int(length):
+        return None
+    return bytes(octets[:octets.find(b"\r\n")]), found.get(b"authorization", b"")
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
@@ -4424,147 +4555,147 @@ class Fault:
         return error_response(error)
 
 
-class Connection(io.RawIOBase):
-    """A connection's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
+class Handler:
+    """One connection: requests in, answers out, one after the other.
 
-    def __init__(self, socket: socket.socket) -> None:
-        self.socket, self.state, self.evicted = socket, IDLE, False
-        self.since = time.monotonic()          # accepted, or a request with a good token was here last
-        socket.setblocking(True)               # BSD hands on what its listener is
-        self.allow(HEAD_SECONDS)
+    A step with it returns whether to go on; None leaves that to another thread.
+    """
 
-    def allow(self, seconds: float, pace: float = 0) -> None:
-        """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self._deadline, self._pace = time.monotonic() + seconds, pace
+    def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
+        self.server, self.peer, self.client = server, peer, client
+        self.watched = False                   # by the thread that leads, which alone takes steps then
+        self._request, self._minor_version, self._started = Request("", ""), 1, 0.0
 
-    def readable(self) -> bool:
-        """Return True, for BufferedReader."""
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what has come into a buffer and return its length, 0 at the end."""
-        self._limit(socket.SO_RCVTIMEO, self._deadline)
+    def run(self, step: Callable[[], bool | None]) -> None:
+        """Take a step; then let the connection rest, or close it where it ended or failed."""
+        going: bool | None = False
         try:
-            count = self.socket.recv_into(buffer)
-        except BlockingIOError as error:
-            raise TimeoutError from error
-        self._deadline += count * self._pace
-        return count
+            with suppress(EOFError, OSError):      # the client is gone, or was silent for too long
+                try:
+                    going = step()
+                except ScimError as error:
+                    going = self._refuse(error)
+        except Exception:                          # noqa: BLE001  a bug of ours ends no more than this
+            traceback.print_exc()
+        if going:
+            self.server.rest(self)
+        elif going is False:
+            self.server.close(self)
 
-    def send(self, octets: bytes) -> None:
-        """Send octets, at SLOWEST or better."""
-        deadline, left = time.monotonic() + HEAD_SECONDS + len(octets) / SLOWEST, memoryview(octets)
-        while left:
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                left = left[self.socket.send(left):]
-            except BlockingIOError as error:
-                raise TimeoutError from error
+    def serve(self) -> None:
+        """Serve a connection that cannot be watched, in a thread of its own."""
+        self.run(self._serve)
 
-    def _limit(self, option: int, deadline: float) -> None:
-        """Have the next wait end at a deadline."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):    # which would wait again
-            self.socket.settimeout(left)
-        else:                            # settimeout() costs two calls of the system more for each wait
-            self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack(
-                "ll", *divmod(int(left * 1e6) + 1, 10 ** 6)))            # 0 would be no limit
+    def ready(self) -> None:
+        """Take what has come, in the thread that leads: it answers what is quick, and waits for nothing."""
+        self.run(self._take)
 
-    def end(self, how: int) -> None:
-        """End reading, writing or both, from whatever thread."""
-        with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)     # that of ssl.SSLSocket ends encryption too
+    def exchange(self) -> bool | None:
+        """Read a request that has come, or is coming, and have it answered; and others that follow at once."""
+        while True:
+            request = self.receive()
+            going = self.answer(request, *self.server.answer(request, in_turn=not self.watched))
+            if not going or self.watched or not self.peer.octets:
+                return going
 
-    def linger(self) -> None:
-        """Read on for a moment after a refusal: closing on unread octets would take it back."""
-        self.end(socket.SHUT_WR)
-        self.allow(1)
-        while self.readinto(bytearray(64 * 1024)):
-            pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    """One connection: requests in, answers out, one after the other."""
-
-    server: ScimServer
-
-    def setup(self) -> None:
-        """Find the connection that the server took in."""
-        self.peer = self.server.connections.get(self.request) or Connection(self.request)
-        self.stream: io.BufferedReader = io.BufferedReader(self.peer, 64 * 1024)
-
-    def handle(self) -> None:
-        """Serve requests until either side ends the connection."""
-        with suppress(EOFError, OSError):        # the client is gone, or was silent for too long
-            self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-            if self.server.tls:
-                tls = self.server.tls.context().wrap_socket(
-                    self.request, server_side=True, do_handshake_on_connect=False)
-                self.peer.socket = tls                   # which can be ended from here on
-                tls.settimeout(HEAD_SECONDS)             # of the whole handshake
-                tls.do_handshake()
-            while self._exchange():
-                pass
-
-    def finish(self) -> None:
-        """Close the connection."""
-        with suppress(OSError):
-            self.peer.socket.close()
-
-    def _exchange(self) -> bool:
-        """Read a request, have it answered, log it; return whether another one may follow."""
-        self.peer.state = IDLE
-        self.peer.allow(IDLE_SECONDS)
-        if self.server.stopping.is_set() or not self.stream.peek(1):
-            return False
-        self.peer.state, started = READING, time.perf_counter()
+    def receive(self) -> Request:
+        """Return the next request; ScimError for one to refuse."""
+        self.peer.state, self._started = READING, time.perf_counter()
         self.peer.allow(HEAD_SECONDS)
-        request = Request("", "", id="")
+        self._request = Request("", "", id=self.server.request_id(""))
         try:
-            method, target, minor_version, headers = read_head(self.stream)
-            request = self.server.located(method, target, headers, self.client_address[0])
-            if body := self._body(request, minor_version):
+            method, target, self._minor_version, headers = read_head(self.peer)
+            self._request = request = self.server.located(method, target, headers, self.client)
+            if body := self._body(request):
                 request = replace(request, body=body)
-        except (ScimError, TimeoutError) as error:
-            refusal = error if isinstance(error, ScimError) else ScimError(
-                408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
-                         f"its body at {SLOWEST} octets a second")
-            request = request if request.id else replace(request, id=self.server.request_id(""))
-            self._answer(error_response(refusal), request, started, last=True)
-            self.peer.linger()
-            return False
+        except TimeoutError:
+            raise ScimError(408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
+                                     f"its body at {SLOWEST} octets a second") from None
         self.server.begin(self.peer)
-        response, cut = self.server.answer(request)
+        return request
+
+    def answer(self, request: Request, response: Response, cut: bool = False) -> bool | None:
+        """Send an answer, or half of one that is to be cut."""
         if response.tenant:
             self.peer.since = time.monotonic()
-        options = headers.get("connection", "").lower()
+        options = request.headers.get("connection", "").lower()
         last = (self.server.stopping.is_set() or "close" in options or cut
-                or (minor_version == 0 and "keep-alive" not in options))
-        self._answer(response, request, started, last, cut)
-        return not last
+                or (self._minor_version == 0 and "keep-alive" not in options))
+        return self._send(request, response, last, cut)
 
-    def _body(self, request: Request, minor_version: int) -> bytes:
+    def _serve(self) -> bool:
+        if self.server.tls:
+            tls = self.server.tls.context().wrap_socket(
+                self.peer.socket, server_side=True, do_handshake_on_connect=False)
+            self.peer.socket = tls                       # which can be ended from here on
+            tls.settimeout(HEAD_SECONDS)                 # of the whole handshake
+            tls.do_handshake()
+        going: bool | None = True
+        while going and not self.server.stopping.is_set():
+            self.peer.state = IDLE
+            self.peer.allow(IDLE_SECONDS)
+            self.peer.fill()
+            going = self.exchange()
+        return False
+
+    def _take(self) -> bool | None:
+        try:
+            self.peer.fill(DONT_WAIT)
+        except BlockingIOError:
+            return True
+        self.peer.state = READING
+        line, key = arrived(self.peer.octets) or (b"", b"")
+        if self.server.application.is_quick(line):
+            return self.exchange()
+        self.server.unwatch(self)
+        if SMALL_WRITE.match(line):
+            self.server.gather(key, self)
+        else:
+            self.server.leave(partial(self.run, self.exchange))
+        return None
+
+    def _body(self, request: Request) -> bytes:
         """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
         limit, headers = self.server.application.body_limit(request.path), request.headers
         length = int(headers.get("content-length", 0))
         if length > limit:
             raise too_large(limit)
-        if headers.get("expect", "").lower() == "100-continue" and minor_version > 0:
+        if headers.get("expect", "").lower() == "100-continue" and self._minor_version > 0:
             self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
         chunked = "transfer-encoding" in headers
-        return read_chunks(self.stream, limit) if chunked else read_exactly(self.stream, length)
+        return read_chunks(self.peer, limit) if chunked else self.peer.exactly(length)
 
-    def _answer(self, response: Response, request: Request, started: float, last: bool, cut: bool = False) -> None:
+    def _refuse(self, error: ScimError) -> bool | None:
+        """Answer a request that could not be read, and end."""
+        if self.watched:                           # who leads must not linger
+            self.server.unwatch(self)
+            self.server.leave(partial(self.run, partial(self._refuse, error)))
+            return None
+        self._send(self._request, error_response(error), last=True)
+        self.peer.linger()
+        return False
+
+    def _send(self, request: Request, response: Response, last: bool, cut: bool = False) -> bool | None:
         status, fields, body = wire_form(response, request)
         lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}",
                  *(f"{name}: {value}" for name, value in fields), *(["Connection: close"] if last else []), "\r\n"]
+        octets = "\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None]
         try:
-            self.peer.send("\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None])
+            if self.watched:                       # who leads must not wait for a slow client
+                octets = self.peer.send_now(octets)
+            if self.watched and octets:
+                self.server.unwatch(self)
+                self.server.leave(partial(self.run, partial(self._send_rest, octets, not last)))
+                return None
+            self.peer.send(octets)
         finally:
-            self.server.note(request, response, time.perf_counter() - started, len(body))
+            self.server.note(request, response, time.perf_counter() - self._started, len(body))
+        return not last
+
+    def _send_rest(self, octets: bytes, going: bool) -> bool:
+        self.peer.send(octets)
+        return going
 
 
 def listen(config: Config) -> Listener:
@@ -4581,12 +4712,16 @@ def url_of(config: Config, listener: Listener) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
 
 
-class ScimServer(http.server.ThreadingHTTPServer):
-    """An application on a socket, a thread per connection. See url; running() starts and stops it.
+class ScimServer(http.server.HTTPServer):
+    """An application on a socket. See url; running() starts and stops it.
 
     Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
     appended to, and exchanges has what was asked and answered last where it is not None. Without a socket
     that listens it makes one. Raises OSError where the address or the certificate cannot be had.
+
+    A crew of threads serves. One of them leads: it waits for all connections and answers what is quick;
+    what takes longer becomes a task, which it does itself while another one leads. Writes that come
+    meanwhile with one token are one task, and share a commit.
     """
 
     def __init__(self, application: Application, listener: Listener | None = None) -> None:
@@ -4596,10 +4731,16 @@ class ScimServer(http.server.ThreadingHTTPServer):
         self.stopping, self.stopped = threading.Event(), threading.Event()
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
-        self.connections: dict[socket.socket, Connection] = {}
-        self._changed, self._turn = threading.Condition(), threading.Lock()
+        self.connections: dict[Handler, Connection] = {}
+        self._changed, self._turn, self._lead = threading.Condition(), threading.Lock(), threading.Lock()
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
-        super().__init__((self.config.host, self.config.port), Handler, bind_and_activate=False)
+        self._tasks: deque[Callable[[], None]] = deque()     # that the one who leads has left
+        self._writes: dict[bytes, list[Handler]] = {}        # that wait, by their Authorization
+        self._free = 0                                       # how many of the crew lead or wait to lead
+        self._selector, self._swept = selectors.DefaultSelector(), 0.0
+        self._bell, self._ear = socket.socketpair()          # to wake who leads
+        super().__init__((self.config.host, self.config.port), http.server.BaseHTTPRequestHandler,
+                         bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listen(self.config)
         self.server_address = self.socket.getsockname()
@@ -4615,19 +4756,54 @@ class ScimServer(http.server.ThreadingHTTPServer):
 
     # -- Connections --
 
+    def serve_forever(self, poll_interval: float = 0.5) -> None:
+        """Take in connections until stop()."""
+        self._selector.register(self._ear, selectors.EVENT_READ, lambda: None)
+        self._hire()
+        super().serve_forever(poll_interval)
+
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
             while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
-                resting = {peer.since: sock for sock, peer in self.connections.items() if peer.state != ANSWERING}
+                resting = {peer.since: handler for handler, peer in self.connections.items()
+                           if peer.state != ANSWERING}
                 if resting:
                     loser = self.connections.pop(resting[min(resting)])
                     loser.evicted = True
                     loser.end(socket.SHUT_RDWR)
                 else:
                     self._changed.wait(1)                # for one of the answers
-            self.connections[request] = Connection(request)
-        super().process_request(request, client_address)
+            handler = Handler(self, Connection(request), client_address[0])
+            self.connections[handler] = handler.peer
+        with suppress(OSError):
+            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if self.tls or not WATCHES:
+            threading.Thread(target=handler.serve, daemon=True).start()
+        else:
+            self.rest(handler)
+
+    def rest(self, handler: Handler) -> None:
+        """Have a connection watched for its next request."""
+        if handler.peer.octets:                          # which has come already
+            self.unwatch(handler)
+            threading.Thread(target=handler.run, args=(handler.exchange,), daemon=True).start()
+            return
+        with self._changed:
+            if not self.stopping.is_set():
+                handler.peer.state = IDLE
+                handler.peer.allow(IDLE_SECONDS)
+                if not handler.watched:
+                    handler.watched = True
+                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, handler.ready)
+                return
+        self.close(handler)
+
+    def unwatch(self, handler: Handler) -> None:
+        """Watch a connection no more; for who leads, or where nobody does."""
+        if handler.watched:
+            self._selector.unregister(handler.peer.socket)
+            handler.watched = False
 
     def begin(self, peer: Connection) -> None:
         """Note that a request is answered now; EOFError if its connection had to make room."""
@@ -4636,11 +4812,14 @@ class ScimServer(http.server.ThreadingHTTPServer):
                 raise EOFError
             peer.state = ANSWERING
 
-    def shutdown_request(self, request: Any) -> None:
+    def close(self, handler: Handler) -> None:
         """Close a connection and forget it."""
-        super().shutdown_request(request)
+        self.unwatch(handler)
+        handler.peer.end(socket.SHUT_WR)
+        with suppress(OSError):
+            handler.peer.socket.close()
         with self._changed:
-            self.connections.pop(request, None)
+            self.connections.pop(handler, None)
             self._changed.notify_all()
 
     def stop(self) -> None:
@@ -4653,13 +4832,92 @@ class ScimServer(http.server.ThreadingHTTPServer):
             socket.create_connection(self.socket.getsockname()[:2], 1).close()
         ending.join()
         self.server_close()
-        with self._changed:
-            for peer in self.connections.values():
-                if peer.state == IDLE:
+        self._bell.send(b"!")
+        with self._lead:                                 # from here on nobody leads
+            for handler, peer in self.connections.copy().items():
+                if handler.watched:
+                    self.close(handler)
+                elif peer.state == IDLE:
                     peer.end(socket.SHUT_RD)             # its read ends
+            for end in (self._selector, self._bell, self._ear):
+                end.close()
+        with self._changed:
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         self.log.close(1)
         self.stopped.set()
+
+    # -- The crew --
+
+    def leave(self, task: Callable[[], None]) -> None:
+        """Have a task done as soon as another thread leads; for who leads."""
+        self._tasks.append(task)
+
+    def gather(self, key: bytes, handler: Handler) -> None:
+        """Have a write done with others that wait with the same Authorization; for who leads."""
+        with self._changed:
+            if key in self._writes:
+                self._writes[key].append(handler)
+                return
+            self._writes[key] = [handler]
+        self.leave(partial(self._write, key))
+
+    def _hire(self) -> None:
+        self._free += 1
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        """Lead, do a task that leading brought, and queue up to lead again."""
+        while True:
+            with self._lead:
+                task = self._await_task()
+            with self._changed:
+                self._free -= 1
+                if task and not self._free:
+                    self._hire()
+            if not task:
+                return
+            task()
+            with self._changed:
+                if self._free >= SPARE_THREADS:
+                    return
+                self._free += 1
+
+    def _await_task(self) -> Callable[[], None] | None:
+        """Watch all connections until one of them brings a task; None when the server stops."""
+        while not self._tasks and not self.stopping.is_set():
+            for key, _ in self._selector.select(SWEEP_SECONDS):
+                key.data()
+            if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
+                self._swept = now
+                with self._changed:
+                    for peer in self.connections.values():
+                        if peer.state == IDLE and peer.is_late():
+                            peer.end(socket.SHUT_RDWR)   # which who watches it sees
+        return self._tasks.popleft() if self._tasks else None
+
+    def _write(self, key: bytes) -> None:
+        """Answer the writes that wait with one Authorization, as long as there are any."""
+        asked: list[tuple[Handler, Request]] = []
+
+        def receive(handler: Handler) -> None:
+            asked.append((handler, handler.receive()))
+
+        while handlers := self._gathered(key):
+            asked.clear()
+            for handler in handlers:
+                handler.run(partial(receive, handler))
+            answers = self.answer_all([request for _, request in asked])
+            for (handler, request), answer in zip(asked, answers, strict=True):
+                handler.run(partial(handler.answer, request, *answer))
+
+    def _gathered(self, key: bytes) -> list[Handler]:
+        """Return writes to answer together; where there are none, the next one begins another task."""
+        with self._changed:
+            handlers = self._writes[key]
+            self._writes[key] = handlers[MAX_BATCH:]
+            if not handlers:
+                del self._writes[key]
+        return handlers[:MAX_BATCH]
 
     # -- Requests --
 
@@ -4680,26 +4938,39 @@ class ScimServer(http.server.ThreadingHTTPServer):
         """Return the id of a request: that of its header where it has a good one, or a new one."""
         return given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}"
 
-    def answer(self, request: Request) -> tuple[Response, bool]:
+    def answer_all(self, requests: Sequence[Request]) -> list[tuple[Response, bool]]:
+        """Return the answers to writes with the same Authorization, in one commit unless there are faults."""
+        if len(requests) < 2 or self.faults:
+            return list(map(self.answer, requests))
+        responses = self.application.handle_all(requests)
+        for request, response in zip(requests, responses, strict=True):
+            self._keep(request, response)
+        return [(response, False) for response in responses]
+
+    def answer(self, request: Request, in_turn: bool = False) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
         with self._changed:
             fault = next((one for one in self.faults if one.meets(request)), Fault())
             fault.times -= 1
         if fault.delay:
             self.stopping.wait(fault.delay)
-        response = fault.response() if fault.status else self._handle(request)
+        response = fault.response() if fault.status else self._handle(request, in_turn)
+        self._keep(request, response)
+        return response, fault.cut
+
+    def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
-        return response, fault.cut
 
-    def _handle(self, request: Request) -> Response:
-        """Have a request handled; reads that do not wait by intent take turns.
+    def _handle(self, request: Request, in_turn: bool) -> Response:
+        """Have a request handled; reads that do not wait by intent take turns where they should.
 
         Threads that compete for the interpreter at each call of SQLite halve what all of them get
         done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn.
         """
-        mine = request.method == "GET" and "wait" not in request.query and self._turn.acquire(timeout=TURN_SECONDS)
+        mine = (in_turn and request.method == "GET" and "wait" not in request.query
+                and self._turn.acquire(timeout=TURN_SECONDS))
         try:
             return self.application.handle(request)
         finally:
