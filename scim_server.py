@@ -573,6 +573,7 @@ TOKEN = re.compile(r"""
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")      # NUL and half a surrogate pair: no UTF-8 database takes it
+LITERAL = json.JSONDecoder(strict=False)          # which may hold control characters
 STRING_TYPES = ("string", "reference")
 
 
@@ -671,7 +672,7 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
 def parse_literal(kind: str, text: str, column: int) -> Json:
     """Return the JSON value that a comparison names."""
     with suppress(ValueError):
-        literal = json.loads(text.lower() if kind == "name" else text, strict=False)
+        literal = LITERAL.decode(text.lower() if kind == "name" else text)
         if not (isinstance(literal, str) and UNSTORABLE.search(literal)):
             return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
@@ -852,10 +853,14 @@ def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resour
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
-    """Return a resource in the order of the schema, its "schemas" made anew (RFC 7643 §3)."""
-    extensions = [extension.id for extension in resource_type.extensions if extension.id in resource]
-    resource = {**resource, "schemas": [resource_type.schema.id, *extensions]}
+    """Return a resource in the order of the schema, its "schemas" made anew."""
+    resource = {**resource, "schemas": schemas_of(resource_type, resource)}
     return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes if sub.name in resource}
+
+
+def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> list[str]:
+    """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
+    return [resource_type.schema.id, *(one.id for one in resource_type.extensions if one.id in resource)]
 
 
 # -- Projection ------------------------------------------------------------------
@@ -1433,12 +1438,18 @@ class EmployeeRow:
     manager: int | None = None
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+DECODER = json.JSONDecoder()
 
 
 def dump(value: Json) -> str:
     """Return JSON text for the database."""
     return ENCODER.encode(value)
+
+
+def load(text: str) -> Json:
+    """Return what dump() made text of."""
+    return DECODER.raw_decode(text)[0]           # without a look for blanks around it
 
 
 def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
@@ -1452,7 +1463,7 @@ def bound_sql(missing: int, columns: str, after: Position | None, descending: bo
 
 def load_row(seq: int, type: str, id: str, body: str, hidden: str, *rest: Any) -> Row:
     """Return the resource in the columns of a row."""
-    return Row(seq, type, id, json.loads(body), {} if hidden == "{}" else json.loads(hidden), *rest)
+    return Row(seq, type, id, load(body), load(hidden), *rest)
 
 
 class Session:
@@ -1585,7 +1596,7 @@ class Session:
                f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq")
         for seq, id, body in self.run(sql, seqs):
             found[seq].append({"value": id, "$ref": f"/Groups/{id}",
-                               "display": json.loads(body)["displayName"], "type": "direct"})
+                               "display": load(body)["displayName"], "type": "direct"})
         return found
 
     def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
@@ -1642,7 +1653,7 @@ class Session:
         for id, user_id, provisioned, external_id, user_name, active, *rest in self.run(sql, values):
             manager_id, changed, record, manager = rest
             yield EmployeeRow(id, user_id, bool(provisioned), external_id, user_name, bool(active),
-                              manager_id, changed, json.loads(record), manager)
+                              manager_id, changed, load(record), manager)
 
     # -- Changes --
 
@@ -1669,7 +1680,7 @@ class Session:
             [id, str(employee), id, count])
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        return [Change(seq, at, kind, id, member, token, json.loads(attributes))
+        return [Change(seq, at, kind, id, member, token, load(attributes))
                 for seq, at, kind, id, member, token, attributes in self.run(
                     f"SELECT * FROM change WHERE {condition}", values)]
 
@@ -1691,7 +1702,7 @@ class Session:
         """Return entries with their numbers, newest first: between two numbers, from a level on."""
         sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
                "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?")
-        return [{"seq": seq, "level": level, "subject": subject, **json.loads(entry)} for
+        return [{"seq": seq, "level": level, "subject": subject, **load(entry)} for
                 seq, level, subject, entry in self.run(sql, [after, before, level, subject, text, count])]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
@@ -1893,9 +1904,10 @@ class Store:
             except IndexError:
                 connection = self._connect()
             try:
-                with self._transaction(connection) as session:
-                    yield session
+                connection.execute("BEGIN")
+                yield Session(connection)
             finally:
+                connection.execute("COMMIT")
                 self._idle.append(connection)
                 if self._resting:
                     self._let_go()
@@ -2167,8 +2179,8 @@ class Directory:
 
     def acting(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
-        view = copy.copy(self)
-        view.token = token
+        view = Directory.__new__(Directory)
+        vars(view).update(vars(self), token=token)
         return view
 
     def create(self, type: ResourceType | str, body: Json) -> Resource:
@@ -2586,7 +2598,7 @@ def stored(resource: Resource) -> Resource:
 def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
     """Return the resource of a row with its memberships, but without its version."""
     meta = {"resourceType": row.type, "created": row.created, "lastModified": row.modified}
-    return canonical(resource_type, {**row.body, **(linked or {}), "id": row.id, "meta": meta})
+    return {"schemas": schemas_of(resource_type, row.body), "id": row.id, **row.body, **(linked or {}), "meta": meta}
 
 
 def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
@@ -3488,13 +3500,18 @@ STEPS = (                         # of the set-up: key, operation, title, how to
 class Answered:
     """A call of a tenant's client on its way to the log; request and response without what it omits."""
 
-    at: str
+    instant: datetime
     tenant: Tenant
     token: Token
     directory: Directory
     request: Request
     response: Response
     seconds: float
+
+    @cached_property
+    def at(self) -> str:
+        """When it was answered, as a dateTime."""
+        return time_text(self.instant)
 
     @cached_property
     def type(self) -> str:
@@ -3570,7 +3587,7 @@ def explain(finding: str, call: Answered) -> Json:
 def refusal(call: Answered, raw: str) -> str:
     """Return status and detail of an error, without values where a secret was among what was sent."""
     detail = (call.response.body or {}).get("detail", "")
-    if call.response.status == 401 and call.token.expires and time_text(call.token.expires) <= call.at:
+    if call.response.status == 401 and call.token.expires and call.token.expires <= call.instant:
         detail = "expired"
     if SECRET.search(raw + call.request.query):
         detail = re.sub(r'got .*|"(\\.|[^"\\])*("|$)', "•••", detail, flags=re.DOTALL)
@@ -4088,7 +4105,7 @@ class Application:
                 request.method == "GET" and "x-console" in request.headers):
             return                        # reading what the sync did is no part of it
         if owner:       # of a tenant whose file is no good there is no log; headers would hold the secret
-            self.log.add(Answered(time_text(self._clock()), *owner, self.directory(owner[0].name),
+            self.log.add(Answered(self._clock(), *owner, self.directory(owner[0].name),
                                   Request(request.method, request.path, request.query, {}, request.body,
                                           client=request.client, id=request.id), response, seconds))
         elif response.status == 401:
@@ -4098,7 +4115,7 @@ class Application:
         """Return the answer to a request, and whose request it was."""
         owner, route = None, ""
         try:
-            segments = [unquote(part) for part in request.path.split("/") if part]
+            segments = [unquote(part) if "%" in part else part for part in request.path.split("/") if part]
             if public := PUBLIC.get(path := "/".join(segments)):
                 return replace(public(self, request), route=f"/{path}"), None
             if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
@@ -4256,7 +4273,7 @@ LOG_SECONDS = 0.05                # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
-FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*\r\n")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
@@ -4308,13 +4325,13 @@ class Connection:
         self.octets += came
         self._deadline += len(came) * self._pace
 
-    def line(self, limit: int, status: int, detail: str) -> bytes:
-        """Return a line with its CRLF; ScimError of that status if it is longer."""
-        while not (end := self.octets.find(b"\n", 0, limit) + 1):
+    def until(self, mark: bytes, limit: int, status: int, detail: str) -> bytes:
+        """Return the octets up to a mark and with it; ScimError of that status if they are more than the limit."""
+        while (end := self.octets.find(mark, 0, limit)) < 0:
             if len(self.octets) > limit:
                 raise ScimError(status, "", detail)
             self.fill()
-        return self.exactly(end)
+        return self.exactly(end + len(mark))
 
     def exactly(self, length: int) -> bytes:
         """Return that many octets."""
@@ -4371,28 +4388,29 @@ def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
     Raises ScimError 400, 414, 431 or 505. (RFC 9112 §3, §5)
     """
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
-    line = peer.line(*limits)
+    line = peer.until(b"\n", *limits)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
-        line = peer.line(*limits)
+        line = peer.until(b"\n", *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
+    peer.octets[:0] = b"\r\n"                      # the end of the line again: there may be no fields
+    head = peer.until(b"\r\n\r\n", MAX_HEAD, 431, f"the header fields take more than {MAX_HEAD} octets")
     headers: dict[str, str] = {}
-    left = MAX_HEAD
-    for _ in range(MAX_FIELDS + 1):
-        line = peer.line(left, 431, f"the header fields take more than {MAX_HEAD} octets")
-        if line == b"\r\n":
-            check_framing(headers, int(start[4]))
-            return start[1].decode(), start[2].decode(), int(start[4]), headers
-        left -= len(line)
-        if not (parts := FIELD_LINE.fullmatch(line)):
+    position, end = 2, len(head) - 2
+    while position < end:
+        if not (parts := FIELD_LINE.match(head, position)):
             raise ScimError(400, "", "a header field is malformed")
-        name, value = parts[1].decode().lower(), parts[2].decode("latin-1")
+        position = parts.end()
+        name, value = parts[1].decode().lower(), parts[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
+    if head.count(b"\n") > MAX_FIELDS + 2:
+        raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
+    check_framing(headers, int(start[4]))
+    return start[1].decode(), start[2].decode(), int(start[4]), headers
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
@@ -4416,7 +4434,7 @@ def too_large(limit: int) -> ScimError:
 def read_chunks(peer: Connection, limit: int) -> bytes:
     """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
-    next_line = partial(peer.line, MAX_CHUNK_LINE, malformed.status, malformed.detail)
+    next_line = partial(peer.until, b"\n", MAX_CHUNK_LINE, malformed.status, malformed.detail)
     body = bytearray()
     while head := CHUNK_LINE.fullmatch(next_line()):
         if not (size := int(head[1], 16)):
@@ -4555,6 +4573,15 @@ class Fault:
         return error_response(error)
 
 
+NO_FAULT = Fault()
+
+
+@lru_cache(2)
+def http_date(second: int) -> str:
+    """Return a time as a Date field has it."""
+    return formatdate(second, usegmt=True)
+
+
 class Handler:
     """One connection: requests in, answers out, one after the other.
 
@@ -4564,7 +4591,8 @@ class Handler:
     def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
         self.server, self.peer, self.client = server, peer, client
         self.watched = False                   # by the thread that leads, which alone takes steps then
-        self._request, self._minor_version, self._started = Request("", ""), 1, 0.0
+        self._request: Request | None = None   # being read, as far as its head has come
+        self._minor_version, self._started = 1, 0.0
 
     def run(self, step: Callable[[], bool | None]) -> None:
         """Take a step; then let the connection rest, or close it where it ended or failed."""
@@ -4602,7 +4630,7 @@ class Handler:
         """Return the next request; ScimError for one to refuse."""
         self.peer.state, self._started = READING, time.perf_counter()
         self.peer.allow(HEAD_SECONDS)
-        self._request = Request("", "", id=self.server.request_id(""))
+        self._request = None
         try:
             method, target, self._minor_version, headers = read_head(self.peer)
             self._request = request = self.server.located(method, target, headers, self.client)
@@ -4672,13 +4700,13 @@ class Handler:
             self.server.unwatch(self)
             self.server.leave(partial(self.run, partial(self._refuse, error)))
             return None
-        self._send(self._request, error_response(error), last=True)
+        self._send(self._request or Request("", "", id=self.server.request_id("")), error_response(error), last=True)
         self.peer.linger()
         return False
 
     def _send(self, request: Request, response: Response, last: bool, cut: bool = False) -> bool | None:
         status, fields, body = wire_form(response, request)
-        lines = [f"HTTP/1.1 {status}", f"Date: {formatdate(usegmt=True)}",
+        lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}",
                  *(f"{name}: {value}" for name, value in fields), *(["Connection: close"] if last else []), "\r\n"]
         octets = "\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None]
         try:
@@ -4949,9 +4977,11 @@ class ScimServer(http.server.HTTPServer):
 
     def answer(self, request: Request, in_turn: bool = False) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
-        with self._changed:
-            fault = next((one for one in self.faults if one.meets(request)), Fault())
-            fault.times -= 1
+        fault = NO_FAULT
+        if self.faults:
+            with self._changed:
+                fault = next((one for one in self.faults if one.meets(request)), NO_FAULT)
+                fault.times -= 1
         if fault.delay:
             self.stopping.wait(fault.delay)
         response = fault.response() if fault.status else self._handle(request, in_turn)
