@@ -1350,6 +1350,24 @@ def entries_of(attribute: Attribute) -> Sql:
     return "value AS entry WHERE path = ?", [attribute.index]
 
 
+ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+DECODER = json.JSONDecoder()
+
+
+class Encoded(str):
+    """JSON text of a resource, which goes out as it is."""
+
+
+def dump(value: Json) -> str:
+    """Return JSON text for the database."""
+    return ENCODER.encode(value)
+
+
+def load(text: str) -> Json:
+    """Return what dump() made text of."""
+    return DECODER.raw_decode(text)[0]           # without a look for blanks around it
+
+
 class StoreError(Exception):
     """A tenant's file cannot be used; the text says why and what to do."""
 
@@ -1369,17 +1387,27 @@ def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
 
 @dataclass(frozen=True)
 class Row:
-    """A stored resource, by the columns of its table: the body is canonical without what is computed."""
+    """A stored resource, by the columns of its table: body and hidden are JSON text."""
 
     seq: int
     type: str
     id: str
-    body: Resource
-    hidden: Resource
+    body: str
+    hidden: str
     revision: int
     created: str
     modified: str
     member_count: int
+
+    @cached_property
+    def attributes(self) -> Resource:
+        """The body as a resource, canonical but for what is computed."""
+        return load(self.body)               # type: ignore[no-any-return]
+
+    @property
+    def columns(self) -> dict[str, Any]:
+        """What is stored of it."""
+        return {column.name: getattr(self, column.name) for column in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -1438,20 +1466,6 @@ class EmployeeRow:
     manager: int | None = None
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
-DECODER = json.JSONDecoder()
-
-
-def dump(value: Json) -> str:
-    """Return JSON text for the database."""
-    return ENCODER.encode(value)
-
-
-def load(text: str) -> Json:
-    """Return what dump() made text of."""
-    return DECODER.raw_decode(text)[0]           # without a look for blanks around it
-
-
 def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return what keeps one half of a query, in the order of columns, behind a position."""
     if after is None or missing != after.missing:
@@ -1459,11 +1473,6 @@ def bound_sql(missing: int, columns: str, after: Position | None, descending: bo
         return "1 = 1" if whole else "1 = 0", []
     values = [after.key, after.seq] if "key" in columns else [after.seq]
     return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
-
-
-def load_row(seq: int, type: str, id: str, body: str, hidden: str, *rest: Any) -> Row:
-    """Return the resource in the columns of a row."""
-    return Row(seq, type, id, load(body), load(hidden), *rest)
 
 
 class Session:
@@ -1489,12 +1498,12 @@ class Session:
     def find(self, type: str, id: str) -> Row | None:
         """Return the resource of a type with an id, or None."""
         found = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
-        return load_row(*found) if found else None
+        return Row(*found) if found else None
 
     def holding(self, text: str) -> list[Row]:
         """Return the resources in whose body or hidden values a text occurs."""
         sql = "SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'"
-        return [load_row(*found) for found in self.run(sql, [text])]
+        return [Row(*found) for found in self.run(sql, [text])]
 
     def taken(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
@@ -1504,7 +1513,7 @@ class Session:
 
     def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
         """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
-        seq = self._put("resource", vars(row))
+        seq = self._put("resource", row.columns)
         self._index(seq, before, after)
         if not row.seq:
             self._tally(row.type, 1)
@@ -1538,8 +1547,8 @@ class Session:
         return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
 
     def page(self, filters: Mapping[str, Filter], sorting: Sorting | None, window: Window,
-             ) -> list[tuple[Position, Row]]:
-        """Return the resources of a window on those that match, each with its position."""
+             ) -> list[tuple[int, str, Row]]:
+        """Return the resources of a window on those that match, each behind missing and key of its position."""
         descending = sorting is not None and sorting.descending
         sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
         try:
@@ -1550,7 +1559,7 @@ class Session:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        return [(Position(missing, key, row[0]), load_row(*row)) for missing, key, *row in found]
+        return [(missing, key, Row(*row)) for missing, key, *row in found]
 
     def _condition(self, filters: Mapping[str, Filter]) -> Sql:
         terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
@@ -2090,7 +2099,7 @@ class Page:
     """The answer to a query: how many resources match in all, and those of the window asked for."""
 
     total_results: int | None     # None behind a position: counting again would cost more than the page
-    resources: list[Resource]
+    resources: list[Any]
     first: Position | None = None                # where the page begins
     last: Position | None = None                 # where it ends
     more: bool = False                           # whether resources follow on its far side
@@ -2190,7 +2199,7 @@ class Directory:
         accepted.update(defaults(resource_type, accepted))
         require(resource_type.root, accepted)
         now = time_text(self.clock())
-        row = Row(0, resource_type.name, self.new_id(), stored(accepted), {}, 1, now, now, 0)
+        row = Row(0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0)
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
             row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
@@ -2218,8 +2227,12 @@ class Directory:
         window = Window(max(count, 0), max(start_index, 1) - 1)
         return self.search({resource_type.name: (filter, selection)}, sorting, window)
 
-    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window) -> Page:
-        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
+    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window,
+               base_url: str = "") -> Page:
+        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1).
+
+        With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
+        """
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
             found = session.page(filters, sorting, replace(window, count=window.count + 1))
@@ -2228,10 +2241,12 @@ class Directory:
                 del found[0 if window.backward else -1]
             if total is not None and (more or (window.offset and not found)):
                 total = session.total(filters)           # where the page does not tell
-            groups = session.groups([row.seq for _, row in found if row.type == "User"])
-            resources = [self._complete(session, self._fitted(row), asked[row.type][1], groups=groups)
-                         for _, row in found]
-        first, last = (found[0][0], found[-1][0]) if found else (None, None)
+            rows = [self._fitted(row) for *_, row in found]
+            groups = session.groups([row.seq for row in rows if row.type == "User"])
+            resources = [self._encoded(session, row, groups, base_url) if base_url and asked[row.type][1] == WHOLE
+                         else self._complete(session, row, asked[row.type][1], groups=groups) for row in rows]
+        first, last = (Position(missing, key, row.seq) for missing, key, row in (found[0], found[-1])) \
+            if found else (None, None)
         return Page(total, resources, first, last, more)
 
     def replace(self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS) -> Resource:
@@ -2456,6 +2471,24 @@ class Directory:
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
+        version, linked = self._linked(session, row, selection, named, groups)
+        resource = revived(self.resource_types[row.type], row, linked)
+        resource["meta"]["version"] = version
+        return resource
+
+    def _encoded(self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str) -> Encoded:
+        """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
+        resource_type = self.resource_types[row.type]
+        version, linked = self._linked(session, row, groups=groups)
+        shown = project(resource_type, {
+            "schemas": [resource_type.schema.id, *(one.id for one in resource_type.extensions
+                                                   if member_at(row.body, one.id))],
+            "id": row.id, **linked, "meta": {**meta_of(row), "version": version}}, WHOLE, base_url)
+        return Encoded(f"{dump(shown)[:-1]},{row.body[1:]}")
+
+    def _linked(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
+                groups: Mapping[int, list[Resource]] | None = None) -> tuple[str, Resource]:
+        """Return the version of a row, and its groups or members."""
         root = self.resource_types[row.type].root
         version, linked, members = f'W/"{row.revision}', {}, root.by_name.get("members")
         if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
@@ -2464,9 +2497,7 @@ class Directory:
             linked["groups"] = joined
         if members and row.member_count and selection.includes(members):
             linked["members"] = session.members(row.seq, named)
-        resource = revived(self.resource_types[row.type], row, linked)
-        resource["meta"]["version"] = version + '"'
-        return resource
+        return version + '"', linked
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
@@ -2480,16 +2511,16 @@ class Directory:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
         self._check_unique(session, row, after)
         balance, changed = self._link(session, row, before, after)
-        body = stored(after)
-        if body == row.body and not changed:
+        attributes = stored(after)
+        if attributes == row.attributes and not changed:
             return row
-        saved = self._touch(session, row, body, row.member_count + balance)
-        if body != row.body:
+        saved = self._touch(session, row, dump(attributes), row.member_count + balance)
+        if attributes != row.attributes:
             resource_type = self.resource_types[row.type]
             self._record(session, row, revived(resource_type, row), revived(resource_type, saved))
         return saved
 
-    def _touch(self, session: Session, row: Row, body: Resource, member_count: int) -> Row:
+    def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
         resource_type = self.resource_types[row.type]
         changed = replace(row, body=body, revision=row.revision + 1, member_count=member_count,
@@ -2530,22 +2561,23 @@ class Directory:
 
         A session that writes stores it, and what it means for the employee.
         """
-        found = row.body.get(FACILIO, {})
-        if not row.hidden and all(self._kinds.get(name) == KINDS[type(found[name])] for name in found):
+        at = member_at(row.body, FACILIO)
+        found: Resource = DECODER.raw_decode(row.body, at)[0] if at else {}
+        if row.hidden == "{}" and all(self._kinds.get(name) == KINDS[type(found[name])] for name in found):
             return row
         user_type = self.resource_types["User"]
         extension = user_type.root.by_name[FACILIO.lower()]
-        visible, hidden = Resource(), Resource()
-        for name, value in (*found.items(), *row.hidden.items()):
+        visible, hidden, earlier = Resource(), Resource(), load(row.hidden)
+        for name, value in (*found.items(), *earlier.items()):
             sub = extension.sub_attribute(name)
             if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
                 visible[sub.name] = value
             else:
                 hidden.setdefault(name, value)
-        if (visible, hidden) == (found, row.hidden):
+        if (visible, hidden) == (found, earlier):
             return row
-        body = {name: value for name, value in row.body.items() if name != FACILIO}
-        fitted = replace(row, body=body | {FACILIO: visible} if visible else body, hidden=hidden,
+        body = {name: value for name, value in row.attributes.items() if name != FACILIO}
+        fitted = replace(row, body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
                          revision=row.revision + 1)
         if session:      # the index holds what that view wrote, by types that the values show
             written = resource_types(tuple(CustomField(name, KINDS[type(value)])
@@ -2558,7 +2590,7 @@ class Directory:
         """Make the employees of users that an older version stored without them."""
         with self.store.writing() as session:
             if not session.setting("employees"):
-                for _, row in session.page({"User": EVERYTHING}, None, Window(-1)):
+                for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
                     self._employ(session, row.id, revived(self.resource_types["User"], row))
                 session.set_setting("employees", "made")
 
@@ -2597,8 +2629,20 @@ def stored(resource: Resource) -> Resource:
 
 def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
     """Return the resource of a row with its memberships, but without its version."""
-    meta = {"resourceType": row.type, "created": row.created, "lastModified": row.modified}
-    return {"schemas": schemas_of(resource_type, row.body), "id": row.id, **row.body, **(linked or {}), "meta": meta}
+    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes, **(linked or {}),
+            "meta": meta_of(row)}
+
+
+def meta_of(row: Row) -> Resource:
+    """Return what a row says of its resource's meta."""
+    return {"resourceType": row.type, "created": row.created, "lastModified": row.modified}
+
+
+def member_at(body: str, name: str) -> int:
+    """Return where the value of a member stands in a body's JSON text; 0 for nowhere."""
+    # In the text of a value the quotes would stand behind backslashes; no sub-attribute has the name of a URN.
+    found = body.rfind(f'"{name}":')
+    return found + len(name) + 3 if found > 0 else 0
 
 
 def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
@@ -2933,8 +2977,10 @@ class Call:
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
-    def projected(self, resource: Resource) -> Resource:
+    def projected(self, resource: Resource | Encoded) -> Json:
         """Return as much of a resource as the client selected."""
+        if isinstance(resource, Encoded):
+            return resource
         resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
@@ -3129,7 +3175,7 @@ def list_resources(call: Call) -> Response:
         return list_by_cursor(call, asked, sorting)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.directory.search(asked, sorting, Window(count, start_index - 1))
+    page = call.directory.search(asked, sorting, Window(count, start_index - 1), call.base_url)
     return list_response(map(call.projected, page.resources), page.total_results or 0, startIndex=start_index)
 
 
@@ -3139,7 +3185,7 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.directory.search(asked, sorting, Window(count, 0, after, backward))
+    page = call.directory.search(asked, sorting, Window(count, 0, after, backward), call.base_url)
     total = total if page.total_results is None else page.total_results
     cursors = {}
     # On the side that a walk comes from there is always something; on the other, more says.
@@ -3524,7 +3570,9 @@ class Answered:
         """The user or group in the answer, or the only one that a query found; {} for none."""
         body = self.response.body if self.type and self.response.status < 300 else {}
         found = (body or {}).get("Resources", [body or {}])
-        return found[0] if len(found) == 1 else {}
+        if len(found) != 1:
+            return {}
+        return load(found[0]) if isinstance(found[0], Encoded) else found[0]     # type: ignore[no-any-return]
 
 
 def sent_values(body: Json) -> Iterator[Sent]:
@@ -3619,7 +3667,7 @@ def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
         yield call.resource
         yield body if isinstance(body, dict) else {}
         if row := session.find(call.type, id):
-            yield row.body
+            yield row.attributes
         elif employee := session.employee_of(id):
             yield employee.record
         filter = dict(parse_qsl(call.request.query)).get("filter", "")
@@ -4526,10 +4574,19 @@ def request_log(style: str, stream: TextIO) -> Batches:
     return Batches(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
+def text_of_body(body: Json) -> str:
+    """Return the text of an answer's body; in a list, Encoded resources go out as they are."""
+    if isinstance(body, str):
+        return body
+    if not isinstance(body, dict) or not any(isinstance(one, Encoded) for one in body.get("Resources", ())):
+        return dump(body)
+    texts = ",".join(one if isinstance(one, Encoded) else dump(one) for one in body["Resources"])
+    return f'{dump({**body, "Resources": []})[:-2]}{texts}]}}'
+
+
 def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status, the header fields and the body of an answer."""
-    text = response.body if isinstance(response.body, str) else dump(response.body)
-    body = b"" if response.body is None else text.encode()
+    body = b"" if response.body is None else text_of_body(response.body).encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
@@ -4990,6 +5047,8 @@ class ScimServer(http.server.HTTPServer):
 
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
+            if isinstance(response.body, dict):
+                response = replace(response, body=load(text_of_body(response.body)))
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
 
