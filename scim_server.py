@@ -4730,6 +4730,8 @@ class Handler:
             return True
         self.peer.state = READING
         line, key = arrived(self.peer.octets) or (b"", b"")
+        if self.server.faults:                           # whose delay is for those it meets alone
+            line = b""
         if self.server.application.is_quick(line):
             return self.exchange()
         self.server.unwatch(self)

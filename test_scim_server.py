@@ -2660,6 +2660,17 @@ def test_faults_meet_the_requests_that_they_name_so_many_times() -> None:
         assert asked[:3] == [("POST", 201), ("GET", 429), ("GET", 429)]
 
 
+def test_a_delay_is_for_the_requests_that_it_meets_alone(server: scim_server.ScimServer, scim: Scim) -> None:
+    id = scim.user("ada")["id"]
+    server.faults.append(scim_server.Fault(delay=600, path=id))
+    with socket.create_connection(server.server_address[:2], timeout=10) as delayed:
+        delayed.sendall(get(f"/Users/{id}"))
+        wait_until(lambda: is_answering(server))
+        assert scim.names('userName eq "ada"') == ["ada"]
+        server.faults.clear()
+        assert scim.names('userName eq "ada"') == ["ada"]
+
+
 def test_an_embedded_server_that_runs_for_long_keeps_no_more_than_the_last_exchanges() -> None:
     with scim_server.running() as server:
         for number in range(scim_server.MAX_EXCHANGES + 5):
