@@ -4734,11 +4734,16 @@ class Handler:
             line = b""
         if self.server.application.is_quick(line):
             return self.exchange()
+        if not SMALL_WRITE.match(line):
+            return self._later(self.exchange)
         self.server.unwatch(self)
-        if SMALL_WRITE.match(line):
-            self.server.gather(key, self)
-        else:
-            self.server.leave(partial(self.run, self.exchange))
+        self.server.gather(key, self)
+        return None
+
+    def _later(self, step: Callable[[], bool | None]) -> bool | None:
+        """Have another thread take a step, for this one leads."""
+        self.server.unwatch(self)
+        self.server.leave(partial(self.run, step))
         return None
 
     def _body(self, request: Request) -> bytes:
@@ -4756,9 +4761,7 @@ class Handler:
     def _refuse(self, error: ScimError) -> bool | None:
         """Answer a request that could not be read, and end."""
         if self.watched:                           # who leads must not linger
-            self.server.unwatch(self)
-            self.server.leave(partial(self.run, partial(self._refuse, error)))
-            return None
+            return self._later(partial(self._refuse, error))
         self._send(self._request or Request("", "", id=self.server.request_id("")), error_response(error), last=True)
         self.peer.linger()
         return False
@@ -4771,10 +4774,8 @@ class Handler:
         try:
             if self.watched:                       # who leads must not wait for a slow client
                 octets = self.peer.send_now(octets)
-            if self.watched and octets:
-                self.server.unwatch(self)
-                self.server.leave(partial(self.run, partial(self._send_rest, octets, not last)))
-                return None
+                if octets:
+                    return self._later(partial(self._send_rest, octets, not last))
             self.peer.send(octets)
         finally:
             self.server.note(request, response, time.perf_counter() - self._started, len(body))
