@@ -4501,10 +4501,11 @@ def arrived(octets: bytearray) -> tuple[bytes, bytes] | None:
     """Return the request line and the Authorization of a request that has come with all its body, else None."""
     if (end := octets.find(b"\r\n\r\n")) < 0:
         return None
-    found = {name.lower(): value for name, value in ANNOUNCED.findall(octets, 0, end)}
+    fields = ANNOUNCED.findall(octets, 0, end)
+    found = {name.lower(): value for name, value in fields}
     length = found.get(b"content-length", b"0")
-    if b"transfer-encoding" in found or b"expect" in found or not LENGTH.fullmatch(length.decode("latin-1")) \
-            or len(octets) - end - 4 < int(length):
+    if len(found) < len(fields) or b"transfer-encoding" in found or b"expect" in found \
+            or not LENGTH.fullmatch(length.decode("latin-1")) or len(octets) - end - 4 < int(length):
         return None
     return bytes(octets[:octets.find(b"\r\n")]), found.get(b"authorization", b"")
 
@@ -4648,6 +4649,7 @@ class Handler:
     def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
         self.server, self.peer, self.client = server, peer, client
         self.watched = False                   # by the thread that leads, which alone takes steps then
+        self.patient = True                    # whether the thread that takes steps may wait for this client
         self._request: Request | None = None   # being read, as far as its head has come
         self._minor_version, self._started = 1, 0.0
 
@@ -4679,15 +4681,16 @@ class Handler:
         """Read a request that has come, or is coming, and have it answered; and others that follow at once."""
         while True:
             request = self.receive()
-            going = self.answer(request, *self.server.answer(request, in_turn=not self.watched))
-            if not going or self.watched or not self.peer.octets:
+            going = self.answer(request, *self.server.answer(request, in_turn=self.patient))
+            if not going or not self.patient or not self.peer.octets:
                 return going
 
     def receive(self) -> Request:
         """Return the next request; ScimError for one to refuse."""
-        self.peer.state, self._started = READING, time.perf_counter()
+        if self.peer.state == IDLE:
+            self.peer.state = READING
         self.peer.allow(HEAD_SECONDS)
-        self._request = None
+        self._request, self._started = None, time.perf_counter()
         try:
             method, target, self._minor_version, headers = read_head(self.peer)
             self._request = request = self.server.located(method, target, headers, self.client)
@@ -4730,6 +4733,8 @@ class Handler:
             return True
         self.peer.state = READING
         line, key = arrived(self.peer.octets) or (b"", b"")
+        if line:
+            self.server.begin(self.peer)                 # it came whole, and makes room for nobody
         if self.server.faults:                           # whose delay is for those it meets alone
             line = b""
         if self.server.application.is_quick(line):
@@ -4741,8 +4746,9 @@ class Handler:
         return None
 
     def _later(self, step: Callable[[], bool | None]) -> bool | None:
-        """Have another thread take a step, for this one leads."""
+        """Have another thread take a step, one that may wait."""
         self.server.unwatch(self)
+        self.patient = True
         self.server.leave(partial(self.run, step))
         return None
 
@@ -4760,7 +4766,7 @@ class Handler:
 
     def _refuse(self, error: ScimError) -> bool | None:
         """Answer a request that could not be read, and end."""
-        if self.watched:                           # who leads must not linger
+        if not self.patient:
             return self._later(partial(self._refuse, error))
         self._send(self._request or Request("", "", id=self.server.request_id("")), error_response(error), last=True)
         self.peer.linger()
@@ -4772,10 +4778,8 @@ class Handler:
                  *(f"{name}: {value}" for name, value in fields), *(["Connection: close"] if last else []), "\r\n"]
         octets = "\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None]
         try:
-            if self.watched:                       # who leads must not wait for a slow client
-                octets = self.peer.send_now(octets)
-                if octets:
-                    return self._later(partial(self._send_rest, octets, not last))
+            if not self.patient and (octets := self.peer.send_now(octets)):
+                return self._later(partial(self._send_rest, octets, not last))
             self.peer.send(octets)
         finally:
             self.server.note(request, response, time.perf_counter() - self._started, len(body))
@@ -4824,9 +4828,10 @@ class ScimServer(http.server.HTTPServer):
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
         self._tasks: deque[Callable[[], None]] = deque()     # that the one who leads has left
         self._writes: dict[bytes, list[Handler]] = {}        # that wait, by their Authorization
-        self._free = 0                                       # how many of the crew lead or wait to lead
+        self._free = self._leader = 0                        # how many of the crew lead or wait to; who does
         self._selector, self._swept = selectors.DefaultSelector(), 0.0
         self._bell, self._ear = socket.socketpair()          # to wake who leads
+        self._bell.setblocking(False)
         super().__init__((self.config.host, self.config.port), http.server.BaseHTTPRequestHandler,
                          bind_and_activate=False)
         self.socket.close()
@@ -4846,8 +4851,9 @@ class ScimServer(http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = 0.5) -> None:
         """Take in connections until stop()."""
-        self._selector.register(self._ear, selectors.EVENT_READ, lambda: None)
-        self._hire()
+        self._selector.register(self._ear, selectors.EVENT_READ, partial(self._ear.recv, 4096))
+        with self._changed:
+            self._hire()
         super().serve_forever(poll_interval)
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -4866,20 +4872,24 @@ class ScimServer(http.server.HTTPServer):
             self.connections[handler] = handler.peer
         with suppress(OSError):
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        if self.tls or not WATCHES:
-            threading.Thread(target=handler.serve, daemon=True).start()
-        else:
-            self.rest(handler)
+        try:
+            if self.tls or not WATCHES:
+                threading.Thread(target=handler.serve, daemon=True).start()
+            else:
+                self.rest(handler)
+        except RuntimeError:                             # there can be no more threads
+            self.close(handler)
 
     def rest(self, handler: Handler) -> None:
-        """Have a connection watched for its next request."""
-        if handler.peer.octets:                          # which has come already
+        """Have a connection watched for its next request, or that answered where it has come already."""
+        if handler.peer.octets:
             self.unwatch(handler)
-            threading.Thread(target=handler.run, args=(handler.exchange,), daemon=True).start()
+            handler.patient = True
+            self.leave(partial(handler.run, handler.exchange))
             return
         with self._changed:
             if not self.stopping.is_set():
-                handler.peer.state = IDLE
+                handler.peer.state, handler.patient = IDLE, False
                 handler.peer.allow(IDLE_SECONDS)
                 if not handler.watched:
                     handler.watched = True
@@ -4912,7 +4922,11 @@ class ScimServer(http.server.HTTPServer):
 
     def stop(self) -> None:
         """Accept nothing more, wait for the requests in flight, close all connections."""
-        self.stopping.set()
+        with self._changed:
+            if self.stopping.is_set():
+                self._changed.wait_for(self.stopped.is_set)
+                return
+            self.stopping.set()
         self.application.interrupt()
         ending = threading.Thread(target=self.shutdown)
         ending.start()
@@ -4920,28 +4934,37 @@ class ScimServer(http.server.HTTPServer):
             socket.create_connection(self.socket.getsockname()[:2], 1).close()
         ending.join()
         self.server_close()
-        self._bell.send(b"!")
-        with self._lead:                                 # from here on nobody leads
-            for handler, peer in self.connections.copy().items():
-                if handler.watched:
-                    self.close(handler)
-                elif peer.state == IDLE:
-                    peer.end(socket.SHUT_RD)             # its read ends
-            for end in (self._selector, self._bell, self._ear):
-                end.close()
+        self._ring()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._free)         # from here on nobody leads
+        for handler, peer in self.connections.copy().items():
+            if handler.watched:
+                self.close(handler)
+            elif peer.state == IDLE:
+                peer.end(socket.SHUT_RD)                 # its read ends
         with self._changed:
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
+        for end in (self._selector, self._bell, self._ear):
+            end.close()
         self.log.close(1)
-        self.stopped.set()
+        with self._changed:
+            self.stopped.set()
+            self._changed.notify_all()
 
     # -- The crew --
 
     def leave(self, task: Callable[[], None]) -> None:
-        """Have a task done as soon as another thread leads; for who leads."""
-        self._tasks.append(task)
+        """Have a task done by a thread of its own, which is one that leads now or will."""
+        with self._changed:
+            if self.stopping.is_set():
+                threading.Thread(target=task, daemon=True).start()
+                return
+            self._tasks.append(task)
+        if self._leader != threading.get_ident():
+            self._ring()
 
     def gather(self, key: bytes, handler: Handler) -> None:
-        """Have a write done with others that wait with the same Authorization; for who leads."""
+        """Have a write done together with others that wait with the same Authorization."""
         with self._changed:
             if key in self._writes:
                 self._writes[key].append(handler)
@@ -4949,32 +4972,45 @@ class ScimServer(http.server.HTTPServer):
             self._writes[key] = [handler]
         self.leave(partial(self._write, key))
 
+    def _ring(self) -> None:
+        """Wake who leads."""
+        with suppress(BlockingIOError):                  # it was rung so often already
+            self._bell.send(b"!")
+
     def _hire(self) -> None:
-        self._free += 1
-        threading.Thread(target=self._work, daemon=True).start()
+        """Take one more into the crew, under the lock of what changes."""
+        with suppress(RuntimeError):                     # of no more threads: then nobody leads for a while
+            threading.Thread(target=self._work, daemon=True).start()
+            self._free += 1
 
     def _work(self) -> None:
         """Lead, do a task that leading brought, and queue up to lead again."""
         while True:
             with self._lead:
+                self._leader = threading.get_ident()
                 task = self._await_task()
+                self._leader = 0
             with self._changed:
                 self._free -= 1
                 if task and not self._free:
                     self._hire()
+                self._changed.notify_all()
             if not task:
                 return
             task()
             with self._changed:
-                if self._free >= SPARE_THREADS:
+                if self._free >= SPARE_THREADS or self.stopping.is_set():
                     return
                 self._free += 1
 
     def _await_task(self) -> Callable[[], None] | None:
-        """Watch all connections until one of them brings a task; None when the server stops."""
-        while not self._tasks and not self.stopping.is_set():
-            for key, _ in self._selector.select(SWEEP_SECONDS):
+        """Watch all connections until there is a task; None when the server stops and all that came is taken."""
+        while not self._tasks:
+            stopping = self.stopping.is_set()
+            for key, _ in self._selector.select(0 if stopping else SWEEP_SECONDS):
                 key.data()
+            if stopping:
+                break
             if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
                 self._swept = now
                 with self._changed:
