@@ -1670,7 +1670,7 @@ def test_a_client_that_is_slow_to_read_keeps_nobody_waiting_and_gets_it_all(
                      + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: is_answering(server))
         assert scim.names('userName eq "ada"', attributes="userName") == ["ada"]
-        scim.user("bob")
+        assert exchange(server, posted("bob", HEAD + b"Connection: close\r\n"))[9:12] == b"201"
         answer = b"".join(iter(partial(slow.recv, 65536), b""))
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["roles"] == scim.get(path)["roles"]
 
