@@ -238,7 +238,6 @@ class Attribute:
 
     def convert(self, value: Json) -> Json:
         """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
-        problem = ""
         if self.type == "boolean":
             # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
@@ -246,20 +245,18 @@ class Attribute:
         elif self.type == "integer":
             if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
                 value = int(value)
-            if isinstance(value, int) and not isinstance(value, bool):
-                if -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-                    return value
-                problem = f"{shown(value)} is beyond the 64 bits of an Integer"
+            if type(value) is int:
+                if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
+                    raise invalid_value(f"{self.path}: {shown(value)} is beyond the 64 bits of an Integer")
+                return value
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
-                problem = f"the text has {len(value)} characters, more than {MAX_TEXT}"
-            elif self.type != "dateTime":
+                raise invalid_value(f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}")
+            if self.type != "dateTime":
                 return value
-            else:
-                with suppress(ValueError):
-                    return date_time_key(value) and value
-        problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
-        raise invalid_value(f"{self.path}: {problem}")
+            with suppress(ValueError):
+                return date_time_key(value) and value
+        raise invalid_value(f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
@@ -457,11 +454,7 @@ class Compare:
     value: Json
 
 
-@dataclass(frozen=True, slots=True)
-class Present:
-    """Whether an attribute has a value that is not empty (pr)."""
 
-    target: Target
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +486,7 @@ class ValuePath:
     inner: Filter
 
 
-Filter = Compare | Present | And | Or | Not | ValuePath
+Filter = Compare | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 
 TEST: dict[str, Callable[[str, str], bool]] = {
@@ -513,8 +506,6 @@ def matches(filter: Filter, value: Json) -> bool:
             return not matches(inner, value)
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
-        case Present(target):
-            return any(target.keys(value))      # the key of empty text is empty: not present
         case Compare(target, op, key):
             return any(TEST[op](found, key) for found in target.keys(value))
 
@@ -571,7 +562,8 @@ TOKEN = re.compile(r"""
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
-          | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
+          | (?P<mark>   [()\[\]] )
+          | (?P<wrong>  \S.* ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")      # NUL and half a surrogate pair: no UTF-8 database takes it
 LITERAL = json.JSONDecoder(strict=False)          # which may hold control characters
 STRING_TYPES = ("string", "reference")
@@ -587,15 +579,11 @@ def tokens_of(text: str) -> Tokens:
     """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens, position, end = [], 0, len(text.rstrip())
-    while position < end:
-        if not (token := TOKEN.match(text, position)):
-            rest = text[position:end].lstrip()
-            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest)
-        kind = token.lastgroup or ""
-        tokens.append((kind, token[kind], token.start(kind) + 1))
-        position = token.end()
-    return [*tokens, ("end", "", end + 1)]
+    text = text.rstrip()
+    tokens = [(kind, token[kind], token.start(kind) + 1) for token in TOKEN.finditer(text) if (kind := token.lastgroup)]
+    if tokens and tokens[-1][0] == "wrong":
+        raise bad_filter(tokens[-1][2], "a name, a value in double quotes or a bracket", tokens[-1][1])
+    return [*tokens, ("end", "", len(text) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
@@ -663,10 +651,15 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (Present(Target(target)) if target else NOTHING), position + 1
+        return (present(target) if target else NOTHING), position + 1
     if op != "ne" and op not in TEST:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
+
+
+def present(target: tuple[Attribute, ...]) -> Filter:
+    """Return the filter for a value that is not empty: its key is greater than the empty one."""
+    return Compare(Target(target), "gt", "", "")
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -684,14 +677,14 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         return Not(bind_comparison(target, name, "eq", literal))
     if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if target[-1].type == "complex" and target[-1].value_attribute:
-        target = (*target, target[-1].value_attribute)
+    if value_attribute := target[-1].value_attribute:
+        target = (*target, value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
     if literal is None and op == "eq":
-        return Not(Present(Target(target)))
+        return Not(present(target))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
@@ -1095,11 +1088,9 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     if operation.op == "remove" and attribute.multi_valued and operation.given:
         # Entra's default dialect lists the values to remove, for members by their ids.
         unwanted = {identity(attribute, one) for one in value or ()}
-        own = [identity(attribute, one) for one in attribute.values(holder)]
-        partial_ones = [] if attribute.linked else unwanted      # a member is known by its id as a whole
         holder[attribute.name] = [
-            one for one, known in zip(attribute.values(holder), own, strict=True)
-            if known not in unwanted and not any(given <= known for given in partial_ones)]
+            one for one in attribute.values(holder) if (known := identity(attribute, one)) not in unwanted
+            and (attribute.linked or not any(given <= known for given in unwanted))]      # or parts of it
     elif value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
@@ -1284,17 +1275,14 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
             return rows(target, row, f"key = '1' AND {sql}", parameters)
-        case Present(target):
-            return rows(target, row, "key > ''", [])
+
         case Compare(target, op, key):
             return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed.
-
-    Another set would be made whole, be it of a million rows, before SQLite looks into it.
-    """
+    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed."""
+    # Another set would be made whole, be it of a million rows, before SQLite looks into it.
     terms = sorted(filters, key=width)
     narrow = bool(terms) and width(terms[0]) < 2
     return [(probe(term, row) if narrow and number else None) or compile_filter(term, row)
@@ -1307,8 +1295,8 @@ def width(filter: Filter) -> int:
         case Compare(target, "eq"):
             attribute = target.attribute
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
-        case Compare():
-            return 1
+        case Compare(_, _, key):
+            return 1 if key else 2           # most are greater than the empty key
         case ValuePath(_, inner):
             return width(inner)
         case And(filters):
@@ -1339,8 +1327,7 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     source, values = entries_of(target.attribute)
-    return (f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})",
-            [*values, *parameters])
+    return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [*values, *parameters]
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -1350,17 +1337,12 @@ def entries_of(attribute: Attribute) -> Sql:
     return "value AS entry WHERE path = ?", [attribute.index]
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 DECODER = json.JSONDecoder()
 
 
 class Encoded(str):
     """JSON text of a resource, which goes out as it is."""
-
-
-def dump(value: Json) -> str:
-    """Return JSON text for the database."""
-    return ENCODER.encode(value)
 
 
 def load(text: str) -> Json:
@@ -1404,10 +1386,7 @@ class Row:
         """The body as a resource, canonical but for what is computed."""
         return load(self.body)               # type: ignore[no-any-return]
 
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What is stored of it."""
-        return {column.name: getattr(self, column.name) for column in fields(self)}
+
 
 
 @dataclass(frozen=True)
@@ -1456,10 +1435,10 @@ class EmployeeRow:
 
     id: int
     user_id: str
-    provisioned: bool
+    provisioned: bool             # as the database has it, 0 or 1
     external_id: str
     user_name: str
-    active: bool
+    active: bool                  # this too
     manager_id: str
     changed: str
     record: Resource
@@ -1482,12 +1461,12 @@ class Session:
         self.run = connection.execute
         self.run_many = connection.executemany
 
-    def _put(self, table: str, columns: Mapping[str, Any]) -> int:
-        """Store a row, a new one where its number (the first column) is 0, and return the number."""
-        (key, number), *others = columns.items()
-        names = [name for name, _ in others]
-        values = [dump(value) if isinstance(value, dict) else value for _, value in others]
-        if number:
+    def put(self, row: Row | EmployeeRow) -> int:
+        """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
+        table = "resource" if isinstance(row, Row) else "employee"
+        key, *names = [column.name for column in fields(row) if column.name != "manager"]
+        values = [dump(value) if isinstance(value := getattr(row, name), dict) else value for name in names]
+        if number := getattr(row, key):
             self.run(f"UPDATE {table} SET {' = ?, '.join(names)} = ? WHERE {key} = ?", [*values, number])
             return int(number)
         marks = ", ".join("?" * len(names))
@@ -1513,7 +1492,7 @@ class Session:
 
     def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
         """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
-        seq = self._put("resource", row.columns)
+        seq = self.put(row)
         self._index(seq, before, after)
         if not row.seq:
             self._tally(row.type, 1)
@@ -1531,8 +1510,7 @@ class Session:
                  "ON CONFLICT (type) DO UPDATE SET count = count + excluded.count", [type, more])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES}
-                    for entries in (before, after))
+        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES} for entries in (before, after))
         self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
                       [(*entry, seq) for entry in old - new])
         self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
@@ -1562,17 +1540,14 @@ class Session:
         return [(missing, key, Row(*row)) for missing, key, *row in found]
 
     def _condition(self, filters: Mapping[str, Filter]) -> Sql:
-        terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
-        return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
-                [value for type, _, parameters in terms for value in (type, *parameters)])
+        return join_sql(" OR ", [join_sql(" AND ", [("type = ?", [type]), compile_filter(filter)], "")
+                                 for type, filter in filters.items()], "1 = 0")
 
     def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool,
                    filters: Mapping[str, Filter]) -> Sql:
-        """Return the query for positions in order.
-
-        A sort is a walk along the index, then those without a value: they come last in ascending
-        order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
-        """
+        """Return the query for positions in order."""
+        # A sort is a walk along the index, then those without a value: they come last in ascending
+        # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
         missing = int(sorting is not None)
         bound, bounds = bound_sql(missing, "seq", after, descending)
@@ -1609,11 +1584,9 @@ class Session:
         return found
 
     def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
-        """Store members that a group gained or whose display changed; return their ids.
-
-        An id that no resource of the tenant has is passed over: one stranger in a push of many
-        must not lose the others, since Okta does not repeat a push that failed.
-        """
+        """Store members that a group gained or whose display changed; return their ids."""
+        # An id that no resource of the tenant has is passed over: one stranger in a push of many
+        # must not lose the others, since Okta does not repeat a push that failed.
         sql = ("INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
                "UPDATE SET display = excluded.display, display_key = excluded.display_key")
         displays = [(member["value"], member.get("display")) for member in members]
@@ -1647,10 +1620,7 @@ class Session:
         return list(self._employees("id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
                                     [after, last, active, changed_since, count]))
 
-    def save_employee(self, row: EmployeeRow) -> int:
-        """Store an employee, a new one where its id is 0, and return the id."""
-        columns = {name: value for name, value in vars(row).items() if name != "manager"}
-        return self._put("employee", columns)
+
 
     def follow_manager(self, before: str, after: str) -> None:
         """Let the reports of a manager have the SCIM id that is the manager's now."""
@@ -1659,10 +1629,8 @@ class Session:
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
         sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
                f"FROM employee WHERE {condition}")
-        for id, user_id, provisioned, external_id, user_name, active, *rest in self.run(sql, values):
-            manager_id, changed, record, manager = rest
-            yield EmployeeRow(id, user_id, bool(provisioned), external_id, user_name, bool(active),
-                              manager_id, changed, load(record), manager)
+        for *columns, record, manager in self.run(sql, values):
+            yield EmployeeRow(*[*columns, load(record), manager])
 
     # -- Changes --
 
@@ -1689,9 +1657,8 @@ class Session:
             [id, str(employee), id, count])
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        return [Change(seq, at, kind, id, member, token, load(attributes))
-                for seq, at, kind, id, member, token, attributes in self.run(
-                    f"SELECT * FROM change WHERE {condition}", values)]
+        found = self.run(f"SELECT * FROM change WHERE {condition}", values)
+        return [Change(*[*columns, load(attributes)]) for *columns, attributes in found]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the last one made."""
@@ -1766,7 +1733,7 @@ class Store:
         self._owner = 0                          # the thread that writes now
         self._waiting: list[int] = []            # threads that will write next
         self._batch = Batch()
-        self._resting = self._closed = self._interrupted = False
+        self.resting = self._closed = self._interrupted = False
         self._written = threading.Condition()
         self._idle: list[sqlite3.Connection] = []
         self._readers = threading.Semaphore(READERS)
@@ -1882,7 +1849,7 @@ class Store:
                 self._writer.execute("ROLLBACK")
         finally:
             self._batch.done.set()                       # whatever happens, nobody waits for ever
-        if self._resting:
+        if self.resting:
             self._let_go()
         with self._written:
             self._written.notify_all()
@@ -1918,7 +1885,7 @@ class Store:
             finally:
                 connection.execute("COMMIT")
                 self._idle.append(connection)
-                if self._resting:
+                if self.resting:
                     self._let_go()
 
     def backup(self, path: str) -> None:
@@ -1931,10 +1898,7 @@ class Store:
             raise StoreError(f"{path}: cannot be written ({error}); name a new file for the backup") from error
 
     def restore(self, path: str, tenant: str) -> None:
-        """Become what a backup of a tenant holds, all or nothing; StoreError for another file.
-
-        Numbers of changes and employees that were given out since then are not given out again.
-        """
+        """Become what a backup of a tenant holds, all or nothing; StoreError for another file."""
         # A backup may lie where nothing can be written, which SQLite believes when told.
         mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
         try:
@@ -1956,13 +1920,9 @@ class Store:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
     def rest(self) -> None:
-        """Close the file's handles, now and after each use, until the store is woken."""
-        self._resting = True
+        """Close the file's handles, now and after each use, until resting is false again."""
+        self.resting = True
         self._let_go()
-
-    def wake(self) -> None:
-        """Keep the file's handles open from now on."""
-        self._resting = False
 
     def _let_go(self) -> None:
         if self.path != ":memory:" and self._writing.acquire(blocking=False):
@@ -2164,8 +2124,8 @@ class Directory:
                 if not session.setting("cursor_key"):
                     session.set_setting("cursor_key", secrets.token_hex(32))
                 self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
-            self._adopt_custom_fields()
-            self._adopt_users()
+                self._adopt_custom_fields(session)
+                self._adopt_users(session)
         except sqlite3.DatabaseError as error:
             raise unusable(store.path, error) from error
 
@@ -2178,12 +2138,11 @@ class Directory:
 
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError where it is another tenant's."""
-        with self.store.reading() as session:
+        with self.store.writing() as session:
             owner = session.setting("tenant")
-        if owner not in ("", tenant):
-            raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
-        if not owner:
-            with self.store.writing() as session:
+            if owner not in ("", tenant):
+                raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
+            if not owner:
                 session.set_setting("tenant", tenant)
 
     def acting(self, token: str) -> Directory:
@@ -2203,10 +2162,10 @@ class Directory:
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
             row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
-            self._record(session, row, {}, revived(resource_type, row))
+            self._record(session, row, {}, accepted)
             if count := self._link(session, row, {}, accepted)[0]:
                 row = replace(row, member_count=count)
-                session.save(row, (), ())
+                session.put(row)
             return self._complete(session, row)
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
@@ -2245,8 +2204,8 @@ class Directory:
             groups = session.groups([row.seq for row in rows if row.type == "User"])
             resources = [self._encoded(session, row, groups, base_url) if base_url and asked[row.type][1] == WHOLE
                          else self._complete(session, row, asked[row.type][1], groups=groups) for row in rows]
-        first, last = (Position(missing, key, row.seq) for missing, key, row in (found[0], found[-1])) \
-            if found else (None, None)
+        ends = [Position(missing, key, row.seq) for missing, key, row in found[:1] + found[-1:]]
+        first, last = ends or (None, None)
         return Page(total, resources, first, last, more)
 
     def replace(self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS) -> Resource:
@@ -2286,7 +2245,8 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
-            condition.check(self._complete(session, row, MEMBERLESS)["meta"]["version"])
+            before = self._complete(session, row, MEMBERLESS)
+            condition.check(before["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, "Group", group["value"])
                 session.unlink(holder.seq, [id])
@@ -2294,7 +2254,7 @@ class Directory:
                 self._touch(session, holder, holder.body, holder.member_count - 1)
             self._log(session, "member.removed", id, [one["value"] for one in session.members(row.seq)])
             session.delete(row, row_entries(self._type(type), row))
-            self._record(session, row, revived(self._type(type), row), {})
+            self._record(session, row, before, {})
 
     def seed(self, source: Json | os.PathLike[str]) -> dict[str, str]:
         """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them, or a file of it.
@@ -2342,7 +2302,7 @@ class Directory:
                                           active=active, changed_since=since)):
             for row in found:
                 yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
-                               active=row.active, manager=row.manager, changed=row.changed, **row.record)
+                               active=bool(row.active), manager=row.manager, changed=row.changed, **row.record)
             after = found[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -2364,8 +2324,7 @@ class Directory:
 
         before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
         """
-        return self._read(lambda session: session.requests(
-            after, before or 2 ** 62, count, level, subject, text), wait)
+        return self._read(lambda session: session.requests(after, before or 2 ** 62, count, level, subject, text), wait)
 
     def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
         """Return what is read, again and again for so many seconds while there is nothing."""
@@ -2444,7 +2403,7 @@ class Directory:
                     for row in (before, after))
         if before and (old, before.provisioned, before.user_name) == (new, after.provisioned, after.user_name):
             return
-        id = session.save_employee(after)
+        id = session.put(after)
         if before and before.user_id != after.user_id:   # who comes back has the same reports
             session.follow_manager(before.user_id, after.user_id)
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
@@ -2471,33 +2430,29 @@ class Directory:
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
-        version, linked = self._linked(session, row, selection, named, groups)
-        resource = revived(self.resource_types[row.type], row, linked)
-        resource["meta"]["version"] = version
-        return resource
+        return revived(self.resource_types[row.type], row, self._computed(session, row, selection, named, groups))
 
     def _encoded(self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str) -> Encoded:
         """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
         resource_type = self.resource_types[row.type]
-        version, linked = self._linked(session, row, groups=groups)
-        shown = project(resource_type, {
-            "schemas": [resource_type.schema.id, *(one.id for one in resource_type.extensions
-                                                   if member_at(row.body, one.id))],
-            "id": row.id, **linked, "meta": {**meta_of(row), "version": version}}, WHOLE, base_url)
+        extensions = [one.id for one in resource_type.extensions if member_at(row.body, one.id)]
+        shown = project(resource_type, {"schemas": [resource_type.schema.id, *extensions], "id": row.id,
+                                        **self._computed(session, row, groups=groups)}, WHOLE, base_url)
         return Encoded(f"{dump(shown)[:-1]},{row.body[1:]}")
 
-    def _linked(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
-                groups: Mapping[int, list[Resource]] | None = None) -> tuple[str, Resource]:
-        """Return the version of a row, and its groups or members."""
+    def _computed(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
+                  groups: Mapping[int, list[Resource]] | None = None) -> Resource:
+        """Return what a row's body does not tell: its meta with the version, and its groups or members."""
         root = self.resource_types[row.type].root
-        version, linked, members = f'W/"{row.revision}', {}, root.by_name.get("members")
+        version, computed, members = f'W/"{row.revision}', Resource(), root.by_name.get("members")
         if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
             # A group that is renamed changes its members' groups, and so their versions.
             version += "-" + hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
-            linked["groups"] = joined
+            computed["groups"] = joined
         if members and row.member_count and selection.includes(members):
-            linked["members"] = session.members(row.seq, named)
-        return version + '"', linked
+            computed["members"] = session.members(row.seq, named)
+        computed["meta"] = {**meta_of(row), "version": version + '"'}
+        return computed
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
@@ -2516,8 +2471,7 @@ class Directory:
             return row
         saved = self._touch(session, row, dump(attributes), row.member_count + balance)
         if attributes != row.attributes:
-            resource_type = self.resource_types[row.type]
-            self._record(session, row, revived(resource_type, row), revived(resource_type, saved))
+            self._record(session, row, before, after)
         return saved
 
     def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
@@ -2532,8 +2486,7 @@ class Directory:
         """Store the differences in membership; return by how many it grew and if it changed."""
         if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
-        old, new = ({member["value"]: member for member in resource.get("members", ())}
-                    for resource in (before, after))
+        old, new = ({member["value"]: member for member in resource.get("members", ())} for resource in (before, after))
         differing = [member for id, member in new.items()
                      if id not in old or member.get("display") != old[id].get("display")]
         removed = session.unlink(row.seq, old.keys() - new.keys())
@@ -2545,22 +2498,16 @@ class Directory:
                 self._log(session, kind, row.id, ids)
         return len(added) - len(removed), bool(written or removed)
 
-    def _adopt_custom_fields(self) -> None:
+    def _adopt_custom_fields(self, session: Session) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
-        with self.store.writing() as session:
-            known = json.loads(session.setting("custom_fields") or "[]")
-            if known == fields:
-                return
+        known = dump([[custom.link_name, custom.type.lower()] for custom in self.custom_fields])
+        if session.setting("custom_fields") != known:
             for row in session.holding(FACILIO):
                 self._fitted(row, session)
-            session.set_setting("custom_fields", dump(fields))
+            session.set_setting("custom_fields", known)
 
     def _fitted(self, row: Row, session: Session | None = None) -> Row:
-        """Return a row with the custom fields of now where another view of the tenant left others in it.
-
-        A session that writes stores it, and what it means for the employee.
-        """
+        """Return a row with the custom fields of now where another view of the tenant left others in it."""
         at = member_at(row.body, FACILIO)
         found: Resource = DECODER.raw_decode(row.body, at)[0] if at else {}
         if row.hidden == "{}" and all(self._kinds.get(name) == KINDS[type(found[name])] for name in found):
@@ -2579,20 +2526,19 @@ class Directory:
         body = {name: value for name, value in row.attributes.items() if name != FACILIO}
         fitted = replace(row, body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
                          revision=row.revision + 1)
-        if session:      # the index holds what that view wrote, by types that the values show
+        if session:      # one that writes; the index holds what that view wrote, by types that the values show
             written = resource_types(tuple(CustomField(name, KINDS[type(value)])
                                            for name, value in found.items()))["User"]
             session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
             self._record(session, row, revived(user_type, row), revived(user_type, fitted))
         return fitted
 
-    def _adopt_users(self) -> None:
+    def _adopt_users(self, session: Session) -> None:
         """Make the employees of users that an older version stored without them."""
-        with self.store.writing() as session:
-            if not session.setting("employees"):
-                for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
-                    self._employ(session, row.id, revived(self.resource_types["User"], row))
-                session.set_setting("employees", "made")
+        if not session.setting("employees"):
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
+                self._employ(session, row.id, row.attributes)
+            session.set_setting("employees", "made")
 
 
 def time_text(instant: datetime) -> str:
@@ -2627,10 +2573,10 @@ def stored(resource: Resource) -> Resource:
     return {name: value for name, value in resource.items() if name not in made_anew}
 
 
-def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
-    """Return the resource of a row with its memberships, but without its version."""
-    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes, **(linked or {}),
-            "meta": meta_of(row)}
+def revived(resource_type: ResourceType, row: Row, computed: Resource | None = None) -> Resource:
+    """Return the resource of a row, without memberships and version where they are not computed."""
+    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes,
+            **(computed or {"meta": meta_of(row)})}
 
 
 def meta_of(row: Row) -> Resource:
@@ -4243,7 +4189,7 @@ class Application:
         if self._latest is not directory.store:
             with self._configuring:
                 self._latest = directory.store
-                directory.store.wake()
+                directory.store.resting = False
                 self._awake.pop(tenant, None)
                 self._awake[tenant] = directory.store
                 if len(self._awake) > OPEN_TENANTS:
