@@ -326,8 +326,7 @@ class ResourceType:
     def __post_init__(self) -> None:
         # With extensions as complex attributes named by their URNs, the same few lines walk
         # resources, complex values and extension objects.
-        extensions = [Attribute(extension.id, "complex", sub_attributes=extension.attributes)
-                      for extension in self.extensions]
+        extensions = [Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions]
         attributes = (*COMMON, *self.schema.attributes, *extensions, META)
         object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
 
@@ -454,9 +453,6 @@ class Compare:
     value: Json
 
 
-
-
-
 @dataclass(frozen=True, slots=True)
 class And:
     """All of some filters; without any, everything matches."""
@@ -562,8 +558,7 @@ TOKEN = re.compile(r"""
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
-          | (?P<mark>   [()\[\]] )
-          | (?P<wrong>  \S.* ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
+          | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")      # NUL and half a surrogate pair: no UTF-8 database takes it
 LITERAL = json.JSONDecoder(strict=False)          # which may hold control characters
 STRING_TYPES = ("string", "reference")
@@ -579,11 +574,15 @@ def tokens_of(text: str) -> Tokens:
     """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    text = text.rstrip()
-    tokens = [(kind, token[kind], token.start(kind) + 1) for token in TOKEN.finditer(text) if (kind := token.lastgroup)]
-    if tokens and tokens[-1][0] == "wrong":
-        raise bad_filter(tokens[-1][2], "a name, a value in double quotes or a bracket", tokens[-1][1])
-    return [*tokens, ("end", "", len(text) + 1)]
+    tokens, position, end = [], 0, len(text.rstrip())
+    while position < end:
+        if not (token := TOKEN.match(text, position)):
+            rest = text[position:end].lstrip()
+            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest)
+        kind = token.lastgroup or ""
+        tokens.append((kind, token[kind], token.start(kind) + 1))
+        position = token.end()
+    return [*tokens, ("end", "", end + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
@@ -677,8 +676,8 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         return Not(bind_comparison(target, name, "eq", literal))
     if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if value_attribute := target[-1].value_attribute:
-        target = (*target, value_attribute)
+    if target[-1].type == "complex" and target[-1].value_attribute:
+        target = (*target, target[-1].value_attribute)
     attribute = target[-1]
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
@@ -1171,24 +1170,20 @@ def pruned(value: Json) -> Json:
 MIGRATIONS = (                    # the script at n makes a file of version n one of version n + 1
     """
     CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (
-        path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
         PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
-    CREATE TABLE member (
-        group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+    CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
         display TEXT, display_key TEXT,         -- as its client sent it, and the key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
     """, """
-    CREATE TABLE employee (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
+    CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
         user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
         provisioned INTEGER NOT NULL, -- 0 when that user was deleted
         external_id TEXT NOT NULL,
@@ -1198,8 +1193,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
+    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
         id TEXT NOT NULL,             -- of the user or group, or the number of the employee
         member TEXT NOT NULL,         -- of a membership
         token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
@@ -1208,8 +1202,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
     """, """
-    CREATE TABLE request (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    CREATE TABLE request (seq INTEGER PRIMARY KEY AUTOINCREMENT,
         level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
         subject TEXT NOT NULL,        -- id of the user or group, or ''
         entry TEXT NOT NULL);         -- JSON
@@ -1259,6 +1252,7 @@ COMPARISONS = {                   # with a key for each mark; all but co and ew 
     "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",     # no octet of UTF-8 is as great as FF
 }
 Sql = tuple[str, list[Any]]       # a condition and its parameters, in order
+Filters = Mapping[str, Filter]    # by the types of the resources that they select
 COLUMNS = {"resource": "seq", "entry": "seq, element"}       # by which a condition knows its rows
 
 
@@ -1275,7 +1269,6 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
             return rows(target, row, f"key = '1' AND {sql}", parameters)
-
         case Compare(target, op, key):
             return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
@@ -1285,15 +1278,13 @@ def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
     # Another set would be made whole, be it of a million rows, before SQLite looks into it.
     terms = sorted(filters, key=width)
     narrow = bool(terms) and width(terms[0]) < 2
-    return [(probe(term, row) if narrow and number else None) or compile_filter(term, row)
-            for number, term in enumerate(terms)]
+    return [probe(term, row) if narrow and number else compile_filter(term, row) for number, term in enumerate(terms)]
 
 
 def width(filter: Filter) -> int:
     """Return a guess at how many rows a filter finds: 0 a few, 1 a range of them, 2 most of them."""
     match filter:
-        case Compare(target, "eq"):
-            attribute = target.attribute
+        case Compare(Target((*_, attribute)), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare(_, _, key):
             return 1 if key else 2           # most are greater than the empty key
@@ -1307,15 +1298,15 @@ def width(filter: Filter) -> int:
             return 2
 
 
-def probe(filter: Filter, row: str) -> Sql | None:
-    """Return an equality as a look-up for one row, None for another filter."""
+def probe(filter: Filter, row: str) -> Sql:
+    """Return an equality as a look-up for one row, another filter as it is."""
     match filter:
-        case Compare(target, "eq", key) if target.attribute.index not in LINKED_ENTRIES:
+        case Compare(Target((*_, attribute)), "eq", key) if attribute.index not in LINKED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            return (f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
-                    [target.attribute.index, key])
+            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
+            return sql, [attribute.index, key]
         case _:
-            return None
+            return compile_filter(filter, row)
 
 
 def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
@@ -1385,8 +1376,6 @@ class Row:
     def attributes(self) -> Resource:
         """The body as a resource, canonical but for what is computed."""
         return load(self.body)               # type: ignore[no-any-return]
-
-
 
 
 @dataclass(frozen=True)
@@ -1506,8 +1495,7 @@ class Session:
         self._tally(row.type, -1)
 
     def _tally(self, type: str, more: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) "
-                 "ON CONFLICT (type) DO UPDATE SET count = count + excluded.count", [type, more])
+        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + ?2", [type, more])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
         old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES} for entries in (before, after))
@@ -1516,7 +1504,7 @@ class Session:
         self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
                       [(*entry, seq) for entry in new - old])
 
-    def total(self, filters: Mapping[str, Filter]) -> int:
+    def total(self, filters: Filters) -> int:
         """Return how many resources match; filters has a filter for each type asked for."""
         if all(filter == EVERYTHING for filter in filters.values()):
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
@@ -1524,8 +1512,7 @@ class Session:
         condition, parameters = self._condition(filters)
         return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
 
-    def page(self, filters: Mapping[str, Filter], sorting: Sorting | None, window: Window,
-             ) -> list[tuple[int, str, Row]]:
+    def page(self, filters: Filters, sorting: Sorting | None, window: Window) -> list[tuple[int, str, Row]]:
         """Return the resources of a window on those that match, each behind missing and key of its position."""
         descending = sorting is not None and sorting.descending
         sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
@@ -1539,13 +1526,12 @@ class Session:
             raise
         return [(missing, key, Row(*row)) for missing, key, *row in found]
 
-    def _condition(self, filters: Mapping[str, Filter]) -> Sql:
-        return join_sql(" OR ", [join_sql(" AND ", [("type = ?", [type]), compile_filter(filter)], "")
-                                 for type, filter in filters.items()], "1 = 0")
+    def _condition(self, filters: Filters) -> Sql:
+        terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
+        return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
+                [value for type, _, parameters in terms for value in (type, *parameters)])
 
-    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool,
-                   filters: Mapping[str, Filter]) -> Sql:
-        """Return the query for positions in order."""
+    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters) -> Sql:
         # A sort is a walk along the index, then those without a value: they come last in ascending
         # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
@@ -1607,20 +1593,15 @@ class Session:
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
         """Return the employee without a SCIM user that a person was; userName as its key."""
         # A userName is given out again; where both have an externalId, that alone tells who is who.
-        for condition, values in (("external_id = ?", [external_id]),
-                                  ("user_name = ? AND '' IN (external_id, ?)", [user_name, external_id])):
-            found = self._employees(f"{condition} AND provisioned = 0 ORDER BY id DESC LIMIT 1", values)
-            if values[0] and (row := next(found, None)):
-                return row
-        return None
+        newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
+        by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
+        by_name = self._employees(f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id])
+        return next(itertools.chain(by_id, by_name), None)
 
-    def employees(self, after: int, last: int, count: int, active: bool | None = None,
-                  changed_since: str = "") -> list[EmployeeRow]:
+    def employees(self, after: int, last: int, count: int, active: bool | None, since: str) -> list[EmployeeRow]:
         """Return employees by their ids, behind one up to another, count at most; a time as its key."""
         return list(self._employees("id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-                                    [after, last, active, changed_since, count]))
-
-
+                                    [after, last, active, since, count]))
 
     def follow_manager(self, before: str, after: str) -> None:
         """Let the reports of a manager have the SCIM id that is the manager's now."""
@@ -1634,11 +1615,9 @@ class Session:
 
     # -- Changes --
 
-    def log(self, changes: Iterable[Change], keep: int, older_than: str) -> None:
-        """Append to the change feed, numbered here; forget all but so many, and those before a time."""
-        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", [
-            (change.at, change.kind, change.id, change.member, change.token, dump(change.attributes))
-            for change in changes])
+    def log(self, changes: Iterable[tuple[str, ...]], keep: int, older_than: str) -> None:
+        """Append rows to the change feed, numbered here; forget all but so many, and those before a time."""
+        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
         oldest = self.run("SELECT seq, at FROM change ORDER BY seq LIMIT 1").fetchone()
         if oldest and oldest[1] < older_than:            # times rise with the numbers
@@ -1683,8 +1662,7 @@ class Session:
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
-        sql = "SELECT 1 FROM resource WHERE id = ?"
-        return [id for id in ids if not self.run(sql, [id]).fetchone()]
+        return [id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()]
 
     # -- Settings --
 
@@ -1741,8 +1719,7 @@ class Store:
             if self.path != ":memory:":
                 # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            wal = Path(f"{self.path}-wal")
-            unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
+            unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal")  # none after a close
             self._writer = self._connect(writer=True)
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise damaged(self.path, found)
@@ -1964,7 +1941,8 @@ EMPLOYEE_FIELDS = {
         "department", "employeeNumber", "costCenter", "organization", "division")},
     "language": ("preferredLanguage",), "locale": ("locale",), "timezone": ("timezone",),
 }
-Recipe = dict[str, list[list[PatchPath]]]
+EMPLOYEE_PATHS = {name: [[parse_path(path, resource_types(())["User"]) for path in choice.split("+")]
+                         for choice in choices] for name, choices in EMPLOYEE_FIELDS.items()}
 
 
 @dataclass(frozen=True)
@@ -1993,16 +1971,10 @@ class Employee:
     custom_fields: dict[str, Json]      # values by link name
 
 
-def employee_recipe(user_type: ResourceType) -> Recipe:
-    """Return EMPLOYEE_FIELDS with its paths bound to a tenant's User."""
-    return {name: [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]
-            for name, choices in EMPLOYEE_FIELDS.items()}
-
-
-def employee_record(recipe: Recipe, user: Resource) -> Resource:
+def employee_record(user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
-    for name, choices in recipe.items():
+    for name, choices in EMPLOYEE_PATHS.items():
         texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
@@ -2067,10 +2039,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent.
-
-    Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
-    """
+    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent."""
 
     if_match: str = ""
     if_none_match: str = ""
@@ -2087,6 +2056,7 @@ class Condition:
             raise ScimError(412, "", f"If-None-Match: the version is {version}")
 
     def _names(self, listed: str, version: str) -> bool:
+        # Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
         tags = [tag.strip().removeprefix("W/") for tag in listed.split(",")]
         return "*" in tags or version.removeprefix("W/") in tags
 
@@ -2117,7 +2087,6 @@ class Directory:
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
-        self._recipe = employee_recipe(self.resource_types["User"])
         self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
         try:
             with store.writing() as session:
@@ -2188,10 +2157,8 @@ class Directory:
 
     def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window,
                base_url: str = "") -> Page:
-        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1).
-
-        With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
-        """
+        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
+        # With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
             found = session.page(filters, sorting, replace(window, count=window.count + 1))
@@ -2223,11 +2190,7 @@ class Directory:
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
               condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
-        """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
-
-        Returns None for a group of more members than an answer holds, unless some of its
-        attributes are selected: then RFC 7644 asks for them.
-        """
+        """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
         resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
         members = resource_type.root.sub_attribute("members")
@@ -2237,6 +2200,7 @@ class Directory:
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
             row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
             return self._complete(session, row, selection)
@@ -2299,7 +2263,7 @@ class Directory:
         since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
         after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
         while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
-                                          active=active, changed_since=since)):
+                                          active=active, since=since)):
             for row in found:
                 yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
                                active=bool(row.active), manager=row.manager, changed=row.changed, **row.record)
@@ -2391,10 +2355,9 @@ class Directory:
             self._save_employee(session, known, EmployeeRow(
                 known.id if known else 0, user_id, True, external_id, name,
                 user.get("active", known.active if known else True),     # taken away, it tells nothing
-                manager, now, employee_record(self._recipe, user)))
+                manager, now, employee_record(user)))
         elif known:
-            gone = replace(known, provisioned=False, active=False, changed=now)
-            self._save_employee(session, known, gone)
+            self._save_employee(session, known, replace(known, provisioned=False, active=False, changed=now))
 
     def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
         """Store an employee that changed, and note what did."""
@@ -2412,9 +2375,9 @@ class Directory:
     def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
              attributes: Sequence[str] = ()) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
-        now = self.clock()
-        session.log([Change(0, time_text(now), kind, id, member, self.token, list(attributes))
-                     for member in members], self.keep, time_text(now - timedelta(days=self.keep_days)))
+        now, names = self.clock(), dump(attributes)
+        session.log([(time_text(now), kind, id, member, self.token, names) for member in members],
+                    self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
 
@@ -2443,24 +2406,25 @@ class Directory:
     def _computed(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return what a row's body does not tell: its meta with the version, and its groups or members."""
+        computed: Resource = {}
         root = self.resource_types[row.type].root
-        version, computed, members = f'W/"{row.revision}', Resource(), root.by_name.get("members")
+        version, members = f'W/"{row.revision}', root.by_name.get("members")
         if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
             # A group that is renamed changes its members' groups, and so their versions.
             version += "-" + hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
             computed["groups"] = joined
         if members and row.member_count and selection.includes(members):
             computed["members"] = session.members(row.seq, named)
-        computed["meta"] = {**meta_of(row), "version": version + '"'}
+        computed["meta"] = meta_of(row)
+        computed["meta"]["version"] = version + '"'
         return computed
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            if sub.uniqueness == "server" and sub.name in resource and sub.mutability != "readOnly":
-                value = resource[sub.name]
-                if session.taken(row.type, sub.index, sub.key(value), row.seq):
-                    raise ScimError(409, "uniqueness", f"{sub.name} {shown(value)} is already in "
-                                                       f"use by another {row.type}")
+            unique = sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
+            if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
+                raise ScimError(409, "uniqueness", f"{sub.name} {shown(resource[sub.name])} is already in "
+                                                   f"use by another {row.type}")
 
     def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
