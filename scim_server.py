@@ -1925,24 +1925,15 @@ class Store:
 # ----------------------------------------------------------------------------
 # 7. Employees
 #
-# What the sync is for: the employee of Facilio that a SCIM user is, made by a
-# table of SCIM paths, and its table form.
+# What the sync is for: the employee of Facilio that a SCIM user is, each field
+# with the SCIM paths that it is made of, and its table form.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-# A field of the record and where it comes from: the first alternative with a value counts, and
-# paths joined by "+" are put together with a blank.
-EMPLOYEE_FIELDS = {
-    "name": ("displayName", "name.formatted", "name.givenName+name.familyName", "userName"),
-    "email": ("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"),
-    "phone": ('phoneNumbers[type eq "work"].value',), "mobile": ('phoneNumbers[type eq "mobile"].value',),
-    "designation": ("title",),
-    **{name: (f"{ENTERPRISE}:{name}",) for name in (
-        "department", "employeeNumber", "costCenter", "organization", "division")},
-    "language": ("preferredLanguage",), "locale": ("locale",), "timezone": ("timezone",),
-}
-EMPLOYEE_PATHS = {name: [[parse_path(path, resource_types(())["User"]) for path in choice.split("+")]
-                         for choice in choices] for name, choices in EMPLOYEE_FIELDS.items()}
+def made_of(*choices: str) -> dict[str, list[list[PatchPath]]]:
+    """Return of which paths in a user a field is made: the first choice with a value counts, "+" puts a blank."""
+    user_type = resource_types(())["User"]
+    return {"choices": [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]}
 
 
 @dataclass(frozen=True)
@@ -1953,28 +1944,31 @@ class Employee:
     user_id: str                        # the SCIM id
     external_id: str
     active: bool
-    name: str
-    email: str
-    phone: str
-    mobile: str
-    designation: str
-    department: str
-    employeeNumber: str
-    costCenter: str
-    organization: str
-    division: str
-    language: str
-    locale: str
-    timezone: str
+    name: str = field(metadata=made_of("displayName", "name.formatted", "name.givenName+name.familyName", "userName"))
+    email: str = field(metadata=made_of("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"))
+    phone: str = field(metadata=made_of('phoneNumbers[type eq "work"].value'))
+    mobile: str = field(metadata=made_of('phoneNumbers[type eq "mobile"].value'))
+    designation: str = field(metadata=made_of("title"))
+    department: str = field(metadata=made_of(f"{ENTERPRISE}:department"))
+    employeeNumber: str = field(metadata=made_of(f"{ENTERPRISE}:employeeNumber"))
+    costCenter: str = field(metadata=made_of(f"{ENTERPRISE}:costCenter"))
+    organization: str = field(metadata=made_of(f"{ENTERPRISE}:organization"))
+    division: str = field(metadata=made_of(f"{ENTERPRISE}:division"))
+    language: str = field(metadata=made_of("preferredLanguage"))
+    locale: str = field(metadata=made_of("locale"))
+    timezone: str = field(metadata=made_of("timezone"))
     manager: int | None                 # the manager's employee id where known
     changed: str                        # time of the last change, a dateTime in UTC
     custom_fields: dict[str, Json]      # values by link name
 
 
+CHOICES = {found.name: found.metadata["choices"] for found in fields(Employee) if found.metadata}
+
+
 def employee_record(user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
-    for name, choices in EMPLOYEE_PATHS.items():
+    for name, choices in CHOICES.items():
         texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
