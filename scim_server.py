@@ -238,7 +238,6 @@ class Attribute:
 
     def convert(self, value: Json) -> Json:
         """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
-        problem = ""
         if self.type == "boolean":
             # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
@@ -246,20 +245,18 @@ class Attribute:
         elif self.type == "integer":
             if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
                 value = int(value)
-            if isinstance(value, int) and not isinstance(value, bool):
-                if -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-                    return value
-                problem = f"{shown(value)} is beyond the 64 bits of an Integer"
+            if type(value) is int:
+                if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
+                    raise invalid_value(f"{self.path}: {shown(value)} is beyond the 64 bits of an Integer")
+                return value
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
-                problem = f"the text has {len(value)} characters, more than {MAX_TEXT}"
-            elif self.type != "dateTime":
+                raise invalid_value(f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}")
+            if self.type != "dateTime":
                 return value
-            else:
-                with suppress(ValueError):
-                    return date_time_key(value) and value
-        problem = problem or f"expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
-        raise invalid_value(f"{self.path}: {problem}")
+            with suppress(ValueError):
+                return date_time_key(value) and value
+        raise invalid_value(f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
@@ -329,8 +326,7 @@ class ResourceType:
     def __post_init__(self) -> None:
         # With extensions as complex attributes named by their URNs, the same few lines walk
         # resources, complex values and extension objects.
-        extensions = [Attribute(extension.id, "complex", sub_attributes=extension.attributes)
-                      for extension in self.extensions]
+        extensions = [Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions]
         attributes = (*COMMON, *self.schema.attributes, *extensions, META)
         object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
 
@@ -458,13 +454,6 @@ class Compare:
 
 
 @dataclass(frozen=True, slots=True)
-class Present:
-    """Whether an attribute has a value that is not empty (pr)."""
-
-    target: Target
-
-
-@dataclass(frozen=True, slots=True)
 class And:
     """All of some filters; without any, everything matches."""
 
@@ -493,7 +482,7 @@ class ValuePath:
     inner: Filter
 
 
-Filter = Compare | Present | And | Or | Not | ValuePath
+Filter = Compare | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 
 TEST: dict[str, Callable[[str, str], bool]] = {
@@ -513,8 +502,6 @@ def matches(filter: Filter, value: Json) -> bool:
             return not matches(inner, value)
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
-        case Present(target):
-            return any(target.keys(value))      # the key of empty text is empty: not present
         case Compare(target, op, key):
             return any(TEST[op](found, key) for found in target.keys(value))
 
@@ -663,10 +650,15 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (Present(Target(target)) if target else NOTHING), position + 1
+        return (present(target) if target else NOTHING), position + 1
     if op != "ne" and op not in TEST:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
+
+
+def present(target: tuple[Attribute, ...]) -> Filter:
+    """Return the filter for a value that is not empty: its key is greater than the empty one."""
+    return Compare(Target(target), "gt", "", "")
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -691,7 +683,7 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
     if literal is None and op == "eq":
-        return Not(Present(Target(target)))
+        return Not(present(target))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
@@ -1095,11 +1087,9 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     if operation.op == "remove" and attribute.multi_valued and operation.given:
         # Entra's default dialect lists the values to remove, for members by their ids.
         unwanted = {identity(attribute, one) for one in value or ()}
-        own = [identity(attribute, one) for one in attribute.values(holder)]
-        partial_ones = [] if attribute.linked else unwanted      # a member is known by its id as a whole
         holder[attribute.name] = [
-            one for one, known in zip(attribute.values(holder), own, strict=True)
-            if known not in unwanted and not any(given <= known for given in partial_ones)]
+            one for one in attribute.values(holder) if (known := identity(attribute, one)) not in unwanted
+            and (attribute.linked or not any(given <= known for given in unwanted))]      # or parts of it
     elif value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
@@ -1180,24 +1170,20 @@ def pruned(value: Json) -> Json:
 MIGRATIONS = (                    # the script at n makes a file of version n one of version n + 1
     """
     CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (
-        path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
         PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
-    CREATE TABLE member (
-        group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+    CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
         display TEXT, display_key TEXT,         -- as its client sent it, and the key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
     """, """
-    CREATE TABLE employee (
-        id INTEGER PRIMARY KEY AUTOINCREMENT,
+    CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
         user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
         provisioned INTEGER NOT NULL, -- 0 when that user was deleted
         external_id TEXT NOT NULL,
@@ -1207,8 +1193,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
         changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
+    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
         id TEXT NOT NULL,             -- of the user or group, or the number of the employee
         member TEXT NOT NULL,         -- of a membership
         token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
@@ -1217,8 +1202,7 @@ MIGRATIONS = (                    # the script at n makes a file of version n on
     CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
     INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
     """, """
-    CREATE TABLE request (
-        seq INTEGER PRIMARY KEY AUTOINCREMENT,
+    CREATE TABLE request (seq INTEGER PRIMARY KEY AUTOINCREMENT,
         level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
         subject TEXT NOT NULL,        -- id of the user or group, or ''
         entry TEXT NOT NULL);         -- JSON
@@ -1268,6 +1252,7 @@ COMPARISONS = {                   # with a key for each mark; all but co and ew 
     "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",     # no octet of UTF-8 is as great as FF
 }
 Sql = tuple[str, list[Any]]       # a condition and its parameters, in order
+Filters = Mapping[str, Filter]    # by the types of the resources that they select
 COLUMNS = {"resource": "seq", "entry": "seq, element"}       # by which a condition knows its rows
 
 
@@ -1284,31 +1269,25 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
             return rows(target, row, f"key = '1' AND {sql}", parameters)
-        case Present(target):
-            return rows(target, row, "key > ''", [])
         case Compare(target, op, key):
             return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed.
-
-    Another set would be made whole, be it of a million rows, before SQLite looks into it.
-    """
+    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed."""
+    # Another set would be made whole, be it of a million rows, before SQLite looks into it.
     terms = sorted(filters, key=width)
     narrow = bool(terms) and width(terms[0]) < 2
-    return [(probe(term, row) if narrow and number else None) or compile_filter(term, row)
-            for number, term in enumerate(terms)]
+    return [probe(term, row) if narrow and number else compile_filter(term, row) for number, term in enumerate(terms)]
 
 
 def width(filter: Filter) -> int:
     """Return a guess at how many rows a filter finds: 0 a few, 1 a range of them, 2 most of them."""
     match filter:
-        case Compare(target, "eq"):
-            attribute = target.attribute
+        case Compare(Target((*_, attribute)), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
-        case Compare():
-            return 1
+        case Compare(_, _, key):
+            return 1 if key else 2           # most are greater than the empty key
         case ValuePath(_, inner):
             return width(inner)
         case And(filters):
@@ -1319,15 +1298,15 @@ def width(filter: Filter) -> int:
             return 2
 
 
-def probe(filter: Filter, row: str) -> Sql | None:
-    """Return an equality as a look-up for one row, None for another filter."""
+def probe(filter: Filter, row: str) -> Sql:
+    """Return an equality as a look-up for one row, another filter as it is."""
     match filter:
-        case Compare(target, "eq", key) if target.attribute.index not in LINKED_ENTRIES:
+        case Compare(Target((*_, attribute)), "eq", key) if attribute.index not in LINKED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            return (f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
-                    [target.attribute.index, key])
+            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
+            return sql, [attribute.index, key]
         case _:
-            return None
+            return compile_filter(filter, row)
 
 
 def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
@@ -1339,8 +1318,7 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     source, values = entries_of(target.attribute)
-    return (f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})",
-            [*values, *parameters])
+    return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [*values, *parameters]
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -1350,17 +1328,12 @@ def entries_of(attribute: Attribute) -> Sql:
     return "value AS entry WHERE path = ?", [attribute.index]
 
 
-ENCODER = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":"))
+dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 DECODER = json.JSONDecoder()
 
 
 class Encoded(str):
     """JSON text of a resource, which goes out as it is."""
-
-
-def dump(value: Json) -> str:
-    """Return JSON text for the database."""
-    return ENCODER.encode(value)
 
 
 def load(text: str) -> Json:
@@ -1403,11 +1376,6 @@ class Row:
     def attributes(self) -> Resource:
         """The body as a resource, canonical but for what is computed."""
         return load(self.body)               # type: ignore[no-any-return]
-
-    @property
-    def columns(self) -> dict[str, Any]:
-        """What is stored of it."""
-        return {column.name: getattr(self, column.name) for column in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -1456,10 +1424,10 @@ class EmployeeRow:
 
     id: int
     user_id: str
-    provisioned: bool
+    provisioned: bool             # as the database has it, 0 or 1
     external_id: str
     user_name: str
-    active: bool
+    active: bool                  # this too
     manager_id: str
     changed: str
     record: Resource
@@ -1482,12 +1450,12 @@ class Session:
         self.run = connection.execute
         self.run_many = connection.executemany
 
-    def _put(self, table: str, columns: Mapping[str, Any]) -> int:
-        """Store a row, a new one where its number (the first column) is 0, and return the number."""
-        (key, number), *others = columns.items()
-        names = [name for name, _ in others]
-        values = [dump(value) if isinstance(value, dict) else value for _, value in others]
-        if number:
+    def put(self, row: Row | EmployeeRow) -> int:
+        """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
+        table = "resource" if isinstance(row, Row) else "employee"
+        key, *names = [column.name for column in fields(row) if column.name != "manager"]
+        values = [dump(value) if isinstance(value := getattr(row, name), dict) else value for name in names]
+        if number := getattr(row, key):
             self.run(f"UPDATE {table} SET {' = ?, '.join(names)} = ? WHERE {key} = ?", [*values, number])
             return int(number)
         marks = ", ".join("?" * len(names))
@@ -1513,7 +1481,7 @@ class Session:
 
     def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
         """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
-        seq = self._put("resource", row.columns)
+        seq = self.put(row)
         self._index(seq, before, after)
         if not row.seq:
             self._tally(row.type, 1)
@@ -1527,18 +1495,16 @@ class Session:
         self._tally(row.type, -1)
 
     def _tally(self, type: str, more: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) "
-                 "ON CONFLICT (type) DO UPDATE SET count = count + excluded.count", [type, more])
+        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + ?2", [type, more])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES}
-                    for entries in (before, after))
+        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES} for entries in (before, after))
         self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
                       [(*entry, seq) for entry in old - new])
         self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
                       [(*entry, seq) for entry in new - old])
 
-    def total(self, filters: Mapping[str, Filter]) -> int:
+    def total(self, filters: Filters) -> int:
         """Return how many resources match; filters has a filter for each type asked for."""
         if all(filter == EVERYTHING for filter in filters.values()):
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
@@ -1546,8 +1512,7 @@ class Session:
         condition, parameters = self._condition(filters)
         return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
 
-    def page(self, filters: Mapping[str, Filter], sorting: Sorting | None, window: Window,
-             ) -> list[tuple[int, str, Row]]:
+    def page(self, filters: Filters, sorting: Sorting | None, window: Window) -> list[tuple[int, str, Row]]:
         """Return the resources of a window on those that match, each behind missing and key of its position."""
         descending = sorting is not None and sorting.descending
         sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
@@ -1561,18 +1526,14 @@ class Session:
             raise
         return [(missing, key, Row(*row)) for missing, key, *row in found]
 
-    def _condition(self, filters: Mapping[str, Filter]) -> Sql:
+    def _condition(self, filters: Filters) -> Sql:
         terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
         return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
                 [value for type, _, parameters in terms for value in (type, *parameters)])
 
-    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool,
-                   filters: Mapping[str, Filter]) -> Sql:
-        """Return the query for positions in order.
-
-        A sort is a walk along the index, then those without a value: they come last in ascending
-        order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
-        """
+    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters) -> Sql:
+        # A sort is a walk along the index, then those without a value: they come last in ascending
+        # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
         missing = int(sorting is not None)
         bound, bounds = bound_sql(missing, "seq", after, descending)
@@ -1609,11 +1570,9 @@ class Session:
         return found
 
     def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
-        """Store members that a group gained or whose display changed; return their ids.
-
-        An id that no resource of the tenant has is passed over: one stranger in a push of many
-        must not lose the others, since Okta does not repeat a push that failed.
-        """
+        """Store members that a group gained or whose display changed; return their ids."""
+        # An id that no resource of the tenant has is passed over: one stranger in a push of many
+        # must not lose the others, since Okta does not repeat a push that failed.
         sql = ("INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
                "UPDATE SET display = excluded.display, display_key = excluded.display_key")
         displays = [(member["value"], member.get("display")) for member in members]
@@ -1634,23 +1593,15 @@ class Session:
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
         """Return the employee without a SCIM user that a person was; userName as its key."""
         # A userName is given out again; where both have an externalId, that alone tells who is who.
-        for condition, values in (("external_id = ?", [external_id]),
-                                  ("user_name = ? AND '' IN (external_id, ?)", [user_name, external_id])):
-            found = self._employees(f"{condition} AND provisioned = 0 ORDER BY id DESC LIMIT 1", values)
-            if values[0] and (row := next(found, None)):
-                return row
-        return None
+        newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
+        by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
+        by_name = self._employees(f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id])
+        return next(itertools.chain(by_id, by_name), None)
 
-    def employees(self, after: int, last: int, count: int, active: bool | None = None,
-                  changed_since: str = "") -> list[EmployeeRow]:
+    def employees(self, after: int, last: int, count: int, active: bool | None, since: str) -> list[EmployeeRow]:
         """Return employees by their ids, behind one up to another, count at most; a time as its key."""
         return list(self._employees("id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-                                    [after, last, active, changed_since, count]))
-
-    def save_employee(self, row: EmployeeRow) -> int:
-        """Store an employee, a new one where its id is 0, and return the id."""
-        columns = {name: value for name, value in vars(row).items() if name != "manager"}
-        return self._put("employee", columns)
+                                    [after, last, active, since, count]))
 
     def follow_manager(self, before: str, after: str) -> None:
         """Let the reports of a manager have the SCIM id that is the manager's now."""
@@ -1659,18 +1610,14 @@ class Session:
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
         sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
                f"FROM employee WHERE {condition}")
-        for id, user_id, provisioned, external_id, user_name, active, *rest in self.run(sql, values):
-            manager_id, changed, record, manager = rest
-            yield EmployeeRow(id, user_id, bool(provisioned), external_id, user_name, bool(active),
-                              manager_id, changed, load(record), manager)
+        for *columns, record, manager in self.run(sql, values):
+            yield EmployeeRow(*[*columns, load(record), manager])
 
     # -- Changes --
 
-    def log(self, changes: Iterable[Change], keep: int, older_than: str) -> None:
-        """Append to the change feed, numbered here; forget all but so many, and those before a time."""
-        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", [
-            (change.at, change.kind, change.id, change.member, change.token, dump(change.attributes))
-            for change in changes])
+    def log(self, changes: Iterable[tuple[str, ...]], keep: int, older_than: str) -> None:
+        """Append rows to the change feed, numbered here; forget all but so many, and those before a time."""
+        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
         self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
         oldest = self.run("SELECT seq, at FROM change ORDER BY seq LIMIT 1").fetchone()
         if oldest and oldest[1] < older_than:            # times rise with the numbers
@@ -1689,9 +1636,8 @@ class Session:
             [id, str(employee), id, count])
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        return [Change(seq, at, kind, id, member, token, load(attributes))
-                for seq, at, kind, id, member, token, attributes in self.run(
-                    f"SELECT * FROM change WHERE {condition}", values)]
+        found = self.run(f"SELECT * FROM change WHERE {condition}", values)
+        return [Change(*[*columns, load(attributes)]) for *columns, attributes in found]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the last one made."""
@@ -1716,8 +1662,7 @@ class Session:
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
-        sql = "SELECT 1 FROM resource WHERE id = ?"
-        return [id for id in ids if not self.run(sql, [id]).fetchone()]
+        return [id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()]
 
     # -- Settings --
 
@@ -1766,7 +1711,7 @@ class Store:
         self._owner = 0                          # the thread that writes now
         self._waiting: list[int] = []            # threads that will write next
         self._batch = Batch()
-        self._resting = self._closed = self._interrupted = False
+        self.resting = self._closed = self._interrupted = False
         self._written = threading.Condition()
         self._idle: list[sqlite3.Connection] = []
         self._readers = threading.Semaphore(READERS)
@@ -1774,8 +1719,7 @@ class Store:
             if self.path != ":memory:":
                 # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            wal = Path(f"{self.path}-wal")
-            unclean = wal.exists() and wal.stat().st_size > 0       # a clean end leaves none
+            unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal")  # none after a close
             self._writer = self._connect(writer=True)
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                 raise damaged(self.path, found)
@@ -1882,7 +1826,7 @@ class Store:
                 self._writer.execute("ROLLBACK")
         finally:
             self._batch.done.set()                       # whatever happens, nobody waits for ever
-        if self._resting:
+        if self.resting:
             self._let_go()
         with self._written:
             self._written.notify_all()
@@ -1918,7 +1862,7 @@ class Store:
             finally:
                 connection.execute("COMMIT")
                 self._idle.append(connection)
-                if self._resting:
+                if self.resting:
                     self._let_go()
 
     def backup(self, path: str) -> None:
@@ -1931,10 +1875,7 @@ class Store:
             raise StoreError(f"{path}: cannot be written ({error}); name a new file for the backup") from error
 
     def restore(self, path: str, tenant: str) -> None:
-        """Become what a backup of a tenant holds, all or nothing; StoreError for another file.
-
-        Numbers of changes and employees that were given out since then are not given out again.
-        """
+        """Become what a backup of a tenant holds, all or nothing; StoreError for another file."""
         # A backup may lie where nothing can be written, which SQLite believes when told.
         mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
         try:
@@ -1956,13 +1897,9 @@ class Store:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
 
     def rest(self) -> None:
-        """Close the file's handles, now and after each use, until the store is woken."""
-        self._resting = True
+        """Close the file's handles, now and after each use, until resting is false again."""
+        self.resting = True
         self._let_go()
-
-    def wake(self) -> None:
-        """Keep the file's handles open from now on."""
-        self._resting = False
 
     def _let_go(self) -> None:
         if self.path != ":memory:" and self._writing.acquire(blocking=False):
@@ -1988,23 +1925,15 @@ class Store:
 # ----------------------------------------------------------------------------
 # 7. Employees
 #
-# What the sync is for: the employee of Facilio that a SCIM user is, made by a
-# table of SCIM paths, and its table form.
+# What the sync is for: the employee of Facilio that a SCIM user is, each field
+# with the SCIM paths that it is made of, and its table form.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-# A field of the record and where it comes from: the first alternative with a value counts, and
-# paths joined by "+" are put together with a blank.
-EMPLOYEE_FIELDS = {
-    "name": ("displayName", "name.formatted", "name.givenName+name.familyName", "userName"),
-    "email": ("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"),
-    "phone": ('phoneNumbers[type eq "work"].value',), "mobile": ('phoneNumbers[type eq "mobile"].value',),
-    "designation": ("title",),
-    **{name: (f"{ENTERPRISE}:{name}",) for name in (
-        "department", "employeeNumber", "costCenter", "organization", "division")},
-    "language": ("preferredLanguage",), "locale": ("locale",), "timezone": ("timezone",),
-}
-Recipe = dict[str, list[list[PatchPath]]]
+def made_of(*choices: str) -> dict[str, list[list[PatchPath]]]:
+    """Return of which paths in a user a field is made: the first choice with a value counts, "+" puts a blank."""
+    user_type = resource_types(())["User"]
+    return {"choices": [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]}
 
 
 @dataclass(frozen=True)
@@ -2015,34 +1944,31 @@ class Employee:
     user_id: str                        # the SCIM id
     external_id: str
     active: bool
-    name: str
-    email: str
-    phone: str
-    mobile: str
-    designation: str
-    department: str
-    employeeNumber: str
-    costCenter: str
-    organization: str
-    division: str
-    language: str
-    locale: str
-    timezone: str
+    name: str = field(metadata=made_of("displayName", "name.formatted", "name.givenName+name.familyName", "userName"))
+    email: str = field(metadata=made_of("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"))
+    phone: str = field(metadata=made_of('phoneNumbers[type eq "work"].value'))
+    mobile: str = field(metadata=made_of('phoneNumbers[type eq "mobile"].value'))
+    designation: str = field(metadata=made_of("title"))
+    department: str = field(metadata=made_of(f"{ENTERPRISE}:department"))
+    employeeNumber: str = field(metadata=made_of(f"{ENTERPRISE}:employeeNumber"))
+    costCenter: str = field(metadata=made_of(f"{ENTERPRISE}:costCenter"))
+    organization: str = field(metadata=made_of(f"{ENTERPRISE}:organization"))
+    division: str = field(metadata=made_of(f"{ENTERPRISE}:division"))
+    language: str = field(metadata=made_of("preferredLanguage"))
+    locale: str = field(metadata=made_of("locale"))
+    timezone: str = field(metadata=made_of("timezone"))
     manager: int | None                 # the manager's employee id where known
     changed: str                        # time of the last change, a dateTime in UTC
     custom_fields: dict[str, Json]      # values by link name
 
 
-def employee_recipe(user_type: ResourceType) -> Recipe:
-    """Return EMPLOYEE_FIELDS with its paths bound to a tenant's User."""
-    return {name: [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]
-            for name, choices in EMPLOYEE_FIELDS.items()}
+CHOICES = {found.name: found.metadata["choices"] for found in fields(Employee) if found.metadata}
 
 
-def employee_record(recipe: Recipe, user: Resource) -> Resource:
+def employee_record(user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
-    for name, choices in recipe.items():
+    for name, choices in CHOICES.items():
         texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
@@ -2107,10 +2033,7 @@ class Page:
 
 @dataclass(frozen=True)
 class Condition:
-    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent.
-
-    Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
-    """
+    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent."""
 
     if_match: str = ""
     if_none_match: str = ""
@@ -2127,6 +2050,7 @@ class Condition:
             raise ScimError(412, "", f"If-None-Match: the version is {version}")
 
     def _names(self, listed: str, version: str) -> bool:
+        # Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
         tags = [tag.strip().removeprefix("W/") for tag in listed.split(",")]
         return "*" in tags or version.removeprefix("W/") in tags
 
@@ -2157,15 +2081,14 @@ class Directory:
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
-        self._recipe = employee_recipe(self.resource_types["User"])
         self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
         try:
             with store.writing() as session:
                 if not session.setting("cursor_key"):
                     session.set_setting("cursor_key", secrets.token_hex(32))
                 self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
-            self._adopt_custom_fields()
-            self._adopt_users()
+                self._adopt_custom_fields(session)
+                self._adopt_users(session)
         except sqlite3.DatabaseError as error:
             raise unusable(store.path, error) from error
 
@@ -2178,12 +2101,11 @@ class Directory:
 
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError where it is another tenant's."""
-        with self.store.reading() as session:
+        with self.store.writing() as session:
             owner = session.setting("tenant")
-        if owner not in ("", tenant):
-            raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
-        if not owner:
-            with self.store.writing() as session:
+            if owner not in ("", tenant):
+                raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
+            if not owner:
                 session.set_setting("tenant", tenant)
 
     def acting(self, token: str) -> Directory:
@@ -2203,10 +2125,10 @@ class Directory:
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
             row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
-            self._record(session, row, {}, revived(resource_type, row))
+            self._record(session, row, {}, accepted)
             if count := self._link(session, row, {}, accepted)[0]:
                 row = replace(row, member_count=count)
-                session.save(row, (), ())
+                session.put(row)
             return self._complete(session, row)
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
@@ -2229,10 +2151,8 @@ class Directory:
 
     def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window,
                base_url: str = "") -> Page:
-        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1).
-
-        With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
-        """
+        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
+        # With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
             found = session.page(filters, sorting, replace(window, count=window.count + 1))
@@ -2245,8 +2165,8 @@ class Directory:
             groups = session.groups([row.seq for row in rows if row.type == "User"])
             resources = [self._encoded(session, row, groups, base_url) if base_url and asked[row.type][1] == WHOLE
                          else self._complete(session, row, asked[row.type][1], groups=groups) for row in rows]
-        first, last = (Position(missing, key, row.seq) for missing, key, row in (found[0], found[-1])) \
-            if found else (None, None)
+        ends = [Position(missing, key, row.seq) for missing, key, row in found[:1] + found[-1:]]
+        first, last = ends or (None, None)
         return Page(total, resources, first, last, more)
 
     def replace(self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS) -> Resource:
@@ -2264,11 +2184,7 @@ class Directory:
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
               condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
-        """Store what a PATCH makes of a resource (RFC 7644 §3.5.2) and return it.
-
-        Returns None for a group of more members than an answer holds, unless some of its
-        attributes are selected: then RFC 7644 asks for them.
-        """
+        """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
         resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
         members = resource_type.root.sub_attribute("members")
@@ -2278,6 +2194,7 @@ class Directory:
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
             row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
             return self._complete(session, row, selection)
@@ -2286,7 +2203,8 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
-            condition.check(self._complete(session, row, MEMBERLESS)["meta"]["version"])
+            before = self._complete(session, row, MEMBERLESS)
+            condition.check(before["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, "Group", group["value"])
                 session.unlink(holder.seq, [id])
@@ -2294,7 +2212,7 @@ class Directory:
                 self._touch(session, holder, holder.body, holder.member_count - 1)
             self._log(session, "member.removed", id, [one["value"] for one in session.members(row.seq)])
             session.delete(row, row_entries(self._type(type), row))
-            self._record(session, row, revived(self._type(type), row), {})
+            self._record(session, row, before, {})
 
     def seed(self, source: Json | os.PathLike[str]) -> dict[str, str]:
         """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them, or a file of it.
@@ -2339,10 +2257,10 @@ class Directory:
         since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
         after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
         while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
-                                          active=active, changed_since=since)):
+                                          active=active, since=since)):
             for row in found:
                 yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
-                               active=row.active, manager=row.manager, changed=row.changed, **row.record)
+                               active=bool(row.active), manager=row.manager, changed=row.changed, **row.record)
             after = found[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -2364,8 +2282,7 @@ class Directory:
 
         before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
         """
-        return self._read(lambda session: session.requests(
-            after, before or 2 ** 62, count, level, subject, text), wait)
+        return self._read(lambda session: session.requests(after, before or 2 ** 62, count, level, subject, text), wait)
 
     def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
         """Return what is read, again and again for so many seconds while there is nothing."""
@@ -2432,10 +2349,9 @@ class Directory:
             self._save_employee(session, known, EmployeeRow(
                 known.id if known else 0, user_id, True, external_id, name,
                 user.get("active", known.active if known else True),     # taken away, it tells nothing
-                manager, now, employee_record(self._recipe, user)))
+                manager, now, employee_record(user)))
         elif known:
-            gone = replace(known, provisioned=False, active=False, changed=now)
-            self._save_employee(session, known, gone)
+            self._save_employee(session, known, replace(known, provisioned=False, active=False, changed=now))
 
     def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
         """Store an employee that changed, and note what did."""
@@ -2444,7 +2360,7 @@ class Directory:
                     for row in (before, after))
         if before and (old, before.provisioned, before.user_name) == (new, after.provisioned, after.user_name):
             return
-        id = session.save_employee(after)
+        id = session.put(after)
         if before and before.user_id != after.user_id:   # who comes back has the same reports
             session.follow_manager(before.user_id, after.user_id)
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
@@ -2453,9 +2369,9 @@ class Directory:
     def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
              attributes: Sequence[str] = ()) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
-        now = self.clock()
-        session.log([Change(0, time_text(now), kind, id, member, self.token, list(attributes))
-                     for member in members], self.keep, time_text(now - timedelta(days=self.keep_days)))
+        now, names = self.clock(), dump(attributes)
+        session.log([(time_text(now), kind, id, member, self.token, names) for member in members],
+                    self.keep, time_text(now - timedelta(days=self.keep_days)))
 
     # -- Helpers --
 
@@ -2471,41 +2387,38 @@ class Directory:
     def _complete(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
-        version, linked = self._linked(session, row, selection, named, groups)
-        resource = revived(self.resource_types[row.type], row, linked)
-        resource["meta"]["version"] = version
-        return resource
+        return revived(self.resource_types[row.type], row, self._computed(session, row, selection, named, groups))
 
     def _encoded(self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str) -> Encoded:
         """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
         resource_type = self.resource_types[row.type]
-        version, linked = self._linked(session, row, groups=groups)
-        shown = project(resource_type, {
-            "schemas": [resource_type.schema.id, *(one.id for one in resource_type.extensions
-                                                   if member_at(row.body, one.id))],
-            "id": row.id, **linked, "meta": {**meta_of(row), "version": version}}, WHOLE, base_url)
+        extensions = [one.id for one in resource_type.extensions if member_at(row.body, one.id)]
+        shown = project(resource_type, {"schemas": [resource_type.schema.id, *extensions], "id": row.id,
+                                        **self._computed(session, row, groups=groups)}, WHOLE, base_url)
         return Encoded(f"{dump(shown)[:-1]},{row.body[1:]}")
 
-    def _linked(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
-                groups: Mapping[int, list[Resource]] | None = None) -> tuple[str, Resource]:
-        """Return the version of a row, and its groups or members."""
+    def _computed(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
+                  groups: Mapping[int, list[Resource]] | None = None) -> Resource:
+        """Return what a row's body does not tell: its meta with the version, and its groups or members."""
+        computed: Resource = {}
         root = self.resource_types[row.type].root
-        version, linked, members = f'W/"{row.revision}', {}, root.by_name.get("members")
+        version, members = f'W/"{row.revision}', root.by_name.get("members")
         if "groups" in root.by_name and (joined := (groups or session.groups([row.seq]))[row.seq]):
             # A group that is renamed changes its members' groups, and so their versions.
             version += "-" + hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
-            linked["groups"] = joined
+            computed["groups"] = joined
         if members and row.member_count and selection.includes(members):
-            linked["members"] = session.members(row.seq, named)
-        return version + '"', linked
+            computed["members"] = session.members(row.seq, named)
+        computed["meta"] = meta_of(row)
+        computed["meta"]["version"] = version + '"'
+        return computed
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            if sub.uniqueness == "server" and sub.name in resource and sub.mutability != "readOnly":
-                value = resource[sub.name]
-                if session.taken(row.type, sub.index, sub.key(value), row.seq):
-                    raise ScimError(409, "uniqueness", f"{sub.name} {shown(value)} is already in "
-                                                       f"use by another {row.type}")
+            unique = sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
+            if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
+                raise ScimError(409, "uniqueness", f"{sub.name} {shown(resource[sub.name])} is already in "
+                                                   f"use by another {row.type}")
 
     def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
@@ -2516,8 +2429,7 @@ class Directory:
             return row
         saved = self._touch(session, row, dump(attributes), row.member_count + balance)
         if attributes != row.attributes:
-            resource_type = self.resource_types[row.type]
-            self._record(session, row, revived(resource_type, row), revived(resource_type, saved))
+            self._record(session, row, before, after)
         return saved
 
     def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
@@ -2532,8 +2444,7 @@ class Directory:
         """Store the differences in membership; return by how many it grew and if it changed."""
         if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
-        old, new = ({member["value"]: member for member in resource.get("members", ())}
-                    for resource in (before, after))
+        old, new = ({member["value"]: member for member in resource.get("members", ())} for resource in (before, after))
         differing = [member for id, member in new.items()
                      if id not in old or member.get("display") != old[id].get("display")]
         removed = session.unlink(row.seq, old.keys() - new.keys())
@@ -2545,22 +2456,16 @@ class Directory:
                 self._log(session, kind, row.id, ids)
         return len(added) - len(removed), bool(written or removed)
 
-    def _adopt_custom_fields(self) -> None:
+    def _adopt_custom_fields(self, session: Session) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        fields = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
-        with self.store.writing() as session:
-            known = json.loads(session.setting("custom_fields") or "[]")
-            if known == fields:
-                return
+        known = dump([[custom.link_name, custom.type.lower()] for custom in self.custom_fields])
+        if session.setting("custom_fields") != known:
             for row in session.holding(FACILIO):
                 self._fitted(row, session)
-            session.set_setting("custom_fields", dump(fields))
+            session.set_setting("custom_fields", known)
 
     def _fitted(self, row: Row, session: Session | None = None) -> Row:
-        """Return a row with the custom fields of now where another view of the tenant left others in it.
-
-        A session that writes stores it, and what it means for the employee.
-        """
+        """Return a row with the custom fields of now where another view of the tenant left others in it."""
         at = member_at(row.body, FACILIO)
         found: Resource = DECODER.raw_decode(row.body, at)[0] if at else {}
         if row.hidden == "{}" and all(self._kinds.get(name) == KINDS[type(found[name])] for name in found):
@@ -2579,20 +2484,19 @@ class Directory:
         body = {name: value for name, value in row.attributes.items() if name != FACILIO}
         fitted = replace(row, body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
                          revision=row.revision + 1)
-        if session:      # the index holds what that view wrote, by types that the values show
+        if session:      # one that writes; the index holds what that view wrote, by types that the values show
             written = resource_types(tuple(CustomField(name, KINDS[type(value)])
                                            for name, value in found.items()))["User"]
             session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
             self._record(session, row, revived(user_type, row), revived(user_type, fitted))
         return fitted
 
-    def _adopt_users(self) -> None:
+    def _adopt_users(self, session: Session) -> None:
         """Make the employees of users that an older version stored without them."""
-        with self.store.writing() as session:
-            if not session.setting("employees"):
-                for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
-                    self._employ(session, row.id, revived(self.resource_types["User"], row))
-                session.set_setting("employees", "made")
+        if not session.setting("employees"):
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
+                self._employ(session, row.id, row.attributes)
+            session.set_setting("employees", "made")
 
 
 def time_text(instant: datetime) -> str:
@@ -2627,10 +2531,10 @@ def stored(resource: Resource) -> Resource:
     return {name: value for name, value in resource.items() if name not in made_anew}
 
 
-def revived(resource_type: ResourceType, row: Row, linked: Resource | None = None) -> Resource:
-    """Return the resource of a row with its memberships, but without its version."""
-    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes, **(linked or {}),
-            "meta": meta_of(row)}
+def revived(resource_type: ResourceType, row: Row, computed: Resource | None = None) -> Resource:
+    """Return the resource of a row, without memberships and version where they are not computed."""
+    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes,
+            **(computed or {"meta": meta_of(row)})}
 
 
 def meta_of(row: Row) -> Resource:
@@ -4243,7 +4147,7 @@ class Application:
         if self._latest is not directory.store:
             with self._configuring:
                 self._latest = directory.store
-                directory.store.wake()
+                directory.store.resting = False
                 self._awake.pop(tenant, None)
                 self._awake[tenant] = directory.store
                 if len(self._awake) > OPEN_TENANTS:
