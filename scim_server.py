@@ -454,6 +454,13 @@ class Compare:
 
 
 @dataclass(frozen=True, slots=True)
+class Present:
+    """Whether an attribute has a value that is not empty (pr)."""
+
+    target: Target
+
+
+@dataclass(frozen=True, slots=True)
 class And:
     """All of some filters; without any, everything matches."""
 
@@ -482,7 +489,7 @@ class ValuePath:
     inner: Filter
 
 
-Filter = Compare | And | Or | Not | ValuePath
+Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 
 TEST: dict[str, Callable[[str, str], bool]] = {
@@ -502,6 +509,8 @@ def matches(filter: Filter, value: Json) -> bool:
             return not matches(inner, value)
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
+        case Present(target):
+            return any(target.keys(value))      # the key of empty text is empty: not present
         case Compare(target, op, key):
             return any(TEST[op](found, key) for found in target.keys(value))
 
@@ -650,15 +659,10 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (present(target) if target else NOTHING), position + 1
+        return (Present(Target(target)) if target else NOTHING), position + 1
     if op != "ne" and op not in TEST:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
-
-
-def present(target: tuple[Attribute, ...]) -> Filter:
-    """Return the filter for a value that is not empty: its key is greater than the empty one."""
-    return Compare(Target(target), "gt", "", "")
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -683,7 +687,7 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
     if literal is None and op == "eq":
-        return Not(present(target))
+        return Not(Present(Target(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
@@ -1269,6 +1273,8 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
             return rows(target, row, f"key = '1' AND {sql}", parameters)
+        case Present(target):
+            return rows(target, row, "key > ''", [])
         case Compare(target, op, key):
             return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
 
@@ -1286,8 +1292,8 @@ def width(filter: Filter) -> int:
     match filter:
         case Compare(Target((*_, attribute)), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
-        case Compare(_, _, key):
-            return 1 if key else 2           # most are greater than the empty key
+        case Compare():
+            return 1
         case ValuePath(_, inner):
             return width(inner)
         case And(filters):
@@ -1857,10 +1863,9 @@ class Store:
             except IndexError:
                 connection = self._connect()
             try:
-                connection.execute("BEGIN")
-                yield Session(connection)
+                with self._transaction(connection) as session:
+                    yield session
             finally:
-                connection.execute("COMMIT")
                 self._idle.append(connection)
                 if self.resting:
                     self._let_go()
