@@ -1245,7 +1245,7 @@ MAX_FORGOTTEN = 1_000             # changes that are too old and go with one wri
 MAX_BATCH = 64                    # writes that share a commit
 WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
 WAL_PAGES = 4000                  # written before they are copied: those that all creates change but once
-READERS = 8                       # connections that read at once; more would take turns anyway
+READERS = 16                      # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
 
 ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")      # of positions
@@ -4223,6 +4223,7 @@ HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first
 SLOWEST = 1024                    # octets a second, of a body either way
 IDLE_SECONDS = 65
 TURN_SECONDS = 1                  # that a read waits for others
+COSTLY = 8                        # reads without a turn at once
 STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
 LOG_LINES = 10_000                # that wait for a stream
 MAX_EXCHANGES = 1_000             # that are kept for a test to look at
@@ -4733,7 +4734,8 @@ class ScimServer(http.server.HTTPServer):
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
         self.connections: dict[Handler, Connection] = {}
-        self._changed, self._turn, self._lead = threading.Condition(), threading.Lock(), threading.Lock()
+        self._changed, self._lead = threading.Condition(), threading.Lock()
+        self._turn, self._costly = threading.Lock(), threading.Semaphore(COSTLY)
         self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
         self._tasks: deque[Callable[[], None]] = deque()     # that the one who leads has left
         self._writes: dict[bytes, list[Handler]] = {}        # that wait, by their Authorization
@@ -5004,12 +5006,16 @@ class ScimServer(http.server.HTTPServer):
         """Have a request handled; reads that do not wait by intent take turns where they should.
 
         Threads that compete for the interpreter at each call of SQLite halve what all of them get
-        done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn.
+        done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn, but
+        COSTLY of them at once leave some of the READERS to who leads.
         """
-        mine = (in_turn and request.method == "GET" and "wait" not in request.query
-                and self._turn.acquire(timeout=TURN_SECONDS))
-        try:
+        reads = request.method == "GET" or request.path.endswith("/.search")
+        if not (in_turn and reads) or "wait" in request.query:
             return self.application.handle(request)
+        mine = self._turn.acquire(timeout=TURN_SECONDS)
+        try:
+            with self._costly:
+                return self.application.handle(request)
         finally:
             if mine:
                 self._turn.release()
