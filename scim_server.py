@@ -2934,13 +2934,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it.
-
-    It goes out as application/scim+json unless headers has a Content-Type.
-    """
+    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it."""
 
     status: int
-    body: Json = None                  # None is no body
+    body: Json = None                  # None is no body; another is application/scim+json unless headers say
     headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""                   # for the logs: whose request it was, and for what route
     route: str = ""
@@ -2998,7 +2995,7 @@ def parse_body(body: bytes | Json) -> Json:
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
         # Only a body with escapes or deep nesting can hold what the walk looks for.
-        if b"\\u" in body or b"\0" in body or is_deep(value):
+        if b"\\u" in body or is_deep(value):
             for path, text in texts_in(value):
                 if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
@@ -3455,9 +3452,8 @@ def get_employee(call: Call) -> Response:
 
 def list_changes(call: Call) -> Response:
     """Answer GET /changes: what came behind a number; waits for it where nothing has."""
-    after = call.integer("after", 0)
-    wait, count = call.integer("wait", 0, 0, MAX_WAIT), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
-    found = call.directory.changes(after, wait, count)
+    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
+    found = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
     return plain_response({"changes": list(map(asdict, found)), "after": found[-1].seq if found else after})
 
 
@@ -3952,10 +3948,10 @@ def database_failed(error: sqlite3.DatabaseError) -> ScimError:
 class Application:
     """All tenants of a configuration behind one endpoint; the bearer token alone says which one.
 
-    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the
-    StoreError instead: it is answered 503, the others are served. Of secrets only hashes are kept.
-    authenticate, for a program that keeps tokens itself, takes a bearer token that no tenant has
-    and returns a tenant's name, or None. page is the console, "" for none.
+    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the StoreError
+    instead: it is answered 503, the others are served. Of secrets only hashes are kept. authenticate, for a program
+    that keeps tokens itself, takes a bearer token that no tenant has and returns a tenant's name, or None. page is
+    the console, "" for none.
     """
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
@@ -4234,8 +4230,7 @@ def get_readiness(application: Application, request: Request) -> Response:
 
 def get_metrics(application: Application, request: Request) -> Response:
     """Answer GET /metrics, for this machine or with the token that the configuration names."""
-    local = request.client in ("127.0.0.1", "::1") and "forwarded" not in request.headers \
-        and "x-forwarded-for" not in request.headers
+    local = request.client in ("127.0.0.1", "::1") and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
     if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
         return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
                                                  "token", {"WWW-Authenticate": "Bearer"}))
@@ -5621,14 +5616,12 @@ def warn(application: Application) -> None:
 
 
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it.
-
-    On loopback such a token, which is for demos, is also in a link that signs in to the console.
-    """
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
                   *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})" for token in tenant.tokens)]
+        # On loopback such a token, which is for demos, is also in a link that signs in to the console.
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
                       for token in tenant.tokens[:1] if token.secret]
