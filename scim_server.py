@@ -3252,8 +3252,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
 
-BULK_ID_TEXT = re.compile(r"bulkId:\S+")
-BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
+BULK_ID = re.compile(r"bulkId:(\S+)")           # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
 
 
 @dataclass(frozen=True)
@@ -3278,15 +3277,15 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise invalid_syntax(f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
-    texts = texts_in([id, data]) if BULK_ID in dump([id, data]) else ()      # few refer to others
-    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
-        text.removeprefix(BULK_ID) for _, text in texts if BULK_ID_TEXT.fullmatch(text)})
+    texts = texts_in([id, data]) if "bulkId:" in dump([id, data]) else ()      # few refer to others
+    references = {found[1] for _, text in texts if (found := BULK_ID.fullmatch(text))}
+    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references)
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
     """Return JSON with ids for its bulkIds, without the objects that refer to one not yet known."""
-    if isinstance(value, str) and BULK_ID_TEXT.fullmatch(value):
-        return ids.get(value.removeprefix(BULK_ID))
+    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
+        return ids.get(reference[1])
     if isinstance(value, list):
         return [one for item in value if (one := resolved(item, ids)) is not None]
     if isinstance(value, dict):
@@ -3378,7 +3377,8 @@ class Bulk:
 
     def _finish(self, number: int) -> None:
         """Replace what was made without its references as they are known; undo its making where one is not."""
-        operation, id = self.operations[number], BULK_ID + self.operations[number].bulk_id
+        operation = self.operations[number]
+        id = f"bulkId:{operation.bulk_id}"
         self.incomplete.remove(number)
         response = error_response(ScimError(409, "", "a bulkId that this resource refers to was not made"))
         if operation.references <= self.ids.keys():
@@ -3538,8 +3538,8 @@ class Answered:
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query found; {} for none."""
-        body = self.response.body if self.type and self.response.status < 300 else {}
-        found = (body or {}).get("Resources", [body or {}])
+        body = (self.response.body if self.type and self.response.status < 300 else None) or {}
+        found = body.get("Resources", [body])
         if len(found) != 1:
             return {}
         return load(found[0]) if isinstance(found[0], Encoded) else found[0]     # type: ignore[no-any-return]
@@ -5688,18 +5688,18 @@ def show_employees(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
-    table = employee_table(found, directory.link_names)
-    sys.stdout.writelines(
-        (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)
-        if options.format == "json" else employee_csv(table) if options.format == "csv"
-        else aligned(list(table)))
+    table = employee_table(found, directory.link_names)          # of what is lazy here, one form is printed
+    forms = {"table": aligned(table), "csv": employee_csv(table),
+             "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)}
+    sys.stdout.writelines(forms[options.format])
 
 
-def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
-    columns = enumerate(zip(*table, strict=True))
+    rows = list(table)
+    columns = enumerate(zip(*rows, strict=True))
     widths = {n: max(map(len, column)) for n, column in columns if any(column[1:])}
-    for row in table:
+    for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
 
