@@ -2577,6 +2577,12 @@ def text_of(pattern: str, expected: str) -> Kind:
     return lambda value: value if re.fullmatch(pattern, value) else None, expected
 
 
+def host_and_port(value: Json) -> tuple[str, int] | None:
+    """Return the parts of an address, None for another text."""
+    found = re.fullmatch(r"(.+):(\d{1,5})", value)
+    return (found[1].strip("[]"), int(found[2])) if found and int(found[2]) < 65536 else None
+
+
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
 TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
                       "letters, digits, - and _ (the name is that of the tenant's file)")
@@ -2585,9 +2591,12 @@ FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
 TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
 TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
 LOG_FORM = text_of("text|json|off", "text, json or off")
+OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
+LIST = (lambda value: value if isinstance(value, list) else None, "a list")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
 NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None, "a whole number of 1 or more")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None, "1 to 36500 days")
+ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
 NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
 TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
         "a time such as 2027-01-31T00:00:00Z")
@@ -2656,11 +2665,10 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"cannot be read ({error.strerror}); name a file with --config"]) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
-    config = parse_config(document)
-    folder = Path(path).resolve().parent
+    config, folder = parse_config(document), Path(path).resolve().parent
     tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
-    in_memory = config.data_dir == ":memory:"
-    return replace(config, tls=tls, data_dir=":memory:" if in_memory else str(folder / config.data_dir))
+    data_dir = config.data_dir if config.data_dir == ":memory:" else str(folder / config.data_dir)
+    return replace(config, tls=tls, data_dir=data_dir)
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -2676,7 +2684,7 @@ def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
     found = reader.members("", document, {
-        "listen": reader.address, "data_dir": TEXT, "access_log": LOG_FORM, "metrics_token": TEXT,
+        "listen": ADDRESS, "data_dir": TEXT, "access_log": LOG_FORM, "metrics_token": TEXT,
         "max_connections": NUMBER, "workers": NUMBER, "console": FLAG,
         "tenants": partial(reader.items, rule=reader.tenant, least=1),
         "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
@@ -2707,9 +2715,8 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 def store_path(config: Config, tenant: Tenant) -> str:
     """Return the file of a tenant."""
-    if config.data_dir == ":memory:":
-        return ":memory:"
-    return os.path.join(config.data_dir, f"{tenant.name.lower()}.sqlite3")
+    folder = config.data_dir
+    return folder if folder == ":memory:" else os.path.join(folder, f"{tenant.name.lower()}.sqlite3")
 
 
 def make_data_dir(config: Config) -> None:
@@ -2739,7 +2746,7 @@ class ConfigReader:
             self.wrong(path, f"{reason} {earlier}")
 
     def read(self, path: str, value: Json, rule: Rule) -> Any:
-        """Return what a rule makes of a value, None for a wrong one."""
+        """Return what a rule makes of a value, None for a wrong one; what may be a secret is not shown."""
         if callable(rule):
             return rule(path, value)
         convert, expected = rule
@@ -2751,8 +2758,7 @@ class ConfigReader:
 
     def members(self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()) -> dict[str, Any]:
         """Return what rules make of an object's members; unknown and missing names are mistakes."""
-        if not isinstance(value, dict):
-            self.wrong(path, "expected an object" + ("" if "token" in path else f", got {shown(value)}"))
+        if self.read(path, value, OBJECT) is None:
             return {}
         below = path and path + "."
         for name in sorted(value.keys() - rules.keys()):
@@ -2764,20 +2770,11 @@ class ConfigReader:
 
     def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
         """Return what a rule makes of the items of a list."""
-        if not isinstance(value, list):
-            self.wrong(path, f"expected a list, got {shown(value)}")
+        if self.read(path, value, LIST) is None:
             return ()
         if len(value) < least:
             self.wrong(path, "expected at least one")
         return tuple(self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value))
-
-    def address(self, path: str, value: Json) -> tuple[str, int]:
-        """Return host and port."""
-        host, _, port = str(value).rpartition(":")
-        if isinstance(value, str) and host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65536:
-            return host.strip("[]"), int(port)
-        self.wrong(path, f"expected HOST:PORT such as 127.0.0.1:8080, got {shown(value)}")
-        return "", 0
 
     def tenant(self, path: str, value: Json) -> Tenant:
         """Return a tenant."""
@@ -2792,8 +2789,7 @@ class ConfigReader:
 
     def token(self, path: str, value: Json) -> Token:
         """Return a token; its hash must be the only one of its kind among all tenants."""
-        found = self.members(path, value, {
-            "name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME})
+        found = self.members(path, value, {"name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME})
         name, secret = found.get("name", path), found.get("secret", "")
         if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
             self.wrong(path, "expected either secret or sha256; `python scim_server.py token` makes both")
@@ -2804,8 +2800,8 @@ class ConfigReader:
 
     def custom_field(self, path: str, value: Json) -> CustomField:
         """Return a custom field; link names compare without case, as attribute names do."""
-        found = self.members(path, value, {
-            "link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}, {"link_name", "type"})
+        rules = {"link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}
+        found = self.members(path, value, rules, {"link_name", "type"})
         name = found.get("link_name", "")
         self.unique(f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as")
         return CustomField(name, found.get("type", ""), found.get("display_name", name))
@@ -2822,6 +2818,9 @@ class ConfigReader:
 RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
 OPEN_TENANTS = 64                 # whose files are kept open
+unauthorized = partial(           # whatever is wrong with a bearer token
+    ScimError, 401, "", "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
+    "application", {"WWW-Authenticate": 'Bearer realm="scim"'})
 Owner = tuple[Tenant, Token]      # of a request
 
 
@@ -2844,13 +2843,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Response:
-    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it.
-
-    It goes out as application/scim+json unless headers has a Content-Type.
-    """
+    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it."""
 
     status: int
-    body: Json = None                  # None is no body
+    body: Json = None                  # None is no body; another is application/scim+json unless headers say
     headers: Mapping[str, str] = field(default_factory=dict)
     tenant: str = ""                   # for the logs: whose request it was, and for what route
     route: str = ""
@@ -2908,7 +2904,7 @@ def parse_body(body: bytes | Json) -> Json:
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
         # Only a body with escapes or deep nesting can hold what the walk looks for.
-        if b"\\u" in body or b"\0" in body or is_deep(value):
+        if b"\\u" in body or is_deep(value):
             for path, text in texts_in(value):
                 if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
@@ -2974,8 +2970,7 @@ def published_attribute(attribute: Attribute) -> Json:
         "description": attribute.description or attribute.name,
         "canonicalValues": list(attribute.canonical_values) or None,
         "referenceTypes": list(attribute.reference_types) or None,
-        "subAttributes": [published_attribute(sub) for sub in attribute.sub_attributes if sub.published] or None,
-    }
+        "subAttributes": [published_attribute(sub) for sub in attribute.sub_attributes if sub.published] or None}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -2984,8 +2979,7 @@ def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
     return {schema.id: {
         "schemas": [SCHEMA], "id": schema.id, "name": schema.name, "description": schema.description,
         "attributes": [published_attribute(attribute) for attribute in
-                       ((EXTERNAL_ID,) if schema is found.schema else ()) + schema.attributes
-                       if attribute.published],
+                       ((EXTERNAL_ID,) if schema is found.schema else ()) + schema.attributes if attribute.published],
         "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
     } for found in directory.resource_types.values()
       for schema in (found.schema, *found.extensions) if schema.attributes}
@@ -3004,21 +2998,18 @@ def published_resource_types(directory: Directory, base_url: str) -> dict[str, J
 def published_config(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
     return {"": {
-        "schemas": [PROVIDER_CONFIG],
-        "patch": {"supported": True},
+        "schemas": [PROVIDER_CONFIG], "patch": {"supported": True},
         # authentik takes a missing maxOperations for "no PATCH and no filter".
         "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS, "maxPayloadSize": MAX_BULK_BODY},
         "filter": {"supported": True, "maxResults": MAX_COUNT},
         "changePassword": {"supported": False}, "sort": {"supported": True}, "etag": {"supported": True},
-        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index",
-                       "defaultPageSize": DEFAULT_COUNT, "maxPageSize": MAX_COUNT,
-                       "cursorTimeout": CURSOR_SECONDS},
+        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index", "maxPageSize": MAX_COUNT,
+                       "defaultPageSize": DEFAULT_COUNT, "cursorTimeout": CURSOR_SECONDS},
         "authenticationSchemes": [{
             "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
             "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
             "specUri": "https://www.rfc-editor.org/rfc/rfc6750"}],
-        "meta": {"resourceType": "ServiceProviderConfig", "location": f"{base_url}/ServiceProviderConfig"},
-    }}
+        "meta": {"resourceType": "ServiceProviderConfig", "location": f"{base_url}/ServiceProviderConfig"}}}
 
 
 PUBLISHED = {"ServiceProviderConfig": published_config, "Schemas": published_schemas,
@@ -3118,10 +3109,9 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     """Return total, position and direction of a cursor; ScimError 400 invalidCursor or expiredCursor."""
     if not (text := call.parameters["cursor"]):
         return 0, None, False
-    try:
+    octets = b""
+    with suppress(ValueError):
         octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
-    except ValueError:
-        octets = b""
     mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
     again = "start again with an empty cursor"
     if not content or not hmac.compare_digest(mac, signature(call, content)):
@@ -3171,8 +3161,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
 
-BULK_ID_TEXT = re.compile(r"bulkId:\S+")
-BULK_ID = "bulkId:"               # in front of the bulkId that stands for an id (RFC 7644 §3.7.2)
+BULK_ID = re.compile(r"bulkId:(\S+)")           # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
 
 
 @dataclass(frozen=True)
@@ -3190,23 +3179,22 @@ class BulkOperation:
 
 def parse_bulk_operation(item: Json) -> BulkOperation:
     """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
-    if not isinstance(item, dict):
-        raise invalid_syntax(f"Operations: expected objects, got {shown(item)}")
-    given = {name.lower(): value for name, value in item.items() if value is not None}
+    given = {name: value for name, value in lower_names(item, "Operations: expected objects").items()
+             if value is not None}
     for name in ("method", "path", "bulkId", "version"):
         if not isinstance(value := given.setdefault(name.lower(), ""), str):
             raise invalid_syntax(f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
-    texts = texts_in([id, data]) if BULK_ID in dump([id, data]) else ()      # few refer to others
-    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, {
-        text.removeprefix(BULK_ID) for _, text in texts if BULK_ID_TEXT.fullmatch(text)})
+    texts = texts_in([id, data]) if "bulkId:" in dump([id, data]) else ()      # few refer to others
+    references = {found[1] for _, text in texts if (found := BULK_ID.fullmatch(text))}
+    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references)
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
     """Return JSON with ids for its bulkIds, without the objects that refer to one not yet known."""
-    if isinstance(value, str) and BULK_ID_TEXT.fullmatch(value):
-        return ids.get(value.removeprefix(BULK_ID))
+    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
+        return ids.get(reference[1])
     if isinstance(value, list):
         return [one for item in value if (one := resolved(item, ids)) is not None]
     if isinstance(value, dict):
@@ -3238,8 +3226,8 @@ class Bulk:
             errors += "response" in self.answers[number]
             if errors >= fail_on_errors:
                 break
-        for number in self.incomplete:
-            self._withdraw(number)
+        for number in list(self.incomplete):
+            self._finish(number)
         return [self.answers[number] for number in sorted(self.answers)]
 
     def _order(self) -> Iterator[int]:
@@ -3273,15 +3261,14 @@ class Bulk:
         if response.status == 201:
             self.ids[operation.bulk_id] = response.body["id"]
             self.incomplete += [number] if missing else []
-            self._complete_circles()
+            for one in [one for one in self.incomplete if self.operations[one].references <= self.ids.keys()]:
+                self._finish(one)
 
     def _check(self, operation: BulkOperation) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
             raise invalid_value(f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
-        endpoints = [found.endpoint for found in self.call.directory.resource_types.values()]
-        if f"/{operation.endpoint}" not in endpoints or (method == "POST") != (operation.id == "") \
-                or "/" in operation.id:
+        if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
             expected = "/Users" if method == "POST" else "/Users/2819c223"
             raise invalid_path(f"path: {method} needs one such as {expected}, got {shown(path)}")
         if method == "POST" and not operation.bulk_id:
@@ -3297,22 +3284,19 @@ class Bulk:
             headers=headers, owner=self.call.owner,
             body=resolved(operation.data, self.ids) if operation.references else operation.data))
 
-    def _complete_circles(self) -> None:
-        """Replace what was made without its references as soon as all of them are known."""
-        known = [one for one in self.incomplete if self.operations[one].references <= self.ids.keys()]
-        for number in known:
-            self.incomplete.remove(number)
-            response = self._send(self.operations[number], "PUT", BULK_ID + self.operations[number].bulk_id)
-            if response.status == 200:
-                self.answers[number]["version"] = response.headers["ETag"]
-            else:
-                self._withdraw(number, response)
-
-    def _withdraw(self, number: int, response: Response | None = None) -> None:
-        """Undo the making of a resource whose references cannot be resolved."""
-        self._send(self.operations[number], "DELETE", BULK_ID + self.operations[number].bulk_id)
-        self._note(number, response or error_response(ScimError(
-            409, "", "a bulkId that this resource refers to was not made")))
+    def _finish(self, number: int) -> None:
+        """Replace what was made without its references as they are known; undo its making where one is not."""
+        operation = self.operations[number]
+        id = f"bulkId:{operation.bulk_id}"
+        self.incomplete.remove(number)
+        response = error_response(ScimError(409, "", "a bulkId that this resource refers to was not made"))
+        if operation.references <= self.ids.keys():
+            response = self._send(operation, "PUT", id)
+        if response.status == 200:
+            self.answers[number]["version"] = response.headers["ETag"]
+        else:
+            self._send(operation, "DELETE", id)
+            self._note(number, response)
 
     def _note(self, number: int, response: Response) -> None:
         operation = self.operations[number]
@@ -3362,9 +3346,9 @@ def list_employees(call: Call) -> Response:
         query = urlencode({**call.parameters, "cursor": found[-1].id})
         headers["Link"] = f"<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel=\"next\""
     if "text/csv" in call.request.headers.get("accept", ""):
-        lines = employee_csv(employee_table(found, call.directory.link_names))
-        return plain_response("".join(lines), "text/csv; charset=utf-8", **headers)
-    return plain_response({"employees": [asdict(employee) for employee in found], **cursor}, **headers)
+        table = employee_table(found, call.directory.link_names)
+        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
+    return plain_response({"employees": list(map(asdict, found)), **cursor}, **headers)
 
 
 def get_employee(call: Call) -> Response:
@@ -3377,11 +3361,9 @@ def get_employee(call: Call) -> Response:
 
 def list_changes(call: Call) -> Response:
     """Answer GET /changes: what came behind a number; waits for it where nothing has."""
-    after = call.integer("after", 0)
-    wait, count = call.integer("wait", 0, 0, MAX_WAIT), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
-    found = call.directory.changes(after, wait, count)
-    return plain_response({"changes": [asdict(change) for change in found],
-                           "after": found[-1].seq if found else after})
+    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
+    found = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
+    return plain_response({"changes": list(map(asdict, found)), "after": found[-1].seq if found else after})
 
 
 # -- The provisioning log ------------------------------------------------------------
@@ -3395,60 +3377,53 @@ Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, 
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
 
-# How "STATUS detail" or a line of findings() begins and the kind of trouble; what it means; what to
-# do. The first that fits counts; the last fits everything.
+# How "STATUS detail" or a line of findings() begins, and the kind of trouble; what it means, by its groups; what
+# to do. The first that fits counts; the last fits everything.
 EXPLANATIONS = (
-    (r"401 expired", "authentication",
-     "The token “{token}” expired on {expires}; a call from {client} was refused.",
+    (r"401 expired", "authentication", "The token “{token}” expired on {expires}; a call from {client} was refused.",
      "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra."),
     (r"401 ", "authentication", "A call from {client} sent the token “{token}”, but not as a bearer token.",
      "Choose bearer authentication in the client."),
-    (r"404 .*SCIM is at (?P<base>.*)", "connection", "The call went to {path}, where nothing is.",
-     "Let the Tenant URL end in {base}."),
-    (r".*facilio:2.0:User has no attribute '(?P<name>.*)'; its attributes are: (?P<known>.*)", "mapping",
-     "No custom field has the link name “{name}”{hint}",
-     "Correct the name in Entra's attribute list for customappsso; this tenant has {known}."),
-    (r"400 (?P<name>\S+): expected an Integer, got (?P<value>.*)", "mapping",
-     "The field “{name}” takes a whole number, and {value} was sent.",
+    (r"404 .*SCIM is at (.*)", "connection", "The call went to {path}, where nothing is.",
+     "Let the Tenant URL end in {0}."),
+    (r".*facilio:2.0:User has no attribute '(.*)'; its attributes are: (.*)", "mapping",
+     "No custom field has the link name “{0}”{hint}",
+     "Correct the name in Entra's attribute list for customappsso; this tenant has {1}."),
+    (r"400 (\S+): expected an Integer, got (.*)", "mapping", "The field “{0}” takes a whole number, and {1} was sent.",
      "Map it from an attribute that holds digits alone, or make the custom field a String."),
-    (r"400 (?P<name>\S+): expected a Boolean, got (?P<value>.*)", "mapping",
-     "The field “{name}” takes true or false, and {value} was sent.",
+    (r"400 (\S+): expected a Boolean, got (.*)", "mapping", "The field “{0}” takes true or false, and {1} was sent.",
      "Use an expression that gives true or false; for active it is Not([IsSoftDeleted])."),
-    (r"400 (?P<name>\S+): expected (?P<type>.*), got (?P<value>.*)", "mapping",
-     "The attribute “{name}” takes {type}, and {value} was sent.", "Map it from another attribute."),
-    (r"400 (?P<name>\S+) is required", "mapping", "“{name}” was sent without a value.",
+    (r"400 (\S+): expected (.*), got (.*)", "mapping", "The attribute “{0}” takes {1}, and {2} was sent.",
+     "Map it from another attribute."),
+    (r"400 (\S+) is required", "mapping", "“{0}” was sent without a value.",
      "Map it from an attribute that every account has; for userName that is userPrincipalName."),
-    (r"409 (?P<name>\S+) (?P<value>.*) is already in use by another (?P<type>\w+)", "mapping",
-     "Another {type} has the {name} {value} already.",
-     "Change one of the two in Entra; if they are the same, match by {name} (precedence 1)."),
-    (r"404 (?P<type>\w+) .* does not exist", "mapping",
-     "Entra refers to a {type} that is not here any more.",
+    (r"409 (\S+) (.*) is already in use by another (\w+)", "mapping", "Another {2} has the {0} {1} already.",
+     "Change one of the two in Entra; if they are the same, match by {0} (precedence 1)."),
+    (r"404 (\w+) .* does not exist", "mapping", "Entra refers to a {0} that is not here any more.",
      "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
-    (r"4\d\d (?P<detail>the body .*)", "connection", "The body could not be read: {detail}.",
+    (r"4\d\d (the body .*)", "connection", "The body could not be read: {0}.",
      "See whether a proxy in front of the server changes or cuts requests."),
-    (r"5\d\d (?P<detail>.*)", "connection", "The server could not do it: {detail}.",
+    (r"5\d\d (.*)", "connection", "The server could not do it: {0}.",
      "Entra repeats the call by itself; the server's log says why it failed."),
-    (r"active: (?P<value>.*)", "mapping",
-     "active was sent as the text {value}: Entra's expression is still Switch(…), or its dialect the old one.",
+    (r"active: (.*)", "mapping",
+     "active was sent as the text {0}: Entra's expression is still Switch(…), or its dialect the old one.",
      "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL."),
-    (r"emails: (?P<value>.*) for (?P<name>.*)", "mapping",
-     "The work e-mail {value} is not the userName {name}: emails is not fed from userPrincipalName.",
+    (r"emails: (.*) for (.*)", "mapping",
+     "The work e-mail {0} is not the userName {1}: emails is not fed from userPrincipalName.",
      "Map userPrincipalName to emails[type eq \"work\"].value."),
-    (r"externalId: (?P<value>.*)", "mapping", "externalId is {value}, which is no objectId.",
+    (r"externalId: (.*)", "mapping", "externalId is {0}, which is no objectId.",
      "Map objectId to externalId, so that a person who is renamed stays the same employee."),
-    (r"members: (?P<value>.*)", "mapping", "Nobody has the id {value}; such members were passed over.",
+    (r"members: (.*)", "mapping", "Nobody has the id {0}; such members were passed over.",
      "Assign these people to the application too, so that Entra creates them before their group."),
-    (r"(\d{3} )?(?P<detail>.*)", "mapping", "The call was refused: {detail}.",
-     "Compare the mapping in Entra with the table on the Set-up page."),
-)
+    (r"(?:\d{3} )?(.*)", "mapping", "The call was refused: {0}.",
+     "Compare the mapping in Entra with the table on the Set-up page."))
 
 STEPS = (                         # of the set-up: key, operation, title, how to get there
     ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
     ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
     ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
     ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
-    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."),
-)
+    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."))
 
 
 @dataclass(frozen=True, eq=False)
@@ -3464,11 +3439,6 @@ class Answered:
     seconds: float
 
     @cached_property
-    def at(self) -> str:
-        """When it was answered, as a dateTime."""
-        return time_text(self.instant)
-
-    @cached_property
     def type(self) -> str:
         """User, Group, or "" where the call was for something else."""
         types, endpoint = self.directory.resource_types.values(), self.response.route.split("/")[1:2]
@@ -3477,8 +3447,8 @@ class Answered:
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query found; {} for none."""
-        body = self.response.body if self.type and self.response.status < 300 else {}
-        found = (body or {}).get("Resources", [body or {}])
+        body = (self.response.body if self.type and self.response.status < 300 else None) or {}
+        found = body.get("Resources", [body])
         if len(found) != 1:
             return {}
         return load(found[0]) if isinstance(found[0], Encoded) else found[0]     # type: ignore[no-any-return]
@@ -3532,13 +3502,13 @@ def explain(finding: str, call: Answered) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
     match, (_, kind, text, remedy) = next((match, row) for row in EXPLANATIONS if (
         match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL)))
-    found = {name: part.strip(".") for name, part in match.groupdict().items()}
+    parts = [part.strip(".") for part in match.groups()]
     links = {name.lower(): name for name in call.directory.link_names}
-    close = difflib.get_close_matches(found.get("name", "").lower(), links, 1)
-    found |= {"hint": f": did you mean “{links[close[0]]}”?" if close else ".",
+    close = difflib.get_close_matches("".join(parts[:1]).lower(), links, 1)
+    found = {"hint": f": did you mean “{links[close[0]]}”?" if close else ".",
               "token": call.token.name, "path": call.request.path, "client": call.request.client,
               "expires": time_text(call.token.expires)[:16] if call.token.expires else ""}
-    return {"kind": kind, "text": text.format(**found), "remedy": remedy.format(**found)}
+    return {"kind": kind, "text": text.format(*parts, **found), "remedy": remedy.format(*parts, **found)}
 
 
 def refusal(call: Answered, raw: str) -> str:
@@ -3607,13 +3577,11 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     notes = [refusal(call, raw or dump(body))] if refused else list(findings(session, call, sent))
     in_path = unquote(request.path.rstrip("/").split("/")[-1])
     id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
-    entry = {"at": call.at, "token": call.token.name, "operation": in_words(call, sent),
-             "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status,
-             "milliseconds": round(call.seconds * 1000, 1), "method": request.method,
-             "path": request.path[:500], "client": request.client, "id": request.id,
-             "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
-             "detail": notes[0][4:] if refused else "",
-             "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
+    entry = {"at": time_text(call.instant), "token": call.token.name, "operation": in_words(call, sent),
+             "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status, "id": request.id,
+             "milliseconds": round(call.seconds * 1000, 1), "method": request.method, "path": request.path[:500],
+             "client": request.client, "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
+             "detail": notes[0][4:] if refused else "", "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
     return 2 if refused else int(bool(notes)), id, entry
@@ -3630,7 +3598,7 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
             done += ["custom"] if call.resource.get(FACILIO) and entry["attributes"] else []
             for step in done if level < 2 else ():
                 if not session.setting(f"first {step}"):
-                    session.set_setting(f"first {step}", call.at)
+                    session.set_setting(f"first {step}", entry["at"])
 
 
 class Batches:
@@ -3645,13 +3613,9 @@ class Batches:
         self._lock, self._hurry, self.lost = threading.Lock(), threading.Event(), 0
         self._thread: threading.Thread | None = None
 
-    def full(self, limit: int) -> bool:
-        """Return whether so many items wait."""
-        return self._items.qsize() >= limit
-
     def add(self, item: Any) -> None:
         """Have an item written, or count it as lost."""
-        if self.full(self._limit):
+        if self._items.qsize() >= self._limit:
             self.lost += 1
             return
         self._items.put(item)
@@ -3688,7 +3652,7 @@ class ProvisioningLog(Batches):
 
     def add(self, call: Answered) -> None:
         """Have a call written, without long bodies and long lists."""
-        if call.request.method == "GET" and call.response.status < 300 and self.full(LOG_READS):
+        if call.request.method == "GET" and call.response.status < 300 and self._items.qsize() >= LOG_READS:
             self.lost += 1
             return
         body, answer = call.request.body, call.response.body
@@ -3728,8 +3692,7 @@ MAPPING = (                       # source in Entra ID, customappsso attribute, 
     ("preferredLanguage", "preferredLanguage", ""),
     ("department", f"{ENTERPRISE}:department", ""),
     ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
-    ("manager", f"{ENTERPRISE}:manager", ""),
-)
+    ("manager", f"{ENTERPRISE}:manager", ""))
 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
@@ -3739,9 +3702,8 @@ def console_response(body: Json, type: str = "application/json", **headers: str)
 
 def page_response(page: str) -> Response:
     """Return the console; its policy lets run what is in the page and nothing else."""
-    own = "; ".join(
-        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL))
+    own = "; ".join(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+                    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL))
     return console_response(page, "text/html; charset=utf-8", **{
         "Referrer-Policy": "no-referrer", "Content-Security-Policy":
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
@@ -3771,7 +3733,7 @@ def get_log(call: Call) -> Response:
 def get_setup(call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
     directory, log = call.directory, call.application.log
-    tenant = call.application.owner(call.request)[0]     # type: ignore[index]
+    tenant = call.owner[0]                               # type: ignore[index]
     user_type, now = directory.resource_types["User"], directory.clock()
     with directory.store.reading() as session:
         steps = [{"title": title, "hint": hint, "at": session.setting(f"first {step}")}
@@ -3790,9 +3752,8 @@ def get_setup(call: Call) -> Response:
 
 def get_mapping(call: Call) -> Response:
     """Answer GET /console/api/mapping: the attribute mapping as CSV."""
-    header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    lines = employee_csv([header, *entra_mapping(call.directory)])
-    return console_response("".join(lines), "text/csv; charset=utf-8")
+    table = [["Entra ID source", "customappsso attribute", "type", "change"], *entra_mapping(call.directory)]
+    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
 
 
 def get_entra_schema(call: Call) -> Response:
@@ -3809,8 +3770,7 @@ def get_entra_schema(call: Call) -> Response:
 def get_history(call: Call) -> Response:
     """Answer GET /console/api/history/{id}: a user's employee, and the changes of a user or group."""
     employee, changes = call.directory.history(call.id)
-    return console_response({"employee": employee and asdict(employee),
-                             "changes": [asdict(found) for found in changes]})
+    return console_response({"employee": employee and asdict(employee), "changes": list(map(asdict, changes))})
 
 
 # -- Routes ------------------------------------------------------------------------
@@ -3826,23 +3786,19 @@ ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front ar
     ".search": {"POST": search_resources},
     "{type}/.search": {"POST": search_resources},
     "{type}": {"GET": list_resources, "POST": create_resource},
-    "{type}/{id}": {"GET": get_resource, "PUT": replace_resource, "PATCH": patch_resource,
-                    "DELETE": delete_resource},
+    "{type}/{id}": {"GET": get_resource, "PUT": replace_resource, "PATCH": patch_resource, "DELETE": delete_resource},
     "/employees": {"GET": list_employees},
     "/employees/{id}": {"GET": get_employee},
     "/changes": {"GET": list_changes},
     **{f"/console/api/{name}": {"GET": operate} for name, operate in (
         ("log", get_log), ("setup", get_setup), ("mapping", get_mapping), ("schema", get_entra_schema),
-        ("history/{id}", get_history))},
-}
-
+        ("history/{id}", get_history))}}
 
 ROUTE_TABLE: dict[tuple[str, ...], Route] = {   # by the segments of the path; HEAD is as GET
     tuple(path.split("/")) if path else (): (
         methods | ({"HEAD": methods["GET"]} if "GET" in methods else {}), "/" + path.removeprefix("/"))
     for pattern, methods in ROUTES.items()
-    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))
-}
+    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))}
 
 
 def find_route(segments: Sequence[str]) -> Route | None:
@@ -3877,8 +3833,8 @@ class Metrics:
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
-        for number, (name, help) in enumerate((("scim_requests_total", "Requests answered"),
-                                               ("scim_request_seconds_total", "Seconds spent on them"))):
+        for number, name, help in ((0, "scim_requests_total", "Requests answered"),
+                                   (1, "scim_request_seconds_total", "Seconds spent on them")):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
             lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
                       f"{values[number]:g}" for (tenant, method, route, status), values in counts]
@@ -3898,19 +3854,13 @@ def database_failed(error: sqlite3.DatabaseError) -> ScimError:
                      "changed, the request may be repeated", RETRY)
 
 
-def unauthorized() -> ScimError:
-    """Return the one answer to a bearer token that is not good, whatever is wrong with it."""
-    return ScimError(401, "", "the bearer token is missing, unknown or expired; check the Secret Token of "
-                              "the enterprise application", {"WWW-Authenticate": 'Bearer realm="scim"'})
-
-
 class Application:
     """All tenants of a configuration behind one endpoint; the bearer token alone says which one.
 
-    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the
-    StoreError instead: it is answered 503, the others are served. Of secrets only hashes are kept.
-    authenticate, for a program that keeps tokens itself, takes a bearer token that no tenant has
-    and returns a tenant's name, or None. page is the console, "" for none.
+    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the StoreError
+    instead: it is answered 503, the others are served. Of secrets only hashes are kept. authenticate, for a program
+    that keeps tokens itself, takes a bearer token that no tenant has and returns a tenant's name, or None. page is
+    the console, "" for none.
     """
 
     def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
@@ -3953,22 +3903,21 @@ class Application:
         reader = ConfigReader()
         tenant = reader.tenant("tenant", document)
         with self._configuring:
-            if any(one.name != tenant.name and one.name.lower() == tenant.name.lower() for one in self.config.tenants):
+            others = [one for one in self.config.tenants if one.name != tenant.name]
+            if any(one.name.lower() == tenant.name.lower() for one in others):
                 reader.wrong("tenant.name", "the same name as another tenant's, but for its case")
             for token in tenant.tokens:
                 if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
                     reader.wrong("tenant.tokens", f"the same token as that of {other}")
             if reader.problems:
                 raise ConfigError(reader.problems)
-            others = (one for one in self.config.tenants if one.name != tenant.name)
             self.configure(replace(self.config, tenants=(*others, tenant)))
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
         """Serve a tenant no more; its file stays."""
         with self._configuring:
-            self.configure(replace(self.config, tenants=tuple(
-                tenant for tenant in self.config.tenants if tenant.name != name)))
+            self.configure(replace(self.config, tenants=tuple(one for one in self.config.tenants if one.name != name)))
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError where its file is no good."""
@@ -4029,27 +3978,22 @@ class Application:
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
-        started = time.perf_counter()
-        answered = self._answer_all(requests)
-        for request, (response, owner) in zip(requests, answered, strict=True):
-            with suppress(Exception):
-                self._note(request, response, owner, time.perf_counter() - started)
-        return [response for response, _ in answered]
-
-    def _answer_all(self, requests: Sequence[Request]) -> list[tuple[Response, Owner | None]]:
-        owner, directory = None, None
+        started, owner, directory = time.perf_counter(), None, None
         with suppress(ScimError):
             owner = self.owner(requests[0])
             directory = self.directories.get(owner[0].name) if owner else None
         if not owner or not isinstance(directory, Directory):
-            return list(map(self._answer, requests))
+            return list(map(self.handle, requests))
         self._wake(owner[0].name, directory)
         try:
             with directory.store.writing():
-                return [self._answer(replace(request, owner=owner)) for request in requests]
+                responses = [self._answer(replace(request, owner=owner))[0] for request in requests]
         except sqlite3.DatabaseError as error:
-            response = replace(error_response(database_failed(error)), tenant=owner[0].name)
-            return [(response, owner)] * len(requests)
+            responses = [replace(error_response(database_failed(error)), tenant=owner[0].name)] * len(requests)
+        for request, response in zip(requests, responses, strict=True):
+            with suppress(Exception):
+                self._note(request, response, owner, time.perf_counter() - started)
+        return responses
 
     def is_quick(self, line: bytes) -> bool:
         """Return whether a request, by its first line, is answered in no time."""
@@ -4069,7 +4013,6 @@ class Application:
             self.log.add_stranger(time_text(self._clock()))
 
     def _answer(self, request: Request) -> tuple[Response, Owner | None]:
-        """Return the answer to a request, and whose request it was."""
         owner, route = None, ""
         try:
             segments = [unquote(part) if "%" in part else part for part in request.path.split("/") if part]
@@ -4196,8 +4139,7 @@ def get_readiness(application: Application, request: Request) -> Response:
 
 def get_metrics(application: Application, request: Request) -> Response:
     """Answer GET /metrics, for this machine or with the token that the configuration names."""
-    local = request.client in ("127.0.0.1", "::1") and "forwarded" not in request.headers \
-        and "x-forwarded-for" not in request.headers
+    local = request.client in ("127.0.0.1", "::1") and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
     if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
         return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
                                                  "token", {"WWW-Authenticate": "Bearer"}))
@@ -5433,8 +5375,7 @@ def running(config: Source = None, *, authenticate: Hook = None, deterministic: 
     with closing(Application(
             replace(made, port=0), authenticate,
             (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-            CONSOLE_PAGE)) as application:
+            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id, CONSOLE_PAGE)) as application:
         for tenant in made.tenants:
             application.directory(tenant.name)           # a test wants each of them
         server = ScimServer(application)
@@ -5466,7 +5407,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
     file, reader = chosen_file(options), ConfigReader()
     config = load_config(file) if file else parse_config(DEMO)
     if options.listen:
-        host, port = reader.address("--listen", options.listen)
+        host, port = reader.read("--listen", options.listen, ADDRESS) or ("", 0)
         config = replace(config, host=host, port=port)
     if reader.problems:
         raise ConfigError(reader.problems)
@@ -5515,12 +5456,8 @@ def serve(options: argparse.Namespace) -> None:
         supervise(options, config, listener)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener, seen: Stamp,
-         told: str = "") -> None:
-    """Serve on a socket until a signal; what is to be told is printed when signals are heeded.
-
-    seen is the stamp of the configuration file when it was read.
-    """
+def work(options: argparse.Namespace, application: Application, listener: Listener, seen: Stamp, told: str) -> None:
+    """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
     server = ScimServer(application, listener)
     asked: list[int] = []                                # an Event's set() in set() would wait for itself
     for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
@@ -5575,7 +5512,7 @@ def fork_worker(options: argparse.Namespace, config: Config, listener: Listener,
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
     threading.Thread(target=end_after, args=(supervisor,), daemon=True).start()
-    work(options, Application(config, page=CONSOLE_PAGE), listener, seen)
+    work(options, Application(config, page=CONSOLE_PAGE), listener, seen, "")
     os._exit(0)
 
 
@@ -5633,14 +5570,12 @@ def warn(application: Application) -> None:
 
 
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it.
-
-    On loopback such a token, which is for demos, is also in a link that signs in to the console.
-    """
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
                   *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})" for token in tenant.tokens)]
+        # On loopback such a token, which is for demos, is also in a link that signs in to the console.
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
                       for token in tenant.tokens[:1] if token.secret]
@@ -5661,21 +5596,16 @@ def check(options: argparse.Namespace) -> None:
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)")
-        uses = last_uses(store_path(config, tenant), tenant.tokens)
-        for token in tenant.tokens:
-            used = f"last used {uses[token.name]}" if uses.get(token.name) else "never used"
+        path, uses = store_path(config, tenant), {}
+        if os.path.exists(path):
+            with closing(Store(path)) as store, store.reading() as session:
+                uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
+        for token in tenant.tokens:                      # one that nobody uses can be withdrawn
+            used = f"last used {uses[token]}" if uses.get(token) else "never used"
             ends = f", expires {time_text(token.expires)}" if token.expires else ""
             print(f"  token    {token.name}, {used}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
-
-
-def last_uses(path: str, tokens: Iterable[Token]) -> dict[str, str]:
-    """Return when each token was used last, by name: one that nobody uses can be withdrawn."""
-    if not os.path.exists(path):
-        return {}
-    with closing(Store(path)) as store, store.reading() as session:
-        return {token.name: session.setting(f"used {token.name}") for token in tokens}
 
 
 def back_up(options: argparse.Namespace) -> None:
@@ -5712,18 +5642,18 @@ def show_employees(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
-    table = employee_table(found, directory.link_names)
-    sys.stdout.writelines(
-        (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)
-        if options.format == "json" else employee_csv(table) if options.format == "csv"
-        else aligned(list(table)))
+    table = employee_table(found, directory.link_names)          # of what is lazy here, one form is printed
+    forms = {"table": aligned(table), "csv": employee_csv(table),
+             "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)}
+    sys.stdout.writelines(forms[options.format])
 
 
-def aligned(table: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
-    columns = enumerate(zip(*table, strict=True))
+    rows = list(table)
+    columns = enumerate(zip(*rows, strict=True))
     widths = {n: max(map(len, column)) for n, column in columns if any(column[1:])}
-    for row in table:
+    for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
 
@@ -5784,12 +5714,10 @@ class Demo:
         step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
         user = {"schemas": [USER, ENTERPRISE], "userName": her, "externalId": str(uuid.uuid4()),
                 "displayName": "Ada Demo", "title": "Engineer", "active": True,
-                "emails": [{"type": "work", "value": her, "primary": True}],
-                ENTERPRISE: {"department": "Lifts"}}
+                "emails": [{"type": "work", "value": her, "primary": True}], ENTERPRISE: {"department": "Lifts"}}
         other = {**user, "userName": f"bob.{her}", "externalId": str(uuid.uuid4())}
         off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
-        step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())),
-             totalResults=0)
+        step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())), totalResults=0)
         step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
         ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
         step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
@@ -5802,8 +5730,8 @@ class Demo:
             value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
             step(f"The custom field {custom['name']} is mapped", 200, "PATCH", ada,
                  change(f"{FACILIO}:{custom['name']}", value))
-        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada,
-             change(f"{FACILIO}:no_such_field", "1"))
+        mistake = change(f"{FACILIO}:no_such_field", "1")
+        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada, mistake)
         crew = "/Groups/" + step("The group Night Crew, with Ada", 201, "POST", "/Groups", {
             "schemas": [GROUP], "displayName": f"Night Crew {her}", "members": [{"value": ada_id}]})
         step("Bob joins the crew", 200, "PATCH", crew, patch("Add", "members", [{"value": bob_id}]))
@@ -5852,8 +5780,7 @@ COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
     "token": (make_token, "make a secret token and its configuration entry", {
         "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
-    "check": (check, "validate a configuration, list the custom fields' names for Entra ID",
-              {**CONFIG, **DATA_DIR}),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {**CONFIG, **DATA_DIR}),
     "employees": (show_employees, "print a tenant's employees", {
         "--format": {"choices": ("table", "csv", "json"), "default": "table"},
         "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
