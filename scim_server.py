@@ -2236,11 +2236,6 @@ class Directory:
                 ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
         return ids
 
-    def note_use(self, token: str) -> None:
-        """Keep when a token was used last; once a minute is enough to know which one is idle."""
-        with self.store.writing() as session:
-            session.set_setting(f"used {token}", time_text(self.clock()))
-
     def last_use(self, token: str) -> str:
         """Return when a token was used last, as a dateTime; "" for never."""
         with self.store.reading() as session:
@@ -2821,7 +2816,7 @@ OPEN_TENANTS = 64                 # whose files are kept open
 unauthorized = partial(           # whatever is wrong with a bearer token
     ScimError, 401, "", "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
     "application", {"WWW-Authenticate": 'Bearer realm="scim"'})
-Owner = tuple[Tenant, Token]      # of a request
+Owner = tuple[Tenant, Token, Directory | StoreError]      # of a request
 
 
 @dataclass(frozen=True)
@@ -3437,6 +3432,7 @@ class Answered:
     request: Request
     response: Response
     seconds: float
+    logged: bool                  # else it tells no more than that the token is in use
 
     @cached_property
     def type(self) -> str:
@@ -3588,12 +3584,16 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
 
 
 def write_log(store: Store, calls: Sequence[Answered]) -> None:
-    """Store calls of one tenant in its log, and when a step of the set-up was done first."""
+    """Store calls of one tenant in its log, each token's last use, and when a step of the set-up was done first."""
+    logged = [call for call in calls if call.logged]
+    uses = {call.token.name: call.instant for call in calls if call.response.status != 401}
     with store.reading() as session:
-        rows = [describe(session, call) for call in calls]
+        rows = [describe(session, call) for call in logged]
     with store.writing() as session:
         session.note_requests(rows, calls[-1].tenant.keep_log)
-        for call, (level, _, entry) in zip(calls, rows, strict=True):
+        for token, instant in uses.items():
+            session.set_setting(f"used {token}", time_text(instant))
+        for call, (level, _, entry) in zip(logged, rows, strict=True):
             done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
             done += ["custom"] if call.resource.get(FACILIO) and entry["attributes"] else []
             for step in done if level < 2 else ():
@@ -3621,8 +3621,10 @@ class Batches:
         self._items.put(item)
         with self._lock:
             if not self._thread:
-                self._thread = threading.Thread(target=self._run, daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, daemon=True)
+                with suppress(RuntimeError):             # of no more threads: the next item tries again
+                    thread.start()
+                    self._thread = thread
 
     def close(self, seconds: float = 5) -> None:
         """Write what waits, for so long at the most; a later item starts another thread."""
@@ -3653,7 +3655,7 @@ class ProvisioningLog(Batches):
     def add(self, call: Answered) -> None:
         """Have a call written, without long bodies and long lists."""
         if call.request.method == "GET" and call.response.status < 300 and self._items.qsize() >= LOG_READS:
-            self.lost += 1
+            self.lost += call.logged
             return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
@@ -3808,9 +3810,10 @@ def find_route(segments: Sequence[str]) -> Route | None:
 
 # By the first line of a request: what is answered in no time, somebody by id or by a name that few
 # have; and writes of one resource, which those of others may share a commit with.
-LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|(Users|Groups(?=\S*[?&]excludedAttributes=members[& ]))"
-                    rb"\?(\S*&)?filter=(userName|externalId|displayName)(%20|\+)eq(%20|\+)%22"
-                    rb"([^%& ]|%(?!22))*%22[& ])")
+SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,3})"
+LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|(Users|Groups(?=\S*[?&]excludedAttributes=members[& ]))\?"
+                    rb"(" + SHOWN + rb"&)*filter=(userName|externalId|displayName)(%20|\+)eq(%20|\+)"
+                    rb"%22([^%&\" ]|%(?!22))*%22(&" + SHOWN + rb")* )")
 SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
 
 
@@ -3847,11 +3850,17 @@ def credentials(request: Request) -> tuple[str, str]:
     return scheme, secret.strip()
 
 
-def database_failed(error: sqlite3.DatabaseError) -> ScimError:
-    """Return the answer to a request that the disk or the file failed, of which the log has more."""
-    traceback.print_exception(error)
-    return ScimError(507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was "
-                     "changed, the request may be repeated", RETRY)
+def failed(error: Exception) -> Response:
+    """Return the answer to a request that failed; what its client cannot mend is printed."""
+    if isinstance(error, ScimError):
+        return error_response(error)
+    with suppress(OSError, ValueError):              # nobody reads it
+        traceback.print_exception(error)
+    if isinstance(error, sqlite3.DatabaseError):     # of the disk or the file
+        return error_response(ScimError(
+            507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was changed, "
+            "the request may be repeated", RETRY))
+    return error_response(ScimError(500, "", "the server failed; its log says why"))
 
 
 class Application:
@@ -3870,7 +3879,6 @@ class Application:
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
         self._ask, self._clock, self._new_id = authenticate, clock, new_id
-        self._used: dict[tuple[str, str], datetime] = {}     # when the use of a token was noted
         self._awake: dict[str, Store] = {}                   # whose files are open, oldest use first
         self._latest: Store | None = None
         self._tried = clock()
@@ -3888,6 +3896,7 @@ class Application:
         with self._configuring:
             before = self.directories
             self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
+            self._troubled = len(self.served) < len(self.directories)
             hashed = tuple(replace(tenant, tokens=tuple(
                 replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
@@ -3978,18 +3987,18 @@ class Application:
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
-        started, owner, directory = time.perf_counter(), None, None
-        with suppress(ScimError):
-            owner = self.owner(requests[0])
-            directory = self.directories.get(owner[0].name) if owner else None
-        if not owner or not isinstance(directory, Directory):
-            return list(map(self.handle, requests))
-        self._wake(owner[0].name, directory)
+        started, owner = time.perf_counter(), None
         try:
+            if not (owner := self.owner(requests[0])):
+                raise unauthorized()
+            tenant, _, directory = owner
+            if isinstance(directory, StoreError):
+                return list(map(self.handle, requests))
+            self._wake(tenant.name, directory)
             with directory.store.writing():
                 responses = [self._answer(replace(request, owner=owner))[0] for request in requests]
-        except sqlite3.DatabaseError as error:
-            responses = [replace(error_response(database_failed(error)), tenant=owner[0].name)] * len(requests)
+        except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
+            responses = [replace(failed(error), tenant=owner[0].name if owner else "")] * len(requests)
         for request, response in zip(requests, responses, strict=True):
             with suppress(Exception):
                 self._note(request, response, owner, time.perf_counter() - started)
@@ -3997,20 +4006,24 @@ class Application:
 
     def is_quick(self, line: bytes) -> bool:
         """Return whether a request, by its first line, is answered in no time."""
-        return LOOKUP.match(line) is not None and not self._ask
+        # A hook, or a tenant whose file is tried again, may take long.
+        return LOOKUP.match(line) is not None and not self._ask and not self._troubled
 
     def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
         lost_its_way = response.status == 404 and not response.route
-        if not (request.path.startswith(BASE_PATH) or lost_its_way) or (
-                request.method == "GET" and "x-console" in request.headers):
-            return                        # reading what the sync did is no part of it
-        if owner:       # of a tenant whose file is no good there is no log; headers would hold the secret
-            self.log.add(Answered(self._clock(), *owner, self.directory(owner[0].name),
-                                  Request(request.method, request.path, request.query, {}, request.body,
-                                          client=request.client, id=request.id), response, seconds))
-        elif response.status == 401:
-            self.log.add_stranger(time_text(self._clock()))
+        # Reading what the sync did is no part of it.
+        logged = (request.path.startswith(BASE_PATH) or lost_its_way) and not (
+            request.method == "GET" and "x-console" in request.headers)
+        if not owner:
+            if logged and response.status == 401:
+                self.log.add_stranger(time_text(self._clock()))
+            return
+        tenant, token, directory = owner
+        if isinstance(directory, Directory):             # else there is no log
+            shown = Request(request.method, request.path, request.query, {}, request.body, client=request.client,
+                            id=request.id)               # without headers, which hold the secret
+            self.log.add(Answered(self._clock(), tenant, token, directory, shown, response, seconds, logged))
 
     def _answer(self, request: Request) -> tuple[Response, Owner | None]:
         owner, route = None, ""
@@ -4032,13 +4045,8 @@ class Application:
                 raise ScimError(404, "", f"{request.path} does not exist")
             methods, route = found
             response = self._dispatch(request, owner, directory, segments, methods)
-        except ScimError as error:
-            response = error_response(error)
-        except sqlite3.DatabaseError as error:             # of the disk or the file
-            response = error_response(database_failed(error))
-        except Exception:                 # noqa: BLE001  a bug of ours must not cut the connection
-            traceback.print_exc()
-            response = error_response(ScimError(500, "", "the server failed; its log says why"))
+        except Exception as error:        # noqa: BLE001  a bug of ours must not cut the connection
+            response = failed(error)
         tenant = owner[0].name if owner and response.status != 401 else ""
         return Response(response.status, response.body, response.headers, tenant, route), owner
 
@@ -4051,33 +4059,28 @@ class Application:
         if request.owner:
             return request.owner
         secret = credentials(request)[1]
-        if not secret or (found := self._tokens.get(digest(secret))) or not self._ask:
-            return found if secret else None
-        try:
-            name = self._ask(secret)
-        except Exception as error:           # noqa: BLE001  its text may hold the secret
-            raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY) from None
-        tenant = self.tenants.get(name) if isinstance(name, str) else None
-        return (tenant, Token("authenticate", "")) if tenant else None
+        found = self._tokens.get(digest(secret)) if secret else None
+        if secret and not found and self._ask:
+            try:
+                name = self._ask(secret)
+            except Exception as error:       # noqa: BLE001  its text may hold the secret
+                raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY) from None
+            tenant = self.tenants.get(name) if isinstance(name, str) else None
+            found = (tenant, Token("authenticate", "")) if tenant else None
+        directory = self.directories.get(found[0].name) if found else None       # None: removed at this moment
+        return (*found, directory) if found and directory else None
 
     def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
         """Return the directory that a request is for, in the name of its token."""
         scheme, now = credentials(request)[0], self._clock()
         if not owner or scheme.lower() != "bearer" or (owner[1].expires and owner[1].expires <= now):
             raise unauthorized()
-        tenant, token = owner[0].name, owner[1].name
-        if not (directory := self.directories.get(tenant)):          # removed at this moment
-            raise unauthorized()
+        tenant, token, directory = owner
         if isinstance(directory, StoreError):
-            directory = self._retried(owner[0], now)
-        used = self._used.get((tenant, token))
-        if not used or now - used > timedelta(minutes=1):
-            self._used[tenant, token] = now
-            with suppress(sqlite3.Error):
-                directory.note_use(token)
+            directory = self._retried(tenant, now)
         if not request.owner:            # a Bulk has the turn to write, which configure() may wait for
-            self._wake(tenant, directory)
-        return directory.acting(token)
+            self._wake(tenant.name, directory)
+        return directory.acting(token.name)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
         """Return the directory of a tenant that could not be opened, tried again now; ScimError 503."""
@@ -4514,8 +4517,8 @@ class Handler:
                     going = step()
                 except ScimError as error:
                     going = self._refuse(error)
-        except Exception:                          # noqa: BLE001  a bug of ours ends no more than this
-            traceback.print_exc()
+        except Exception as error:                 # noqa: BLE001  a bug of ours ends no more than this
+            failed(error)
         if going:
             self.server.rest(self)
         elif going is False:
