@@ -4948,14 +4948,14 @@ class ScimServer(http.server.HTTPServer):
             del self.exchanges[:-MAX_EXCHANGES]
 
     def _handle(self, request: Request, in_turn: bool) -> Response:
-        """Have a request handled; reads that do not wait by intent take turns where they should.
+        """Have a request handled; SCIM's reads take turns where they should.
 
         Threads that compete for the interpreter at each call of SQLite halve what all of them get
         done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn, but
         COSTLY of them at once leave some of the READERS to who leads.
         """
         reads = request.method == "GET" or request.path.endswith("/.search")
-        if not (in_turn and reads) or "wait" in request.query:
+        if not (in_turn and reads and request.path.startswith(BASE_PATH)):
             return self.application.handle(request)
         mine = self._turn.acquire(timeout=TURN_SECONDS)
         try:
