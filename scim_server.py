@@ -1501,7 +1501,7 @@ class Session:
         self._tally(row.type, -1)
 
     def _tally(self, type: str, more: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + ?2", [type, more])
+        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count", [type, more])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
         old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES} for entries in (before, after))
