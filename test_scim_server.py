@@ -3810,6 +3810,18 @@ def test_a_page_by_index_is_what_was_asked_for(
         5, start_index, len(names))
 
 
+def test_a_page_shows_of_each_resource_what_a_get_shows(scim: Scim) -> None:
+    bodies = [*PEOPLE.values(), {"userName": f'"{FAC}":{{"locker_no":"x"}}', "title": f'\\",\\"{ENT}":{{}}\n☃'},
+              {"userName": "{}", "roles": [{"value": f'{{"{FAC}":1}}', "display": ""}], ENT: {"department": "\\"}}]
+    ids = [scim.create("/Users", **body)["id"] for body in bodies]
+    crew = scim.group("Crew", *ids[:3])["id"]
+    scim.group(f'"{ENT}":', crew)
+    for path in ("/Users", "/Groups", "/"):
+        for query in ({}, {"cursor": ""}, {"sortBy": "meta.created", "sortOrder": "descending"}):
+            for one in scim.get(path, **query)["Resources"]:
+                assert one == scim.get(one["meta"]["location"].removeprefix(scim.url))
+
+
 def test_the_primary_or_first_value_is_the_one_to_sort_by(scim: Scim) -> None:
     scim.user("late", emails=[{"value": "a"}, {"value": "z", "primary": True}])
     scim.user("early", emails=[{"value": "b"}, {"value": "y"}])
