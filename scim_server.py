@@ -2458,11 +2458,11 @@ class Directory:
 
     def _adopt_custom_fields(self, session: Session) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        known = dump([[custom.link_name, custom.type.lower()] for custom in self.custom_fields])
-        if session.setting("custom_fields") != known:
+        configured = dump([[custom.link_name, custom.type.lower()] for custom in self.custom_fields])
+        if session.setting("custom_fields") != configured:
             for row in session.holding(FACILIO):
                 self._fitted(row, session)
-            session.set_setting("custom_fields", known)
+            session.set_setting("custom_fields", configured)
 
     def _fitted(self, row: Row, session: Session | None = None) -> Row:
         """Return a row with the custom fields of now where another view of the tenant left others in it."""
@@ -2878,6 +2878,10 @@ class Call:
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
+    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window) -> Page:
+        """Return a window on what matches, Encoded for who makes bytes of it."""
+        return self.directory.search(asked, sorting, window, self.base_url if self.request.encoded else "")
+
     def projected(self, resource: Resource | Encoded) -> Json:
         """Return as much of a resource as the client selected."""
         if isinstance(resource, Encoded):
@@ -3071,7 +3075,7 @@ def list_resources(call: Call) -> Response:
         return list_by_cursor(call, asked, sorting)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.directory.search(asked, sorting, Window(count, start_index - 1), call.base_url * call.request.encoded)
+    page = call.search(asked, sorting, Window(count, start_index - 1))
     return list_response(map(call.projected, page.resources), page.total_results or 0, startIndex=start_index)
 
 
@@ -3081,8 +3085,7 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.directory.search(asked, sorting, Window(count, 0, after, backward),
-                                 call.base_url * call.request.encoded)
+    page = call.search(asked, sorting, Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
     cursors = {}
     # On the side that a walk comes from there is always something; on the other, more says.
@@ -3654,11 +3657,12 @@ class ProvisioningLog(Batches):
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.strangers, self.strange_since = 0, ""       # calls with an unknown token
 
+    def has_room(self, request: Request, response: Response) -> bool:
+        """Return whether a call may be added: of reads that succeeded, which tell least, LOG_READS wait at most."""
+        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
+
     def add(self, call: Answered) -> None:
         """Have a call written, without long bodies and long lists."""
-        if call.request.method == "GET" and call.response.status < 300 and self._items.qsize() >= LOG_READS:
-            self.lost += call.logged
-            return
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
             call = replace(call, response=replace(call.response, body={"Resources": answer["Resources"][:2]}))
@@ -4022,10 +4026,14 @@ class Application:
                 self.log.add_stranger(time_text(self._clock()))
             return
         tenant, token, directory = owner
-        if isinstance(directory, Directory):             # else there is no log
+        if not isinstance(directory, Directory):
+            return                                       # there is no log
+        if self.log.has_room(request, response):
             shown = Request(request.method, request.path, request.query, {}, request.body, client=request.client,
                             id=request.id)               # without headers, which hold the secret
             self.log.add(Answered(self._clock(), tenant, token, directory, shown, response, seconds, logged))
+        else:
+            self.log.lost += logged
 
     def _answer(self, request: Request) -> tuple[Response, Owner | None]:
         owner, route = None, ""
@@ -4493,9 +4501,6 @@ class Fault:
         return error_response(error)
 
 
-NO_FAULT = Fault()
-
-
 @lru_cache(2)
 def http_date(second: int) -> str:
     """Return a time as a Date field has it."""
@@ -4605,12 +4610,12 @@ class Handler:
         if self.server.application.is_quick(line):
             return self.exchange()
         if not SMALL_WRITE.match(line):
-            return self._later(self.exchange)
+            return self.later(self.exchange)
         self.server.unwatch(self)
         self.server.gather(key, self)
         return None
 
-    def _later(self, step: Callable[[], bool | None]) -> bool | None:
+    def later(self, step: Callable[[], bool | None]) -> bool | None:
         """Have another thread take a step, one that may wait."""
         self.server.unwatch(self)
         self.patient = True
@@ -4632,7 +4637,7 @@ class Handler:
     def _refuse(self, error: ScimError) -> bool | None:
         """Answer a request that could not be read, and end."""
         if not self.patient:
-            return self._later(partial(self._refuse, error))
+            return self.later(partial(self._refuse, error))
         self._send(self._request or Request("", "", id=self.server.request_id("")), error_response(error), last=True)
         self.peer.linger()
         return False
@@ -4644,7 +4649,7 @@ class Handler:
         octets = "\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None]
         try:
             if not self.patient and (octets := self.peer.send_now(octets)):
-                return self._later(partial(self._send_rest, octets, not last))
+                return self.later(partial(self._send_rest, octets, not last))
             self.peer.send(octets)
         finally:
             self.server.note(request, response, time.perf_counter() - self._started, len(body))
@@ -4748,9 +4753,8 @@ class ScimServer(http.server.HTTPServer):
     def rest(self, handler: Handler) -> None:
         """Have a connection watched for its next request, or that answered where it has come already."""
         if handler.peer.octets:
-            self.unwatch(handler)
-            handler.peer.state, handler.patient = IDLE, True
-            self.leave(partial(handler.run, handler.exchange))
+            handler.peer.state = IDLE
+            handler.later(handler.exchange)
             return
         with self._changed:
             if not self.stopping.is_set():
@@ -4938,16 +4942,19 @@ class ScimServer(http.server.HTTPServer):
 
     def answer(self, request: Request, in_turn: bool = False) -> tuple[Response, bool]:
         """Return the answer to a request, and whether it is to be cut; faults come first."""
-        fault = NO_FAULT
-        if self.faults:
-            with self._changed:
-                fault = next((one for one in self.faults if one.meets(request)), NO_FAULT)
-                fault.times -= 1
-        if fault.delay:
+        fault = self._fault(request) if self.faults else None
+        if fault and fault.delay:
             self.stopping.wait(fault.delay)
-        response = fault.response() if fault.status else self._handle(request, in_turn)
+        response = fault.response() if fault and fault.status else self._handle(request, in_turn)
         self._keep(request, response)
-        return response, fault.cut
+        return response, fault is not None and fault.cut
+
+    def _fault(self, request: Request) -> Fault | None:
+        """Return the fault that a request meets, counted."""
+        with self._changed:
+            if fault := next((one for one in self.faults if one.meets(request)), None):
+                fault.times -= 1
+        return fault
 
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
