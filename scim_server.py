@@ -85,7 +85,8 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any, NamedTuple, TextIO
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -1364,8 +1365,7 @@ def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
     return damaged(path, str(error))
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A stored resource, by the columns of its table: body and hidden are JSON text."""
 
     seq: int
@@ -1378,9 +1378,9 @@ class Row:
     modified: str
     member_count: int
 
-    @cached_property
+    @property
     def attributes(self) -> Resource:
-        """The body as a resource, canonical but for what is computed."""
+        """The body as a resource, read anew: canonical but for what is computed."""
         return load(self.body)               # type: ignore[no-any-return]
 
 
@@ -1392,8 +1392,7 @@ class Sorting:
     descending: bool = False
 
 
-@dataclass(frozen=True)
-class Position:
+class Position(NamedTuple):
     """Where a resource stands in a sorted query: those without a value (missing 1) come last."""
 
     missing: int
@@ -1424,8 +1423,7 @@ class Change:
     attributes: list[str]         # the names changed
 
 
-@dataclass(frozen=True)
-class EmployeeRow:
+class EmployeeRow(NamedTuple):
     """A stored employee, by the columns of its table, and the manager's employee id where known."""
 
     id: int
@@ -1459,9 +1457,10 @@ class Session:
     def put(self, row: Row | EmployeeRow) -> int:
         """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
         table = "resource" if isinstance(row, Row) else "employee"
-        key, *names = [column.name for column in fields(row) if column.name != "manager"]
-        values = [dump(value) if isinstance(value := getattr(row, name), dict) else value for name in names]
-        if number := getattr(row, key):
+        (key, number), *columns = [column for column in row._asdict().items() if column[0] != "manager"]
+        names = [name for name, _ in columns]
+        values = [dump(value) if isinstance(value, dict) else value for _, value in columns]
+        if number:
             self.run(f"UPDATE {table} SET {' = ?, '.join(names)} = ? WHERE {key} = ?", [*values, number])
             return int(number)
         marks = ", ".join("?" * len(names))
@@ -1519,31 +1518,34 @@ class Session:
         return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
 
     def page(self, filters: Filters, sorting: Sorting | None, window: Window) -> list[tuple[int, str, Row]]:
-        """Return the resources of a window on those that match, each behind missing and key of its position."""
-        descending = sorting is not None and sorting.descending
-        sql, parameters = self._positions(sorting, window.after, descending != window.backward, filters)
+        """Return a window on what matches, and one more where there is; each behind missing and key of its position."""
+        descending = (sorting is not None and sorting.descending) != window.backward
+        flat = not sorting and not window.offset         # what is skipped is not worth a look at its resource
+        sql, parameters = self._positions(sorting, window.after, descending, filters, "resource.*" if flat else "seq")
+        sql += " LIMIT ? OFFSET ?"
+        if not flat:
+            sql = f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) {ORDER[descending]}"
         try:
-            found = self.run(f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?) "
-                             f"JOIN resource USING (seq) {ORDER[descending]}",
-                             [*parameters, window.count, window.offset])
+            found = self.run(sql, [*parameters, window.count + 1, window.offset]).fetchall()
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        return [(missing, key, Row(*row)) for missing, key, *row in found]
+        return [(missing, key, Row(*row)) for missing, key, *row in (found[::-1] if window.backward else found)]
 
     def _condition(self, filters: Filters) -> Sql:
         terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
         return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
                 [value for type, _, parameters in terms for value in (type, *parameters)])
 
-    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters) -> Sql:
+    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters,
+                   columns: str) -> Sql:
         # A sort is a walk along the index, then those without a value: they come last in ascending
         # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
         missing = int(sorting is not None)
         bound, bounds = bound_sql(missing, "seq", after, descending)
-        rest = f"SELECT {missing} AS missing, '' AS key, seq FROM resource WHERE {condition} AND {bound}"
+        rest = f"SELECT {missing} AS missing, '' AS key, {columns} FROM resource WHERE {condition} AND {bound}"
         if not sorting:
             return f"{rest} ORDER BY seq{' DESC' * descending}", [*parameters, *bounds]
         source, path = entries_of(sorting.target.attribute)
@@ -1863,9 +1865,10 @@ class Store:
             except IndexError:
                 connection = self._connect()
             try:
-                with self._transaction(connection) as session:
-                    yield session
+                connection.execute("BEGIN")
+                yield Session(connection)
             finally:
+                connection.rollback()                    # which there is nothing of but the view
                 self._idle.append(connection)
                 if self.resting:
                     self._let_go()
@@ -2025,8 +2028,7 @@ WHOLE = Selection()
 MEMBERLESS = Selection(unwanted={"members": None})
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """The answer to a query: how many resources match in all, and those of the window asked for."""
 
     total_results: int | None     # None behind a position: counting again would cost more than the page
@@ -2036,8 +2038,7 @@ class Page:
     more: bool = False                           # whether resources follow on its far side
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent."""
 
     if_match: str = ""
@@ -2129,10 +2130,10 @@ class Directory:
         row = Row(0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0)
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
-            row = replace(row, seq=session.save(row, (), row_entries(resource_type, row)))
+            row = row._replace(seq=session.save(row, (), row_entries(resource_type, row)))
             self._record(session, row, {}, accepted)
             if count := self._link(session, row, {}, accepted)[0]:
-                row = replace(row, member_count=count)
+                row = row._replace(member_count=count)
                 session.put(row)
             return self._complete(session, row)
 
@@ -2160,7 +2161,7 @@ class Directory:
         # With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
         filters = {name: filter for name, (filter, _) in asked.items()}
         with self.store.reading() as session:
-            found = session.page(filters, sorting, replace(window, count=window.count + 1))
+            found = session.page(filters, sorting, window)
             total = None if window.after else len(found) + window.offset
             if more := len(found) > window.count:
                 del found[0 if window.backward else -1]
@@ -2351,7 +2352,7 @@ class Directory:
                 user.get("active", known.active if known else True),     # taken away, it tells nothing
                 manager, now, employee_record(user)))
         elif known:
-            self._save_employee(session, known, replace(known, provisioned=False, active=False, changed=now))
+            self._save_employee(session, known, known._replace(provisioned=False, active=False, changed=now))
 
     def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
         """Store an employee that changed, and note what did."""
@@ -2425,17 +2426,18 @@ class Directory:
         self._check_unique(session, row, after)
         balance, changed = self._link(session, row, before, after)
         attributes = stored(after)
-        if attributes == row.attributes and not changed:
+        differs = attributes != row.attributes
+        if not differs and not changed:
             return row
         saved = self._touch(session, row, dump(attributes), row.member_count + balance)
-        if attributes != row.attributes:
+        if differs:
             self._record(session, row, before, after)
         return saved
 
     def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
         resource_type = self.resource_types[row.type]
-        changed = replace(row, body=body, revision=row.revision + 1, member_count=member_count,
+        changed = row._replace(body=body, revision=row.revision + 1, member_count=member_count,
                           modified=time_text(self.clock()))
         session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
@@ -2482,7 +2484,7 @@ class Directory:
         if (visible, hidden) == (found, earlier):
             return row
         body = {name: value for name, value in row.attributes.items() if name != FACILIO}
-        fitted = replace(row, body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
+        fitted = row._replace(body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
                          revision=row.revision + 1)
         if session:      # one that writes; the index holds what that view wrote, by types that the values show
             written = resource_types(tuple(CustomField(name, KINDS[type(value)])
@@ -2494,7 +2496,7 @@ class Directory:
     def _adopt_users(self, session: Session) -> None:
         """Make the employees of users that an older version stored without them."""
         if not session.setting("employees"):
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(-1)):
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(2 ** 62)):
                 self._employ(session, row.id, row.attributes)
             session.set_setting("employees", "made")
 
@@ -2533,7 +2535,8 @@ def stored(resource: Resource) -> Resource:
 
 def revived(resource_type: ResourceType, row: Row, computed: Resource | None = None) -> Resource:
     """Return the resource of a row, without memberships and version where they are not computed."""
-    return {"schemas": schemas_of(resource_type, row.attributes), "id": row.id, **row.attributes,
+    attributes = row.attributes
+    return {"schemas": schemas_of(resource_type, attributes), "id": row.id, **attributes,
             **(computed or {"meta": meta_of(row)})}
 
 
@@ -2817,16 +2820,16 @@ unauthorized = partial(           # whatever is wrong with a bearer token
     ScimError, 401, "", "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
     "application", {"WWW-Authenticate": 'Bearer realm="scim"'})
 Owner = tuple[Tenant, Token, Directory | StoreError]      # of a request
+NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(NamedTuple):
     """A request: header names in lower case; path and query as they stood in the target."""
 
     method: str
     path: str
     query: str = ""
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = NO_HEADERS
     body: bytes | Json = b""           # Bulk hands in JSON that was read already
     scheme: str = "http"               # and host: how the client named this server
     host: str = "localhost"
@@ -2837,19 +2840,17 @@ class Request:
     encoded: bool = False              # whether resources in the answer may be Encoded, for who makes bytes of them
 
 
-@dataclass(frozen=True)
-class Response:
+class Response(NamedTuple):
     """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it."""
 
     status: int
     body: Json = None                  # None is no body; another is application/scim+json unless headers say
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = NO_HEADERS
     tenant: str = ""                   # for the logs: whose request it was, and for what route
     route: str = ""
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A request on its way to an operation: whose directory, what of it, and how it was asked."""
 
     request: Request
@@ -3040,7 +3041,7 @@ def get_resource(call: Call) -> Response:
     found = call.directory.get(call.resource_type, call.id, call.selection(call.resource_type))
     version = found["meta"]["version"]
     if call.condition.if_match:
-        replace(call.condition, if_none_match="").check(version)
+        call.condition._replace(if_none_match="").check(version)
     if call.condition.excludes(version):
         return Response(304, headers={"ETag": version})
     return call.answer(found)
@@ -3144,7 +3145,7 @@ def search_resources(call: Call) -> Response:
             raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
         if names:
             parameters[name] = ",".join(map(str, names))
-    return list_resources(replace(call, parameters=parameters))
+    return list_resources(call._replace(parameters=parameters))
 
 
 def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
@@ -3279,8 +3280,8 @@ class Bulk:
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         if operation.version:
             headers["if-match"] = operation.version
-        return self.call.application.handle(replace(
-            request, method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
+        return self.call.application.handle(request._replace(
+            method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
             headers=headers, owner=self.call.owner,
             body=resolved(operation.data, self.ids) if operation.references else operation.data))
 
@@ -3665,9 +3666,9 @@ class ProvisioningLog(Batches):
         """Have a call written, without long bodies and long lists."""
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            call = replace(call, response=replace(call.response, body={"Resources": answer["Resources"][:2]}))
+            call = replace(call, response=call.response._replace(body={"Resources": answer["Resources"][:2]}))
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
-            call = replace(call, request=replace(call.request, body=b""))
+            call = replace(call, request=call.request._replace(body=b""))
         super().add(call)
 
     def add_stranger(self, at: str) -> None:
@@ -4003,9 +4004,9 @@ class Application:
             if isinstance(directory := owner[2], StoreError):
                 return list(map(self.handle, requests))
             with directory.store.writing():
-                responses = [self._answer(replace(request, owner=owner))[0] for request in requests]
+                responses = [self._answer(request._replace(owner=owner))[0] for request in requests]
         except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
-            responses = [replace(failed(error), tenant=owner[0].name if owner else "")] * len(requests)
+            responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(requests)
         for request, response in zip(requests, responses, strict=True):
             with suppress(Exception):
                 self._note(request, response, owner, time.perf_counter() - started)
@@ -4040,9 +4041,9 @@ class Application:
         try:
             segments = [unquote(part) if "%" in part else part for part in request.path.split("/") if part]
             if public := PUBLIC.get(path := "/".join(segments)):
-                return replace(public(self, request), route=f"/{path}"), None
+                return public(self, request)._replace(route=f"/{path}"), None
             if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
-                return replace(page_response(self.page), route="/"), None
+                return page_response(self.page)._replace(route="/"), None
             owner = self.owner(request)
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
@@ -4563,7 +4564,7 @@ class Handler:
             method, target, self._minor_version, headers = read_head(self.peer)
             self._request = request = self.server.located(method, target, headers, self.client)
             if body := self._body(request):
-                request = replace(request, body=body)
+                request = request._replace(body=body)
         except TimeoutError:
             raise ScimError(408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
                                      f"its body at {SLOWEST} octets a second") from None
@@ -4959,7 +4960,7 @@ class ScimServer(http.server.HTTPServer):
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
             if isinstance(response.body, dict):
-                response = replace(response, body=load(text_of_body(response.body)))
+                response = response._replace(body=load(text_of_body(response.body)))
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
 
@@ -5000,7 +5001,7 @@ class WsgiApplication:
         """Answer a request."""
         request = self._request(environ)
         try:
-            response = self.application.handle(replace(request, body=self._body(environ, request)))
+            response = self.application.handle(request._replace(body=self._body(environ, request)))
         except ScimError as error:
             response = error_response(error)
         status, fields, body = wire_form(response, request)
