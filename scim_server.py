@@ -981,7 +981,15 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
     if not isinstance(items := lower_names(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
-    return [operation for item in items for operation in parse_operation(resource_type, item)]
+    return list(joined(operation for item in items for operation in parse_operation(resource_type, item)))
+
+
+def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Yield operations, those as one that add to or remove from the same attribute one after the other."""
+    # Okta and Entra name members one by one: thousands of steps through all of a group.
+    for (op, path, many), run in itertools.groupby(
+            operations, lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list))):
+        yield from [Operation(op, path, [value for one in run for value in one.value], True)] if many else run
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1026,6 +1034,10 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     if read_only := path.read_only:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
+    match path:
+        case PatchPath((_,), Compare(Target((sub,)), "eq", _, id), None) \
+                if op == "remove" and attribute.linked and sub is attribute.value_attribute:
+            path, value = PatchPath(path.attributes), [{"value": id}]
     if value == "" and attribute is (holder := path.attributes[-2:][0]).value_attribute \
             and not holder.multi_valued:           # a manager's empty value clears the manager
         path, attribute = PatchPath(path.attributes[:-1]), holder
@@ -1052,17 +1064,10 @@ def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[
     # With them a change of membership costs what it changes, however large the group is.
     named: set[str] = set()
     for operation in operations:
-        if operation.path.attributes[0] is not attribute:
-            continue
-        match operation:
-            case Operation("add", PatchPath((_,), None, None), values) \
-                    | Operation("remove", PatchPath((_,), None, None), values, True):
-                named.update(value["value"] for value in values or ())
-            case Operation("remove", PatchPath((_,), Compare(Target((sub,)), "eq", _, value), None)) \
-                    if sub is attribute.value_attribute:
-                named.add(value)
-            case _:
-                return None
+        if operation.path == PatchPath((attribute,)) and operation.op != "replace" and operation.given:
+            named.update(value["value"] for value in operation.value or ())
+        elif operation.path.attributes[0] is attribute:
+            return None
     return named
 
 
@@ -4108,12 +4113,13 @@ class Application:
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
         """Return the directory of a tenant that could not be opened, tried again now; ScimError 503."""
-        found = self.directories[tenant.name]
+        found = self.directories.get(tenant.name)
         if now - self._tried > timedelta(seconds=RETRY_SECONDS):
             with self._configuring:
                 self._tried = now
-                found = self.directories[tenant.name] = self._open(self.config, tenant)
-        if isinstance(found, StoreError):
+                if known := self.tenants.get(tenant.name):           # else it was removed meanwhile
+                    found = self.directories[tenant.name] = self._open(self.config, known)
+        if not isinstance(found, Directory):
             raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why", RETRY)
         return found
 

@@ -61,7 +61,7 @@ CONFIG = {"tenants": [
 
 FIELDS = scim_server.parse_config(CONFIG).tenants[0].custom_fields
 TYPES = scim_server.resource_types(FIELDS)
-USER_TYPE = TYPES["User"]
+USER_TYPE, GROUP_TYPE = TYPES["User"], TYPES["Group"]
 
 # No test waits for ever for an answer.
 requests.Session.request = functools.partialmethod(requests.Session.request, timeout=60)  # type: ignore
@@ -535,6 +535,18 @@ def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any)
         schemas = [USER, *(urn for urn in (ENT, FAC) if urn in after)]
         assert patched == {"schemas": schemas, "userName": "tom", **after}
     assert json.dumps(resource) == original
+
+
+def test_members_that_are_named_one_by_one_are_taken_together() -> None:
+    before = {"displayName": "all", "members": [{"value": id} for id in "abcd"]}
+    parsed = scim_server.parse_operations(GROUP_TYPE, {"Operations": [
+        remove('members[value eq "a"]'), remove("members", [{"value": "b"}]), add("members", [{"value": "e"}]),
+        add("members", {"value": "a"}), remove('members[value eq "e"]'), put("members", [{"value": "x"}]),
+        put("members", [{"value": "y"}]), add("members", [{"value": "z"}])]})
+    assert [one.op for one in parsed] == ["remove", "add", "remove", "replace", "replace", "add"]
+    steps = [scim_server.apply_patch(GROUP_TYPE, before, parsed[:end]) for end in range(1, len(parsed) + 1)]
+    assert ["".join(one["value"] for one in step["members"]) for step in steps] == [
+        "cd", "cdea", "cda", "x", "y", "yz"]
 
 
 def test_an_unknown_link_name_in_a_path_lists_the_link_names_of_the_tenant(scim: Scim) -> None:
