@@ -1035,8 +1035,8 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
     match path:
-        case PatchPath((_,), Compare(Target((sub,)), "eq", _, id), None) \
-                if op == "remove" and attribute.linked and sub is attribute.value_attribute:
+        case PatchPath((_,), Compare(Target((by,)), "eq", _, id), None) \
+                if op == "remove" and attribute.linked and by is attribute.value_attribute:
             path, value = PatchPath(path.attributes), [{"value": id}]
     if value == "" and attribute is (holder := path.attributes[-2:][0]).value_attribute \
             and not holder.multi_valued:           # a manager's empty value clears the manager
