@@ -303,6 +303,7 @@ class Schema:
 
 
 computed = partial(Attribute, mutability="readOnly")
+MEMBERSHIPS = ("groups", "members")                     # the linked attributes
 EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
@@ -330,11 +331,6 @@ class ResourceType:
         extensions = [Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions]
         attributes = (*COMMON, *self.schema.attributes, *extensions, META)
         object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
-
-    @cached_property
-    def linked(self) -> tuple[str, ...]:
-        """The names of its attributes that are memberships."""
-        return tuple(sub.name for sub in self.root.sub_attributes if sub.linked)
 
     def location(self, base_url: str, id: str) -> str:
         """Return the URL of a resource."""
@@ -924,16 +920,16 @@ def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted:
     return selected
 
 
-def absolute(linked: Resource, base_url: str) -> Resource:
-    """Return memberships with absolute URLs."""
-    return {name: [{**item, "$ref": base_url + item["$ref"]} for item in items] for name, items in linked.items()}
+def memberships(resource: Resource, base_url: str) -> Resource:
+    """Return the groups or members of a resource, with absolute URLs."""
+    return {name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
+            for name in MEMBERSHIPS if name in resource}
 
 
 def project(resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str) -> Resource:
     """Return what a client gets to see of a resource, with absolute URLs below base_url."""
     location = resource_type.location(base_url, resource["id"])
-    linked = {name: resource[name] for name in resource_type.linked if name in resource}
-    resource = {**resource, "meta": {**resource["meta"], "location": location}, **absolute(linked, base_url)}
+    resource = {**resource, "meta": {**resource["meta"], "location": location}, **memberships(resource, base_url)}
     if selection.wanted is None and not selection.unwanted:
         return resource
     return select(resource_type.root, resource, selection.wanted, selection.unwanted)
@@ -989,7 +985,10 @@ def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
     # Okta and Entra name members one by one: thousands of steps through all of a group.
     for (op, path, many), run in itertools.groupby(
             operations, lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list))):
-        yield from [Operation(op, path, [value for one in run for value in one.value], True)] if many else run
+        if many:
+            yield Operation(op, path, [value for one in run for value in one.value], True)
+        else:
+            yield from run
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1062,13 +1061,9 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
 def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[str] | None:
     """Return the ids in a linked attribute that operations can touch; None where it may be any."""
     # With them a change of membership costs what it changes, however large the group is.
-    named: set[str] = set()
-    for operation in operations:
-        if operation.path == PatchPath((attribute,)) and operation.op != "replace" and operation.given:
-            named.update(value["value"] for value in operation.value or ())
-        elif operation.path.attributes[0] is attribute:
-            return None
-    return named
+    asked = [one for one in operations if one.path.attributes[0] is attribute]
+    plain = all(one.path == PatchPath((attribute,)) and one.op != "replace" and one.given for one in asked)
+    return {value["value"] for one in asked for value in one.value or ()} if plain else None
 
 
 def apply_patch(resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]) -> Resource:
@@ -1259,7 +1254,6 @@ LINKED_ENTRIES = {
 }
 
 BUSY_SECONDS = 5                  # how long a write waits for that of another process
-MAX_FORGOTTEN = 1_000             # changes that are too old and go with one write
 MAX_BATCH = 64                    # writes that share a commit
 WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
 WAL_PAGES = 4000                  # written before they are copied: those that all creates change but once
@@ -1401,8 +1395,7 @@ class Row(NamedTuple):
         return load(self.body)               # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class Sorting:
+class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
     target: Target
@@ -1475,13 +1468,11 @@ class Session:
         """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
         table = "resource" if isinstance(row, Row) else "employee"
         (key, number), *columns = [column for column in row._asdict().items() if column[0] != "manager"]
-        names = [name for name, _ in columns]
         values = [dump(value) if isinstance(value, dict) else value for _, value in columns]
-        if number:
-            self.run(f"UPDATE {table} SET {' = ?, '.join(names)} = ? WHERE {key} = ?", [*values, number])
-            return int(number)
-        marks = ", ".join("?" * len(names))
-        return self.run(f"INSERT INTO {table} ({', '.join(names)}) VALUES ({marks})", values).lastrowid or 0
+        changes = ", ".join(f"{name} = excluded.{name}" for name, _ in columns)
+        sql = f"INSERT INTO {table} VALUES (?{', ?' * len(values)}) ON CONFLICT ({key}) DO UPDATE SET {changes}"
+        new = self.run(sql, [number or None, *values]).lastrowid
+        return number or new or 0
 
     # -- Resources --
 
@@ -1640,13 +1631,12 @@ class Session:
 
     # -- Changes --
 
-    def log(self, changes: Iterable[tuple[str, ...]], keep: int, older_than: str) -> None:
-        """Append rows to the change feed, numbered here; forget all but so many, and those before a time."""
+    def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
+        """Append rows to the change feed, numbered here; forget those beyond so many, and those before a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
-        self.run("DELETE FROM change WHERE seq <= (SELECT max(seq) FROM change) - ?", [keep])
-        oldest = self.run("SELECT seq, at FROM change ORDER BY seq LIMIT 1").fetchone()
-        if oldest and oldest[1] < older_than:            # times rise with the numbers
-            self.run("DELETE FROM change WHERE at < ? AND seq < ?", [older_than, oldest[0] + MAX_FORGOTTEN])
+        # Two for each that comes: whatever there is to forget, no write waits for it.
+        self.run("DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
+                 "(seq <= (SELECT max(seq) FROM change) - ? OR at < ?)", [2 * len(changes), keep, older_than])
 
     def changes(self, after: int, count: int) -> list[Change]:
         """Return the changes behind one, as many as count."""
@@ -2418,11 +2408,11 @@ class Directory:
         version, linked = self._linked(session, row, groups=groups)
         schemas = '","'.join([resource_type.schema.id,
                               *[one.id for one in resource_type.extensions if member_at(row.body, one.id)]])
-        memberships = dump(absolute(linked, base_url))[1:-1] + "," if linked else ""
+        joined = dump(memberships(linked, base_url))[1:-1] + "," if linked else ""
         return Encoded(
             f'{{"schemas":["{schemas}"],"id":{dump(row.id)},"meta":{{"resourceType":"{row.type}",'
             f'"created":"{row.created}","lastModified":"{row.modified}","version":{dump(version)},'
-            f'"location":{dump(resource_type.location(base_url, row.id))}}},{memberships}{row.body[1:]}')
+            f'"location":{dump(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}')
 
     def _linked(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
                 groups: Mapping[int, list[Resource]] | None = None) -> tuple[str, Resource]:
@@ -2553,7 +2543,7 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
 
 def stored(resource: Resource) -> Resource:
     """Return the part of a resource that is kept in its row's body."""
-    made_anew = ("schemas", "id", "meta", "groups", "members")
+    made_anew = ("schemas", "id", "meta", *MEMBERSHIPS)
     return {name: value for name, value in resource.items() if name not in made_anew}
 
 
@@ -3184,8 +3174,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 BULK_ID = re.compile(r"bulkId:(\S+)")           # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
 
 
-@dataclass(frozen=True)
-class BulkOperation:
+class BulkOperation(NamedTuple):
     """One operation of a bulk request: a method, an endpoint, an id below it or "", its data."""
 
     method: str
@@ -4239,11 +4228,7 @@ class Connection:
 
     def allow(self, seconds: float, pace: float = 0) -> None:
         """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self._deadline, self._pace = time.monotonic() + seconds, pace
-
-    def is_late(self) -> bool:
-        """Return whether the deadline is over."""
-        return time.monotonic() > self._deadline
+        self.deadline, self._pace = time.monotonic() + seconds, pace
 
     def is_unread(self) -> bool:
         """Return whether octets have come that nobody has read yet."""
@@ -4254,7 +4239,7 @@ class Connection:
     def fill(self, flags: int = 0) -> None:
         """Take in octets; EOFError at their end. With flags of recv() BlockingIOError where none have come."""
         if not flags:
-            self._limit(socket.SO_RCVTIMEO, self._deadline)
+            self._limit(socket.SO_RCVTIMEO, self.deadline)
         try:
             came = self.socket.recv(RECEIVED, flags)
         except BlockingIOError as error:
@@ -4262,7 +4247,7 @@ class Connection:
         if not came:
             raise EOFError
         self.octets += came
-        self._deadline += len(came) * self._pace
+        self.deadline += len(came) * self._pace
 
     def until(self, mark: bytes, limit: int, status: int, detail: str) -> bytes:
         """Return the octets up to a mark and with it; ScimError of that status if they are more than the limit."""
@@ -4471,7 +4456,7 @@ def text_of_body(body: Json) -> str:
     """Return the text of an answer's body; in a list, Encoded resources go out as they are."""
     if isinstance(body, str):
         return body
-    if not isinstance(body, dict) or not any(isinstance(one, Encoded) for one in body.get("Resources", ())):
+    if not isinstance(body, dict) or "Resources" not in body:
         return dump(body)
     texts = ",".join(one if isinstance(one, Encoded) else dump(one) for one in body["Resources"])
     return f'{dump({**body, "Resources": []})[:-2]}{texts}]}}'
@@ -4489,8 +4474,7 @@ def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str
     return status, fields, b"" if request.method == "HEAD" else body
 
 
-@dataclass(frozen=True)
-class Exchange:
+class Exchange(NamedTuple):
     """A request and its answer, as a test of a client looks at them."""
 
     request: Request
@@ -4559,13 +4543,41 @@ class Handler:
         elif going is False:
             self.server.close(self)
 
-    def serve(self) -> None:
+    def serve(self) -> bool:
         """Serve a connection that cannot be watched, in a thread of its own."""
-        self.run(self._serve)
+        if self.server.tls:
+            tls = self.server.tls.context().wrap_socket(
+                self.peer.socket, server_side=True, do_handshake_on_connect=False)
+            self.peer.socket = tls                       # which can be ended from here on
+            tls.settimeout(HEAD_SECONDS)                 # of the whole handshake
+            tls.do_handshake()
+        going: bool | None = True
+        while going and not self.server.stopping.is_set():
+            self.peer.state = IDLE
+            self.peer.allow(IDLE_SECONDS)
+            self.peer.fill()
+            going = self.exchange()
+        return False
 
-    def ready(self) -> None:
+    def take(self) -> bool | None:
         """Take what has come, in the thread that leads: it answers what is quick, and waits for nothing."""
-        self.run(self._take)
+        try:
+            self.peer.fill(DONT_WAIT)
+        except BlockingIOError:
+            return True
+        self.peer.state = READING
+        line, key = arrived(self.peer.octets) or (b"", b"")
+        if line:
+            self.server.begin(self.peer)                 # it came whole, and makes room for nobody
+        if self.server.faults:                           # whose delay is for those it meets alone
+            line = b""
+        if self.server.application.is_quick(line):
+            return self.exchange()
+        if not SMALL_WRITE.match(line):
+            return self.later(self.exchange)
+        self.server.unwatch(self)
+        self.server.gather(key, self)
+        return None
 
     def exchange(self) -> bool | None:
         """Read a request that has come, or is coming, and have it answered; and others that follow at once."""
@@ -4603,40 +4615,6 @@ class Handler:
         last = (self.server.stopping.is_set() or "close" in options or cut
                 or (self._minor_version == 0 and "keep-alive" not in options))
         return self._send(request, response, last, cut)
-
-    def _serve(self) -> bool:
-        if self.server.tls:
-            tls = self.server.tls.context().wrap_socket(
-                self.peer.socket, server_side=True, do_handshake_on_connect=False)
-            self.peer.socket = tls                       # which can be ended from here on
-            tls.settimeout(HEAD_SECONDS)                 # of the whole handshake
-            tls.do_handshake()
-        going: bool | None = True
-        while going and not self.server.stopping.is_set():
-            self.peer.state = IDLE
-            self.peer.allow(IDLE_SECONDS)
-            self.peer.fill()
-            going = self.exchange()
-        return False
-
-    def _take(self) -> bool | None:
-        try:
-            self.peer.fill(DONT_WAIT)
-        except BlockingIOError:
-            return True
-        self.peer.state = READING
-        line, key = arrived(self.peer.octets) or (b"", b"")
-        if line:
-            self.server.begin(self.peer)                 # it came whole, and makes room for nobody
-        if self.server.faults:                           # whose delay is for those it meets alone
-            line = b""
-        if self.server.application.is_quick(line):
-            return self.exchange()
-        if not SMALL_WRITE.match(line):
-            return self.later(self.exchange)
-        self.server.unwatch(self)
-        self.server.gather(key, self)
-        return None
 
     def later(self, step: Callable[[], bool | None]) -> bool | None:
         """Have another thread take a step, one that may wait."""
@@ -4767,7 +4745,7 @@ class ScimServer(http.server.HTTPServer):
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         try:
             if self.tls or not WATCHES:
-                threading.Thread(target=handler.serve, daemon=True).start()
+                threading.Thread(target=handler.run, args=(handler.serve,), daemon=True).start()
             else:
                 self.rest(handler)
         except RuntimeError:                             # there can be no more threads
@@ -4785,7 +4763,7 @@ class ScimServer(http.server.HTTPServer):
                 handler.peer.allow(IDLE_SECONDS)
                 if not handler.watched:
                     handler.watched = True
-                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, handler.ready)
+                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, partial(handler.run, handler.take))
                 return
         self.close(handler)
 
@@ -4909,7 +4887,7 @@ class ScimServer(http.server.HTTPServer):
                 self._swept = now
                 with self._changed:
                     for peer in self.connections.values():
-                        if peer.state == IDLE and peer.is_late():
+                        if peer.state == IDLE and peer.deadline < now:
                             peer.end(socket.SHUT_RDWR)   # which who watches it sees
         return self._tasks.popleft() if self._tasks else None
 
@@ -4931,10 +4909,8 @@ class ScimServer(http.server.HTTPServer):
     def _gathered(self, key: bytes) -> list[Handler]:
         """Return writes to answer together; where there are none, the next one begins another task."""
         with self._changed:
-            handlers = self._writes[key]
-            self._writes[key] = handlers[MAX_BATCH:]
-            if not handlers:
-                del self._writes[key]
+            if handlers := self._writes.pop(key):
+                self._writes[key] = handlers[MAX_BATCH:]
         return handlers[:MAX_BATCH]
 
     # -- Requests --
