@@ -114,6 +114,7 @@ MAX_COUNT = 1_000                 # and at the most
 MAX_ANSWERED_MEMBERS = 1_000      # a PATCH of a larger group answers 204: it costs what it changes
 MAX_FILTER_LENGTH = 8 * 1024      # characters
 MAX_FILTER_DEPTH = 50
+MAX_DETAIL = 4_000                # characters of an error's detail
 MAX_TEXT = 64 * 1024              # characters of a value
 MAX_VALUES = 1_000                # of an attribute; members are bounded by the body alone
 MAX_DEPTH = 50                    # of objects and lists in a body
@@ -145,7 +146,8 @@ class ScimError(Exception):
 
     def __init__(self, status: int, scim_type: str, detail: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(detail)
-        self.status, self.scim_type, self.detail, self.headers = status, scim_type, detail, dict(headers)
+        self.status, self.scim_type, self.headers = status, scim_type, dict(headers)
+        self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[:MAX_DETAIL - 3]}..."
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
@@ -726,6 +728,8 @@ class PatchPath:
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
+    if len(text) > MAX_FILTER_LENGTH:          # which nobody shall keep in a cache
+        raise invalid_path(f"path {shown(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
     if attributes is None:
@@ -985,10 +989,8 @@ def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
     # Okta and Entra name members one by one: thousands of steps through all of a group.
     for (op, path, many), run in itertools.groupby(
             operations, lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list))):
-        if many:
-            yield Operation(op, path, [value for one in run for value in one.value], True)
-        else:
-            yield from run
+        steps = list(run)
+        yield from [Operation(op, path, [value for one in steps for value in one.value], True)] if many else steps
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1018,7 +1020,7 @@ def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator
     # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
     # A misspelt custom field is an error as in a path, so that the administrator sees it.
     for name, one in value.items():
-        plain = name.partition("[")[0].strip()
+        plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
         if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
             continue
         path = parse_path(name, resource_type)
@@ -1747,7 +1749,7 @@ class Store:
 
     def _connect(self, writer: bool = False) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
-                                     check_same_thread=False, cached_statements=256)
+                                     check_same_thread=False, cached_statements=64)
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         if writer:
@@ -3154,6 +3156,8 @@ def search_resources(call: Call) -> Response:
             raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
         if names:
             parameters[name] = ",".join(map(str, names))
+        if len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
+            raise invalid_value(f"{name}: longer than {MAX_FILTER_LENGTH} characters")
     return list_resources(call._replace(parameters=parameters))
 
 
@@ -3380,7 +3384,7 @@ def list_changes(call: Call) -> Response:
 LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
 LOG_READS = 50                    # the same of reads that succeeded, which tell least
 LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
-LOGGED_BODY = 32 * 1024           # octets; a longer body is not looked into
+LOGGED_BODY, LOGGED_PATH = 32 * 1024, 200     # octets; a longer body is not looked into; characters
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
 Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -3465,7 +3469,7 @@ class Answered:
 
 
 def sent_values(body: Json) -> Iterator[Sent]:
-    """Yield what the body of a write says; the attributes of an extension one by one."""
+    """Yield what the body of a write says, paths cut to LOGGED_PATH; the attributes of an extension one by one."""
     found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
     steps = found.get("operations", [{"op": "add", "value": body}])
     for item in steps if isinstance(steps, list) else []:
@@ -3474,9 +3478,9 @@ def sent_values(body: Json) -> Iterator[Sent]:
         pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
         for name, one in pairs:
             if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(one, dict):
-                yield from ((op, f"{name}:{sub}", inner) for sub, inner in one.items())
+                yield from ((op, f"{name}:{sub}"[:LOGGED_PATH], inner) for sub, inner in one.items())
             elif name.lower() not in ("schemas", "id", "meta"):
-                yield op, name, one
+                yield op, name[:LOGGED_PATH], one
 
 
 def member_ids(path: str, value: Json) -> list[str]:
@@ -3590,7 +3594,7 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     entry = {"at": time_text(call.instant), "token": call.token.name, "operation": in_words(call, sent),
              "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status, "id": request.id,
              "milliseconds": round(call.seconds * 1000, 1), "method": request.method, "path": request.path[:500],
-             "client": request.client, "attributes": list(dict.fromkeys(path[:200] for _, path, _ in sent))[:50],
+             "client": request.client, "attributes": list(dict.fromkeys(path for _, path, _ in sent))[:50],
              "detail": notes[0][4:] if refused else "", "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
@@ -4007,11 +4011,10 @@ class Application:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
         started, owner = time.perf_counter(), None
         try:
-            if not (owner := self.owner(requests[0])):
-                raise unauthorized()
-            if isinstance(directory := owner[2], StoreError):
+            owner = self.owner(requests[0])
+            if not owner or not isinstance(owner[2], Directory):
                 return list(map(self.handle, requests))
-            with directory.store.writing():
+            with owner[2].store.writing():
                 responses = [self._answer(request._replace(owner=owner))[0] for request in requests]
         except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
             responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(requests)
@@ -4143,11 +4146,6 @@ class Application:
 
 # -- For the operator: no tenant's token, and nothing of a tenant --------------------
 
-def get_health(application: Application, request: Request) -> Response:
-    """Answer GET /healthz: the process is up."""
-    return plain_response("ok\n", "text/plain")
-
-
 def get_readiness(application: Application, request: Request) -> Response:
     """Answer GET /readyz: the database of each tenant answers."""
     served = application.served
@@ -4168,7 +4166,8 @@ def get_metrics(application: Application, request: Request) -> Response:
     return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
 
-PUBLIC = {"healthz": get_health, "readyz": get_readiness, "metrics": get_metrics}
+PUBLIC = {"healthz": lambda application, request: plain_response("ok\n", "text/plain"),        # the process is up
+          "readyz": get_readiness, "metrics": get_metrics}
 
 
 # ----------------------------------------------------------------------------

@@ -537,6 +537,19 @@ def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any)
     assert json.dumps(resource) == original
 
 
+def test_names_of_any_length_are_refused_in_few_words_and_kept_nowhere(scim: Scim, console: Scim) -> None:
+    path, long = f"/Users/{scim.user('ada')['id']}", "x" * 100_000
+    assert_error(scim.try_patch(path, add(long, "1")), 400, "invalidPath", "path", "longer than 8192")
+    assert_error(scim.try_patch(path, pathless({f"{FAC}:{long}": "1"}, "add")), 400, "invalidPath", "longer than 8192")
+    assert scim.try_patch(path, pathless({long: "1"}, "add")).status_code == 200       # as in a body
+    for answer in (scim.try_patch(path, add(f"{FAC}:{long[:8000]}", "1")),
+                   scim.call("POST", "/.search", {long: {}}), scim.call("PUT", path, {long: None, "userName": ""})):
+        assert answer.status_code == 400 and len(answer.json()["detail"]) <= 4000
+    assert_error(scim.call("POST", "/Users/.search", {"attributes": [long]}), 400, "invalidValue", "attributes")
+    scim.call("POST", "/Users", {"userName": "bob", FAC: {long: "1"}})
+    assert max(len(json.dumps(one)) for one in logged(console, 9)) < 20_000
+
+
 def test_members_that_are_named_one_by_one_are_taken_together() -> None:
     before = {"displayName": "all", "members": [{"value": id} for id in "abcd"]}
     parsed = scim_server.parse_operations(GROUP_TYPE, {"Operations": [
