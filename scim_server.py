@@ -190,8 +190,8 @@ def date_time_key(text: str) -> str:
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))   # none means UTC
     try:
         instant += -offset if parts[8] == "+" else offset
-    except OverflowError:
-        raise ValueError(text) from None
+    except OverflowError:            # .NET's first and last instant, elsewhere than in Greenwich
+        instant = datetime.min if parts[8] == "+" else datetime.max.replace(microsecond=0)
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
 
 
@@ -558,9 +558,11 @@ def resolve(name: str, resource_type: ResourceType) -> Bound:
     return None
 
 
-def resolve_below(target: Bound, name: str) -> Bound:
-    """Return the sub-attribute of a target's last attribute as the scope of its value filter."""
+def resolve_below(target: Bound, name: str, strict: bool = False) -> Bound:
+    """Return the sub-attribute of a target's last attribute as the scope of its value filter; ScimError if strict."""
     sub = target[-1].sub_attribute(name) if target else None
+    if strict and target and not sub:
+        raise invalid_path(f"path: {target[-1].path} has no sub-attribute {shown(name)}")
     return (sub,) if sub else None
 
 
@@ -654,12 +656,12 @@ def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, de
     return (ValuePath(Target(target), inner) if target else NOTHING), position
 
 
-def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
+def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int, strict: bool = False) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
         raise invalid_filter(f"{name}: a filter in brackets needs a complex attribute, this one is of type "
                              f"{target[-1].type}")
-    return parse_until("]", tokens, position + 1, partial(resolve_below, target), depth + 1)
+    return parse_until("]", tokens, position + 1, partial(resolve_below, target, strict=strict), depth + 1)
 
 
 def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
@@ -701,6 +703,8 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
     if literal is None or unordered or shapeless:
         raise invalid_filter(f"{name}: '{op}' does not go with {shown(literal)} and the type {attribute.type}")
+    if isinstance(literal, float) and literal.is_integer() and attribute.type == "integer":
+        literal = int(literal)
     try:
         literal = attribute.convert(literal)
     except ScimError as error:
@@ -739,7 +743,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     if not attributes:
         raise invalid_path(f"path {shown(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
-    filter, position = parse_brackets(tokens, 1, attributes, name, 0)
+    filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
     if tokens[position + bool(sub)][0] != "end":
@@ -799,6 +803,8 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 def accept_value(attribute: Attribute, value: Json) -> Json:
     """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
     if not attribute.multi_valued:
+        if value == [] and FACILIO not in attribute.path:       # unassigned; a custom field takes no list
+            return None
         # Entra's tutorial sends a manager as a list of one.
         if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
             value = value[0]
@@ -1039,9 +1045,9 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         case PatchPath((_,), Compare(Target((by,)), "eq", _, id), None) \
                 if op == "remove" and attribute.linked and by is attribute.value_attribute:
             path, value = PatchPath(path.attributes), [{"value": id}]
-    if value == "" and attribute is (holder := path.attributes[-2:][0]).value_attribute \
-            and not holder.multi_valued:           # a manager's empty value clears the manager
-        path, attribute = PatchPath(path.attributes[:-1]), holder
+    holder = path.attributes[-2:][0]
+    if attribute is holder.value_attribute and not holder.multi_valued:      # stands for the whole manager
+        path, attribute, value = PatchPath(path.attributes[:-1]), holder, {"value": value}
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
     if merge and attribute.type == "complex" and not attribute.value_attribute \
             and not attribute.multi_valued and isinstance(value, dict):
@@ -1054,7 +1060,8 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         accepted = None
     elif path.filter and not path.sub_attribute:
         one = value[0] if isinstance(value, list) and len(value) == 1 else value
-        accepted = accept_single(attribute, one)
+        terms = lower_names(equal_terms(path.filter)) if isinstance(one, dict) and one else {}
+        accepted = accept_single(attribute, terms | lower_names(one) if terms else one)
     else:
         accepted = accept_value(attribute, value)
     yield Operation(op, path, accepted, value is not None)
@@ -1105,7 +1112,7 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     value = operation.value
     if operation.op == "remove" and attribute.multi_valued and operation.given:
         # Entra's default dialect lists the values to remove, for members by their ids.
-        unwanted = {identity(attribute, one) for one in value or ()}
+        unwanted = {identity(attribute, one) for one in value or ()} - {frozenset()}
         holder[attribute.name] = [
             one for one in attribute.values(holder) if (known := identity(attribute, one)) not in unwanted
             and (attribute.linked or not any(given <= known for given in unwanted))]      # or parts of it
@@ -1120,23 +1127,26 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
     """Append the values that are not there yet; one that is there takes over what else was sent."""
-    present: dict[Any, Resource] = {identity(attribute, value): value for value in values}
+    same = partial(identity, attribute, adding=True)
+    present: dict[Any, Resource] = {same(value): value for value in values}
     for value in copy.deepcopy(added):
-        known = present.setdefault(identity(attribute, value), value)
+        known = present.setdefault(same(value), value)
         known.update(value)
         if known is value:
             values.append(value)
 
 
-def identity(attribute: Attribute, value: Resource) -> frozenset[tuple[str, str]]:
+def identity(attribute: Attribute, value: Resource, adding: bool = False) -> frozenset[tuple[str, str]]:
     """Return by what a complex value is the same as another: a member by its value alone."""
     names = ["value"] if attribute.linked else [name for name in value if name != "primary"]
+    if adding and "value" in value:                # RFC 7643 §2.4: none twice with the same type and value
+        names = [name for name in names if name in ("type", "value")]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
 
 
 def change_selected(attribute: Attribute, holder: Resource, operation: Operation, filter: Filter) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
-    values = attribute.values(holder)
+    values, created = attribute.values(holder), None
     selected = [value for value in values if matches(filter, value)]
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
@@ -1152,7 +1162,9 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
         else:
             value.clear()
             if operation.op == "replace" and operation.value is not None:
-                value.update(equal_terms(filter) | operation.value)
+                value.update(operation.value)
+    if created and not matches(filter, created):       # each repetition would make another one
+        raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
@@ -1365,17 +1377,19 @@ class StoreError(Exception):
     """A tenant's file cannot be used; the text says why and what to do."""
 
 
-def damaged(path: str, finding: str) -> StoreError:
-    """Return the error of a file that SQLite cannot trust."""
-    return StoreError(f"{path}: damaged ({finding}); put a backup in its place: "
-                      "python scim_server.py restore --tenant NAME FILE")
+class Damaged(StoreError):
+    """A file that SQLite cannot trust."""
+
+    def __init__(self, path: str, finding: str) -> None:
+        super().__init__(f"{path}: damaged ({finding}); put a backup in its place: "
+                         "python scim_server.py restore --tenant NAME FILE")
 
 
 def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
     """Return the error of a file that SQLite cannot use now, or not at all."""
     if isinstance(error, sqlite3.OperationalError):
         return StoreError(f"{path}: cannot be used ({error})")
-    return damaged(path, str(error))
+    return Damaged(path, str(error))
 
 
 class Row(NamedTuple):
@@ -1739,7 +1753,7 @@ class Store:
             unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal")  # none after a close
             self._writer = self._connect(writer=True)
             if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                raise damaged(self.path, found)
+                raise Damaged(self.path, found)
             self._migrate()
         except sqlite3.DatabaseError as error:
             raise unusable(self.path, error) from error
@@ -1899,7 +1913,7 @@ class Store:
             with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?{mode}", uri=True,
                                          isolation_level=None)) as source, self._writing:
                 if (found := source.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                    raise damaged(path, found)
+                    raise StoreError(f"{path}: damaged ({found}); choose another backup")
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
                     raise StoreError(f"{path}: not a backup that this scim_server knows")
                 owner = Session(source).setting("tenant")
@@ -2209,7 +2223,9 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
-            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            after = apply_patch(resource_type, before, operations)
+            after.update(defaults(resource_type, {**before, **after}))       # as replace() does
+            row = self._save(session, row, before, after)
             # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -2230,21 +2246,25 @@ class Directory:
             session.delete(row, row_entries(self._type(type), row))
             self._record(session, row, before, {})
 
-    def seed(self, source: Json | os.PathLike[str]) -> dict[str, str]:
+    def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
         """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them, or a file of it.
 
         Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
         the ids by name.
         """
-        document = json.loads(Path(source).read_text("utf-8")) if isinstance(source, os.PathLike) else source
+        document = source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
         ids: dict[str, str] = {}
         with self.store.writing():
             for body in document.get("Users", ()):
-                ids[body["userName"]] = self.create("User", body)["id"]
+                made = self.create("User", body)
+                ids[made["userName"]] = made["id"]
             for body in document.get("Groups", ()):
                 given = [one if isinstance(one, dict) else {"value": one} for one in body.get("members", ())]
                 members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
-                ids[body["displayName"]] = self.create("Group", {**body, "members": members})["id"]
+                made = self.create("Group", {**body, "members": members})
+                if len(made.get("members", ())) < len({one["value"] for one in members}):
+                    raise invalid_value(f"members of {made['displayName']}: some are nobody's names or ids")
+                ids[made["displayName"]] = made["id"]
         return ids
 
     def last_use(self, token: str) -> str:
@@ -2359,8 +2379,7 @@ class Directory:
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
             self._save_employee(session, known, EmployeeRow(
                 known.id if known else 0, user_id, True, external_id, name,
-                user.get("active", known.active if known else True),     # taken away, it tells nothing
-                manager, now, employee_record(user)))
+                user["active"], manager, now, employee_record(user)))
         elif known:
             self._save_employee(session, known, known._replace(provisioned=False, active=False, changed=now))
 
@@ -2387,6 +2406,8 @@ class Directory:
     # -- Helpers --
 
     def _type(self, type: ResourceType | str) -> ResourceType:
+        if isinstance(type, str) and type not in self.resource_types:
+            raise ScimError(404, "", f"{shown(type)} is no resource type; there are {', '.join(self.resource_types)}")
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(self, session: Session, type: ResourceType | str, id: str, writing: bool = False) -> Row:
@@ -2630,6 +2651,10 @@ class Token:
     expires: datetime | None = None
     secret: str = field(default="", repr=False)
 
+    def expired(self, now: datetime) -> bool:
+        """Return whether it is over by a time."""
+        return self.expires is not None and self.expires <= now
+
 
 @dataclass(frozen=True)
 class Tenant:
@@ -2671,7 +2696,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
-        raise ConfigError([f"cannot be read ({error.strerror}); name a file with --config"]) from error
+        raise ConfigError([f"cannot be read ({error}); name a file with --config"]) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config, folder = parse_config(document), Path(path).resolve().parent
@@ -2886,7 +2911,7 @@ class Call(NamedTuple):
         """Return an integer parameter, moved into bounds; ScimError 400 with the scimType if it is none."""
         if not (text := self.parameters.get(name.lower(), "")):
             return default
-        if not re.fullmatch(r"[+-]?\d{1,18}", text.strip(), re.ASCII):
+        if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
@@ -3033,8 +3058,8 @@ def get_published(call: Call) -> Response:
     if "filter" in call.parameters:                # RFC 7644 §4
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
     found = PUBLISHED[call.endpoint](call.directory, call.base_url)
-    if call.id in found:
-        return Response(200, found[call.id])
+    if document := {name.lower(): one for name, one in found.items()}.get(call.id.lower()):
+        return Response(200, document)
     if not call.id:
         return list_response(found.values(), len(found), startIndex=1)
     raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
@@ -3156,7 +3181,7 @@ def search_resources(call: Call) -> Response:
             raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
         if names:
             parameters[name] = ",".join(map(str, names))
-        if len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
+        if name != "filter" and len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
             raise invalid_value(f"{name}: longer than {MAX_FILTER_LENGTH} characters")
     return list_resources(call._replace(parameters=parameters))
 
@@ -3284,6 +3309,8 @@ class Bulk:
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
             expected = "/Users" if method == "POST" else "/Users/2819c223"
             raise invalid_path(f"path: {method} needs one such as {expected}, got {shown(path)}")
+        if method != "DELETE" and operation.data is None:
+            raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
             raise invalid_value("bulkId: POST needs one")
 
@@ -3397,8 +3424,8 @@ EXPLANATIONS = (
      "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra."),
     (r"401 ", "authentication", "A call from {client} sent the token “{token}”, but not as a bearer token.",
      "Choose bearer authentication in the client."),
-    (r"404 .*SCIM is at (.*)", "connection", "The call went to {path}, where nothing is.",
-     "Let the Tenant URL end in {0}."),
+    (r"404 .* follow (/.*)", "connection", "The call went to {path}, where nothing is.",
+     "Let the Tenant URL end in {0}, once, with nothing behind it."),
     (r".*facilio:2.0:User has no attribute '(.*)'; its attributes are: (.*)", "mapping",
      "No custom field has the link name “{0}”{hint}",
      "Correct the name in Entra's attribute list for customappsso; this tenant has {1}."),
@@ -3494,7 +3521,7 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
     user_type, user = call.directory.resource_types["User"], call.resource
     if call.type == "Group":
         asked = {id for op, path, value in sent if path.lower() == "members" and op != "remove"
-                 for id in member_ids(path, value)}
+                 for id in member_ids(path, value)} - {one["value"] for one in call.resource.get("members", ())}
         if missing := session.unknown_ids(sorted(asked)):
             yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
     for _, path, value in sent if call.type == "User" else ():
@@ -3528,7 +3555,7 @@ def explain(finding: str, call: Answered) -> Json:
 def refusal(call: Answered, raw: str) -> str:
     """Return status and detail of an error, without values where a secret was among what was sent."""
     detail = (call.response.body or {}).get("detail", "")
-    if call.response.status == 401 and call.token.expires and call.token.expires <= call.instant:
+    if call.response.status == 401 and call.token.expired(call.instant):
         detail = "expired"
     if SECRET.search(raw + call.request.query):
         detail = re.sub(r'got .*|"(\\.|[^"\\])*("|$)', "•••", detail, flags=re.DOTALL)
@@ -3763,7 +3790,7 @@ def get_setup(call: Call) -> Response:
         "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
         "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
                     "expires": time_text(token.expires) if token.expires else "",
-                    "expired": bool(token.expires and token.expires <= now)} for token in tenant.tokens],
+                    "expired": token.expired(now)} for token in tenant.tokens],
         "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
         "strangers": log.strangers, "strange_since": log.strange_since, "mapping": entra_mapping(directory),
         "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
@@ -3871,6 +3898,11 @@ def credentials(request: Request) -> tuple[str, str]:
     return scheme, secret.strip()
 
 
+def nowhere(path: str) -> ScimError:
+    """Return the error of a path that leads to nothing."""
+    return ScimError(404, "", f"{path} does not exist (case matters); Users and Groups follow {BASE_PATH}")
+
+
 def failed(error: Exception) -> Response:
     """Return the answer to a request that failed; what its client cannot mend is printed."""
     if isinstance(error, ScimError):
@@ -3963,11 +3995,10 @@ class Application:
         return [found for found in self.directories.values() if isinstance(found, Directory)]
 
     def token(self, name: str) -> str:
-        """Return a new secret of a tenant, good until the next configuration."""
+        """Return a new secret of a tenant, good until the next configuration; KeyError."""
         secret = secrets.token_urlsafe(32)
         with self._configuring:
-            [tenant] = [tenant for tenant in self.config.tenants if tenant.name == name]
-            self._tokens = {**self._tokens, digest(secret): (tenant, Token("made", ""))}
+            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
         return secret
 
     def interrupt(self) -> None:
@@ -4011,10 +4042,11 @@ class Application:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
         started, owner = time.perf_counter(), None
         try:
-            owner = self.owner(requests[0])
-            if not owner or not isinstance(owner[2], Directory):
+            if not (owner := self.owner(requests[0])):
+                raise unauthorized()                     # a hook is asked once
+            if isinstance(directory := owner[2], StoreError):
                 return list(map(self.handle, requests))
-            with owner[2].store.writing():
+            with directory.store.writing():
                 responses = [self._answer(request._replace(owner=owner))[0] for request in requests]
         except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
             responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(requests)
@@ -4059,12 +4091,12 @@ class Application:
             if f"/{'/'.join(segments[:2])}" == BASE_PATH:
                 del segments[:2]
             elif not find_route(segments := ["", *segments]) or (segments[1] == "console" and not self.page):
-                raise ScimError(404, "", f"{request.path} does not exist; SCIM is at {BASE_PATH}")
+                raise nowhere(request.path)
             directory = self._authenticate(request, owner)
             if segments[:1] == ["Me"]:
                 raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
             if not (found := find_route(segments)):
-                raise ScimError(404, "", f"{request.path} does not exist")
+                raise nowhere(request.path)
             methods, route = found
             response = self._dispatch(request, owner, directory, segments, methods)
         except Exception as error:        # noqa: BLE001  a bug of ours must not cut the connection
@@ -4095,7 +4127,7 @@ class Application:
     def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
         """Return the directory that a request is for, in the name of its token."""
         scheme, now = credentials(request)[0], self._clock()
-        if not owner or scheme.lower() != "bearer" or (owner[1].expires and owner[1].expires <= now):
+        if not owner or scheme.lower() != "bearer" or owner[1].expired(now):
             raise unauthorized()
         tenant, token, directory = owner
         if isinstance(directory, StoreError):
@@ -5186,7 +5218,7 @@ function health(troubles) {
       'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
   card(wrong.length ? LEVELS[wrong[0].level][0] : unseen.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
     `${wrong.length} of the last 100 calls had trouble. ${first(wrong)} ` : last ? 'All that was sent fits. ' : 'Nothing was sent yet. ',
-  unseen.length && [link('Custom fields', 'setup'), ` that never arrived: ${unseen.map(one => one.display_name).join(', ')}.`]));
+  unseen.length && [link('Custom fields', 'setup'), ` that nobody has: ${unseen.map(one => one.display_name).join(', ')}.`]));
 }
 async function showLog() {
   const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
@@ -5230,7 +5262,7 @@ async function showSetup() {
     steps.replaceChildren(...setup.steps.map(one => h(one.at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'}, one.at && '✓'),
       h('div', h('b', one.title), h('p.soft', one.at ? 'Done: first on ' + full(one.at) : one.hint)))));
     fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
-      one.people ? pill(true, `${one.people} people`) : pill(false, 'never arrived')])));
+      one.people ? pill(true, `${one.people} people`) : pill(false, 'nobody has it')])));
   }
   await load(); follow(state, load);
   return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
@@ -5375,8 +5407,8 @@ addEventListener('hashchange', enter); enter();
 
 KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
 RELOAD_SECONDS = 1                # how often the configuration file is looked at
-FIXED = ("host", "port", "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log",
-         "console")               # what a running server does not take anew
+FIXED = {"host": "listen", "port": "listen", **{name: name for name in (
+    "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log", "console")}}
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
 Stamp = tuple[int, int]
@@ -5428,10 +5460,10 @@ def chosen_config(options: argparse.Namespace) -> Config:
     if options.listen:
         host, port = reader.read("--listen", options.listen, ADDRESS) or ("", 0)
         config = replace(config, host=host, port=port)
+    workers = config.workers if options.workers is None else reader.read("--workers", options.workers, NUMBER)
     if reader.problems:
         raise ConfigError(reader.problems)
-    return replace(config, data_dir=options.data_dir or config.data_dir,
-                   workers=max(1, options.workers or config.workers))
+    return replace(config, data_dir=options.data_dir or config.data_dir, workers=workers)
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
@@ -5446,9 +5478,20 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 def chosen_store(options: argparse.Namespace) -> Store:
     """Return the store of --tenant, beside the server that may be at work on it; StoreError."""
     path = store_path(*chosen_tenant(options))
-    if not os.path.exists(path):
-        raise StoreError(f"{path}: does not exist, tenant {options.tenant} has no data yet")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise StoreError(f"{path}: does not exist, tenant {options.tenant} keeps no data there yet") from None
     return Store(path)
+
+
+def check_tls(config: Config) -> None:
+    """Raise StoreError where a certificate or its key cannot be used."""
+    try:
+        if config.tls:
+            Tls(*config.tls)
+    except OSError as error:
+        raise StoreError(f"tls: {' and '.join(config.tls or ())}: cannot be used ({error})") from error
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -5458,16 +5501,12 @@ def serve(options: argparse.Namespace) -> None:
     if not application.served:
         application.directory(config.tenants[0].name)    # says why
     warn(application)
+    check_tls(config)
     try:
         listener = listen(config)
-        if config.tls:
-            Tls(*config.tls)
-    except ssl.SSLError as error:
-        raise StoreError(f"tls: {' and '.join(config.tls or ())} cannot be used ({error})") from error
     except OSError as error:
-        place = error.filename or f"{config.host}:{config.port}"
-        raise StoreError(f"{place}: cannot be used ({error.strerror}); choose another address with "
-                         "--listen HOST:PORT, or other files in tls") from error
+        raise StoreError(f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
+                         "choose another address with --listen HOST:PORT") from error
     if config.workers == 1:
         work(options, application, listener, seen, greeting(url_of(config, listener), config))
     else:
@@ -5567,7 +5606,7 @@ def take_file(options: argparse.Namespace, server: ScimServer) -> str:
     except (ConfigError, StoreError, OSError, ValueError) as error:
         return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
     warn(server.application)
-    changed = [name for name in FIXED if getattr(fresh, name) != getattr(server.config, name)]
+    changed = dict.fromkeys(key for name, key in FIXED.items() if getattr(fresh, name) != getattr(server.config, name))
     return f"taken, {len(fresh.tenants)} tenant(s)" + (
         f"; {', '.join(changed)} will be taken at the next start" if changed else "")
 
@@ -5593,11 +5632,12 @@ def greeting(url: str, config: Config) -> str:
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
-                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name})" for token in tenant.tokens)]
+                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name}"
+                    f"{', expired' * token.expired(utc_now())})" for token in tenant.tokens)]
         # On loopback such a token, which is for demos, is also in a link that signs in to the console.
         if config.console and is_loopback(config.host):
             lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
-                      for token in tenant.tokens[:1] if token.secret]
+                      for token in tenant.tokens if token.secret and not token.expired(utc_now())][:1]
     return "\n".join(lines)
 
 
@@ -5612,16 +5652,18 @@ def make_token(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
+    check_tls(config)
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)")
         path, uses = store_path(config, tenant), {}
-        if os.path.exists(path):
+        with suppress(FileNotFoundError):
+            os.stat(path)
             with closing(Store(path)) as store, store.reading() as session:
                 uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
         for token in tenant.tokens:                      # one that nobody uses can be withdrawn
             used = f"last used {uses[token]}" if uses.get(token) else "never used"
-            ends = f", expires {time_text(token.expires)}" if token.expires else ""
+            ends = f", expire{'sd'[token.expired(utc_now())]} {time_text(token.expires)}" if token.expires else ""
             print(f"  token    {token.name}, {used}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
@@ -5643,16 +5685,23 @@ def restore(options: argparse.Namespace) -> None:
     if not os.path.isfile(options.file):
         raise StoreError(f"{options.file}: is no file")
     make_data_dir(config)
+    made = path
     try:
         store = Store(path)
-    except StoreError as error:
-        complain(f"{error}; kept beside as *.damaged")
-        for file in (path, f"{path}-wal"):
-            if os.path.exists(file):
-                os.replace(file, f"{file}.damaged")
-        store = Store(path)
-    with closing(store):
-        store.restore(options.file, tenant.name)
+    except Damaged:                                      # which stays until there is something better
+        store = Store(made := f"{path}.restored")
+    try:
+        with closing(store):
+            store.restore(options.file, tenant.name)
+        if made != path:
+            complain(f"{path}: damaged, kept beside as *.damaged-{(now := int(time.time()))}")
+            for file in (path, f"{path}-wal"):
+                if os.path.exists(file):
+                    os.replace(file, f"{file}.damaged-{now}")
+            os.replace(made, path)
+    finally:
+        if made != path and os.path.exists(made):
+            os.remove(made)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
 
 
@@ -5671,7 +5720,7 @@ def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
     rows = list(table)
     columns = enumerate(zip(*rows, strict=True))
-    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:])}
+    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
     for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
@@ -5731,10 +5780,10 @@ class Demo:
             return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
 
         step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
-        user = {"schemas": [USER, ENTERPRISE], "userName": her, "externalId": str(uuid.uuid4()),
-                "displayName": "Ada Demo", "title": "Engineer", "active": True,
-                "emails": [{"type": "work", "value": her, "primary": True}], ENTERPRISE: {"department": "Lifts"}}
-        other = {**user, "userName": f"bob.{her}", "externalId": str(uuid.uuid4())}
+        user, other = ({
+            "schemas": [USER, ENTERPRISE], "userName": mail, "externalId": str(uuid.uuid4()), "displayName": name,
+            "title": "Engineer", "active": True, "emails": [{"type": "work", "value": mail, "primary": True}],
+            ENTERPRISE: {"department": "Lifts"}} for mail, name in ((her, "Ada Demo"), (f"bob.{her}", "Bob Demo")))
         off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
         step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())), totalResults=0)
         step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
@@ -5765,10 +5814,11 @@ class Demo:
 def demo(options: argparse.Namespace) -> int:
     """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
     config = chosen_config(options)
-    url = (options.url or f"http://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
-    known = [token.secret for token in config.tenants[0].tokens if token.secret]
+    scheme = "https" if config.tls else "http"
+    url = (options.url or f"{scheme}://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
+    known = [token.secret for token in config.tenants[0].tokens if token.secret and not token.expired(utc_now())]
     if not (options.token or known):
-        raise StoreError("--token is needed: the configuration holds hashes alone")
+        raise StoreError("--token is needed: the configuration has no secret that is good")
     played = Demo(url, options.token or known[0])
     try:
         status, schema = played.send("GET", f"/Schemas/{FACILIO}")
@@ -5835,8 +5885,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 2 where a person must mend something."""
     options = parse_options(arguments)
     try:
-        return options.run(options) or 0
+        status = options.run(options) or 0
+        sys.stdout.flush()
+        return status
     except (StoreError, ScimError) as error:
+        complain(str(error))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:                              # as behind `| head`; Python would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
         complain(str(error))
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:
