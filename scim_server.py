@@ -1891,7 +1891,7 @@ class Store:
                 connection.execute("BEGIN")
                 yield Session(connection)
             finally:
-                connection.rollback()                    # which there is nothing of but the view
+                connection.rollback()                    # of what was only read
                 self._idle.append(connection)
                 if self.resting:
                     self._let_go()
@@ -2379,7 +2379,8 @@ class Directory:
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
             self._save_employee(session, known, EmployeeRow(
                 known.id if known else 0, user_id, True, external_id, name,
-                user["active"], manager, now, employee_record(user)))
+                user.get("active", known.active if known else True),     # older versions let it be taken away
+                manager, now, employee_record(user)))
         elif known:
             self._save_employee(session, known, known._replace(provisioned=False, active=False, changed=now))
 
@@ -3521,7 +3522,7 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
     user_type, user = call.directory.resource_types["User"], call.resource
     if call.type == "Group":
         asked = {id for op, path, value in sent if path.lower() == "members" and op != "remove"
-                 for id in member_ids(path, value)} - {one["value"] for one in call.resource.get("members", ())}
+                 for id in member_ids(path, value)} - {one.get("value") for one in call.resource.get("members", ())}
         if missing := session.unknown_ids(sorted(asked)):
             yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
     for _, path, value in sent if call.type == "User" else ():
