@@ -5695,7 +5695,8 @@ def restore(options: argparse.Namespace) -> None:
         with closing(store):
             store.restore(options.file, tenant.name)
         if made != path:
-            complain(f"{path}: damaged, kept beside as *.damaged-{(now := int(time.time()))}")
+            now = f"{utc_now():%Y%m%dT%H%M%S.%f}"
+            complain(f"{path}: damaged, kept beside as *.damaged-{now}")
             for file in (path, f"{path}-wal"):
                 if os.path.exists(file):
                     os.replace(file, f"{file}.damaged-{now}")
