@@ -690,8 +690,8 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         return Not(bind_comparison(target, name, "eq", literal))
     if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if target[-1].type == "complex" and target[-1].value_attribute:
-        target = (*target, target[-1].value_attribute)
+    if standing := target[-1].value_attribute:
+        target = (*target, standing)
     attribute = target[-1]
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
@@ -2451,11 +2451,10 @@ class Directory:
             self._record(session, row, before, after)
         return saved
 
-    def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
+    def _touch(self, session: Session, row: Row, body: str, count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
-        resource_type = self.resource_types[row.type]
-        changed = row._replace(body=body, revision=row.revision + 1, member_count=member_count,
-                          modified=time_text(self.clock()))
+        resource_type, now = self.resource_types[row.type], time_text(self.clock())
+        changed = row._replace(body=body, revision=row.revision + 1, modified=now, member_count=count)
         session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
 
