@@ -528,14 +528,14 @@ def matches(filter: Filter, value: Json) -> bool:
 Bound = tuple[Attribute, ...] | None     # the attributes down to what a name means; None if unknown
 
 
-def find_extension(name: str, resource_type: ResourceType) -> tuple[str, Attribute, str] | None:
-    """Return the schema URN at the head of a name, the complex attribute it means, and the rest."""
-    # The longest known URN before a colon: URNs hold dots and colons themselves. A dot in place
-    # of that colon is the spelling that Entra used before 2018.
-    for urn, attribute in sorted(resource_type.scopes.items(), key=lambda scope: -len(scope[0])):
+def find_extension(name: str, resource_type: ResourceType) -> tuple[Attribute, str] | None:
+    """Return the complex attribute that the schema URN at the head of a name means, and the rest."""
+    # URNs hold dots and colons themselves, and none begins with another. A dot in place of the
+    # colon behind one is the spelling that Entra used before 2018.
+    for urn, scope in resource_type.scopes.items():
         rest = name[len(urn):]
         if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
-            return urn, attribute, rest[1:]
+            return scope, rest[1:]
     return None
 
 
@@ -545,7 +545,7 @@ def resolve(name: str, resource_type: ResourceType) -> Bound:
     # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
     scopes, names = list(resource_type.scopes.values()), name.split(".")
     if extension := find_extension(name, resource_type):
-        _, scope, rest = extension
+        scope, rest = extension
         scopes, names = [scope], rest.split(".") if rest else []
     for scope in scopes:
         found = () if scope is resource_type.root else (scope,)
@@ -690,8 +690,8 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         return Not(bind_comparison(target, name, "eq", literal))
     if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if target[-1].type == "complex" and target[-1].value_attribute:
-        target = (*target, target[-1].value_attribute)
+    if standing := target[-1].value_attribute:
+        target = (*target, standing)
     attribute = target[-1]
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
@@ -753,11 +753,11 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
 
 def unknown(name: str, resource_type: ResourceType) -> str:
     """Return why a name is no attribute; for an extension with the names that it has."""
-    extension = find_extension(name, resource_type)
-    if not extension or extension[1] is resource_type.root:
+    scope, rest = find_extension(name, resource_type) or (resource_type.root, name)
+    if scope is resource_type.root:
         return f"{resource_type.name} has no such attribute"
-    known = ", ".join(sub.name for sub in extension[1].sub_attributes) or "none"
-    return f"{extension[0]} has no attribute '{extension[2]}'; its attributes are: {known}"
+    known = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
+    return f"{scope.name} has no attribute '{rest}'; its attributes are: {known}"
 
 
 # ----------------------------------------------------------------------------
@@ -795,8 +795,7 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
             given[sub.name] = item
     accepted = {sub.name: item for sub in attribute.sub_attributes if sub.name in given
                 if (item := accept_value(sub, given[sub.name])) is not None}
-    if attribute.path:
-        require(attribute, accepted)
+    require(attribute, accepted)
     return accepted
 
 
@@ -954,8 +953,6 @@ def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int 
     """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
-        if sub.linked:
-            continue
         items: Iterable[tuple[int, Json]] = [(element, item)]
         if sub.multi_valued:      # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
             items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
@@ -1067,11 +1064,11 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     yield Operation(op, path, accepted, value is not None)
 
 
-def named_members(attribute: Attribute, operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids in a linked attribute that operations can touch; None where it may be any."""
+def named_members(operations: Iterable[Operation]) -> set[str] | None:
+    """Return the ids of the members that operations can touch; None where it may be any."""
     # With them a change of membership costs what it changes, however large the group is.
-    asked = [one for one in operations if one.path.attributes[0] is attribute]
-    plain = all(one.path == PatchPath((attribute,)) and one.op != "replace" and one.given for one in asked)
+    asked = [one for one in operations if one.path.attributes[0].linked]
+    plain = all(one.path == PatchPath(one.path.attributes[:1]) and one.op != "replace" and one.given for one in asked)
     return {value["value"] for one in asked for value in one.value or ()} if plain else None
 
 
@@ -1157,12 +1154,11 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
     for value in selected:
         if operation.path.sub_attribute:
             change(operation.path.sub_attribute, value, operation)
-        elif operation.op == "add":
-            value.update(operation.value or {})
-        else:
+            continue
+        if operation.op != "add":
             value.clear()
-            if operation.op == "replace" and operation.value is not None:
-                value.update(operation.value)
+        if operation.op != "remove":
+            value.update(operation.value or {})
     if created and not matches(filter, created):       # each repetition would make another one
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     kept = [value for value in values if value]
@@ -1464,6 +1460,9 @@ class EmployeeRow(NamedTuple):
     manager: int | None = None
 
 
+NOBODY = EmployeeRow(0, "", False, "", "", False, "", "", {})     # of whom an employee is made
+
+
 def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return what keeps one half of a query, in the order of columns, behind a position."""
     if after is None or missing != after.missing:
@@ -1523,11 +1522,11 @@ class Session:
         self._index(row.seq, entries, ())
         self._tally(row.type, -1)
 
-    def _tally(self, type: str, more: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count", [type, more])
+    def _tally(self, type: str, by: int) -> None:
+        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count", [type, by])
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        old, new = ({entry for entry in entries if entry[0] not in LINKED_ENTRIES} for entries in (before, after))
+        old, new = set(before), set(after)
         self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
                       [(*entry, seq) for entry in old - new])
         self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
@@ -1559,8 +1558,7 @@ class Session:
 
     def _condition(self, filters: Filters) -> Sql:
         terms = [(type, *compile_filter(filter)) for type, filter in filters.items()]
-        return (f"({' OR '.join(f'(type = ? AND {sql})' for _, sql, _ in terms)})",
-                [value for type, _, parameters in terms for value in (type, *parameters)])
+        return join_sql(" OR ", [(f"(type = ? AND {sql})", [type, *values]) for type, sql, values in terms], "1 = 0")
 
     def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters,
                    columns: str) -> Sql:
@@ -1601,14 +1599,13 @@ class Session:
                                "display": load(body)["displayName"], "type": "direct"})
         return found
 
-    def link(self, group_seq: int, members: Iterable[Resource], display: Attribute) -> list[str]:
-        """Store members that a group gained or whose display changed; return their ids."""
+    def link(self, group_seq: int, members: Iterable[tuple[str, str | None]], display: Attribute) -> list[str]:
+        """Store members, ids with displays, that a group gained or whose display changed; return their ids."""
         # An id that no resource of the tenant has is passed over: one stranger in a push of many
         # must not lose the others, since Okta does not repeat a push that failed.
         sql = ("INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
                "UPDATE SET display = excluded.display, display_key = excluded.display_key")
-        displays = [(member["value"], member.get("display")) for member in members]
-        return [id for id, text in displays if self.run(
+        return [id for id, text in members if self.run(
             sql, [group_seq, text, None if text is None else display.key(text), id]).rowcount]
 
     def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
@@ -1773,7 +1770,7 @@ class Store:
         return connection
 
     def _migrate(self) -> None:
-        with self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
+        with self._transaction() as session:
             version = session.run("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):
                 raise StoreError(f"{self.path}: written by a newer scim_server (format {version}, "
@@ -1783,10 +1780,9 @@ class Store:
             session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
     @contextmanager
-    def _transaction(self, connection: sqlite3.Connection, begin: str = "BEGIN", end: str = "COMMIT",
-                     ) -> Iterator[Session]:
+    def _transaction(self, end: str = "COMMIT") -> Iterator[Session]:
         """Give a session in a transaction of its own, or in a step of the one that is open; end may be ""."""
-        undo = ["ROLLBACK"]
+        connection, begin, undo = self._writer, "BEGIN IMMEDIATE", ["ROLLBACK"]
         if connection.in_transaction:
             begin, end, undo = "SAVEPOINT step", "RELEASE step", ["ROLLBACK TO step", "RELEASE step"]
         connection.execute(begin)
@@ -1810,7 +1806,7 @@ class Store:
         """
         if self._owner == threading.get_ident():
             self._check_open()
-            with self._transaction(self._writer) as session:
+            with self._transaction() as session:
                 yield session
             return
         self._waiting.append(threading.get_ident())
@@ -1826,7 +1822,7 @@ class Store:
                     self._batch = Batch()
                 batch = self._batch
                 batch.size += 1
-                with self._transaction(self._writer, "BEGIN IMMEDIATE", end="") as session:
+                with self._transaction(end="") as session:
                     yield session
                     self._check_open()
             except sqlite3.Error as error:
@@ -1879,7 +1875,7 @@ class Store:
     def reading(self) -> Iterator[Session]:
         """Give a session that sees one commit, whatever is written meanwhile."""
         if self.path == ":memory:":        # a database in memory belongs to its one connection
-            with self._writing, self._transaction(self._writer) as session:
+            with self._writing, self._transaction() as session:
                 yield session
             return
         with self._readers:
@@ -1922,7 +1918,7 @@ class Store:
                 given = Session(self._writer).numbers()
                 source.backup(self._writer)
                 self._migrate()
-                with self._transaction(self._writer, "BEGIN IMMEDIATE") as session:
+                with self._transaction() as session:
                     session.number_on(given)
         except sqlite3.Error as error:
             raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
@@ -2048,7 +2044,6 @@ KEEP_LOG = 10_000
 KINDS = {str: "string", int: "integer", bool: "boolean"}      # the types of custom fields' values
 CHANGED_SINCE = Attribute("changed_since", "dateTime").placed()
 WHOLE = Selection()
-MEMBERLESS = Selection(unwanted={"members": None})
 
 
 class Page(NamedTuple):
@@ -2111,6 +2106,7 @@ class Directory:
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
         self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
+        self.link_names = list(self._kinds)
         try:
             with store.writing() as session:
                 if not session.setting("cursor_key"):
@@ -2148,7 +2144,6 @@ class Directory:
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
         accepted.update(defaults(resource_type, accepted))
-        require(resource_type.root, accepted)
         now = time_text(self.clock())
         row = Row(0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0)
         with self.store.writing() as session:
@@ -2207,9 +2202,6 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row)
             condition.check(before["meta"]["version"])
-            # Okta leaves out active when it changes other attributes: that must not reactivate.
-            accepted.update(defaults(resource_type, {**before, **accepted}))
-            require(resource_type.root, accepted)
             return self._complete(session, self._save(session, row, before, accepted))
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
@@ -2217,15 +2209,12 @@ class Directory:
         """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
         resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
-        members = resource_type.root.sub_attribute("members")
-        named = named_members(members, operations) if members else None
+        named = named_members(operations)
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
-            after = apply_patch(resource_type, before, operations)
-            after.update(defaults(resource_type, {**before, **after}))       # as replace() does
-            row = self._save(session, row, before, after)
+            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
             # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -2235,7 +2224,7 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
-            before = self._complete(session, row, MEMBERLESS)
+            before = self._complete(session, row, named=())
             condition.check(before["meta"]["version"])
             for group in session.groups([row.seq])[row.seq]:
                 holder = self._find(session, "Group", group["value"])
@@ -2273,11 +2262,6 @@ class Directory:
             return session.setting(f"used {token}")
 
     # -- Employees and changes --
-
-    @property
-    def link_names(self) -> list[str]:
-        """The link names of the tenant's custom fields."""
-        return [custom.link_name for custom in self.custom_fields]
 
     def employees(self, active: bool | None = None, changed_since: str = "",
                   id: int | None = None, after: int = 0) -> Iterator[Employee]:
@@ -2369,33 +2353,26 @@ class Directory:
             self._employ(session, row.id, after)
 
     def _employ(self, session: Session, user_id: str, user: Resource) -> None:
-        """Make the employee of a user; {} is the user that is no more, whose employee remains."""
+        """Make the employee of a user follow; {} is the user that is no more, whose employee remains."""
         now = time_text(self.clock())
-        known = session.employee_of(user_id)
+        before = session.employee_of(user_id) or NOBODY
+        after = before._replace(provisioned=False, active=False, changed=now)
         if user:
             external_id = user.get("externalId", "")
-            name = self.resource_types["User"].root.by_name["username"].key(user["userName"])
-            known = known or session.former_employee(external_id, name)
+            key = self.resource_types["User"].root.by_name["username"].key(user["userName"])
+            before = before if before.id else session.former_employee(external_id, key) or NOBODY
+            active = user.get("active", before.active or before is NOBODY)     # older versions let it be taken away
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
-            self._save_employee(session, known, EmployeeRow(
-                known.id if known else 0, user_id, True, external_id, name,
-                user.get("active", known.active if known else True),     # older versions let it be taken away
-                manager, now, employee_record(user)))
-        elif known:
-            self._save_employee(session, known, known._replace(provisioned=False, active=False, changed=now))
-
-    def _save_employee(self, session: Session, before: EmployeeRow | None, after: EmployeeRow) -> None:
-        """Store an employee that changed, and note what did."""
-        old, new = ({**row.record, "active": row.active, "external_id": row.external_id,
-                     "user_id": row.user_id, "manager": row.manager_id} if row else {}
-                    for row in (before, after))
-        if before and (old, before.provisioned, before.user_name) == (new, after.provisioned, after.user_name):
+            after = EmployeeRow(before.id, user_id, True, external_id, key, active, manager, now, employee_record(user))
+        if before._replace(changed=now, manager=after.manager) == after:
             return
         id = session.put(after)
-        if before and before.user_id != after.user_id:   # who comes back has the same reports
-            session.follow_manager(before.user_id, after.user_id)
+        if before.user_id not in ("", user_id):          # who comes back has the same reports
+            session.follow_manager(before.user_id, user_id)
+        old, new = ({**row.record, "active": row.active, "external_id": row.external_id, "user_id": row.user_id,
+                     "manager": row.manager_id} for row in (before, after))
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
-            self._log(session, f"employee.{change_verb(old, new)}", str(id), attributes=names)
+            self._log(session, f"employee.{change_verb(old if before.id else {}, new)}", str(id), attributes=names)
 
     def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
              attributes: Sequence[str] = ()) -> None:
@@ -2421,9 +2398,10 @@ class Directory:
                   groups: Mapping[int, list[Resource]] | None = None) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
         version, linked = self._linked(session, row, selection, named, groups)
-        resource = {**revived(self.resource_types[row.type], row), **linked}
-        resource["meta"]["version"] = version
-        return resource
+        attributes = row.attributes
+        return {"schemas": schemas_of(self.resource_types[row.type], attributes), "id": row.id, **attributes,
+                "meta": {"resourceType": row.type, "created": row.created, "lastModified": row.modified,
+                         "version": version}, **linked}
 
     def _encoded(self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str) -> Encoded:
         """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
@@ -2460,6 +2438,8 @@ class Directory:
 
     def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
+        # Okta leaves out active when it changes other attributes: that must not reactivate.
+        after = after | defaults(self.resource_types[row.type], before | after)
         self._check_unique(session, row, after)
         balance, changed = self._link(session, row, before, after)
         attributes = stored(after)
@@ -2471,11 +2451,10 @@ class Directory:
             self._record(session, row, before, after)
         return saved
 
-    def _touch(self, session: Session, row: Row, body: str, member_count: int) -> Row:
+    def _touch(self, session: Session, row: Row, body: str, count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
-        resource_type = self.resource_types[row.type]
-        changed = row._replace(body=body, revision=row.revision + 1, member_count=member_count,
-                          modified=time_text(self.clock()))
+        resource_type, now = self.resource_types[row.type], time_text(self.clock())
+        changed = row._replace(body=body, revision=row.revision + 1, modified=now, member_count=count)
         session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
 
@@ -2483,10 +2462,10 @@ class Directory:
         """Store the differences in membership; return by how many it grew and if it changed."""
         if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
-        old, new = ({member["value"]: member for member in resource.get("members", ())} for resource in (before, after))
-        differing = [member for id, member in new.items()
-                     if id not in old or member.get("display") != old[id].get("display")]
+        old, new = ({member["value"]: member.get("display") for member in resource.get("members", ())}
+                    for resource in (before, after))
         removed = session.unlink(row.seq, old.keys() - new.keys())
+        differing = [member for member in new.items() if member not in old.items()]
         written = session.link(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
         updated = [id for id in written if id in old]
@@ -2497,7 +2476,7 @@ class Directory:
 
     def _adopt_custom_fields(self, session: Session) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        configured = dump([[custom.link_name, custom.type.lower()] for custom in self.custom_fields])
+        configured = dump(list(self._kinds.items()))
         if session.setting("custom_fields") != configured:
             for row in session.holding(FACILIO):
                 self._fitted(row, session)
@@ -2521,14 +2500,12 @@ class Directory:
                 hidden.setdefault(name, value)
         if (visible, hidden) == (found, earlier):
             return row
-        body = {name: value for name, value in row.attributes.items() if name != FACILIO}
-        fitted = row._replace(body=dump(body | {FACILIO: visible} if visible else body), hidden=dump(hidden),
-                         revision=row.revision + 1)
+        body = dump(pruned(row.attributes | {FACILIO: visible}))
+        fitted = row._replace(body=body, hidden=dump(hidden), revision=row.revision + 1)
         if session:      # one that writes; the index holds what that view wrote, by types that the values show
-            written = resource_types(tuple(CustomField(name, KINDS[type(value)])
-                                           for name, value in found.items()))["User"]
+            written = resource_types(tuple(CustomField(*one) for one in kinds.items()))["User"]
             session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
-            self._record(session, row, revived(user_type, row), revived(user_type, fitted))
+            self._record(session, row, row.attributes, fitted.attributes)
         return fitted
 
     def _adopt_users(self, session: Session) -> None:
@@ -2571,13 +2548,6 @@ def stored(resource: Resource) -> Resource:
     return {name: value for name, value in resource.items() if name not in made_anew}
 
 
-def revived(resource_type: ResourceType, row: Row) -> Resource:
-    """Return the resource of a row, without memberships and version."""
-    attributes = row.attributes
-    return {"schemas": schemas_of(resource_type, attributes), "id": row.id, **attributes,
-            "meta": {"resourceType": row.type, "created": row.created, "lastModified": row.modified}}
-
-
 def member_at(body: str, name: str) -> int:
     """Return where the value of a member stands in a body's JSON text; 0 for nowhere."""
     # In the text of a value the quotes would stand behind backslashes; no sub-attribute has the name of a URN.
@@ -2587,7 +2557,9 @@ def member_at(body: str, name: str) -> int:
 
 def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
     """Yield what the index holds of a row."""
-    return index_entries(resource_type.root, revived(resource_type, row))
+    yield from index_entries(resource_type.root, row.attributes)
+    yield "meta.created", date_time_key(row.created), 0
+    yield "meta.lastmodified", date_time_key(row.modified), 0
 
 
 # ----------------------------------------------------------------------------
