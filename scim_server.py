@@ -4445,7 +4445,7 @@ def request_log(style: str, stream: TextIO) -> Batches:
     """
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        values = (str(value) or "-" for value in line.values())
+        values = [str(value) or "-" for value in line.values()]
         return json.dumps(line) if style == "json" else " ".join(values)
 
     def write(lines: list[dict[str, Any]]) -> None:
