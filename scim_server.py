@@ -2907,9 +2907,9 @@ class Call(NamedTuple):
         return Response(status, self.projected(resource), headers)
 
 
-def parse_body(body: bytes | Json) -> Json:
+def parse_body(request: Request) -> Json:
     """Return the JSON of a body; ScimError 400 invalidSyntax names the place of what is wrong."""
-    if not isinstance(body, bytes):
+    if not isinstance(body := request.body, bytes):
         return body
     try:
         value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
@@ -3042,7 +3042,7 @@ def get_published(call: Call) -> Response:
 
 def create_resource(call: Call) -> Response:
     """Answer POST /Users and POST /Groups."""
-    return call.answer(call.directory.create(call.resource_type, parse_body(call.request.body)), 201)
+    return call.answer(call.directory.create(call.resource_type, parse_body(call.request)), 201)
 
 
 def get_resource(call: Call) -> Response:
@@ -3058,13 +3058,12 @@ def get_resource(call: Call) -> Response:
 
 def replace_resource(call: Call) -> Response:
     """Answer PUT /Users/{id}."""
-    return call.answer(call.directory.replace(call.resource_type, call.id, parse_body(call.request.body),
-                                              call.condition))
+    return call.answer(call.directory.replace(call.resource_type, call.id, parse_body(call.request), call.condition))
 
 
 def patch_resource(call: Call) -> Response:
     """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
-    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request.body),
+    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request),
                                    call.condition, call.selection(call.resource_type))
     return call.answer(patched) if patched else Response(204)
 
@@ -3110,8 +3109,7 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
 # missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
     """Return a cursor to the page behind a position."""
-    content = dump([query_digest(call), total, backward, int(call.directory.clock().timestamp()),
-                    position.missing, position.key, position.seq]).encode()
+    content = dump([query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
@@ -3148,7 +3146,7 @@ def signature(call: Call, content: bytes) -> bytes:
 def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
-    for name, value in lower_names(parse_body(call.request.body)).items():
+    for name, value in lower_names(parse_body(call.request)).items():
         names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
         if not all(isinstance(one, (str, int)) for one in names):
             raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
@@ -3323,7 +3321,7 @@ class Bulk:
 
 def run_bulk(call: Call) -> Response:
     """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
-    message = lower_names(parse_body(call.request.body))
+    message = lower_names(parse_body(call.request))
     items, limit = message.get("operations"), message.get("failonerrors")
     if not isinstance(items, list) or not items:
         raise invalid_syntax("Operations: expected a list of operations")
@@ -3871,11 +3869,6 @@ def credentials(request: Request) -> tuple[str, str]:
     return scheme, secret.strip()
 
 
-def nowhere(path: str) -> ScimError:
-    """Return the error of a path that leads to nothing."""
-    return ScimError(404, "", f"{path} does not exist (case matters); Users and Groups follow {BASE_PATH}")
-
-
 def failed(error: Exception) -> Response:
     """Return the answer to a request that failed; what its client cannot mend is printed."""
     if isinstance(error, ScimError):
@@ -3914,10 +3907,7 @@ class Application:
     # -- Tenants --
 
     def configure(self, config: Config) -> None:
-        """Serve the tenants of a configuration from now on; known ones keep their data and store.
-
-        Raises StoreError where data_dir cannot be made: then nothing is changed.
-        """
+        """Serve a configuration's tenants from now on, known ones from their store; StoreError changes nothing."""
         make_data_dir(config)
         with self._configuring:
             before = self.directories
@@ -4038,17 +4028,14 @@ class Application:
         # Reading what the sync did is no part of it.
         logged = (request.path.startswith(BASE_PATH) or lost_its_way) and not (
             request.method == "GET" and "x-console" in request.headers)
-        if not owner:
-            if logged and response.status == 401:
-                self.log.add_stranger(time_text(self._clock()))
-            return
-        tenant, token, directory = owner
-        if not isinstance(directory, Directory):
+        if not owner and logged and response.status == 401:
+            self.log.add_stranger(time_text(self._clock()))
+        if not owner or isinstance(directory := owner[2], StoreError):
             return                                       # there is no log
         if self.log.has_room(request, response):
             shown = Request(request.method, request.path, request.query, {}, request.body, client=request.client,
                             id=request.id)               # without headers, which hold the secret
-            self.log.add(Answered(self._clock(), tenant, token, directory, shown, response, seconds, logged))
+            self.log.add(Answered(self._clock(), *owner[:2], directory, shown, response, seconds, logged))
         else:
             self.log.lost += logged
 
@@ -4061,15 +4048,15 @@ class Application:
             if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
                 return page_response(self.page)._replace(route="/"), None
             owner = self.owner(request)
-            if f"/{'/'.join(segments[:2])}" == BASE_PATH:
-                del segments[:2]
-            elif not find_route(segments := ["", *segments]) or (segments[1] == "console" and not self.page):
-                raise nowhere(request.path)
-            directory = self._authenticate(request, owner)
+            inside = f"/{'/'.join(segments[:2])}" == BASE_PATH
+            segments = segments[2:] if inside else ["", *segments]
+            found = find_route(segments) if inside or self.page or segments[1:2] != ["console"] else None
+            directory = self._authenticate(request, owner) if inside or found else None
             if segments[:1] == ["Me"]:
                 raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
-            if not (found := find_route(segments)):
-                raise nowhere(request.path)
+            if not found or not directory:
+                raise ScimError(404, "", f"{request.path} does not exist (case matters); "
+                                         f"Users and Groups follow {BASE_PATH}")
             methods, route = found
             response = self._dispatch(request, owner, directory, segments, methods)
         except Exception as error:        # noqa: BLE001  a bug of ours must not cut the connection
@@ -4213,6 +4200,8 @@ DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 # Whether a selector sees a connection that another thread registers while it waits.
 WATCHES = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
 Listener = socket.socket
+Stamp = list[tuple[int, int]]
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))       # a second as a Date field has it
 
 
 def complain(text: str) -> None:
@@ -4312,10 +4301,7 @@ class Connection:
 
 
 def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
-    """Return the next request's method, target, minor version and headers, by names in lower case.
-
-    Raises ScimError 400, 414, 431 or 505. (RFC 9112 §3, §5)
-    """
+    """Return method, target, minor version, headers of a request (RFC 9112 §3, §5); ScimError 400, 414, 431, 505."""
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = peer.until(b"\n", *limits)
     if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
@@ -4409,27 +4395,34 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
             for name in ("proto", "host", "for")}
 
 
+def stamp(*files: str) -> Stamp:
+    """Return by what a change of files shows, [] where one is missing; half a file may have the time of the whole."""
+    with suppress(OSError):
+        return [(found.st_mtime_ns, found.st_size) for found in map(os.stat, files)]
+    return []
+
+
 class Tls:
     """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
 
     def __init__(self, *files: str) -> None:
-        self._files = files
-        self._seen, self._context = self._stamp(), self._load()
+        self._files, self._seen = files, stamp(*files)
+        try:
+            self._context = self._load()
+        except OSError as error:
+            raise OSError(f"tls: {' and '.join(files)}: cannot be used ({error})") from error
 
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection, made anew when the files change if they can be used."""
         with suppress(OSError):
-            if (stamp := self._stamp()) != self._seen:
+            if (found := stamp(*self._files)) != self._seen:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
                     complain(f"{' and '.join(self._files)}: cannot be used ({error}); "
                              "the earlier certificate serves on")
-                self._seen = stamp               # so that it is said once
+                self._seen = found               # so that it is said once
         return self._context
-
-    def _stamp(self) -> list[int]:
-        return [os.stat(file).st_mtime_ns for file in self._files]
 
     def _load(self) -> ssl.SSLContext:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -4439,10 +4432,7 @@ class Tls:
 
 
 def request_log(style: str, stream: TextIO) -> Batches:
-    """Return what takes a request as a dict and writes it as a line of a stream: text, json or off.
-
-    Its values hold no blank. No request waits for the stream: when LOG_LINES wait, more are lost.
-    """
+    """Return what writes requests, as dicts whose values hold no blank, to a stream: as text, json or not at all."""
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
         values = [str(value) or "-" for value in line.values()]
@@ -4511,17 +4501,8 @@ class Fault:
         return error_response(error)
 
 
-@lru_cache(2)
-def http_date(second: int) -> str:
-    """Return a time as a Date field has it."""
-    return formatdate(second, usegmt=True)
-
-
 class Handler:
-    """One connection: requests in, answers out, one after the other.
-
-    A step with it returns whether to go on; None leaves that to another thread.
-    """
+    """One connection, request after request; a step returns whether to go on, None leaves that to another thread."""
 
     def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
         self.server, self.peer, self.client = server, peer, client
@@ -4673,10 +4654,10 @@ def listen(config: Config) -> Listener:
     return listener
 
 
-def url_of(config: Config, listener: Listener) -> str:
-    """Return the Tenant URL of a server on a socket."""
+def url_of(config: Config, port: int) -> str:
+    """Return the Tenant URL of a server on a port."""
     host = f"[{config.host}]" if ":" in config.host else config.host
-    return f"http{'s' * bool(config.tls)}://{host}:{listener.getsockname()[1]}{BASE_PATH}"
+    return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
 
 class ScimServer(http.server.HTTPServer):
@@ -4708,20 +4689,12 @@ class ScimServer(http.server.HTTPServer):
         self._selector, self._swept = selectors.DefaultSelector(), 0.0
         self._bell, self._ear = socket.socketpair()          # to wake who leads
         self._bell.setblocking(False)
-        super().__init__((self.config.host, self.config.port), http.server.BaseHTTPRequestHandler,
-                         bind_and_activate=False)
+        super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listen(self.config)
         self.server_address = self.socket.getsockname()
-        self.url = url_of(self.config, self.socket)
-
-    def token(self, tenant: str) -> str:
-        """Return a new secret of a tenant, for the client of a test."""
-        return self.application.token(tenant)
-
-    def directory(self, tenant: str) -> Directory:
-        """Return the directory of a tenant, which works while the server does."""
-        return self.application.directory(tenant)
+        self.url = url_of(self.config, self.server_address[1])
+        self.token, self.directory = application.token, application.directory      # at hand for a test
 
     # -- Connections --
 
@@ -5384,7 +5357,6 @@ FIXED = {"host": "listen", "port": "listen", **{name: name for name in (
     "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log", "console")}}
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
-Stamp = tuple[int, int]
 
 
 @contextmanager
@@ -5458,44 +5430,37 @@ def chosen_store(options: argparse.Namespace) -> Store:
     return Store(path)
 
 
-def check_tls(config: Config) -> None:
-    """Raise StoreError where a certificate or its key cannot be used."""
-    try:
-        if config.tls:
-            Tls(*config.tls)
-    except OSError as error:
-        raise StoreError(f"tls: {' and '.join(config.tls or ())}: cannot be used ({error})") from error
-
-
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, the configuration of the day."""
-    seen, config = file_stamp(options), chosen_config(options)
+    seen, config = stamp(chosen_file(options)), chosen_config(options)
     application = Application(config, page=CONSOLE_PAGE)
     if not application.served:
         application.directory(config.tenants[0].name)    # says why
     warn(application)
-    check_tls(config)
+    if config.tls:
+        Tls(*config.tls)                                 # says what is wrong with it
     try:
         listener = listen(config)
     except OSError as error:
         raise StoreError(f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
                          "choose another address with --listen HOST:PORT") from error
+    told = greeting(url_of(config, listener.getsockname()[1]), config)
     if config.workers == 1:
-        work(options, application, listener, seen, greeting(url_of(config, listener), config))
+        work(options, application, listener, seen, told)
     else:
         application.close()                              # SQLite's files do not outlive a fork
-        supervise(options, config, listener)
+        supervise(options, config, listener, told)
 
 
 def work(options: argparse.Namespace, application: Application, listener: Listener, seen: Stamp, told: str) -> None:
     """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
     server = ScimServer(application, listener)
-    asked: list[int] = []                                # an Event's set() in set() would wait for itself
     for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
         signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
-        signal.signal(signal.SIGHUP, lambda number, frame: asked.append(number))
-    threading.Thread(target=follow_file, args=(options, server, asked, seen), daemon=True).start()
+        # What is seen becomes another stamp; an Event's set() in set() would wait for itself.
+        signal.signal(signal.SIGHUP, lambda number, frame: seen.append((0, 0)))
+    threading.Thread(target=follow_file, args=(options, server, seen), daemon=True).start()
     if told:
         print(told, flush=True)
     server.serve_forever(KNOCK_SECONDS)
@@ -5503,7 +5468,7 @@ def work(options: argparse.Namespace, application: Application, listener: Listen
     application.close()
 
 
-def supervise(options: argparse.Namespace, config: Config, listener: Listener) -> None:
+def supervise(options: argparse.Namespace, config: Config, listener: Listener, told: str) -> None:
     """Run workers on one socket, and a new one for each that dies, until a signal."""
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
@@ -5513,12 +5478,12 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener) -
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
     signal.signal(signal.SIGCHLD, lambda number, frame: None)        # BSD drops what is ignored
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    print(greeting(url_of(config, listener), config), flush=True)
+    print(told, flush=True)
     workers: set[int] = set()
     stopping = False
     while workers or not stopping:
         while len(workers) < config.workers and not stopping:
-            seen = file_stamp(options)
+            seen = stamp(chosen_file(options))
             with suppress(ConfigError):
                 config = replace(chosen_config(options), workers=config.workers)
             workers.add(fork_worker(options, config, listener, seen, numbers))
@@ -5554,20 +5519,11 @@ def end_after(supervisor: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def file_stamp(options: argparse.Namespace) -> Stamp:
-    """Return by what a change of the configuration file shows: time and size, 0 where there is none."""
-    with suppress(OSError):
-        found = os.stat(chosen_file(options))
-        return found.st_mtime_ns, found.st_size          # half a file may have the time of the whole
-    return 0, 0
-
-
-def follow_file(options: argparse.Namespace, server: ScimServer, asked: list[int], seen: Stamp) -> None:
+def follow_file(options: argparse.Namespace, server: ScimServer, seen: Stamp) -> None:
     """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
     while not server.stopping.wait(RELOAD_SECONDS):
-        if asked or file_stamp(options) != seen:
-            asked.clear()
-            seen = file_stamp(options)
+        if (found := stamp(chosen_file(options))) != seen:
+            seen[:] = found
             complain(f"{chosen_file(options)}: {take_file(options, server)}")
 
 
@@ -5625,7 +5581,8 @@ def make_token(options: argparse.Namespace) -> None:
 def check(options: argparse.Namespace) -> None:
     """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
-    check_tls(config)
+    if config.tls:
+        Tls(*config.tls)                                 # says what is wrong with it
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)")
@@ -5743,12 +5700,12 @@ class Demo:
 
     def play(self, dialect: str, custom: Json) -> None:
         """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
-        def patch(op: str, path: str, value: Json) -> Json:
-            return {"schemas": [PATCH_OP], "Operations": [{"op": op, "path": path, "value": value}]}
+        def patch(**operation: Json) -> Json:
+            return {"schemas": [PATCH_OP], "Operations": [operation]}
 
         def change(path: str, value: Json) -> Json:
-            return patch("Replace", path, value) if dialect == "default" else {
-                "schemas": [PATCH_OP], "Operations": [{"op": "replace", "value": {path: value}}]}
+            old = dialect == "default"
+            return patch(op="Replace", path=path, value=value) if old else patch(op="replace", value={path: value})
 
         def named(user_name: str) -> str:
             return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
@@ -5776,8 +5733,8 @@ class Demo:
         step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada, mistake)
         crew = "/Groups/" + step("The group Night Crew, with Ada", 201, "POST", "/Groups", {
             "schemas": [GROUP], "displayName": f"Night Crew {her}", "members": [{"value": ada_id}]})
-        step("Bob joins the crew", 200, "PATCH", crew, patch("Add", "members", [{"value": bob_id}]))
-        step("Ada leaves the crew", 200, "PATCH", crew, patch("Remove", "members", [{"value": ada_id}]))
+        step("Bob joins the crew", 200, "PATCH", crew, patch(op="Add", path="members", value=[{"value": bob_id}]))
+        step("Ada leaves the crew", 200, "PATCH", crew, patch(op="Remove", path="members", value=[{"value": ada_id}]))
         step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
         step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
         for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
@@ -5788,8 +5745,7 @@ class Demo:
 def demo(options: argparse.Namespace) -> int:
     """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
     config = chosen_config(options)
-    scheme = "https" if config.tls else "http"
-    url = (options.url or f"{scheme}://{config.host}:{config.port}{BASE_PATH}").partition("?")[0].rstrip("/")
+    url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
     known = [token.secret for token in config.tenants[0].tokens if token.secret and not token.expired(utc_now())]
     if not (options.token or known):
         raise StoreError("--token is needed: the configuration has no secret that is good")
@@ -5843,12 +5799,9 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file.")
-    parser.set_defaults(run=serve)
-    for option, details in SERVE_OPTIONS.items():
-        parser.add_argument(option, **details)
     commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
-    for name, (run, purpose, options) in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose)
+    for name, (run, purpose, options) in {"": (serve, "", SERVE_OPTIONS), **COMMANDS}.items():
+        command = commands.add_parser(name, help=purpose) if name else parser
         command.set_defaults(run=run)
         for option, details in options.items():
             command.add_argument(option, **details)
@@ -5862,14 +5815,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = options.run(options) or 0
         sys.stdout.flush()
         return status
-    except (StoreError, ScimError) as error:
-        complain(str(error))
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:                              # as behind `| head`; Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
+    except (StoreError, ScimError, OSError) as error:
         complain(str(error))
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:
