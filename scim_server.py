@@ -3830,7 +3830,8 @@ def find_route(segments: Sequence[str]) -> Route | None:
 SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
 EQUALS = rb"(%20|\+)eq(%20|\+)%22([^%&\" ]|%(?!22))*%22"
 USER_BY, GROUP_BY = rb"filter=(userName|externalId)" + EQUALS, rb"filter=(displayName|externalId)" + EQUALS
-LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
+LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|"
+                    rb"Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
                     rb"Groups\?(excludedAttributes=members&" + GROUP_BY + rb"|" + GROUP_BY
                     + rb"&excludedAttributes=members) )")
 SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
@@ -4740,7 +4741,8 @@ class ScimServer(http.server.HTTPServer):
                 handler.peer.allow(IDLE_SECONDS)
                 if not handler.watched:
                     handler.watched = True
-                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, partial(handler.run, handler.take))
+                    ready = partial(handler.run, handler.take)
+                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, ready)
                 return
         self.close(handler)
 
