@@ -265,6 +265,25 @@ def test_a_filter_gives_the_same_answer_in_python_and_in_sql(
             if scim_server.matches(filter, one)} == expected
 
 
+FOUND = [                         # filters whose hits lie in sets of rows, be they joined
+    'userName eq "a"', 'userName eq "a" or externalId eq "b"', 'active eq true and (userName eq "a" or title sw "b")',
+    'emails[type eq "work" and value eq "a"] and not (active eq true)', 'title pr', 'id eq "a" or groups.value eq "b"']
+
+
+@pytest.mark.parametrize("text", FOUND)
+def test_a_filter_looks_at_no_resource_that_its_sets_do_not_hold(tmp_path: Path, text: str) -> None:
+    asked: list[str] = []
+    with closing(scim_server.Store(tmp_path / "a.sqlite3")) as store, store.reading() as session:
+        reader = session.run.__self__
+        reader.set_trace_callback(asked.append)
+        filters = {"User": scim_server.parse_filter(text, USER_TYPE)}
+        session.page(filters, None, scim_server.Window(10))
+        session.total(filters)
+        reader.set_trace_callback(None)
+        plans = [row[3] for sql in asked for row in reader.execute(f"EXPLAIN QUERY PLAN {sql}")]
+    assert len(asked) == 2 and [plan for plan in plans if re.match("SCAN resource|.* resource_type ", plan)] == []
+
+
 FILTER_MISTAKES = [               # filter, the column of its error, 0 for none
     ("userName", 9), ("userName eq", 12), ('userName eq "x', 13), ("userName eq bob", 13),
     ('userName is "x"', 10), ('(userName eq "x"', 17), ('userName eq "x")', 16), ('eq "x"', 4),

@@ -235,6 +235,8 @@ def filter_rows(people: People) -> list[Row]:
          lambda n: f'title eq "Title {n // 100}" and name.familyName eq "Family {n // 10}"', 10, ALL),
         ("filter-broad", "title eq and active eq true",
          lambda n: f'title eq "Title {n // 100}" and active eq true', 90, ALL),
+        ("filter-or", "userName eq or externalId eq",
+         lambda n: f'userName eq "user{n:07}@example.com" or externalId eq "nobody"', 1, ALL),
         ("filter-co", "userName co", lambda n: f'userName co "{n:07}@"', 1, FEW),
     ]
     if people.custom:
