@@ -4209,6 +4209,7 @@ ANNOUNCED = re.compile(rb"\r\n(authorization|content-length|transfer-encoding|ex
 IDLE, READING, ANSWERING = "idle", "reading", "answering"
 RECEIVED = 16 * 1024              # octets at a time
 SPARE_THREADS = 4                 # that wait to lead
+YIELD_SECONDS = 0.0002            # for each connection, to other workers before it takes one more
 SWEEP_SECONDS = 1                 # how often those who fell silent are looked for
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
 # Whether a selector sees a connection that another thread registers while it waits.
@@ -4718,6 +4719,12 @@ class ScimServer(http.server.HTTPServer):
         with self._changed:
             self._hire()
         super().serve_forever(poll_interval)
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; of workers, the one that has the fewest is the first to."""
+        if self.config.workers > 1:
+            time.sleep(min(len(self.connections), 10) * YIELD_SECONDS)
+        return super().get_request()
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection in; at the limit, the one that rests longest makes room for it."""

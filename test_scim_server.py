@@ -7,6 +7,7 @@ import base64
 import csv
 import functools
 import hashlib
+import http.client
 import io
 import itertools
 import json
@@ -27,7 +28,7 @@ import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -2620,6 +2621,29 @@ def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) 
         assert [row["seq"] for row in rows] == list(range(1, 241))
         running.terminate()
         assert running.wait(20) == 0
+
+
+def test_workers_have_about_as_many_connections_each(tmp_path: Path) -> None:
+    def worker(connection: http.client.HTTPConnection) -> str:
+        connection.request("GET", "/healthz")
+        answer = connection.getresponse()
+        return answer.read() and answer.headers["X-Request-Id"].partition("-")[0]
+
+    with process("--data-dir", str(tmp_path), "--workers", "2") as (_, url, _), ExitStack() as stack:
+        up: set[str] = set()
+
+        def connected() -> http.client.HTTPConnection:
+            connection = http.client.HTTPConnection(url.split("/")[2])
+            connection.connect()
+            return stack.enter_context(closing(connection))
+
+        def both() -> bool:
+            with closing(connected()) as connection:
+                up.add(worker(connection))
+            return len(up) == 2
+        wait_until(both)
+        shares = Counter(map(worker, [connected() for _ in range(16)]))
+    assert len(shares) == 2 and min(shares.values()) >= 3
 
 
 def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
