@@ -1555,7 +1555,7 @@ class Session:
         """Return a window on what matches, and one more where there is; each behind missing and key of its position."""
         descending = (sorting is not None and sorting.descending) != window.backward
         flat = not sorting and not window.offset         # what is skipped is not worth a look at its resource
-        sql, parameters = self._positions(sorting, window.after, descending, filters, "resource.*" if flat else "seq")
+        sql, parameters = self._positions(sorting, window, descending, filters, "resource.*" if flat else "seq")
         sql += " LIMIT ? OFFSET ?"
         if not flat:
             sql = f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) {ORDER[descending]}"
@@ -1573,22 +1573,28 @@ class Session:
         return join_sql(" OR ", [(f"({plus}type = ? AND {sql})", [type, *found]) for plus, type, sql, found in terms],
                         "1 = 0")
 
-    def _positions(self, sorting: Sorting | None, after: Position | None, descending: bool, filters: Filters,
+    def _positions(self, sorting: Sorting | None, window: Window, descending: bool, filters: Filters,
                    columns: str) -> Sql:
         # A sort is a walk along the index, then those without a value: they come last in ascending
         # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
-        missing = int(sorting is not None)
-        bound, bounds = bound_sql(missing, "seq", after, descending)
+        missing, down = int(sorting is not None), " DESC" * descending
+        bound, bounds = bound_sql(missing, "seq", window.after, descending)
         rest = f"SELECT {missing} AS missing, '' AS key, {columns} FROM resource WHERE {condition} AND {bound}"
         if not sorting:
-            return f"{rest} ORDER BY seq{' DESC' * descending}", [*parameters, *bounds]
+            return f"{rest} ORDER BY seq{down}", [*parameters, *bounds]
         source, path = entries_of(sorting.target.attribute)
-        walk, walk_bounds = bound_sql(0, "key, seq", after, descending)
-        sql = (f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} "
-               f"AND seq IN (SELECT seq FROM resource WHERE {condition}) UNION ALL {rest} "
-               f"AND seq NOT IN (SELECT seq FROM {source} AND element = 0) {ORDER[descending]}")
-        return sql, [*path, *walk_bounds, *parameters, *parameters, *bounds, *path]
+        walk, walk_bounds = bound_sql(0, "key, seq", window.after, descending)
+        # A set is made once and asked at each step; of others each step asks the resource, up to the page's end.
+        among = f"seq IN (SELECT seq FROM resource WHERE {condition})" if all(map(is_set, filters.values())) else \
+            f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
+        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} AND {among} ORDER BY key{down}"
+        keyless = f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
+        limit = window.offset + window.count + 1
+        halves = [(f"SELECT * FROM ({keyed}, seq{down} LIMIT ?)", [*path, *walk_bounds, *parameters, limit]),
+                  (f"SELECT * FROM ({keyless} LIMIT ?)", [*parameters, *bounds, *path, limit])]
+        (first, values), (second, others) = halves[::-1] if descending else halves
+        return f"{first} UNION ALL {second}", [*values, *others]       # the second only where the first ends too early
 
     # -- Memberships --
 
