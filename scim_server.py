@@ -857,10 +857,10 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
             raise invalid_value(f"{sub.path}: more than {MAX_VALUES} values")
 
 
-def defaults(resource_type: ResourceType, earlier: Mapping[str, Json]) -> Resource:
-    """Return what a resource has where its client says nothing: what it had, else the default."""
-    return {sub.name: earlier.get(sub.name, sub.default)
-            for sub in resource_type.root.sub_attributes if sub.default is not None}
+def defaults(resource_type: ResourceType, earlier: Mapping[str, Json] | None = None) -> Resource:
+    """Return what a resource has where its client says nothing: what it had, if it is new the default."""
+    return {sub.name: sub.default if earlier is None else earlier[sub.name] for sub in resource_type.root.sub_attributes
+            if sub.default is not None and (earlier is None or sub.name in earlier)}
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
@@ -2162,7 +2162,7 @@ class Directory:
         """Store a new resource and return it (RFC 7644 §3.3)."""
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
-        accepted.update(defaults(resource_type, accepted))
+        accepted.update(defaults(resource_type) | accepted)
         now = time_text(self.clock())
         row = Row(0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0)
         with self.store.writing() as session:
@@ -2221,6 +2221,8 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row)
             condition.check(before["meta"]["version"])
+            # Okta leaves out active when it changes other attributes: that must not reactivate.
+            accepted.update(defaults(resource_type, before) | accepted)
             return self._complete(session, self._save(session, row, before, accepted))
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
@@ -2380,7 +2382,7 @@ class Directory:
             external_id = user.get("externalId", "")
             key = self.resource_types["User"].root.by_name["username"].key(user["userName"])
             before = before if before.id else session.former_employee(external_id, key) or NOBODY
-            active = user.get("active", before.active or before is NOBODY)     # older versions let it be taken away
+            active = user.get("active", before.active or before is NOBODY)     # taken away, it tells nothing
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
             after = EmployeeRow(before.id, user_id, True, external_id, key, active, manager, now, employee_record(user))
         if before._replace(changed=now, manager=after.manager) == after:
@@ -2457,8 +2459,6 @@ class Directory:
 
     def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
-        # Okta leaves out active when it changes other attributes: that must not reactivate.
-        after = after | defaults(self.resource_types[row.type], before | after)
         self._check_unique(session, row, after)
         balance, changed = self._link(session, row, before, after)
         attributes = stored(after)
