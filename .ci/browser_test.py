@@ -176,7 +176,7 @@ def check_empty(browser: Browser, link: str, base: str, screenshots: Path | None
     browser.do("url", url=link)
     for view, title, words in (("log", "Provisioning log", "Nobody has called yet"),
                                ("people", "Employees", "Nobody is here yet"),
-                               ("groups", "Groups", "No groups yet"), ("setup", "Set-up", "never arrived")):
+                               ("groups", "Groups", "No groups yet"), ("setup", "Set-up", "nobody has it")):
         browser.run("location.hash = arguments[0]", f"#/{view}")
         heading(browser, title)
         assert words in browser.run("return document.querySelector('main').innerText")
