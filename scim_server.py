@@ -4510,7 +4510,7 @@ class Fault:
 
     def meets(self, request: Request) -> bool:
         """Return whether a request meets this fault."""
-        return self.times > 0 and self.method in ("", request.method) and self.path in request.path
+        return self.times > 0 and self.method.upper() in ("", request.method) and self.path in request.path
 
     def response(self) -> Response:
         """Return the answer that the status means."""
