@@ -305,7 +305,6 @@ class Schema:
 
 
 computed = partial(Attribute, mutability="readOnly")
-MEMBERSHIPS = ("groups", "members")                     # the linked attributes
 EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
@@ -385,6 +384,8 @@ GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
         Attribute("type", canonical_values=("User", "Group")), Attribute("display"),
     )),
 ))
+
+MEMBERSHIPS = tuple(found.name for schema in (USER_SCHEMA, GROUP_SCHEMA) for found in schema.attributes if found.linked)
 
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", description="Enterprise User", attributes=(
     *strings("employeeNumber", "costCenter", "organization", "division", "department"),
@@ -857,10 +858,9 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
             raise invalid_value(f"{sub.path}: more than {MAX_VALUES} values")
 
 
-def defaults(resource_type: ResourceType, earlier: Mapping[str, Json] | None = None) -> Resource:
-    """Return what a resource has where its client says nothing: what it had, if it is new the default."""
-    return {sub.name: sub.default if earlier is None else earlier[sub.name] for sub in resource_type.root.sub_attributes
-            if sub.default is not None and (earlier is None or sub.name in earlier)}
+def defaults(resource_type: ResourceType) -> Resource:
+    """Return what a new resource has where its client says nothing."""
+    return {sub.name: sub.default for sub in resource_type.root.sub_attributes if sub.default is not None}
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
@@ -1143,13 +1143,14 @@ def identity(attribute: Attribute, value: Resource, adding: bool = False) -> fro
 
 def change_selected(attribute: Attribute, holder: Resource, operation: Operation, filter: Filter) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
+    no_target = ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     values, created = attribute.values(holder), None
     selected = [value for value in values if matches(filter, value)]
     if not selected and operation.op != "remove" and operation.value is not None:
         # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
         # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
         if not (created := equal_terms(filter)) or (values and not attribute.multi_valued):
-            raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+            raise no_target
         selected, values = [created], [*values, created]
     for value in selected:
         if operation.path.sub_attribute:
@@ -1160,7 +1161,7 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
         if operation.op != "remove":
             value.update(operation.value or {})
     if created and not matches(filter, created):       # each repetition would make another one
-        raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+        raise no_target
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
@@ -2222,7 +2223,8 @@ class Directory:
             before = self._complete(session, row)
             condition.check(before["meta"]["version"])
             # Okta leaves out active when it changes other attributes: that must not reactivate.
-            accepted.update(defaults(resource_type, before) | accepted)
+            kept = {name: before[name] for name in defaults(resource_type) if name in before}
+            accepted.update(kept | accepted)
             return self._complete(session, self._save(session, row, before, accepted))
 
     def patch(self, type: ResourceType | str, id: str, body: Json,
@@ -2343,6 +2345,7 @@ class Directory:
         What the callback raises is printed and harms nobody. The thread ends with the store.
         """
         def follow(after: int) -> None:
+            """Hand on what comes behind a change."""
             while self.store.wait(0):
                 try:
                     found = self.changes(after, MAX_WAIT)
@@ -3183,8 +3186,8 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
         raise invalid_value(f"sortOrder: expected ascending or descending, got {shown(order)}")
     name = parameters.get("sortby", "").strip()
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
-    if target and target[-1].type == "complex" and target[-1].value_attribute:
-        target = (*target, target[-1].value_attribute)
+    if target and (standing := target[-1].value_attribute):
+        target = (*target, standing)
     return Sorting(Target(target), order == "descending") if target else None
 
 
