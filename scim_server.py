@@ -16,23 +16,28 @@ Test with it  with running() as server:                   an empty one in memory
                   requests.get(server.url + "/Users", headers={
                       "Authorization": "Bearer " + server.token("demo")})
 
-Chapters      1 Vocabulary      schema URNs, limits, ScimError
-              2 Schemas         Attribute, Schema, ResourceType: the data that decides everything
-              3 Filters         text to a bound tree; matches() reads it in Python
-              4 Resources       accept() lets a body in, project() lets a resource out
-              5 PATCH           operations on a resource, all or none
-              6 Storage         one SQLite file a tenant; compile_filter() reads the tree as SQL
-              7 Employees       the Facilio employee that a user is
-              8 Directory       one tenant's operations, a transaction each
-              9 Configuration   tenants, tokens, custom fields
-             10 Application     handle(Request) -> Response: authentication, routes, discovery, Bulk
-             11 HTTP server     sockets
-             12 Console         the page that shows why a sync works or fails
-             13 Interface       running(), wsgi(), main()
+Chapters      1 Vocabulary        schema URNs, limits, ScimError
+              2 Schemas           Attribute, Schema, ResourceType: the data that decides everything
+              3 Filters, paths    text to a bound tree; matches() reads it in Python
+              4 Resources         accept() lets a body in, project() lets a resource out
+              5 PATCH             operations on a resource, all or none
+              6 Queries           the filter tree as SQL
+              7 Store             one SQLite file per tenant: sessions, transactions, backup
+              8 Employees         the Facilio employee made from a user
+              9 Directory         one tenant's operations, a transaction each
+             10 Configuration     tenants, tokens, custom fields
+             11 Messages          Request, Response, Call, bodies, lists, errors
+             12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
+             13 Provisioning log  what each call did, and what to do when it failed
+             14 Other endpoints   employees, changes, the console's API, health, metrics
+             15 Application       handle(Request) -> Response: tenants, tokens, routes
+             16 HTTP server       sockets
+             17 Console           the page that shows why a sync works or fails
+             18 Interface         running(), wsgi(), main() and the commands
 
-One request   bytes -> Handler (strict framing, limits) -> Request -> Application.handle (token to
-              tenant, route) -> Directory operation (accept, patch or query, one transaction) ->
-              Store -> project -> Response -> one write to the socket
+One request   octets -> connection (buffer, deadline) -> head -> token checked -> body -> Request
+              -> Application.handle (route, operation) -> Directory operation (accept, patch or
+              query, one transaction) -> Store -> project -> Response -> one write to the socket
 
 Notation, kept to everywhere below:
 
@@ -107,33 +112,48 @@ LIST_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
 BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
-
 BASE_PATH = "/scim/v2"
-DEFAULT_COUNT = 100               # resources in a page when the client names no count
-MAX_COUNT = 1_000                 # and at the most
-MAX_ANSWERED_MEMBERS = 1_000      # a PATCH of a larger group answers 204: it costs what it changes
-MAX_FILTER_LENGTH = 8 * 1024      # characters
+DEFAULT_COUNT = 100  # resources in a page when the client names no count
+MAX_COUNT = 1_000  # and at the most
+MAX_ANSWERED_MEMBERS = 1_000  # a PATCH of a larger group answers 204: it costs what it changes
+MAX_FILTER_LENGTH = 8 * 1024  # characters
 MAX_FILTER_DEPTH = 50
-MAX_DETAIL = 4_000                # characters of an error's detail
-MAX_TEXT = 64 * 1024              # characters of a value
-MAX_VALUES = 1_000                # of an attribute; members are bounded by the body alone
-MAX_DEPTH = 50                    # of objects and lists in a body
-MAX_BODY = 2 * 1024 * 1024        # octets
+MAX_DETAIL = 4_000  # characters of an error's detail
+MAX_TEXT = 64 * 1024  # characters of a value
+MAX_VALUES = 1_000  # of an attribute; members are bounded by the body alone
+MAX_DEPTH = 50  # of objects and lists in a body
+MAX_BODY = 2 * 1024 * 1024  # octets
 MAX_BULK_BODY = 10 * 1024 * 1024
 MAX_BULK_OPERATIONS = 1_000
-MAX_WAIT = 60                     # seconds that a long poll may wait
-CURSOR_SECONDS = 3_600            # how long a cursor may be used
-SIGNATURE_LENGTH = 16             # octets of its HMAC
-
+MAX_WAIT = 60  # seconds that a long poll may wait
+CURSOR_SECONDS = 3_600  # how long a cursor may be used
+SIGNATURE_LENGTH = 16  # octets of its HMAC
 __version__ = "1.0.0"
-__all__ = [                       # the public interface; the rest may change
-    "Application", "Change", "Config", "ConfigError", "CustomField", "Directory", "Employee",
-    "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
-    "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
+__all__ = [  # the public interface; the rest may change
+    "Application",
+    "Change",
+    "Config",
+    "ConfigError",
+    "CustomField",
+    "Directory",
+    "Employee",
+    "Exchange",
+    "Fault",
+    "Page",
+    "Request",
+    "Response",
+    "ScimError",
+    "ScimServer",
+    "Store",
+    "StoreError",
+    "load_config",
+    "main",
+    "parse_config",
+    "running",
+    "wsgi",
 ]
-
-UTC = timezone.utc                # noqa: UP017  (Python 3.10 has no datetime.UTC)
-Json = Any                        # what json.loads returns
+UTC = timezone.utc  # Python 3.10 has no datetime.UTC
+Json = Any  # what json.loads returns
 Resource = dict[str, Any]
 
 
@@ -144,10 +164,12 @@ class ScimError(Exception):
     says what was found, and what would do. headers go into the HTTP answer.
     """
 
-    def __init__(self, status: int, scim_type: str, detail: str, headers: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, status: int, scim_type: str, detail: str, headers: Mapping[str, str] = {}
+    ) -> None:
         super().__init__(detail)
         self.status, self.scim_type, self.headers = status, scim_type, dict(headers)
-        self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[:MAX_DETAIL - 3]}..."
+        self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
@@ -155,7 +177,7 @@ class ScimError(Exception):
         return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
 
 
-invalid_filter = partial(ScimError, 400, "invalidFilter")        # these take the detail alone
+invalid_filter = partial(ScimError, 400, "invalidFilter")  # these take the detail alone
 invalid_path = partial(ScimError, 400, "invalidPath")
 invalid_syntax = partial(ScimError, 400, "invalidSyntax")
 invalid_value = partial(ScimError, 400, "invalidValue")
@@ -175,10 +197,18 @@ def shown(value: Json) -> str:
 # /Schemas prints. Uses chapter 1. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-TYPE_NAMES = {"boolean": "a Boolean", "integer": "an Integer", "dateTime": "a dateTime", "complex": "an object"}
-INTEGER_LIMIT = 2 ** 63           # integers are 64-bit, as in the store's keys
-DATE_TIME = re.compile(r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
-                       r"(?:Z|([+-])(\d\d):(\d\d))?", re.ASCII | re.IGNORECASE)
+TYPE_NAMES = {
+    "boolean": "a Boolean",
+    "integer": "an Integer",
+    "dateTime": "a dateTime",
+    "complex": "an object",
+}
+INTEGER_LIMIT = 2**63  # integers are 64-bit, as in the store's keys
+DATE_TIME = re.compile(
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+    r"(?:Z|([+-])(\d\d):(\d\d))?",
+    re.ASCII | re.IGNORECASE,
+)
 
 
 def date_time_key(text: str) -> str:
@@ -186,11 +216,11 @@ def date_time_key(text: str) -> str:
     # Entra sends years from 0001 and seven fraction digits, which Python 3.10's fromisoformat refuses.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
-    instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))   # type: ignore[arg-type]
-    offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))   # none means UTC
+    instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))  # type: ignore[arg-type]
+    offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
     try:
         instant += -offset if parts[8] == "+" else offset
-    except OverflowError:            # .NET's first and last instant, elsewhere than in Greenwich
+    except OverflowError:  # .NET's first and last instant, elsewhere than in Greenwich
         instant = datetime.min if parts[8] == "+" else datetime.max.replace(microsecond=0)
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
 
@@ -211,11 +241,11 @@ class Attribute:
     reference_types: tuple[str, ...] = ()
     sub_attributes: tuple[Attribute, ...] = ()
     description: str = ""
-    published: bool = True              # whether /Schemas lists it
-    default: Json = None                # the value of a resource whose client never sent one
-    linked: bool = False                # marks membership, which is kept as rows and not in the body
-    path: str = ""                      # in a resource type: "emails.type", "urn:…:User:department"
-    index: str = field(init=False)      # path in lower case
+    published: bool = True  # whether /Schemas lists it
+    default: Json = None  # the value of a resource whose client never sent one
+    linked: bool = False  # marks membership, which is kept as rows and not in the body
+    path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
+    index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -237,7 +267,9 @@ class Attribute:
     @property
     def value_attribute(self) -> Attribute | None:
         """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
-        return self.by_name.get("value") if ":" not in self.name else None     # a field of an extension
+        return (
+            self.by_name.get("value") if ":" not in self.name else None
+        )  # a field of an extension
 
     def convert(self, value: Json) -> Json:
         """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
@@ -250,16 +282,22 @@ class Attribute:
                 value = int(value)
             if type(value) is int:
                 if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-                    raise invalid_value(f"{self.path}: {shown(value)} is beyond the 64 bits of an Integer")
+                    raise invalid_value(
+                        f"{self.path}: {shown(value)} is beyond the 64 bits of an Integer"
+                    )
                 return value
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
-                raise invalid_value(f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}")
+                raise invalid_value(
+                    f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
+                )
             if self.type != "dateTime":
                 return value
             with suppress(ValueError):
                 return date_time_key(value) and value
-        raise invalid_value(f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}")
+        raise invalid_value(
+            f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
+        )
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
         """Return the values of this attribute in a resource or complex value, none, one or many."""
@@ -275,8 +313,8 @@ class Attribute:
         if self.type == "dateTime":
             return date_time_key(value)
         if self.type == "complex":
-            return "1"                  # says only that it is there
-        return value if self.case_exact else value.casefold()   # type: ignore[no-any-return]
+            return "1"  # says only that it is there
+        return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -284,14 +322,26 @@ def strings(*names: str) -> tuple[Attribute, ...]:
     return tuple(map(Attribute, names))
 
 
-def plural(name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True) -> Attribute:
+def plural(
+    name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True
+) -> Attribute:
     """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
-    return Attribute(name, "complex", multi_valued=True, sub_attributes=(
-        Attribute("value", value_type, case_exact=value_type != "string",
-                  reference_types=("external",) if value_type == "reference" else ()),
-        Attribute("display", published=display), Attribute("type", canonical_values=types),
-        Attribute("primary", "boolean"),
-    ))
+    return Attribute(
+        name,
+        "complex",
+        multi_valued=True,
+        sub_attributes=(
+            Attribute(
+                "value",
+                value_type,
+                case_exact=value_type != "string",
+                reference_types=("external",) if value_type == "reference" else (),
+            ),
+            Attribute("display", published=display),
+            Attribute("type", canonical_values=types),
+            Attribute("primary", "boolean"),
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -308,12 +358,20 @@ computed = partial(Attribute, mutability="readOnly")
 EXTERNAL_ID = Attribute("externalId", case_exact=True)
 COMMON = (
     computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
-    computed("id", case_exact=True, returned="always", uniqueness="server"), EXTERNAL_ID,
+    computed("id", case_exact=True, returned="always", uniqueness="server"),
+    EXTERNAL_ID,
 )
-META = computed("meta", "complex", sub_attributes=(
-    computed("resourceType", case_exact=True), computed("created", "dateTime"), computed("lastModified", "dateTime"),
-    computed("location", "reference", case_exact=True), computed("version", case_exact=True),
-))
+META = computed(
+    "meta",
+    "complex",
+    sub_attributes=(
+        computed("resourceType", case_exact=True),
+        computed("created", "dateTime"),
+        computed("lastModified", "dateTime"),
+        computed("location", "reference", case_exact=True),
+        computed("version", case_exact=True),
+    ),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,9 +387,13 @@ class ResourceType:
     def __post_init__(self) -> None:
         # With extensions as complex attributes named by their URNs, the same few lines walk
         # resources, complex values and extension objects.
-        extensions = [Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions]
+        extensions = [
+            Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions
+        ]
         attributes = (*COMMON, *self.schema.attributes, *extensions, META)
-        object.__setattr__(self, "root", Attribute("", "complex", sub_attributes=attributes).placed())
+        object.__setattr__(
+            self, "root", Attribute("", "complex", sub_attributes=attributes).placed()
+        )
 
     def location(self, base_url: str, id: str) -> str:
         """Return the URL of a resource."""
@@ -344,57 +406,124 @@ class ResourceType:
         return {self.schema.id: self.root, **{found.name: found for found in extensions}}
 
 
-USER_SCHEMA = Schema(USER, "User", description="User Account", attributes=(
-    Attribute("userName", required=True, uniqueness="server"),
-    Attribute("name", "complex", sub_attributes=strings(
-        "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix")),
-    *strings("displayName", "nickName"),
-    Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
-    Attribute("title", description="The job title; the employee's designation"),
-    *strings("userType", "preferredLanguage", "locale", "timezone"),
-    # Okta takes a user without active for a deactivated one, so a user always has it.
-    Attribute("active", "boolean", default=True),
-    # Okta always sends a password: it is accepted, and neither stored nor published.
-    Attribute("password", mutability="writeOnly", returned="never", published=False),
-    # Entra's validator makes a test for each published attribute and stops at these displays.
-    plural("emails", types=("work", "home", "other"), display=False),
-    plural("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False),
-    plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
-    plural("photos", "reference", types=("photo", "thumbnail")),
-    Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
-        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
-        Attribute("type", canonical_values=("work", "home", "other")),
-        Attribute("primary", "boolean"), Attribute("display", published=False),
-    )),
-    computed("groups", "complex", multi_valued=True, linked=True, sub_attributes=(
-        computed("value", case_exact=True),
-        computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
-        computed("display"), computed("type", canonical_values=("direct",)),
-    )),
-    plural("entitlements"), plural("roles"), plural("x509Certificates", "binary"),
-))
-
-GROUP_SCHEMA = Schema(GROUP, "Group", description="Group", attributes=(
-    # RFC 7643 does not ask for unique names; Entra matches groups by displayName, so it needs them.
-    Attribute("displayName", required=True, uniqueness="server"),
-    Attribute("members", "complex", multi_valued=True, linked=True, sub_attributes=(
-        Attribute("value", required=True, case_exact=True),   # an id of ours, and ids have a case
-        # Computed, yet published: without it scim2-tester sends ids of nobody, which are passed over.
-        Attribute("$ref", "reference", case_exact=True, mutability="immutable", reference_types=("User", "Group")),
-        Attribute("type", canonical_values=("User", "Group")), Attribute("display"),
-    )),
-))
-
-MEMBERSHIPS = tuple(found.name for schema in (USER_SCHEMA, GROUP_SCHEMA) for found in schema.attributes if found.linked)
-
-ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", description="Enterprise User", attributes=(
-    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
-    Attribute("manager", "complex", sub_attributes=(
-        Attribute("value", case_exact=True),
-        Attribute("$ref", "reference", case_exact=True, published=False, reference_types=("User",)),
-        Attribute("displayName"),
-    )),
-))
+USER_SCHEMA = Schema(
+    USER,
+    "User",
+    description="User Account",
+    attributes=(
+        Attribute("userName", required=True, uniqueness="server"),
+        Attribute(
+            "name",
+            "complex",
+            sub_attributes=strings(
+                "formatted",
+                "familyName",
+                "givenName",
+                "middleName",
+                "honorificPrefix",
+                "honorificSuffix",
+            ),
+        ),
+        *strings("displayName", "nickName"),
+        Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
+        Attribute("title", description="The job title; the employee's designation"),
+        *strings("userType", "preferredLanguage", "locale", "timezone"),
+        # Okta takes a user without active for a deactivated one, so a user always has it.
+        Attribute("active", "boolean", default=True),
+        # Okta always sends a password: it is accepted, and neither stored nor published.
+        Attribute("password", mutability="writeOnly", returned="never", published=False),
+        # Entra's validator makes a test for each published attribute and stops at these displays.
+        plural("emails", types=("work", "home", "other"), display=False),
+        plural(
+            "phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False
+        ),
+        plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
+        plural("photos", "reference", types=("photo", "thumbnail")),
+        Attribute(
+            "addresses",
+            "complex",
+            multi_valued=True,
+            sub_attributes=(
+                *strings(
+                    "formatted", "streetAddress", "locality", "region", "postalCode", "country"
+                ),
+                Attribute("type", canonical_values=("work", "home", "other")),
+                Attribute("primary", "boolean"),
+                Attribute("display", published=False),
+            ),
+        ),
+        computed(
+            "groups",
+            "complex",
+            multi_valued=True,
+            linked=True,
+            sub_attributes=(
+                computed("value", case_exact=True),
+                computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
+                computed("display"),
+                computed("type", canonical_values=("direct",)),
+            ),
+        ),
+        plural("entitlements"),
+        plural("roles"),
+        plural("x509Certificates", "binary"),
+    ),
+)
+GROUP_SCHEMA = Schema(
+    GROUP,
+    "Group",
+    description="Group",
+    attributes=(
+        # RFC 7643 does not ask for unique names; Entra matches groups by displayName, so it needs them.
+        Attribute("displayName", required=True, uniqueness="server"),
+        Attribute(
+            "members",
+            "complex",
+            multi_valued=True,
+            linked=True,
+            sub_attributes=(
+                Attribute(
+                    "value", required=True, case_exact=True
+                ),  # an id of ours, and ids have a case
+                # Computed, yet published: without it scim2-tester sends ids of nobody, which are passed over.
+                Attribute(
+                    "$ref",
+                    "reference",
+                    case_exact=True,
+                    mutability="immutable",
+                    reference_types=("User", "Group"),
+                ),
+                Attribute("type", canonical_values=("User", "Group")),
+                Attribute("display"),
+            ),
+        ),
+    ),
+)
+MEMBERSHIPS = tuple(
+    found.name
+    for schema in (USER_SCHEMA, GROUP_SCHEMA)
+    for found in schema.attributes
+    if found.linked
+)
+ENTERPRISE_SCHEMA = Schema(
+    ENTERPRISE,
+    "EnterpriseUser",
+    description="Enterprise User",
+    attributes=(
+        *strings("employeeNumber", "costCenter", "organization", "division", "department"),
+        Attribute(
+            "manager",
+            "complex",
+            sub_attributes=(
+                Attribute("value", case_exact=True),
+                Attribute(
+                    "$ref", "reference", case_exact=True, published=False, reference_types=("User",)
+                ),
+                Attribute("displayName"),
+            ),
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -411,14 +540,22 @@ class CustomField:
         return f"{FACILIO}:{self.link_name}"
 
 
-@lru_cache(1024)                  # tenants with the same custom fields share what is made of them
+@lru_cache(1024)  # tenants with the same custom fields share what is made of them
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
     """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
-    own = Schema(FACILIO, "FacilioUser", description="Custom fields of the Employee module", attributes=tuple(
-        Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
-        for custom in custom_fields))
-    return {"User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, own)),
-            "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA)}
+    own = Schema(
+        FACILIO,
+        "FacilioUser",
+        description="Custom fields of the Employee module",
+        attributes=tuple(
+            Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
+            for custom in custom_fields
+        ),
+    )
+    return {
+        "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, own)),
+        "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA),
+    }
 
 
 # ----------------------------------------------------------------------------
@@ -428,6 +565,7 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # are two readers: matches() here, compile_filter() in chapter 6.
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -500,10 +638,15 @@ class ValuePath:
 
 Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
-
 TEST: dict[str, Callable[[str, str], bool]] = {
-    "eq": operator.eq, "co": operator.contains, "sw": str.startswith, "ew": str.endswith,
-    "gt": operator.gt, "ge": operator.ge, "lt": operator.lt, "le": operator.le,
+    "eq": operator.eq,
+    "co": operator.contains,
+    "sw": str.startswith,
+    "ew": str.endswith,
+    "gt": operator.gt,
+    "ge": operator.ge,
+    "lt": operator.lt,
+    "le": operator.le,
 }
 
 
@@ -519,14 +662,14 @@ def matches(filter: Filter, value: Json) -> bool:
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
         case Present(target):
-            return any(target.keys(value))      # the key of empty text is empty: not present
+            return any(target.keys(value))  # the key of empty text is empty: not present
         case Compare(target, op, key):
             return any(TEST[op](found, key) for found in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
 
-Bound = tuple[Attribute, ...] | None     # the attributes down to what a name means; None if unknown
+Bound = tuple[Attribute, ...] | None  # the attributes down to what a name means; None if unknown
 
 
 def find_extension(name: str, resource_type: ResourceType) -> tuple[Attribute, str] | None:
@@ -534,8 +677,8 @@ def find_extension(name: str, resource_type: ResourceType) -> tuple[Attribute, s
     # URNs hold dots and colons themselves, and none begins with another. A dot in place of the
     # colon behind one is the spelling that Entra used before 2018.
     for urn, scope in resource_type.scopes.items():
-        rest = name[len(urn):]
-        if name[:len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
+        rest = name[len(urn) :]
+        if name[: len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
             return scope, rest[1:]
     return None
 
@@ -569,18 +712,22 @@ def resolve_below(target: Bound, name: str, strict: bool = False) -> Bound:
 
 # -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
 
-Tokens = list[tuple[str, str, int]]      # kind, text, column from 1
-Scope = Callable[[str], Bound]           # binds the names in a filter
-Parsed = tuple[Filter, int]              # and the position after it
-
-TOKEN = re.compile(r"""
+Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
+Scope = Callable[[str], Bound]  # binds the names in a filter
+Parsed = tuple[Filter, int]  # and the position after it
+TOKEN = re.compile(
+    r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
-          | (?P<mark>   [()\[\]] ) )""", re.VERBOSE | re.ASCII | re.DOTALL)
-UNSTORABLE = re.compile("[\0\ud800-\udfff]")      # NUL and half a surrogate pair: no UTF-8 database takes it
-LITERAL = json.JSONDecoder(strict=False)          # which may hold control characters
+          | (?P<mark>   [()\[\]] ) )""",
+    re.VERBOSE | re.ASCII | re.DOTALL,
+)
+UNSTORABLE = re.compile(
+    "[\0\ud800-\udfff]"
+)  # NUL and half a surrogate pair: no UTF-8 database takes it
+LITERAL = json.JSONDecoder(strict=False)  # which may hold control characters
 STRING_TYPES = ("string", "reference")
 
 
@@ -598,7 +745,9 @@ def tokens_of(text: str) -> Tokens:
     while position < end:
         if not (token := TOKEN.match(text, position)):
             rest = text[position:end].lstrip()
-            raise bad_filter(end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest)
+            raise bad_filter(
+                end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest
+            )
         kind = token.lastgroup or ""
         tokens.append((kind, token[kind], token.start(kind) + 1))
         position = token.end()
@@ -657,12 +806,18 @@ def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, de
     return (ValuePath(Target(target), inner) if target else NOTHING), position
 
 
-def parse_brackets(tokens: Tokens, position: int, target: Bound, name: str, depth: int, strict: bool = False) -> Parsed:
+def parse_brackets(
+    tokens: Tokens, position: int, target: Bound, name: str, depth: int, strict: bool = False
+) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
     if target and target[-1].type != "complex":
-        raise invalid_filter(f"{name}: a filter in brackets needs a complex attribute, this one is of type "
-                             f"{target[-1].type}")
-    return parse_until("]", tokens, position + 1, partial(resolve_below, target, strict=strict), depth + 1)
+        raise invalid_filter(
+            f"{name}: a filter in brackets needs a complex attribute, this one is of type "
+            f"{target[-1].type}"
+        )
+    return parse_until(
+        "]", tokens, position + 1, partial(resolve_below, target, strict=strict), depth + 1
+    )
 
 
 def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
@@ -687,9 +842,9 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
 
 def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
     """Return the filter that compares a target with a literal of its type."""
-    if op == "ne":      # the opposite of eq, so it also holds for a resource without the attribute
+    if op == "ne":  # the opposite of eq, so it also holds for a resource without the attribute
         return Not(bind_comparison(target, name, "eq", literal))
-    if not target:      # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
+    if not target:  # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
         return NOTHING
     if standing := target[-1].value_attribute:
         target = (*target, standing)
@@ -703,7 +858,9 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
     if literal is None or unordered or shapeless:
-        raise invalid_filter(f"{name}: '{op}' does not go with {shown(literal)} and the type {attribute.type}")
+        raise invalid_filter(
+            f"{name}: '{op}' does not go with {shown(literal)} and the type {attribute.type}"
+        )
     if isinstance(literal, float) and literal.is_integer() and attribute.type == "integer":
         literal = int(literal)
     try:
@@ -715,25 +872,32 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
 
 # -- Paths of PATCH ------------------------------------------------------------
 
+
 @dataclass(frozen=True, slots=True)
 class PatchPath:
     """The target of a PATCH operation, such as emails[type eq "work"].value."""
 
-    attributes: tuple[Attribute, ...]            # (emails,)
-    filter: Filter | None = None                 # on its values: Compare(type, "eq", "work")
-    sub_attribute: Attribute | None = None       # value
+    attributes: tuple[Attribute, ...]  # (emails,)
+    filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
+    sub_attribute: Attribute | None = None  # value
 
     @property
     def read_only(self) -> Attribute | None:
         """The first attribute on the way that no client may change, if any."""
-        return next((found for found in (*self.attributes, self.sub_attribute)
-                     if found and found.mutability in ("readOnly", "immutable")), None)
+        return next(
+            (
+                found
+                for found in (*self.attributes, self.sub_attribute)
+                if found and found.mutability in ("readOnly", "immutable")
+            ),
+            None,
+        )
 
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
-    if len(text) > MAX_FILTER_LENGTH:          # which nobody shall keep in a cache
+    if len(text) > MAX_FILTER_LENGTH:  # which nobody shall keep in a cache
         raise invalid_path(f"path {shown(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
@@ -748,7 +912,9 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
     if tokens[position + bool(sub)][0] != "end":
-        raise invalid_path(f"path {shown(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}")
+        raise invalid_path(
+            f"path {shown(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}"
+        )
     return PatchPath(attributes, filter, sub)
 
 
@@ -769,6 +935,7 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 # project() chooses what of a resource goes out; index_entries() what is indexed.
 # Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
+
 
 def lower_names(value: Json, expected: str = "the body must be a JSON object") -> dict[str, Json]:
     """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
@@ -794,8 +961,12 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
             if sub.name in given:
                 raise invalid_value(f"{sub.path}: given twice")
             given[sub.name] = item
-    accepted = {sub.name: item for sub in attribute.sub_attributes if sub.name in given
-                if (item := accept_value(sub, given[sub.name])) is not None}
+    accepted = {
+        sub.name: item
+        for sub in attribute.sub_attributes
+        if sub.name in given
+        if (item := accept_value(sub, given[sub.name])) is not None
+    }
     require(attribute, accepted)
     return accepted
 
@@ -803,7 +974,9 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 def accept_value(attribute: Attribute, value: Json) -> Json:
     """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
     if not attribute.multi_valued:
-        if value == [] and FACILIO not in attribute.path:       # unassigned; a custom field takes no list
+        if (
+            value == [] and FACILIO not in attribute.path
+        ):  # unassigned; a custom field takes no list
             return None
         # Entra's tutorial sends a manager as a list of one.
         if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
@@ -811,7 +984,9 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
         return accept_single(attribute, value)
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value]
-    accepted = [item for item in (accept_single(attribute, item) for item in items) if item is not None]
+    accepted = [
+        item for item in (accept_single(attribute, item) for item in items) if item is not None
+    ]
     keep_one_primary(accepted)
     return accepted or None
 
@@ -829,7 +1004,9 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
         attribute.convert(value)
     accepted = accept_complex(attribute, value)
     # Entra clears a manager with "", which refers to nobody.
-    nobody = accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
+    nobody = (
+        accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
+    )
     return None if nobody else accepted or None
 
 
@@ -860,23 +1037,34 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
 
 def defaults(resource_type: ResourceType) -> Resource:
     """Return what a new resource has where its client says nothing."""
-    return {sub.name: sub.default for sub in resource_type.root.sub_attributes if sub.default is not None}
+    return {
+        sub.name: sub.default
+        for sub in resource_type.root.sub_attributes
+        if sub.default is not None
+    }
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
     """Return a resource in the order of the schema, its "schemas" made anew."""
     resource = {**resource, "schemas": schemas_of(resource_type, resource)}
-    return {sub.name: resource[sub.name] for sub in resource_type.root.sub_attributes if sub.name in resource}
+    return {
+        sub.name: resource[sub.name]
+        for sub in resource_type.root.sub_attributes
+        if sub.name in resource
+    }
 
 
 def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> list[str]:
     """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
-    return [resource_type.schema.id, *(one.id for one in resource_type.extensions if one.id in resource)]
+    return [
+        resource_type.schema.id,
+        *(one.id for one in resource_type.extensions if one.id in resource),
+    ]
 
 
 # -- Projection ------------------------------------------------------------------
 
-Tree = dict[str, Any]                # names to the trees of what is meant below; None means all of it
+Tree = dict[str, Any]  # names to the trees of what is meant below; None means all of it
 
 
 def name_tree(names: str, resource_type: ResourceType) -> Tree:
@@ -887,7 +1075,7 @@ def name_tree(names: str, resource_type: ResourceType) -> Tree:
         node = tree
         for attribute in attributes[:-1]:
             node = node.setdefault(attribute.name, {})
-        node[attributes[-1].name] = None      # shorter names come last and put the whole for a part
+        node[attributes[-1].name] = None  # shorter names come last and put the whole for a part
     return tree
 
 
@@ -907,8 +1095,10 @@ class Selection:
 @lru_cache(1024)
 def parse_selection(attributes: str, excluded: str, resource_type: ResourceType) -> Selection:
     """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty."""
-    return Selection(name_tree(attributes, resource_type) if attributes.strip() else None,
-                     name_tree(excluded, resource_type))
+    return Selection(
+        name_tree(attributes, resource_type) if attributes.strip() else None,
+        name_tree(excluded, resource_type),
+    )
 
 
 def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted: Tree) -> Resource:
@@ -931,14 +1121,23 @@ def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted:
 
 def memberships(resource: Resource, base_url: str) -> Resource:
     """Return the groups or members of a resource, with absolute URLs."""
-    return {name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
-            for name in MEMBERSHIPS if name in resource}
+    return {
+        name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
+        for name in MEMBERSHIPS
+        if name in resource
+    }
 
 
-def project(resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str) -> Resource:
+def project(
+    resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
+) -> Resource:
     """Return what a client gets to see of a resource, with absolute URLs below base_url."""
     location = resource_type.location(base_url, resource["id"])
-    resource = {**resource, "meta": {**resource["meta"], "location": location}, **memberships(resource, base_url)}
+    resource = {
+        **resource,
+        "meta": {**resource["meta"], "location": location},
+        **memberships(resource, base_url),
+    }
     if selection.wanted is None and not selection.unwanted:
         return resource
     return select(resource_type.root, resource, selection.wanted, selection.unwanted)
@@ -946,15 +1145,17 @@ def project(resource_type: ResourceType, resource: Resource, selection: Selectio
 
 # -- The index -------------------------------------------------------------------
 
-Entry = tuple[str, str, int]         # path, key, element
+Entry = tuple[str, str, int]  # path, key, element
 
 
-def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int = 0) -> Iterator[Entry]:
+def index_entries(
+    attribute: Attribute, value: Mapping[str, Json], element: int = 0
+) -> Iterator[Entry]:
     """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         items: Iterable[tuple[int, Json]] = [(element, item)]
-        if sub.multi_valued:      # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
+        if sub.multi_valued:  # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
             items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
         for number, one in items:
             yield sub.index, sub.key(one), number
@@ -970,6 +1171,7 @@ def index_entries(attribute: Attribute, value: Mapping[str, Json], element: int 
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
+
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One operation: add, replace or remove, its target, its accepted value, and if one was given."""
@@ -984,16 +1186,24 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
     if not isinstance(items := lower_names(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
-    return list(joined(operation for item in items for operation in parse_operation(resource_type, item)))
+    return list(
+        joined(operation for item in items for operation in parse_operation(resource_type, item))
+    )
 
 
 def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
     """Yield operations, those as one that add to or remove from the same attribute one after the other."""
     # Okta and Entra name members one by one: thousands of steps through all of a group.
     for (op, path, many), run in itertools.groupby(
-            operations, lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list))):
+        operations,
+        lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list)),
+    ):
         steps = list(run)
-        yield from [Operation(op, path, [value for one in steps for value in one.value], True)] if many else steps
+        yield from (
+            [Operation(op, path, [value for one in steps for value in one.value], True)]
+            if many
+            else steps
+        )
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1039,15 +1249,23 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
     match path:
-        case PatchPath((_,), Compare(Target((by,)), "eq", _, id), None) \
-                if op == "remove" and attribute.linked and by is attribute.value_attribute:
+        case PatchPath((_,), Compare(Target((by,)), "eq", _, id), None) if (
+            op == "remove" and attribute.linked and by is attribute.value_attribute
+        ):
             path, value = PatchPath(path.attributes), [{"value": id}]
     holder = path.attributes[-2:][0]
-    if attribute is holder.value_attribute and not holder.multi_valued:      # stands for the whole manager
+    if (
+        attribute is holder.value_attribute and not holder.multi_valued
+    ):  # stands for the whole manager
         path, attribute, value = PatchPath(path.attributes[:-1]), holder, {"value": value}
     # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
-    if merge and attribute.type == "complex" and not attribute.value_attribute \
-            and not attribute.multi_valued and isinstance(value, dict):
+    if (
+        merge
+        and attribute.type == "complex"
+        and not attribute.value_attribute
+        and not attribute.multi_valued
+        and isinstance(value, dict)
+    ):
         for name, one in value.items():
             sub = attribute.sub_attribute(name)
             if sub and sub.mutability != "readOnly":
@@ -1068,11 +1286,16 @@ def named_members(operations: Iterable[Operation]) -> set[str] | None:
     """Return the ids of the members that operations can touch; None where it may be any."""
     # With them a change of membership costs what it changes, however large the group is.
     asked = [one for one in operations if one.path.attributes[0].linked]
-    plain = all(one.path == PatchPath(one.path.attributes[:1]) and one.op != "replace" and one.given for one in asked)
+    plain = all(
+        one.path == PatchPath(one.path.attributes[:1]) and one.op != "replace" and one.given
+        for one in asked
+    )
     return {value["value"] for one in asked for value in one.value or ()} if plain else None
 
 
-def apply_patch(resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]) -> Resource:
+def apply_patch(
+    resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
+) -> Resource:
     """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
     patched = copy.deepcopy(resource)
     for operation in operations:
@@ -1111,8 +1334,11 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
         # Entra's default dialect lists the values to remove, for members by their ids.
         unwanted = {identity(attribute, one) for one in value or ()} - {frozenset()}
         holder[attribute.name] = [
-            one for one in attribute.values(holder) if (known := identity(attribute, one)) not in unwanted
-            and (attribute.linked or not any(given <= known for given in unwanted))]      # or parts of it
+            one
+            for one in attribute.values(holder)
+            if (known := identity(attribute, one)) not in unwanted
+            and (attribute.linked or not any(given <= known for given in unwanted))
+        ]  # or parts of it
     elif value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
@@ -1133,15 +1359,19 @@ def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> N
             values.append(value)
 
 
-def identity(attribute: Attribute, value: Resource, adding: bool = False) -> frozenset[tuple[str, str]]:
+def identity(
+    attribute: Attribute, value: Resource, adding: bool = False
+) -> frozenset[tuple[str, str]]:
     """Return by what a complex value is the same as another: a member by its value alone."""
     names = ["value"] if attribute.linked else [name for name in value if name != "primary"]
-    if adding and "value" in value:                # RFC 7643 §2.4: none twice with the same type and value
+    if adding and "value" in value:  # RFC 7643 §2.4: none twice with the same type and value
         names = [name for name in names if name in ("type", "value")]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
 
 
-def change_selected(attribute: Attribute, holder: Resource, operation: Operation, filter: Filter) -> None:
+def change_selected(
+    attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
+) -> None:
     """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
     no_target = ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     values, created = attribute.values(holder), None
@@ -1160,7 +1390,7 @@ def change_selected(attribute: Attribute, holder: Resource, operation: Operation
             value.clear()
         if operation.op != "remove":
             value.update(operation.value or {})
-    if created and not matches(filter, created):       # each repetition would make another one
+    if created and not matches(filter, created):  # each repetition would make another one
         raise no_target
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
@@ -1180,68 +1410,21 @@ def equal_terms(filter: Filter) -> Resource:
 def pruned(value: Json) -> Json:
     """Return a JSON value without the empty objects and lists that removals left."""
     if isinstance(value, dict):
-        return {name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])}
+        return {
+            name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])
+        }
     if isinstance(value, list):
         return [item for item in map(pruned, value) if item != {}]
     return value
 
 
 # ----------------------------------------------------------------------------
-# 6. Storage                                          design: every filter is an index lookup
+# 6. Queries                                                   RFC 7644 §3.4.2
 #
-# One tenant's resources and memberships in one SQLite file, and the only SQL of
-# this file. A filter becomes sets of rows, `seq IN (SELECT …)`, each a range of
-# the index; And, Or and Not of the tree are AND, OR and NOT of the SQL.
-# Uses chapters 1 to 4. Knows nothing of HTTP.
+# The filter tree as SQL: conditions, sorted halves and positions. Every filter
+# uses the index: each term is a set of rows, `seq IN (SELECT …)`, one range of it.
+# Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
-
-MIGRATIONS = (                    # the script at n makes a file of version n one of version n + 1
-    """
-    CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
-        body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
-        hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
-        revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
-        member_count INTEGER NOT NULL);
-    CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
-        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
-    CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
-        display TEXT, display_key TEXT,         -- as its client sent it, and the key
-        PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
-    CREATE INDEX member_groups ON member (member_seq, group_seq);
-    """, """
-    CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
-        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
-        provisioned INTEGER NOT NULL, -- 0 when that user was deleted
-        external_id TEXT NOT NULL,
-        user_name TEXT NOT NULL,      -- as its key
-        active INTEGER NOT NULL,
-        manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
-        changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
-    CREATE INDEX employee_external_id ON employee (external_id, provisioned);
-    CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
-        id TEXT NOT NULL,             -- of the user or group, or the number of the employee
-        member TEXT NOT NULL,         -- of a membership
-        token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
-    CREATE INDEX change_at ON change (at);
-    """, """
-    CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
-    """, """
-    CREATE TABLE request (seq INTEGER PRIMARY KEY AUTOINCREMENT,
-        level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
-        subject TEXT NOT NULL,        -- id of the user or group, or ''
-        entry TEXT NOT NULL);         -- JSON
-    CREATE INDEX change_id ON change (id);
-    CREATE INDEX change_member ON change (member) WHERE member <> '';
-    """, """
-    DELETE FROM value WHERE path IN ('schemas', 'id', 'meta', 'meta.resourcetype');
-    DROP INDEX change_at;
-    CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
-    """,
-)
 
 # What other rows tell is not stored as index entries: these make them, under the attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
@@ -1249,8 +1432,8 @@ MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
 GROUPS = "member_seq AS seq, group_seq AS element FROM member"
 LINKED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
-               f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
-               f"FROM value WHERE path IN ('{FACILIO.lower()}', '{ENTERPRISE.lower()}')",
+    f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
+    f"FROM value WHERE path IN ('{FACILIO.lower()}', '{ENTERPRISE.lower()}')",
     "id": f"id AS key, {EACH}",
     "meta": f"'1' AS key, {EACH}",
     "meta.resourcetype": f"type AS key, {EACH}",
@@ -1263,24 +1446,20 @@ LINKED_ENTRIES = {
     "groups.type": f"'direct' AS key, {GROUPS}",
     "groups.display": f"key, {GROUPS} JOIN value ON value.seq = group_seq AND path = 'displayname'",
 }
-
-BUSY_SECONDS = 5                  # how long a write waits for that of another process
-MAX_BATCH = 64                    # writes that share a commit
-WRITER_CACHE = 8000               # KiB of pages that a writer keeps: a user is entries all over the index
-WAL_PAGES = 4000                  # written before they are copied: those that all creates change but once
-READERS = 16                      # connections that read at once; more would take turns anyway
-POLL_SECONDS = 0.5                # how often a waiting reader looks for what other processes wrote
-
-ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")      # of positions
-COMPARISONS = {                   # with a key for each mark; all but co and ew are one range of the index
-    "eq": "key = ?", "gt": "key > ?", "ge": "key >= ?", "lt": "key < ?", "le": "key <= ?",
+ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")  # of positions
+COMPARISONS = {  # with a key for each mark; all but co and ew are one range of the index
+    "eq": "key = ?",
+    "gt": "key > ?",
+    "ge": "key >= ?",
+    "lt": "key < ?",
+    "le": "key <= ?",
     "co": "instr(key, ?) > 0",
     "ew": "substr(key, -length(?), length(?)) = ?",
-    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",     # no octet of UTF-8 is as great as FF
+    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # no octet of UTF-8 is as great as FF
 }
-Sql = tuple[str, list[Any]]       # a condition and its parameters, in order
-Filters = Mapping[str, Filter]    # by the types of the resources that they select
-COLUMNS = {"resource": "seq", "entry": "seq, element"}       # by which a condition knows its rows
+Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
+Filters = Mapping[str, Filter]  # by the types of the resources that they select
+COLUMNS = {"resource": "seq", "entry": "seq, element"}  # by which a condition knows its rows
 
 
 def compile_filter(filter: Filter, row: str = "resource") -> Sql:
@@ -1307,7 +1486,10 @@ def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
     # Another set would be made whole, be it of a million rows, before SQLite looks into it.
     terms = sorted(filters, key=width)
     narrow = bool(terms) and width(terms[0]) < 2
-    return [probe(term, row) if narrow and number else compile_filter(term, row) for number, term in enumerate(terms)]
+    return [
+        probe(term, row) if narrow and number else compile_filter(term, row)
+        for number, term in enumerate(terms)
+    ]
 
 
 def width(filter: Filter) -> int:
@@ -1351,14 +1533,19 @@ def probe(filter: Filter, row: str) -> Sql:
 
 def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
     """Return conditions joined by AND or OR, or what stands for none of them."""
-    return (f"({word.join(sql for sql, _ in compiled) or empty})",
-            [parameter for _, parameters in compiled for parameter in parameters])
+    return (
+        f"({word.join(sql for sql, _ in compiled) or empty})",
+        [parameter for _, parameters in compiled for parameter in parameters],
+    )
 
 
 def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     source, values = entries_of(target.attribute)
-    return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [*values, *parameters]
+    return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [
+        *values,
+        *parameters,
+    ]
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -1368,6 +1555,105 @@ def entries_of(attribute: Attribute) -> Sql:
     return "value AS entry WHERE path = ?", [attribute.index]
 
 
+class Sorting(NamedTuple):
+    """What to order a query by (RFC 7644 §3.4.2.3)."""
+
+    target: Target
+    descending: bool = False
+
+
+class Position(NamedTuple):
+    """Where a resource stands in a sorted query: those without a value (missing 1) come last."""
+
+    missing: int
+    key: str
+    seq: int
+
+
+@dataclass(frozen=True)
+class Window:
+    """The part of a query's resources to read: count, behind an offset or behind a position."""
+
+    count: int
+    offset: int = 0
+    after: Position | None = None
+    backward: bool = False  # towards the first resource; the page keeps the order of the query
+
+
+def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
+    """Return what keeps one half of a query, in the order of columns, behind a position."""
+    if after is None or missing != after.missing:
+        whole = after is None or (missing > after.missing) != descending
+        return "1 = 1" if whole else "1 = 0", []
+    values = [after.key, after.seq] if "key" in columns else [after.seq]
+    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+
+
+# ----------------------------------------------------------------------------
+# 7. Store
+#
+# One tenant's resources, memberships, employees and changes in one SQLite file.
+# The only chapter that names a database module; it raises StoreError.
+# Uses chapters 1 to 6. Knows nothing of HTTP and of JSON bodies.
+# ----------------------------------------------------------------------------
+
+MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
+    """
+    CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+        body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
+        hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
+        revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
+        member_count INTEGER NOT NULL);
+    CREATE INDEX resource_type ON resource (type, seq);
+    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
+    CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+        display TEXT, display_key TEXT,         -- as its client sent it, and the key
+        PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
+    CREATE INDEX member_groups ON member (member_seq, group_seq);
+    """,
+    """
+    CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
+        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
+        provisioned INTEGER NOT NULL, -- 0 when that user was deleted
+        external_id TEXT NOT NULL,
+        user_name TEXT NOT NULL,      -- as its key
+        active INTEGER NOT NULL,
+        manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
+        changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
+    CREATE INDEX employee_external_id ON employee (external_id, provisioned);
+    CREATE INDEX employee_user_name ON employee (user_name, provisioned);
+    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
+        id TEXT NOT NULL,             -- of the user or group, or the number of the employee
+        member TEXT NOT NULL,         -- of a membership
+        token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
+    CREATE INDEX change_at ON change (at);
+    """,
+    """
+    CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
+    """,
+    """
+    CREATE TABLE request (seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
+        subject TEXT NOT NULL,        -- id of the user or group, or ''
+        entry TEXT NOT NULL);         -- JSON
+    CREATE INDEX change_id ON change (id);
+    CREATE INDEX change_member ON change (member) WHERE member <> '';
+    """,
+    """
+    DELETE FROM value WHERE path IN ('schemas', 'id', 'meta', 'meta.resourcetype');
+    DROP INDEX change_at;
+    CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
+    """,
+)
+BUSY_SECONDS = 5  # how long a write waits for that of another process
+MAX_BATCH = 64  # writes that share a commit
+WRITER_CACHE = 8000  # KiB of pages that a writer keeps: a user is entries all over the index
+WAL_PAGES = 4000  # written before they are copied: those that all creates change but once
+READERS = 16  # connections that read at once; more would take turns anyway
+POLL_SECONDS = 0.5  # how often a waiting reader looks for what other processes wrote
 dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 DECODER = json.JSONDecoder()
 
@@ -1378,7 +1664,7 @@ class Encoded(str):
 
 def load(text: str) -> Json:
     """Return what dump() made text of."""
-    return DECODER.raw_decode(text)[0]           # without a look for blanks around it
+    return DECODER.raw_decode(text)[0]  # without a look for blanks around it
 
 
 class StoreError(Exception):
@@ -1389,8 +1675,10 @@ class Damaged(StoreError):
     """A file that SQLite cannot trust."""
 
     def __init__(self, path: str, finding: str) -> None:
-        super().__init__(f"{path}: damaged ({finding}); put a backup in its place: "
-                         "python scim_server.py restore --tenant NAME FILE")
+        super().__init__(
+            f"{path}: damaged ({finding}); put a backup in its place: "
+            "python scim_server.py restore --tenant NAME FILE"
+        )
 
 
 def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
@@ -1416,32 +1704,7 @@ class Row(NamedTuple):
     @property
     def attributes(self) -> Resource:
         """The body as a resource, read anew: canonical but for what is computed."""
-        return load(self.body)               # type: ignore[no-any-return]
-
-
-class Sorting(NamedTuple):
-    """What to order a query by (RFC 7644 §3.4.2.3)."""
-
-    target: Target
-    descending: bool = False
-
-
-class Position(NamedTuple):
-    """Where a resource stands in a sorted query: those without a value (missing 1) come last."""
-
-    missing: int
-    key: str
-    seq: int
-
-
-@dataclass(frozen=True)
-class Window:
-    """The part of a query's resources to read: count, behind an offset or behind a position."""
-
-    count: int
-    offset: int = 0
-    after: Position | None = None
-    backward: bool = False        # towards the first resource; the page keeps the order of the query
+        return load(self.body)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -1451,10 +1714,10 @@ class Change:
     seq: int
     at: str
     kind: str
-    id: str                       # of the user or group, or the number of the employee
-    member: str                   # the id of who joined or left a group
-    token: str                    # the name of the token that it was done with
-    attributes: list[str]         # the names changed
+    id: str  # of the user or group, or the number of the employee
+    member: str  # the id of who joined or left a group
+    token: str  # the name of the token that it was done with
+    attributes: list[str]  # the names changed
 
 
 class EmployeeRow(NamedTuple):
@@ -1462,26 +1725,17 @@ class EmployeeRow(NamedTuple):
 
     id: int
     user_id: str
-    provisioned: bool             # as the database has it, 0 or 1
+    provisioned: bool  # as the database has it, 0 or 1
     external_id: str
     user_name: str
-    active: bool                  # this too
+    active: bool  # this too
     manager_id: str
     changed: str
     record: Resource
     manager: int | None = None
 
 
-NOBODY = EmployeeRow(0, "", False, "", "", False, "", "", {})     # of whom an employee is made
-
-
-def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
-    """Return what keeps one half of a query, in the order of columns, behind a position."""
-    if after is None or missing != after.missing:
-        whole = after is None or (missing > after.missing) != descending
-        return "1 = 1" if whole else "1 = 0", []
-    values = [after.key, after.seq] if "key" in columns else [after.seq]
-    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+NOBODY = EmployeeRow(0, "", False, "", "", False, "", "", {})  # of whom an employee is made
 
 
 class Session:
@@ -1494,7 +1748,9 @@ class Session:
     def put(self, row: Row | EmployeeRow) -> int:
         """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
         table = "resource" if isinstance(row, Row) else "employee"
-        (key, number), *columns = [column for column in row._asdict().items() if column[0] != "manager"]
+        (key, number), *columns = [
+            column for column in row._asdict().items() if column[0] != "manager"
+        ]
         values = [dump(value) if isinstance(value, dict) else value for _, value in columns]
         changes = ", ".join(f"{name} = excluded.{name}" for name, _ in columns)
         sql = f"INSERT INTO {table} VALUES (?{', ?' * len(values)}) ON CONFLICT ({key}) DO UPDATE SET {changes}"
@@ -1515,8 +1771,10 @@ class Session:
 
     def taken(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
-        sql = ("SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-               "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?")
+        sql = (
+            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?"
+        )
         return self.run(sql, [path, key, type, seq]).fetchone() is not None
 
     def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
@@ -1535,14 +1793,21 @@ class Session:
         self._tally(row.type, -1)
 
     def _tally(self, type: str, by: int) -> None:
-        self.run("INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count", [type, by])
+        self.run(
+            "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
+            [type, by],
+        )
 
     def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
         old, new = set(before), set(after)
-        self.run_many("DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
-                      [(*entry, seq) for entry in old - new])
-        self.run_many("INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
-                      [(*entry, seq) for entry in new - old])
+        self.run_many(
+            "DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
+            [(*entry, seq) for entry in old - new],
+        )
+        self.run_many(
+            "INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
+            [(*entry, seq) for entry in new - old],
+        )
 
     def total(self, filters: Filters) -> int:
         """Return how many resources match; filters has a filter for each type asked for."""
@@ -1550,13 +1815,21 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = self._condition(filters)
-        return int(self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0])
+        return int(
+            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
+        )
 
-    def page(self, filters: Filters, sorting: Sorting | None, window: Window) -> list[tuple[int, str, Row]]:
+    def page(
+        self, filters: Filters, sorting: Sorting | None, window: Window
+    ) -> list[tuple[int, str, Row]]:
         """Return a window on what matches, and one more where there is; each behind missing and key of its position."""
         descending = (sorting is not None and sorting.descending) != window.backward
-        flat = not sorting and not window.offset         # what is skipped is not worth a look at its resource
-        sql, parameters = self._positions(sorting, window, descending, filters, "resource.*" if flat else "seq")
+        flat = (
+            not sorting and not window.offset
+        )  # what is skipped is not worth a look at its resource
+        sql, parameters = self._positions(
+            sorting, window, descending, filters, "resource.*" if flat else "seq"
+        )
         sql += " LIMIT ? OFFSET ?"
         if not flat:
             sql = f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) {ORDER[descending]}"
@@ -1566,16 +1839,31 @@ class Session:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        return [(missing, key, Row(*row)) for missing, key, *row in (found[::-1] if window.backward else found)]
+        return [
+            (missing, key, Row(*row))
+            for missing, key, *row in (found[::-1] if window.backward else found)
+        ]
 
     def _condition(self, filters: Filters) -> Sql:
         # A + before a column keeps SQLite from its index: of a set it would walk the index of types instead.
-        terms = [("+" * is_set(filter), type, *compile_filter(filter)) for type, filter in filters.items()]
-        return join_sql(" OR ", [(f"({plus}type = ? AND {sql})", [type, *found]) for plus, type, sql, found in terms],
-                        "1 = 0")
+        terms = [
+            ("+" * is_set(filter), type, *compile_filter(filter))
+            for type, filter in filters.items()
+        ]
+        return join_sql(
+            " OR ",
+            [(f"({plus}type = ? AND {sql})", [type, *found]) for plus, type, sql, found in terms],
+            "1 = 0",
+        )
 
-    def _positions(self, sorting: Sorting | None, window: Window, descending: bool, filters: Filters,
-                   columns: str) -> Sql:
+    def _positions(
+        self,
+        sorting: Sorting | None,
+        window: Window,
+        descending: bool,
+        filters: Filters,
+        columns: str,
+    ) -> Sql:
         # A sort is a walk along the index, then those without a value: they come last in ascending
         # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
         condition, parameters = self._condition(filters)
@@ -1587,15 +1875,28 @@ class Session:
         source, path = entries_of(sorting.target.attribute)
         walk, walk_bounds = bound_sql(0, "key, seq", window.after, descending)
         # A set is made once and asked at each step; of others each step asks the resource, up to the page's end.
-        among = f"seq IN (SELECT seq FROM resource WHERE {condition})" if all(map(is_set, filters.values())) else \
-            f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
+        among = (
+            f"seq IN (SELECT seq FROM resource WHERE {condition})"
+            if all(map(is_set, filters.values()))
+            else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
+        )
         keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} AND {among} ORDER BY key{down}"
-        keyless = f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
+        keyless = (
+            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
+        )
         limit = window.offset + window.count + 1
-        halves = [(f"SELECT * FROM ({keyed}, seq{down} LIMIT ?)", [*path, *walk_bounds, *parameters, limit]),
-                  (f"SELECT * FROM ({keyless} LIMIT ?)", [*parameters, *bounds, *path, limit])]
+        halves = [
+            (
+                f"SELECT * FROM ({keyed}, seq{down} LIMIT ?)",
+                [*path, *walk_bounds, *parameters, limit],
+            ),
+            (f"SELECT * FROM ({keyless} LIMIT ?)", [*parameters, *bounds, *path, limit]),
+        ]
         (first, values), (second, others) = halves[::-1] if descending else halves
-        return f"{first} UNION ALL {second}", [*values, *others]       # the second only where the first ends too early
+        return f"{first} UNION ALL {second}", [
+            *values,
+            *others,
+        ]  # the second only where the first ends too early
 
     # -- Memberships --
 
@@ -1605,28 +1906,50 @@ class Session:
         if ids is None:
             found = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
         else:
-            found = [row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?", [group_seq, id])]
-        return [{"value": id, "$ref": f"/{type}s/{id}", "type": type}
-                | ({} if display is None else {"display": display}) for id, type, display in found]
+            found = [
+                row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?", [group_seq, id])
+            ]
+        return [
+            {"value": id, "$ref": f"/{type}s/{id}", "type": type}
+            | ({} if display is None else {"display": display})
+            for id, type, display in found
+        ]
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
         """Return the groups that each of some resources is a direct member of."""
         found: dict[int, list[Resource]] = {seq: [] for seq in seqs}
-        sql = (f"SELECT member_seq, id, body FROM member JOIN resource ON resource.seq = group_seq "
-               f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq")
+        sql = (
+            f"SELECT member_seq, id, body FROM member JOIN resource ON resource.seq = group_seq "
+            f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq"
+        )
         for seq, id, body in self.run(sql, seqs):
-            found[seq].append({"value": id, "$ref": f"/Groups/{id}",
-                               "display": load(body)["displayName"], "type": "direct"})
+            found[seq].append(
+                {
+                    "value": id,
+                    "$ref": f"/Groups/{id}",
+                    "display": load(body)["displayName"],
+                    "type": "direct",
+                }
+            )
         return found
 
-    def link(self, group_seq: int, members: Iterable[tuple[str, str | None]], display: Attribute) -> list[str]:
+    def link(
+        self, group_seq: int, members: Iterable[tuple[str, str | None]], display: Attribute
+    ) -> list[str]:
         """Store members, ids with displays, that a group gained or whose display changed; return their ids."""
         # An id that no resource of the tenant has is passed over: one stranger in a push of many
         # must not lose the others, since Okta does not repeat a push that failed.
-        sql = ("INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
-               "UPDATE SET display = excluded.display, display_key = excluded.display_key")
-        return [id for id, text in members if self.run(
-            sql, [group_seq, text, None if text is None else display.key(text), id]).rowcount]
+        sql = (
+            "INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
+            "UPDATE SET display = excluded.display, display_key = excluded.display_key"
+        )
+        return [
+            id
+            for id, text in members
+            if self.run(
+                sql, [group_seq, text, None if text is None else display.key(text), id]
+            ).rowcount
+        ]
 
     def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
         """Remove members from a group and return the ids of those that were there."""
@@ -1644,21 +1967,34 @@ class Session:
         # A userName is given out again; where both have an externalId, that alone tells who is who.
         newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
         by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
-        by_name = self._employees(f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id])
+        by_name = self._employees(
+            f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id]
+        )
         return next(itertools.chain(by_id, by_name), None)
 
-    def employees(self, after: int, last: int, count: int, active: bool | None, since: str) -> list[EmployeeRow]:
+    def employees(
+        self, after: int, last: int, count: int, active: bool | None, since: str
+    ) -> list[EmployeeRow]:
         """Return employees by their ids, behind one up to another, count at most; a time as its key."""
-        return list(self._employees("id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-                                    [after, last, active, since, count]))
+        return list(
+            self._employees(
+                "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
+                [after, last, active, since, count],
+            )
+        )
 
     def follow_manager(self, before: str, after: str) -> None:
         """Let the reports of a manager have the SCIM id that is the manager's now."""
-        self.run("UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''", [after, before])
+        self.run(
+            "UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
+            [after, before],
+        )
 
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
-        sql = ("SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
-               f"FROM employee WHERE {condition}")
+        sql = (
+            "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
+            f"FROM employee WHERE {condition}"
+        )
         for *columns, record, manager in self.run(sql, values):
             yield EmployeeRow(*[*columns, load(record), manager])
 
@@ -1668,8 +2004,11 @@ class Session:
         """Append rows to the change feed, numbered here; forget those beyond so many, and those before a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
         # Two for each that comes: whatever there is to forget, no write waits for it.
-        self.run("DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
-                 "(seq <= (SELECT max(seq) FROM change) - ? OR at < ?)", [2 * len(changes), keep, older_than])
+        self.run(
+            "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
+            "(seq <= (SELECT max(seq) FROM change) - ? OR at < ?)",
+            [2 * len(changes), keep, older_than],
+        )
 
     def changes(self, after: int, count: int) -> list[Change]:
         """Return the changes behind one, as many as count."""
@@ -1681,7 +2020,8 @@ class Session:
             "seq IN (SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
             "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
             "SELECT seq FROM change WHERE member = ? AND member <> '') ORDER BY seq DESC LIMIT ?",
-            [id, str(employee), id, count])
+            [id, str(employee), id, count],
+        )
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
         found = self.run(f"SELECT * FROM change WHERE {condition}", values)
@@ -1689,28 +2029,45 @@ class Session:
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the last one made."""
-        return self.run("SELECT max(ifnull((SELECT min(seq) - 1 FROM change), seq), ifnull((SELECT "
-                        "CAST(value AS INTEGER) FROM setting WHERE name = 'feed_start'), 0)), seq "
-                        "FROM sqlite_sequence WHERE name = 'change'").fetchone() or (0, 0)
+        return self.run(
+            "SELECT max(ifnull((SELECT min(seq) - 1 FROM change), seq), ifnull((SELECT "
+            "CAST(value AS INTEGER) FROM setting WHERE name = 'feed_start'), 0)), seq "
+            "FROM sqlite_sequence WHERE name = 'change'"
+        ).fetchone() or (0, 0)
 
     # -- The provisioning log --
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
         """Append entries, each behind its level and its subject, and keep so many of the newest."""
-        self.run_many("INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)", [
-            (level, subject, dump(entry).encode("utf-8", "replace").decode()) for level, subject, entry in rows])
+        self.run_many(
+            "INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
+            [
+                (level, subject, dump(entry).encode("utf-8", "replace").decode())
+                for level, subject, entry in rows
+            ],
+        )
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
-    def requests(self, after: int, before: int, count: int, level: int, subject: str, text: str) -> list[Json]:
+    def requests(
+        self, after: int, before: int, count: int, level: int, subject: str, text: str
+    ) -> list[Json]:
         """Return entries with their numbers, newest first: between two numbers, from a level on."""
-        sql = ("SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
-               "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?")
-        return [{"seq": seq, "level": level, "subject": subject, **load(entry)} for
-                seq, level, subject, entry in self.run(sql, [after, before, level, subject, text, count])]
+        sql = (
+            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
+            "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
+        )
+        return [
+            {"seq": seq, "level": level, "subject": subject, **load(entry)}
+            for seq, level, subject, entry in self.run(
+                sql, [after, before, level, subject, text, count]
+            )
+        ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
-        return [id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()]
+        return [
+            id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()
+        ]
 
     # -- Settings --
 
@@ -1756,8 +2113,8 @@ class Store:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._writing = threading.RLock()
-        self._owner = 0                          # the thread that writes now
-        self._waiting: list[int] = []            # threads that will write next
+        self._owner = 0  # the thread that writes now
+        self._waiting: list[int] = []  # threads that will write next
         self._batch = Batch()
         self.resting = self._closed = self._interrupted = False
         self._written = threading.Condition()
@@ -1767,34 +2124,50 @@ class Store:
             if self.path != ":memory:":
                 # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
                 os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(f"{self.path}-wal")  # none after a close
+            unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(
+                f"{self.path}-wal"
+            )  # none after a close
             self._writer = self._connect(writer=True)
-            if unclean and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            if (
+                unclean
+                and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok"
+            ):
                 raise Damaged(self.path, found)
             self._migrate()
         except sqlite3.DatabaseError as error:
             raise unusable(self.path, error) from error
         except OSError as error:
-            raise StoreError(f"{self.path}: cannot be opened for writing ({error}); "
-                             "choose a directory that this user may write to") from error
+            raise StoreError(
+                f"{self.path}: cannot be opened for writing ({error}); "
+                "choose a directory that this user may write to"
+            ) from error
 
     def _connect(self, writer: bool = False) -> sqlite3.Connection:
-        connection = sqlite3.connect(self.path, timeout=BUSY_SECONDS, isolation_level=None,
-                                     check_same_thread=False, cached_statements=64)
+        connection = sqlite3.connect(
+            self.path,
+            timeout=BUSY_SECONDS,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=64,
+        )
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         if writer:
             connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE}")
             connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-            connection.execute("PRAGMA temp_store = MEMORY")     # a savepoint would make and remove a file
+            connection.execute(
+                "PRAGMA temp_store = MEMORY"
+            )  # a savepoint would make and remove a file
         return connection
 
     def _migrate(self) -> None:
         with self._transaction() as session:
             version = session.run("PRAGMA user_version").fetchone()[0]
             if version > len(MIGRATIONS):
-                raise StoreError(f"{self.path}: written by a newer scim_server (format {version}, "
-                                 f"this one knows {len(MIGRATIONS)}); run that version")
+                raise StoreError(
+                    f"{self.path}: written by a newer scim_server (format {version}, "
+                    f"this one knows {len(MIGRATIONS)}); run that version"
+                )
             for statement in ";".join(MIGRATIONS[version:]).split(";"):
                 session.run(statement)
             session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
@@ -1804,7 +2177,11 @@ class Store:
         """Give a session in a transaction of its own, or in a step of the one that is open; end may be ""."""
         connection, begin, undo = self._writer, "BEGIN IMMEDIATE", ["ROLLBACK"]
         if connection.in_transaction:
-            begin, end, undo = "SAVEPOINT step", "RELEASE step", ["ROLLBACK TO step", "RELEASE step"]
+            begin, end, undo = (
+                "SAVEPOINT step",
+                "RELEASE step",
+                ["ROLLBACK TO step", "RELEASE step"],
+            )
         connection.execute(begin)
         try:
             yield Session(connection)
@@ -1833,7 +2210,7 @@ class Store:
         with self._writing:
             self._waiting.remove(threading.get_ident())
             if alone and not self._closed and self._writer.in_transaction:
-                self._commit()                           # after which a store that rests is closed
+                self._commit()  # after which a store that rests is closed
             if self._closed:
                 self._writer, self._closed = self._connect(writer=True), False
             self._owner = threading.get_ident()
@@ -1846,12 +2223,16 @@ class Store:
                     yield session
                     self._check_open()
             except sqlite3.Error as error:
-                if not self._writer.in_transaction:      # SQLite gave up all of the batch
+                if not self._writer.in_transaction:  # SQLite gave up all of the batch
                     self._batch.error = error
                 raise
             finally:
                 self._owner = 0
-                if not self._waiting or self._batch.size >= MAX_BATCH or not self._writer.in_transaction:
+                if (
+                    not self._waiting
+                    or self._batch.size >= MAX_BATCH
+                    or not self._writer.in_transaction
+                ):
                     self._commit()
         batch.done.wait()
         if batch.error:
@@ -1865,14 +2246,16 @@ class Store:
     def _commit(self) -> None:
         """End the batch; where that fails, all of it did."""
         try:
-            if not self._batch.error and self._writer.in_transaction:      # it is not where the only write failed
+            if (
+                not self._batch.error and self._writer.in_transaction
+            ):  # it is not where the only write failed
                 self._writer.execute("COMMIT")
         except sqlite3.Error as error:
             self._batch.error = error
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
         finally:
-            self._batch.done.set()                       # whatever happens, nobody waits for ever
+            self._batch.done.set()  # whatever happens, nobody waits for ever
         if self.resting:
             self._let_go()
         with self._written:
@@ -1894,20 +2277,20 @@ class Store:
     @contextmanager
     def reading(self) -> Iterator[Session]:
         """Give a session that sees one commit, whatever is written meanwhile."""
-        if self.path == ":memory:":        # a database in memory belongs to its one connection
+        if self.path == ":memory:":  # a database in memory belongs to its one connection
             with self._writing, self._transaction() as session:
                 yield session
             return
         with self._readers:
             try:
-                connection = self._idle.pop()            # without a look first: others take them too
+                connection = self._idle.pop()  # without a look first: others take them too
             except IndexError:
                 connection = self._connect()
             try:
                 connection.execute("BEGIN")
                 yield Session(connection)
             finally:
-                connection.rollback()                    # of what was only read
+                connection.rollback()  # of what was only read
                 self._idle.append(connection)
                 if self.resting:
                     self._let_go()
@@ -1919,15 +2302,23 @@ class Store:
             with closing(self._connect()) as source, closing(sqlite3.connect(path)) as copy_of_it:
                 source.backup(copy_of_it)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"{path}: cannot be written ({error}); name a new file for the backup") from error
+            raise StoreError(
+                f"{path}: cannot be written ({error}); name a new file for the backup"
+            ) from error
 
     def restore(self, path: str, tenant: str) -> None:
         """Become what a backup of a tenant holds, all or nothing; StoreError for another file."""
         # A backup may lie where nothing can be written, which SQLite believes when told.
         mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
         try:
-            with closing(sqlite3.connect(f"{Path(path).resolve().as_uri()}?{mode}", uri=True,
-                                         isolation_level=None)) as source, self._writing:
+            with (
+                closing(
+                    sqlite3.connect(
+                        f"{Path(path).resolve().as_uri()}?{mode}", uri=True, isolation_level=None
+                    )
+                ) as source,
+                self._writing,
+            ):
                 if (found := source.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
                     raise StoreError(f"{path}: damaged ({found}); choose another backup")
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
@@ -1954,7 +2345,7 @@ class Store:
                 if not self._closed and not self._writer.in_transaction:
                     self._writer.close()
                     self._closed = True
-                with suppress(IndexError):               # not by a look first: readers take them too
+                with suppress(IndexError):  # not by a look first: readers take them too
                     while True:
                         self._idle.pop().close()
             finally:
@@ -1963,36 +2354,49 @@ class Store:
     def close(self) -> None:
         """Close the file; nobody may use the store afterwards."""
         with self._writing:
-            if not self._closed and self._writer.in_transaction:        # of writes that wait for company
+            if not self._closed and self._writer.in_transaction:  # of writes that wait for company
                 self._commit()
             for connection in (*self._idle, self._writer):
                 connection.close()
 
 
 # ----------------------------------------------------------------------------
-# 7. Employees
+# 8. Employees
 #
 # What the sync is for: the employee of Facilio that a SCIM user is, each field
 # with the SCIM paths that it is made of, and its table form.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
+
 def made_of(*choices: str) -> dict[str, list[list[PatchPath]]]:
     """Return of which paths in a user a field is made: the first choice with a value counts, "+" puts a blank."""
     user_type = resource_types(())["User"]
-    return {"choices": [[parse_path(path, user_type) for path in choice.split("+")] for choice in choices]}
+    return {
+        "choices": [
+            [parse_path(path, user_type) for path in choice.split("+")] for choice in choices
+        ]
+    }
 
 
 @dataclass(frozen=True)
 class Employee:
     """An employee of Facilio; text that is unknown is ""."""
 
-    id: int                             # stays the same for a person for ever
-    user_id: str                        # the SCIM id
+    id: int  # stays the same for a person for ever
+    user_id: str  # the SCIM id
     external_id: str
     active: bool
-    name: str = field(metadata=made_of("displayName", "name.formatted", "name.givenName+name.familyName", "userName"))
-    email: str = field(metadata=made_of("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"))
+    name: str = field(
+        metadata=made_of(
+            "displayName", "name.formatted", "name.givenName+name.familyName", "userName"
+        )
+    )
+    email: str = field(
+        metadata=made_of(
+            "emails[primary eq true].value", 'emails[type eq "work"].value', "userName"
+        )
+    )
     phone: str = field(metadata=made_of('phoneNumbers[type eq "work"].value'))
     mobile: str = field(metadata=made_of('phoneNumbers[type eq "mobile"].value'))
     designation: str = field(metadata=made_of("title"))
@@ -2004,9 +2408,9 @@ class Employee:
     language: str = field(metadata=made_of("preferredLanguage"))
     locale: str = field(metadata=made_of("locale"))
     timezone: str = field(metadata=made_of("timezone"))
-    manager: int | None                 # the manager's employee id where known
-    changed: str                        # time of the last change, a dateTime in UTC
-    custom_fields: dict[str, Json]      # values by link name
+    manager: int | None  # the manager's employee id where known
+    changed: str  # time of the last change, a dateTime in UTC
+    custom_fields: dict[str, Json]  # values by link name
 
 
 CHOICES = {found.name: found.metadata["choices"] for found in fields(Employee) if found.metadata}
@@ -2016,7 +2420,9 @@ def employee_record(user: Resource) -> Resource:
     """Return what an employee record says of a user, by the names of Employee."""
     record: Resource = {}
     for name, choices in CHOICES.items():
-        texts = (" ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices)
+        texts = (
+            " ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices
+        )
         record[name] = next(filter(None, texts), "")
     return record | {"custom_fields": dict(user.get(FACILIO, {}))}
 
@@ -2037,7 +2443,10 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     for employee in employees:
         values = [getattr(employee, name) for name in columns]
         values += [employee.custom_fields.get(name) for name in link_names]
-        yield ["" if value is None else value if isinstance(value, str) else json.dumps(value) for value in values]
+        yield [
+            "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            for value in values
+        ]
 
 
 def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
@@ -2045,13 +2454,17 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
     for row in table:
         line = io.StringIO()
         # A spreadsheet runs a cell that starts like a formula; behind an apostrophe it is text.
-        csv.writer(line).writerow(f"'{cell}" if cell[:1] in tuple("=+-@\t\r")
-                                  and not re.fullmatch(r"-?\d+", cell) else cell for cell in row)
+        csv.writer(line).writerow(
+            f"'{cell}"
+            if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?\d+", cell)
+            else cell
+            for cell in row
+        )
         yield line.getvalue()
 
 
 # ----------------------------------------------------------------------------
-# 8. Directory                                                   RFC 7644 §3
+# 9. Directory                                                   RFC 7644 §3
 #
 # One tenant's SCIM operations, a transaction each. Takes and gives canonical
 # resources; the clock and the maker of ids are arguments.
@@ -2061,7 +2474,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
-KINDS = {str: "string", int: "integer", bool: "boolean"}      # the types of custom fields' values
+KINDS = {str: "string", int: "integer", bool: "boolean"}  # the types of custom fields' values
 CHANGED_SINCE = Attribute("changed_since", "dateTime").placed()
 WHOLE = Selection()
 
@@ -2069,11 +2482,13 @@ WHOLE = Selection()
 class Page(NamedTuple):
     """The answer to a query: how many resources match in all, and those of the window asked for."""
 
-    total_results: int | None     # None behind a position: counting again would cost more than the page
+    total_results: (
+        int | None
+    )  # None behind a position: counting again would cost more than the page
     resources: list[Any]
-    first: Position | None = None                # where the page begins
-    last: Position | None = None                 # where it ends
-    more: bool = False                           # whether resources follow on its far side
+    first: Position | None = None  # where the page begins
+    last: Position | None = None  # where it ends
+    more: bool = False  # whether resources follow on its far side
 
 
 class Condition(NamedTuple):
@@ -2119,8 +2534,15 @@ class Directory:
     keep_days for how long. StoreError for a store that cannot be used.
     """
 
-    def __init__(self, store: Store, custom_fields: Sequence[CustomField] = (), clock: Clock = utc_now,
-                 new_id: Callable[[], str] = random_id, keep: int = KEEP_CHANGES, keep_days: int = KEEP_DAYS) -> None:
+    def __init__(
+        self,
+        store: Store,
+        custom_fields: Sequence[CustomField] = (),
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+        keep: int = KEEP_CHANGES,
+        keep_days: int = KEEP_DAYS,
+    ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
         self.keep, self.keep_days = keep, keep_days
         self.custom_fields = tuple(custom_fields)
@@ -2149,7 +2571,9 @@ class Directory:
         with self.store.writing() as session:
             owner = session.setting("tenant")
             if owner not in ("", tenant):
-                raise StoreError(f"{self.store.path}: is the file of tenant {owner}, not of {tenant}")
+                raise StoreError(
+                    f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
+                )
             if not owner:
                 session.set_setting("tenant", tenant)
 
@@ -2165,7 +2589,9 @@ class Directory:
         accepted = accept(resource_type, body)
         accepted.update(defaults(resource_type) | accepted)
         now = time_text(self.clock())
-        row = Row(0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0)
+        row = Row(
+            0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0
+        )
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
             row = row._replace(seq=session.save(row, (), row_entries(resource_type, row)))
@@ -2180,8 +2606,15 @@ class Directory:
         with self.store.reading() as session:
             return self._complete(session, self._find(session, type, id), selection)
 
-    def query(self, type: ResourceType | str, filter: Filter | str = EVERYTHING, sorting: Sorting | None = None,
-              start_index: int = 1, count: int = DEFAULT_COUNT, selection: Selection = WHOLE) -> Page:
+    def query(
+        self,
+        type: ResourceType | str,
+        filter: Filter | str = EVERYTHING,
+        sorting: Sorting | None = None,
+        start_index: int = 1,
+        count: int = DEFAULT_COUNT,
+        selection: Selection = WHOLE,
+    ) -> Page:
         """Return the count resources of a type that match, from the 1-based start_index.
 
         Without sorting the order is that of creation, so that paging sees each resource once
@@ -2193,28 +2626,41 @@ class Directory:
         window = Window(max(count, 0), max(start_index, 1) - 1)
         return self.search({resource_type.name: (filter, selection)}, sorting, window)
 
-    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window,
-               base_url: str = "") -> Page:
+    def search(
+        self,
+        asked: Mapping[str, tuple[Filter, Selection]],
+        sorting: Sorting | None,
+        window: Window,
+        base_url: str = "",
+    ) -> Page:
         """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
         # With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
         filters = {name: filter for name, (filter, _) in asked.items()}
-        as_it_lies = {name for name, (_, selection) in asked.items() if base_url and selection == WHOLE}
+        as_it_lies = {
+            name for name, (_, selection) in asked.items() if base_url and selection == WHOLE
+        }
         with self.store.reading() as session:
             found = session.page(filters, sorting, window)
             total = None if window.after else len(found) + window.offset
             if more := len(found) > window.count:
                 del found[0 if window.backward else -1]
             if total is not None and (more or (window.offset and not found)):
-                total = session.total(filters)           # where the page does not tell
+                total = session.total(filters)  # where the page does not tell
             rows = [self._fitted(row) for *_, row in found]
             groups = session.groups([row.seq for row in rows if row.type == "User"])
-            resources = [self._encoded(session, row, groups, base_url) if row.type in as_it_lies else
-                         self._complete(session, row, asked[row.type][1], groups=groups) for row in rows]
+            resources = [
+                self._encoded(session, row, groups, base_url)
+                if row.type in as_it_lies
+                else self._complete(session, row, asked[row.type][1], groups=groups)
+                for row in rows
+            ]
         ends = [Position(missing, key, row.seq) for missing, key, row in found[:1] + found[-1:]]
         first, last = ends or (None, None)
         return Page(total, resources, first, last, more)
 
-    def replace(self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS) -> Resource:
+    def replace(
+        self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS
+    ) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
         resource_type = self._type(type)
         accepted = accept(resource_type, body)
@@ -2227,8 +2673,14 @@ class Directory:
             accepted.update(kept | accepted)
             return self._complete(session, self._save(session, row, before, accepted))
 
-    def patch(self, type: ResourceType | str, id: str, body: Json,
-              condition: Condition = ALWAYS, selection: Selection = WHOLE) -> Resource | None:
+    def patch(
+        self,
+        type: ResourceType | str,
+        id: str,
+        body: Json,
+        condition: Condition = ALWAYS,
+        selection: Selection = WHOLE,
+    ) -> Resource | None:
         """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
         resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
@@ -2254,7 +2706,9 @@ class Directory:
                 session.unlink(holder.seq, [id])
                 self._log(session, "member.removed", holder.id, [id])
                 self._touch(session, holder, holder.body, holder.member_count - 1)
-            self._log(session, "member.removed", id, [one["value"] for one in session.members(row.seq)])
+            self._log(
+                session, "member.removed", id, [one["value"] for one in session.members(row.seq)]
+            )
             session.delete(row, row_entries(self._type(type), row))
             self._record(session, row, before, {})
 
@@ -2264,18 +2718,25 @@ class Directory:
         Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
         the ids by name.
         """
-        document = source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
+        document = (
+            source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
+        )
         ids: dict[str, str] = {}
         with self.store.writing():
             for body in document.get("Users", ()):
                 made = self.create("User", body)
                 ids[made["userName"]] = made["id"]
             for body in document.get("Groups", ()):
-                given = [one if isinstance(one, dict) else {"value": one} for one in body.get("members", ())]
+                given = [
+                    one if isinstance(one, dict) else {"value": one}
+                    for one in body.get("members", ())
+                ]
                 members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
                 made = self.create("Group", {**body, "members": members})
                 if len(made.get("members", ())) < len({one["value"] for one in members}):
-                    raise invalid_value(f"members of {made['displayName']}: some are nobody's names or ids")
+                    raise invalid_value(
+                        f"members of {made['displayName']}: some are nobody's names or ids"
+                    )
                 ids[made["displayName"]] = made["id"]
         return ids
 
@@ -2286,19 +2747,39 @@ class Directory:
 
     # -- Employees and changes --
 
-    def employees(self, active: bool | None = None, changed_since: str = "",
-                  id: int | None = None, after: int = 0) -> Iterator[Employee]:
+    def employees(
+        self,
+        active: bool | None = None,
+        changed_since: str = "",
+        id: int | None = None,
+        after: int = 0,
+    ) -> Iterator[Employee]:
         """Yield employees by their ids, those behind one: active or not, changed since a dateTime.
 
         Raises ScimError 400 invalidValue for a changed_since that is no dateTime.
         """
         since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
-        after, last = (after, 2 ** 62) if id is None else (max(after, id - 1), id)
-        while found := self._read(partial(Session.employees, after=after, last=last, count=DEFAULT_COUNT,
-                                          active=active, since=since)):
+        after, last = (after, 2**62) if id is None else (max(after, id - 1), id)
+        while found := self._read(
+            partial(
+                Session.employees,
+                after=after,
+                last=last,
+                count=DEFAULT_COUNT,
+                active=active,
+                since=since,
+            )
+        ):
             for row in found:
-                yield Employee(id=row.id, user_id=row.user_id, external_id=row.external_id,
-                               active=bool(row.active), manager=row.manager, changed=row.changed, **row.record)
+                yield Employee(
+                    id=row.id,
+                    user_id=row.user_id,
+                    external_id=row.external_id,
+                    active=bool(row.active),
+                    manager=row.manager,
+                    changed=row.changed,
+                    **row.record,
+                )
             after = found[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -2306,21 +2787,38 @@ class Directory:
 
         Raises ScimError 410 where the feed no longer has them: its detail says where to start.
         """
+
         def read(session: Session) -> list[Change]:
             first, last = session.change_bounds()
             if not first <= after <= last:
-                raise ScimError(410, "", f"after={after}: the feed holds the changes behind {first}, up to "
-                                         f"{last}; read all employees, then start again with after={last}")
+                raise ScimError(
+                    410,
+                    "",
+                    f"after={after}: the feed holds the changes behind {first}, up to "
+                    f"{last}; read all employees, then start again with after={last}",
+                )
             return session.changes(after, count)
+
         return self._read(read, wait)
 
-    def requests(self, after: int = 0, before: int = 0, count: int = DEFAULT_COUNT, level: int = 0,
-                 subject: str = "", text: str = "", wait: float = 0) -> list[Json]:
+    def requests(
+        self,
+        after: int = 0,
+        before: int = 0,
+        count: int = DEFAULT_COUNT,
+        level: int = 0,
+        subject: str = "",
+        text: str = "",
+        wait: float = 0,
+    ) -> list[Json]:
         """Return entries of the provisioning log, newest first; wait seconds where there is none.
 
         before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
         """
-        return self._read(lambda session: session.requests(after, before or 2 ** 62, count, level, subject, text), wait)
+        return self._read(
+            lambda session: session.requests(after, before or 2**62, count, level, subject, text),
+            wait,
+        )
 
     def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
         """Return what is read, again and again for so many seconds while there is nothing."""
@@ -2344,15 +2842,16 @@ class Directory:
 
         What the callback raises is printed and harms nobody. The thread ends with the store.
         """
+
         def follow(after: int) -> None:
             """Hand on what comes behind a change."""
             while self.store.wait(0):
                 try:
                     found = self.changes(after, MAX_WAIT)
-                except ScimError:            # a slow callback: what the feed has forgotten is passed over
+                except ScimError:  # a slow callback: what the feed has forgotten is passed over
                     with self.store.reading() as session:
                         after, found = session.change_bounds()[0], []
-                except sqlite3.OperationalError:         # the file fails for a while
+                except sqlite3.OperationalError:  # the file fails for a while
                     traceback.print_exc()
                     self.store.wait(POLL_SECONDS)
                     continue
@@ -2360,7 +2859,7 @@ class Directory:
                     after = change.seq
                     try:
                         callback(change)
-                    except Exception:        # noqa: BLE001  somebody else's code
+                    except Exception:  # noqa: BLE001  somebody else's code
                         traceback.print_exc()
 
         with self.store.reading() as session:
@@ -2371,8 +2870,12 @@ class Directory:
 
     def _record(self, session: Session, row: Row, before: Resource, after: Resource) -> None:
         """Note that a resource became another ({} is none), and make its employee follow."""
-        self._log(session, f"{row.type.lower()}.{change_verb(before, after)}", row.id,
-                  attributes=changed_names(self.resource_types[row.type].root, before, after))
+        self._log(
+            session,
+            f"{row.type.lower()}.{change_verb(before, after)}",
+            row.id,
+            attributes=changed_names(self.resource_types[row.type].root, before, after),
+        )
         if row.type == "User":
             self._employ(session, row.id, after)
 
@@ -2385,68 +2888,138 @@ class Directory:
             external_id = user.get("externalId", "")
             key = self.resource_types["User"].root.by_name["username"].key(user["userName"])
             before = before if before.id else session.former_employee(external_id, key) or NOBODY
-            active = user.get("active", before.active or before is NOBODY)     # taken away, it tells nothing
+            active = user.get(
+                "active", before.active or before is NOBODY
+            )  # taken away, it tells nothing
             manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
-            after = EmployeeRow(before.id, user_id, True, external_id, key, active, manager, now, employee_record(user))
+            after = EmployeeRow(
+                before.id,
+                user_id,
+                True,
+                external_id,
+                key,
+                active,
+                manager,
+                now,
+                employee_record(user),
+            )
         if before._replace(changed=now, manager=after.manager) == after:
             return
         id = session.put(after)
-        if before.user_id not in ("", user_id):          # who comes back has the same reports
+        if before.user_id not in ("", user_id):  # who comes back has the same reports
             session.follow_manager(before.user_id, user_id)
-        old, new = ({**row.record, "active": row.active, "external_id": row.external_id, "user_id": row.user_id,
-                     "manager": row.manager_id} for row in (before, after))
+        old, new = (
+            {
+                **row.record,
+                "active": row.active,
+                "external_id": row.external_id,
+                "user_id": row.user_id,
+                "manager": row.manager_id,
+            }
+            for row in (before, after)
+        )
         if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
-            self._log(session, f"employee.{change_verb(old if before.id else {}, new)}", str(id), attributes=names)
+            self._log(
+                session,
+                f"employee.{change_verb(old if before.id else {}, new)}",
+                str(id),
+                attributes=names,
+            )
 
-    def _log(self, session: Session, kind: str, id: str, members: Iterable[str] = ("",),
-             attributes: Sequence[str] = ()) -> None:
+    def _log(
+        self,
+        session: Session,
+        kind: str,
+        id: str,
+        members: Iterable[str] = ("",),
+        attributes: Sequence[str] = (),
+    ) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
         now, names = self.clock(), dump(attributes)
-        session.log([(time_text(now), kind, id, member, self.token, names) for member in members],
-                    self.keep, time_text(now - timedelta(days=self.keep_days)))
+        session.log(
+            [(time_text(now), kind, id, member, self.token, names) for member in members],
+            self.keep,
+            time_text(now - timedelta(days=self.keep_days)),
+        )
 
     # -- Helpers --
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            raise ScimError(404, "", f"{shown(type)} is no resource type; there are {', '.join(self.resource_types)}")
+            raise ScimError(
+                404,
+                "",
+                f"{shown(type)} is no resource type; there are {', '.join(self.resource_types)}",
+            )
         return self.resource_types[type] if isinstance(type, str) else type
 
-    def _find(self, session: Session, type: ResourceType | str, id: str, writing: bool = False) -> Row:
+    def _find(
+        self, session: Session, type: ResourceType | str, id: str, writing: bool = False
+    ) -> Row:
         name = self._type(type).name
         if row := session.find(name, id):
             return self._fitted(row, session if writing else None)
         raise ScimError(404, "", f"{name} {shown(id)} does not exist")
 
-    def _complete(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
-                  groups: Mapping[int, list[Resource]] | None = None) -> Resource:
+    def _complete(
+        self,
+        session: Session,
+        row: Row,
+        selection: Selection = WHOLE,
+        named: Iterable[str] | None = None,
+        groups: Mapping[int, list[Resource]] | None = None,
+    ) -> Resource:
         """Return a stored row as a resource with its version, groups, and its members or those named."""
         version, linked = self._linked(session, row, selection, named, groups)
         attributes = row.attributes
-        return {"schemas": schemas_of(self.resource_types[row.type], attributes), "id": row.id, **attributes,
-                "meta": {"resourceType": row.type, "created": row.created, "lastModified": row.modified,
-                         "version": version}, **linked}
+        return {
+            "schemas": schemas_of(self.resource_types[row.type], attributes),
+            "id": row.id,
+            **attributes,
+            "meta": {
+                "resourceType": row.type,
+                "created": row.created,
+                "lastModified": row.modified,
+                "version": version,
+            },
+            **linked,
+        }
 
-    def _encoded(self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str) -> Encoded:
+    def _encoded(
+        self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str
+    ) -> Encoded:
         """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
         # A dict would be made only to be dumped: a page of 100 took a third longer.
         resource_type = self.resource_types[row.type]
         version, linked = self._linked(session, row, groups=groups)
-        schemas = '","'.join([resource_type.schema.id,
-                              *[one.id for one in resource_type.extensions if member_at(row.body, one.id)]])
+        schemas = '","'.join(
+            [
+                resource_type.schema.id,
+                *[one.id for one in resource_type.extensions if member_at(row.body, one.id)],
+            ]
+        )
         joined = dump(memberships(linked, base_url))[1:-1] + "," if linked else ""
         return Encoded(
             f'{{"schemas":["{schemas}"],"id":{dump(row.id)},"meta":{{"resourceType":"{row.type}",'
             f'"created":"{row.created}","lastModified":"{row.modified}","version":{dump(version)},'
-            f'"location":{dump(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}')
+            f'"location":{dump(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}'
+        )
 
-    def _linked(self, session: Session, row: Row, selection: Selection = WHOLE, named: Iterable[str] | None = None,
-                groups: Mapping[int, list[Resource]] | None = None) -> tuple[str, Resource]:
+    def _linked(
+        self,
+        session: Session,
+        row: Row,
+        selection: Selection = WHOLE,
+        named: Iterable[str] | None = None,
+        groups: Mapping[int, list[Resource]] | None = None,
+    ) -> tuple[str, Resource]:
         """Return the version of a row, and its groups or its members."""
         members = self.resource_types[row.type].root.by_name.get("members")
         if members:
             shows = row.member_count and selection.includes(members)
-            return f'W/"{row.revision}"', {"members": session.members(row.seq, named)} if shows else {}
+            return f'W/"{row.revision}"', {
+                "members": session.members(row.seq, named)
+            } if shows else {}
         if not (joined := (groups or session.groups([row.seq]))[row.seq]):
             return f'W/"{row.revision}"', {}
         # A group that is renamed changes its members' groups, and so their versions.
@@ -2455,10 +3028,16 @@ class Directory:
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            unique = sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
+            unique = (
+                sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
+            )
             if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
-                raise ScimError(409, "uniqueness", f"{sub.name} {shown(resource[sub.name])} is already in "
-                                                   f"use by another {row.type}")
+                raise ScimError(
+                    409,
+                    "uniqueness",
+                    f"{sub.name} {shown(resource[sub.name])} is already in "
+                    f"use by another {row.type}",
+                )
 
     def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
@@ -2476,22 +3055,32 @@ class Directory:
     def _touch(self, session: Session, row: Row, body: str, count: int) -> Row:
         """Store a body as the next revision of a row and return the row as it is now."""
         resource_type, now = self.resource_types[row.type], time_text(self.clock())
-        changed = row._replace(body=body, revision=row.revision + 1, modified=now, member_count=count)
+        changed = row._replace(
+            body=body, revision=row.revision + 1, modified=now, member_count=count
+        )
         session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
         return changed
 
-    def _link(self, session: Session, row: Row, before: Resource, after: Resource) -> tuple[int, bool]:
+    def _link(
+        self, session: Session, row: Row, before: Resource, after: Resource
+    ) -> tuple[int, bool]:
         """Store the differences in membership; return by how many it grew and if it changed."""
         if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
-        old, new = ({member["value"]: member.get("display") for member in resource.get("members", ())}
-                    for resource in (before, after))
+        old, new = (
+            {member["value"]: member.get("display") for member in resource.get("members", ())}
+            for resource in (before, after)
+        )
         removed = session.unlink(row.seq, old.keys() - new.keys())
         differing = [member for member in new.items() if member not in old.items()]
         written = session.link(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
         updated = [id for id in written if id in old]
-        for kind, ids in (("member.removed", removed), ("member.added", added), ("member.updated", updated)):
+        for kind, ids in (
+            ("member.removed", removed),
+            ("member.added", added),
+            ("member.updated", updated),
+        ):
             if ids:
                 self._log(session, kind, row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -2524,7 +3113,9 @@ class Directory:
             return row
         body = dump(pruned(row.attributes | {FACILIO: visible}))
         fitted = row._replace(body=body, hidden=dump(hidden), revision=row.revision + 1)
-        if session:      # one that writes; the index holds what that view wrote, by types that the values show
+        if (
+            session
+        ):  # one that writes; the index holds what that view wrote, by types that the values show
             written = resource_types(tuple(CustomField(*one) for one in kinds.items()))["User"]
             session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
             self._record(session, row, row.attributes, fitted.attributes)
@@ -2533,7 +3124,7 @@ class Directory:
     def _adopt_users(self, session: Session) -> None:
         """Make the employees of users that an older version stored without them."""
         if not session.setting("employees"):
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(2 ** 62)):
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62)):
                 self._employ(session, row.id, row.attributes)
             session.set_setting("employees", "made")
 
@@ -2559,8 +3150,15 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
     for sub in attribute.sub_attributes:
         old, new = before.get(sub.name, {}), after.get(sub.name, {})
         if old != new and sub.mutability == "readWrite" and not sub.linked:
-            names += [sub.path] if ":" not in sub.name else [
-                f"{sub.path}:{name}" for name in {**old, **new} if old.get(name) != new.get(name)]
+            names += (
+                [sub.path]
+                if ":" not in sub.name
+                else [
+                    f"{sub.path}:{name}"
+                    for name in {**old, **new}
+                    if old.get(name) != new.get(name)
+                ]
+            )
     return names
 
 
@@ -2585,7 +3183,7 @@ def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
 
 
 # ----------------------------------------------------------------------------
-# 9. Configuration
+# 10. Configuration
 #
 # A JSON file of tenants, tokens and custom fields becomes frozen data. Every
 # mistake of a file is found in one go and named by its JSON path.
@@ -2593,8 +3191,8 @@ def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
 # ----------------------------------------------------------------------------
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Kind = tuple[Callable[[Any], Any], str]    # reads a JSON value or refuses it, and what is expected
-Rule = Kind | Callable[[str, Json], Any]   # or what takes a JSON path and the value there
+Kind = tuple[Callable[[Any], Any], str]  # reads a JSON value or refuses it, and what is expected
+Rule = Kind | Callable[[str, Json], Any]  # or what takes a JSON path and the value there
 
 
 def text_of(pattern: str, expected: str) -> Kind:
@@ -2609,9 +3207,13 @@ def host_and_port(value: Json) -> tuple[str, int] | None:
 
 
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
-TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
-                      "letters, digits, - and _ (the name is that of the tenant's file)")
-LINK_NAME = text_of("[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _")  # RFC 7643 §2.1
+TENANT_NAME = text_of(
+    "[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+    "letters, digits, - and _ (the name is that of the tenant's file)",
+)
+LINK_NAME = text_of(
+    "[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _"
+)  # RFC 7643 §2.1
 FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
 TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
 TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
@@ -2619,14 +3221,32 @@ LOG_FORM = text_of("text|json|off", "text, json or off")
 OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
 LIST = (lambda value: value if isinstance(value, list) else None, "a list")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
-NUMBER = (lambda value: value if type(value) is int and 0 < value <= 10 ** 8 else None, "a whole number of 1 or more")
-DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None, "1 to 36500 days")
+NUMBER = (
+    lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
+    "a whole number of 1 or more",
+)
+DAYS = (
+    lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
+    "1 to 36500 days",
+)
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
-NETWORK = (lambda value: ipaddress.ip_network(str(value)), "an address such as 10.0.0.1 or 10.0.0.0/8")
-TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
-        "a time such as 2027-01-31T00:00:00Z")
-DEMO = {"tenants": [{"name": "demo", "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
-                     "custom_fields": [{"link_name": "badge_number", "type": "Integer"}]}]}
+NETWORK = (
+    lambda value: ipaddress.ip_network(str(value)),
+    "an address such as 10.0.0.1 or 10.0.0.0/8",
+)
+TIME = (
+    lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
+    "a time such as 2027-01-31T00:00:00Z",
+)
+DEMO = {
+    "tenants": [
+        {
+            "name": "demo",
+            "tokens": [{"name": "entra", "secret": "demo-secret-token"}],
+            "custom_fields": [{"link_name": "badge_number", "type": "Integer"}],
+        }
+    ]
+}
 
 
 class ConfigError(Exception):
@@ -2670,12 +3290,12 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8080
     data_dir: str = "scim-data"
-    tls: tuple[str, str] | None = None             # the files of certificate and key
-    trusted_proxies: tuple[Network, ...] = ()      # whose Forwarded headers are believed
+    tls: tuple[str, str] | None = None  # the files of certificate and key
+    trusted_proxies: tuple[Network, ...] = ()  # whose Forwarded headers are believed
     max_connections: int = 512
-    workers: int = 1                               # processes
-    access_log: str = "text"                       # or json, or off
-    metrics_sha256: str = ""                       # of the token that reads /metrics from afar
+    workers: int = 1  # processes
+    access_log: str = "text"  # or json, or off
+    metrics_sha256: str = ""  # of the token that reads /metrics from afar
     keep_changes: int = KEEP_CHANGES
     keep_days: int = KEEP_DAYS
     console: bool = True
@@ -2712,20 +3332,41 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
 def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     reader = ConfigReader()
-    found = reader.members("", document, {
-        "listen": ADDRESS, "data_dir": TEXT, "access_log": LOG_FORM, "metrics_token": TEXT,
-        "max_connections": NUMBER, "workers": NUMBER, "console": FLAG,
-        "tenants": partial(reader.items, rule=reader.tenant, least=1),
-        "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
-        "tls": partial(reader.members, rules={"certificate": TEXT, "key": TEXT}, needed={"certificate", "key"}),
-        "trusted_proxies": partial(reader.items, rule=NETWORK)}, {"tenants"})
+    found = reader.members(
+        "",
+        document,
+        {
+            "listen": ADDRESS,
+            "data_dir": TEXT,
+            "access_log": LOG_FORM,
+            "metrics_token": TEXT,
+            "max_connections": NUMBER,
+            "workers": NUMBER,
+            "console": FLAG,
+            "tenants": partial(reader.items, rule=reader.tenant, least=1),
+            "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
+            "tls": partial(
+                reader.members,
+                rules={"certificate": TEXT, "key": TEXT},
+                needed={"certificate", "key"},
+            ),
+            "trusted_proxies": partial(reader.items, rule=NETWORK),
+        },
+        {"tenants"},
+    )
     if reader.problems:
         raise ConfigError(reader.problems)
     host, port = found.pop("listen", (Config.host, Config.port))
     tls, metrics, changes = (found.pop(name, {}) for name in ("tls", "metrics_token", "changes"))
-    return Config(host=host, port=port, tls=(tls["certificate"], tls["key"]) if tls else None,
-                  metrics_sha256=digest(metrics) if metrics else "",
-                  keep_changes=changes.get("keep", KEEP_CHANGES), keep_days=changes.get("days", KEEP_DAYS), **found)
+    return Config(
+        host=host,
+        port=port,
+        tls=(tls["certificate"], tls["key"]) if tls else None,
+        metrics_sha256=digest(metrics) if metrics else "",
+        keep_changes=changes.get("keep", KEEP_CHANGES),
+        keep_days=changes.get("days", KEEP_DAYS),
+        **found,
+    )
 
 
 def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
@@ -2737,15 +3378,23 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
     if isinstance(source, Config):
         return source
     if source is None or isinstance(source, Mapping):
-        return parse_config({"listen": "127.0.0.1:0", "data_dir": ":memory:", "access_log": "off",
-                             **(DEMO if source is None else source)})
+        return parse_config(
+            {
+                "listen": "127.0.0.1:0",
+                "data_dir": ":memory:",
+                "access_log": "off",
+                **(DEMO if source is None else source),
+            }
+        )
     return load_config(source)
 
 
 def store_path(config: Config, tenant: Tenant) -> str:
     """Return the file of a tenant."""
     folder = config.data_dir
-    return folder if folder == ":memory:" else os.path.join(folder, f"{tenant.name.lower()}.sqlite3")
+    return (
+        folder if folder == ":memory:" else os.path.join(folder, f"{tenant.name.lower()}.sqlite3")
+    )
 
 
 def make_data_dir(config: Config) -> None:
@@ -2754,8 +3403,10 @@ def make_data_dir(config: Config) -> None:
         if config.data_dir != ":memory:":
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{config.data_dir}: cannot be made ({error.strerror}); "
-                         "choose another place with --data-dir") from error
+        raise StoreError(
+            f"{config.data_dir}: cannot be made ({error.strerror}); "
+            "choose another place with --data-dir"
+        ) from error
 
 
 class ConfigReader:
@@ -2763,7 +3414,7 @@ class ConfigReader:
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-        self._seen: dict[tuple[str, str], str] = {}      # (what, value) to the path it stands at
+        self._seen: dict[tuple[str, str], str] = {}  # (what, value) to the path it stands at
 
     def wrong(self, path: str, problem: str) -> None:
         """Note a mistake."""
@@ -2782,10 +3433,14 @@ class ConfigReader:
         with suppress(TypeError, ValueError):
             if (found := convert(value)) is not None:
                 return found
-        self.wrong(path, f"expected {expected}" + ("" if "token" in path else f", got {shown(value)}"))
+        self.wrong(
+            path, f"expected {expected}" + ("" if "token" in path else f", got {shown(value)}")
+        )
         return None
 
-    def members(self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()) -> dict[str, Any]:
+    def members(
+        self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()
+    ) -> dict[str, Any]:
         """Return what rules make of an object's members; unknown and missing names are mistakes."""
         if self.read(path, value, OBJECT) is None:
             return {}
@@ -2794,8 +3449,11 @@ class ConfigReader:
             self.wrong(below + name, f"unknown key; known are {', '.join(sorted(rules))}")
         for name in sorted(set(needed) - value.keys()):
             self.wrong(below + name, "is missing")
-        return {name: found for name, rule in rules.items() if name in value
-                and (found := self.read(below + name, value[name], rule)) is not None}
+        return {
+            name: found
+            for name, rule in rules.items()
+            if name in value and (found := self.read(below + name, value[name], rule)) is not None
+        }
 
     def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
         """Return what a rule makes of the items of a list."""
@@ -2803,25 +3461,45 @@ class ConfigReader:
             return ()
         if len(value) < least:
             self.wrong(path, "expected at least one")
-        return tuple(self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value))
+        return tuple(
+            self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value)
+        )
 
     def tenant(self, path: str, value: Json) -> Tenant:
         """Return a tenant."""
-        found = self.members(path, value, {
-            "name": TENANT_NAME, "tokens": partial(self.items, rule=self.token, least=1),
-            "custom_fields": partial(self.items, rule=self.custom_field),
-            "log": partial(self.members, rules={"keep": NUMBER, "bodies": FLAG})}, {"name", "tokens"})
+        found = self.members(
+            path,
+            value,
+            {
+                "name": TENANT_NAME,
+                "tokens": partial(self.items, rule=self.token, least=1),
+                "custom_fields": partial(self.items, rule=self.custom_field),
+                "log": partial(self.members, rules={"keep": NUMBER, "bodies": FLAG}),
+            },
+            {"name", "tokens"},
+        )
         name, log = found.get("name", ""), found.get("log", {})
         self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
-        return Tenant(name, found.get("tokens", ()), found.get("custom_fields", ()),
-                      log.get("keep", KEEP_LOG), log.get("bodies", False))
+        return Tenant(
+            name,
+            found.get("tokens", ()),
+            found.get("custom_fields", ()),
+            log.get("keep", KEEP_LOG),
+            log.get("bodies", False),
+        )
 
     def token(self, path: str, value: Json) -> Token:
         """Return a token; its hash must be the only one of its kind among all tenants."""
-        found = self.members(path, value, {"name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME})
+        found = self.members(
+            path,
+            value,
+            {"name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME},
+        )
         name, secret = found.get("name", path), found.get("secret", "")
         if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
-            self.wrong(path, "expected either secret or sha256; `python scim_server.py token` makes both")
+            self.wrong(
+                path, "expected either secret or sha256; `python scim_server.py token` makes both"
+            )
         sha256 = digest(secret) if secret else found.get("sha256", "").lower()
         self.unique(f"{path}.name", path.rpartition("[")[0], name, "the same name as")
         self.unique(path, "token", sha256, "the same token as")
@@ -2832,25 +3510,31 @@ class ConfigReader:
         rules = {"link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}
         found = self.members(path, value, rules, {"link_name", "type"})
         name = found.get("link_name", "")
-        self.unique(f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as")
+        self.unique(
+            f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as"
+        )
         return CustomField(name, found.get("type", ""), found.get("display_name", name))
 
 
 # ----------------------------------------------------------------------------
-# 10. Application                                     RFC 7644 §2, §3.1, §3.12, §4
+# 11. Messages                                            RFC 7644 §3.1, §3.12
 #
-# handle(Request) -> Response: token to tenant, path to operation, every failure
-# to a SCIM error. Plain Python, whatever brings the requests.
-# Uses chapters 1 to 9. Knows nothing of sockets.
+# What comes in and goes out, as plain Python: requests, responses, calls, bodies,
+# lists and errors.
+# Uses chapters 1 to 10. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
-RETRY_SECONDS = 5                 # after which a tenant whose file failed is opened again
+RETRY_SECONDS = 5  # after which a tenant whose file failed is opened again
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
-OPEN_TENANTS = 64                 # whose files are kept open
-unauthorized = partial(           # whatever is wrong with a bearer token
-    ScimError, 401, "", "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
-    "application", {"WWW-Authenticate": 'Bearer realm="scim"'})
-Owner = tuple[Tenant, Token, Directory | StoreError]      # of a request
+unauthorized = partial(  # whatever is wrong with a bearer token
+    ScimError,
+    401,
+    "",
+    "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
+    "application",
+    {"WWW-Authenticate": 'Bearer realm="scim"'},
+)
+Owner = tuple[Tenant, Token, Directory | StoreError]  # of a request
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -2861,23 +3545,25 @@ class Request(NamedTuple):
     path: str
     query: str = ""
     headers: Mapping[str, str] = NO_HEADERS
-    body: bytes | Json = b""           # Bulk hands in JSON that was read already
-    scheme: str = "http"               # and host: how the client named this server
+    body: bytes | Json = b""  # Bulk hands in JSON that was read already
+    scheme: str = "http"  # and host: how the client named this server
     host: str = "localhost"
-    root: str = ""                     # the path that the server is mounted at
-    client: str = ""                   # the address that it came from
-    id: str = "-"                      # for the logs
-    owner: Owner | None = None         # whose it is, where that is known: Bulk asks for many but once
-    encoded: bool = False              # whether resources in the answer may be Encoded, for who makes bytes of them
+    root: str = ""  # the path that the server is mounted at
+    client: str = ""  # the address that it came from
+    id: str = "-"  # for the logs
+    owner: Owner | None = None  # whose it is, where that is known: Bulk asks for many but once
+    encoded: bool = (
+        False  # whether resources in the answer may be Encoded, for who makes bytes of them
+    )
 
 
 class Response(NamedTuple):
     """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it."""
 
     status: int
-    body: Json = None                  # None is no body; another is application/scim+json unless headers say
+    body: Json = None  # None is no body; another is application/scim+json unless headers say
     headers: Mapping[str, str] = NO_HEADERS
-    tenant: str = ""                   # for the logs: whose request it was, and for what route
+    tenant: str = ""  # for the logs: whose request it was, and for what route
     route: str = ""
 
 
@@ -2886,23 +3572,32 @@ class Call(NamedTuple):
 
     request: Request
     directory: Directory
-    resource_type: ResourceType                   # of the endpoint
-    resource_types: tuple[ResourceType, ...]      # this one, at the root all
-    endpoint: str                                 # the first segment of the path
-    id: str                                       # the last, where there are others
-    parameters: Mapping[str, str]                 # of the query, names in lower case
-    condition: Condition                          # on the version
+    resource_type: ResourceType  # of the endpoint
+    resource_types: tuple[ResourceType, ...]  # this one, at the root all
+    endpoint: str  # the first segment of the path
+    id: str  # the last, where there are others
+    parameters: Mapping[str, str]  # of the query, names in lower case
+    condition: Condition  # on the version
     base_url: str
-    application: Application
-    owner: Owner | None                           # of the request
+    application: Any
+    owner: Owner | None  # of the request
 
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
-        return parse_selection(self.parameters.get("attributes", ""),
-                               self.parameters.get("excludedattributes", ""), resource_type)
+        return parse_selection(
+            self.parameters.get("attributes", ""),
+            self.parameters.get("excludedattributes", ""),
+            resource_type,
+        )
 
-    def integer(self, name: str, default: int, least: int = -10**18, most: int = 10**18,
-                scim_type: str = "invalidValue") -> int:
+    def integer(
+        self,
+        name: str,
+        default: int,
+        least: int = -(10**18),
+        most: int = 10**18,
+        scim_type: str = "invalidValue",
+    ) -> int:
         """Return an integer parameter, moved into bounds; ScimError 400 with the scimType if it is none."""
         if not (text := self.parameters.get(name.lower(), "")):
             return default
@@ -2910,9 +3605,13 @@ class Call(NamedTuple):
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
         return max(least, min(int(text), most))
 
-    def search(self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window) -> Page:
+    def search(
+        self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window
+    ) -> Page:
         """Return a window on what matches, Encoded for who makes bytes of it."""
-        return self.directory.search(asked, sorting, window, self.base_url if self.request.encoded else "")
+        return self.directory.search(
+            asked, sorting, window, self.base_url if self.request.encoded else ""
+        )
 
     def projected(self, resource: Resource | Encoded) -> Json:
         """Return as much of a resource as the client selected."""
@@ -2934,7 +3633,9 @@ def parse_body(request: Request) -> Json:
     if not isinstance(body := request.body, bytes):
         return body
     try:
-        value = json.loads(body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names)
+        value = json.loads(
+            body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names
+        )
         # Only a body with escapes or deep nesting can hold what the walk looks for.
         if b"\\u" in body or is_deep(value):
             for path, text in texts_in(value):
@@ -2951,8 +3652,12 @@ def is_deep(value: Json) -> bool:
     level: list[Any] = [[value]]
     depth = 0
     while level and depth <= MAX_DEPTH:
-        level = [item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer)
-                 if isinstance(item, (dict, list))]
+        level = [
+            item
+            for outer in level
+            for item in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(item, (dict, list))
+        ]
         depth += 1
     return bool(level)
 
@@ -2980,8 +3685,16 @@ def not_json(word: str) -> Json:
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
     """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage is what this answer holds."""
     page = list(resources)
-    return Response(200, {"schemas": [LIST_RESPONSE], "totalResults": total, **more,
-                          "itemsPerPage": len(page), "Resources": page})
+    return Response(
+        200,
+        {
+            "schemas": [LIST_RESPONSE],
+            "totalResults": total,
+            **more,
+            "itemsPerPage": len(page),
+            "Resources": page,
+        },
+    )
 
 
 def error_response(error: ScimError) -> Response:
@@ -2989,68 +3702,165 @@ def error_response(error: ScimError) -> Response:
     return Response(error.status, error.body(), error.headers)
 
 
+def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer that is no SCIM message."""
+    return Response(200, body, {"Content-Type": type, **headers})
+
+
+def credentials(request: Request) -> tuple[str, str]:
+    """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return scheme, secret.strip()
+
+
+def failed(error: Exception) -> Response:
+    """Return the answer to a request that failed; what its client cannot mend is printed."""
+    if isinstance(error, ScimError):
+        return error_response(error)
+    with suppress(OSError, ValueError):  # nobody reads it
+        traceback.print_exception(error)
+    if isinstance(error, sqlite3.DatabaseError):  # of the disk or the file
+        return error_response(
+            ScimError(
+                507 if "full" in str(error) else 503,
+                "",
+                f"the tenant's database failed: {error}; nothing was changed, "
+                "the request may be repeated",
+                RETRY,
+            )
+        )
+    return error_response(ScimError(500, "", "the server failed; its log says why"))
+
+
+# ----------------------------------------------------------------------------
+# 12. SCIM endpoints                                           RFC 7644 §3, §4
+#
+# Each operation takes a Call and returns a Response: resources, queries, cursors,
+# .search, discovery and Bulk.
+# Uses chapters 1 to 11. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
 # -- Discovery -------------------------------------------------------------------
+
 
 def published_attribute(attribute: Attribute) -> Json:
     """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
     cased = attribute.type in STRING_TYPES or attribute.type == "binary"
     found = {
-        "name": attribute.name, "type": attribute.type, "multiValued": attribute.multi_valued,
-        "required": attribute.required, "mutability": attribute.mutability, "returned": attribute.returned,
+        "name": attribute.name,
+        "type": attribute.type,
+        "multiValued": attribute.multi_valued,
+        "required": attribute.required,
+        "mutability": attribute.mutability,
+        "returned": attribute.returned,
         "caseExact": attribute.case_exact if cased else None,
         "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
         "description": attribute.description or attribute.name,
         "canonicalValues": list(attribute.canonical_values) or None,
         "referenceTypes": list(attribute.reference_types) or None,
-        "subAttributes": [published_attribute(sub) for sub in attribute.sub_attributes if sub.published] or None}
+        "subAttributes": [
+            published_attribute(sub) for sub in attribute.sub_attributes if sub.published
+        ]
+        or None,
+    }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's schemas by URN (RFC 7643 §7); externalId is listed for Entra's validator."""
-    return {schema.id: {
-        "schemas": [SCHEMA], "id": schema.id, "name": schema.name, "description": schema.description,
-        "attributes": [published_attribute(attribute) for attribute in
-                       ((EXTERNAL_ID,) if schema is found.schema else ()) + schema.attributes if attribute.published],
-        "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
-    } for found in directory.resource_types.values()
-      for schema in (found.schema, *found.extensions) if schema.attributes}
+    return {
+        schema.id: {
+            "schemas": [SCHEMA],
+            "id": schema.id,
+            "name": schema.name,
+            "description": schema.description,
+            "attributes": [
+                published_attribute(attribute)
+                for attribute in ((EXTERNAL_ID,) if schema is found.schema else ())
+                + schema.attributes
+                if attribute.published
+            ],
+            "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
+        }
+        for found in directory.resource_types.values()
+        for schema in (found.schema, *found.extensions)
+        if schema.attributes
+    }
 
 
 def published_resource_types(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return a tenant's resource types by name (RFC 7643 §6)."""
-    return {found.name: {
-        "schemas": [RESOURCE_TYPE], "id": found.name, "name": found.name,
-        "description": found.schema.description, "endpoint": found.endpoint, "schema": found.schema.id,
-        "schemaExtensions": [{"schema": one.id, "required": False} for one in found.extensions if one.attributes],
-        "meta": {"resourceType": "ResourceType", "location": f"{base_url}/ResourceTypes/{found.name}"},
-    } for found in directory.resource_types.values()}
+    return {
+        found.name: {
+            "schemas": [RESOURCE_TYPE],
+            "id": found.name,
+            "name": found.name,
+            "description": found.schema.description,
+            "endpoint": found.endpoint,
+            "schema": found.schema.id,
+            "schemaExtensions": [
+                {"schema": one.id, "required": False} for one in found.extensions if one.attributes
+            ],
+            "meta": {
+                "resourceType": "ResourceType",
+                "location": f"{base_url}/ResourceTypes/{found.name}",
+            },
+        }
+        for found in directory.resource_types.values()
+    }
 
 
 def published_config(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
-    return {"": {
-        "schemas": [PROVIDER_CONFIG], "patch": {"supported": True},
-        # authentik takes a missing maxOperations for "no PATCH and no filter".
-        "bulk": {"supported": True, "maxOperations": MAX_BULK_OPERATIONS, "maxPayloadSize": MAX_BULK_BODY},
-        "filter": {"supported": True, "maxResults": MAX_COUNT},
-        "changePassword": {"supported": False}, "sort": {"supported": True}, "etag": {"supported": True},
-        "pagination": {"cursor": True, "index": True, "defaultPaginationMethod": "index", "maxPageSize": MAX_COUNT,
-                       "defaultPageSize": DEFAULT_COUNT, "cursorTimeout": CURSOR_SECONDS},
-        "authenticationSchemes": [{
-            "type": "oauthbearertoken", "name": "Bearer token", "primary": True,
-            "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
-            "specUri": "https://www.rfc-editor.org/rfc/rfc6750"}],
-        "meta": {"resourceType": "ServiceProviderConfig", "location": f"{base_url}/ServiceProviderConfig"}}}
+    return {
+        "": {
+            "schemas": [PROVIDER_CONFIG],
+            "patch": {"supported": True},
+            # authentik takes a missing maxOperations for "no PATCH and no filter".
+            "bulk": {
+                "supported": True,
+                "maxOperations": MAX_BULK_OPERATIONS,
+                "maxPayloadSize": MAX_BULK_BODY,
+            },
+            "filter": {"supported": True, "maxResults": MAX_COUNT},
+            "changePassword": {"supported": False},
+            "sort": {"supported": True},
+            "etag": {"supported": True},
+            "pagination": {
+                "cursor": True,
+                "index": True,
+                "defaultPaginationMethod": "index",
+                "maxPageSize": MAX_COUNT,
+                "defaultPageSize": DEFAULT_COUNT,
+                "cursorTimeout": CURSOR_SECONDS,
+            },
+            "authenticationSchemes": [
+                {
+                    "type": "oauthbearertoken",
+                    "name": "Bearer token",
+                    "primary": True,
+                    "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
+                    "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
+                }
+            ],
+            "meta": {
+                "resourceType": "ServiceProviderConfig",
+                "location": f"{base_url}/ServiceProviderConfig",
+            },
+        }
+    }
 
 
-PUBLISHED = {"ServiceProviderConfig": published_config, "Schemas": published_schemas,
-             "ResourceTypes": published_resource_types}
+PUBLISHED = {
+    "ServiceProviderConfig": published_config,
+    "Schemas": published_schemas,
+    "ResourceTypes": published_resource_types,
+}
 
 
 def get_published(call: Call) -> Response:
     """Answer GET of a discovery endpoint: its documents, where sort and page count for nothing, or one."""
-    if "filter" in call.parameters:                # RFC 7644 §4
+    if "filter" in call.parameters:  # RFC 7644 §4
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
     found = PUBLISHED[call.endpoint](call.directory, call.base_url)
     if document := {name.lower(): one for name, one in found.items()}.get(call.id.lower()):
@@ -3061,6 +3871,7 @@ def get_published(call: Call) -> Response:
 
 
 # -- Operations: each takes a call and gives a response ----------------------------
+
 
 def create_resource(call: Call) -> Response:
     """Answer POST /Users and POST /Groups."""
@@ -3080,13 +3891,22 @@ def get_resource(call: Call) -> Response:
 
 def replace_resource(call: Call) -> Response:
     """Answer PUT /Users/{id}."""
-    return call.answer(call.directory.replace(call.resource_type, call.id, parse_body(call.request), call.condition))
+    return call.answer(
+        call.directory.replace(
+            call.resource_type, call.id, parse_body(call.request), call.condition
+        )
+    )
 
 
 def patch_resource(call: Call) -> Response:
     """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
-    patched = call.directory.patch(call.resource_type, call.id, parse_body(call.request),
-                                   call.condition, call.selection(call.resource_type))
+    patched = call.directory.patch(
+        call.resource_type,
+        call.id,
+        parse_body(call.request),
+        call.condition,
+        call.selection(call.resource_type),
+    )
     return call.answer(patched) if patched else Response(204)
 
 
@@ -3099,18 +3919,24 @@ def delete_resource(call: Call) -> Response:
 def list_resources(call: Call) -> Response:
     """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
     text = call.parameters.get("filter", "").strip()
-    asked = {found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
-             for found in call.resource_types}
+    asked = {
+        found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
+        for found in call.resource_types
+    }
     sorting = parse_sorting(call.parameters, call.resource_types)
     if "cursor" in call.parameters:
         return list_by_cursor(call, asked, sorting)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
     page = call.search(asked, sorting, Window(count, start_index - 1))
-    return list_response(map(call.projected, page.resources), page.total_results or 0, startIndex=start_index)
+    return list_response(
+        map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
+    )
 
 
-def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None) -> Response:
+def list_by_cursor(
+    call: Call, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None
+) -> Response:
     """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
@@ -3131,7 +3957,9 @@ def list_by_cursor(call: Call, asked: Mapping[str, tuple[Filter, Selection]], so
 # missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
     """Return a cursor to the page behind a position."""
-    content = dump([query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]).encode()
+    content = dump(
+        [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
+    ).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
@@ -3150,7 +3978,9 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     if query != query_digest(call):
         raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
     if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
-        raise ScimError(400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {again}")
+        raise ScimError(
+            400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {again}"
+        )
     return total, Position(*position), backward
 
 
@@ -3193,7 +4023,9 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
 
-BULK_ID = re.compile(r"bulkId:(\S+)")           # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
+BULK_ID = re.compile(
+    r"bulkId:(\S+)"
+)  # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
 
 
 class BulkOperation(NamedTuple):
@@ -3205,21 +4037,26 @@ class BulkOperation(NamedTuple):
     bulk_id: str
     version: str
     data: Json
-    references: set[str]          # the bulkIds whose resources it needs the ids of
+    references: set[str]  # the bulkIds whose resources it needs the ids of
 
 
 def parse_bulk_operation(item: Json) -> BulkOperation:
     """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
-    given = {name: value for name, value in lower_names(item, "Operations: expected objects").items()
-             if value is not None}
+    given = {
+        name: value
+        for name, value in lower_names(item, "Operations: expected objects").items()
+        if value is not None
+    }
     for name in ("method", "path", "bulkId", "version"):
         if not isinstance(value := given.setdefault(name.lower(), ""), str):
             raise invalid_syntax(f"Operations: {name} must be text, got {shown(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
-    texts = texts_in([id, data]) if "bulkId:" in dump([id, data]) else ()      # few refer to others
+    texts = texts_in([id, data]) if "bulkId:" in dump([id, data]) else ()  # few refer to others
     references = {found[1] for _, text in texts if (found := BULK_ID.fullmatch(text))}
-    return BulkOperation(given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references)
+    return BulkOperation(
+        given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references
+    )
 
 
 def resolved(value: Json, ids: Mapping[str, str]) -> Json:
@@ -3232,7 +4069,9 @@ def resolved(value: Json, ids: Mapping[str, str]) -> Json:
         found = {name: resolved(item, ids) for name, item in value.items()}
         if any(found[name] is None and isinstance(item, str) for name, item in value.items()):
             return None
-        return {name: item for name, item in found.items() if item is not None or value[name] is None}
+        return {
+            name: item for name, item in found.items() if item is not None or value[name] is None
+        }
     return value
 
 
@@ -3241,10 +4080,10 @@ class Bulk:
 
     def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
         self.call, self.operations = call, operations
-        self.answers: dict[int, Json] = {}        # so far, by number
-        self.makers: dict[str, int] = {}          # a bulkId to the POST that makes its resource
-        self.ids: dict[str, str] = {}             # a bulkId to the id of what was made
-        self.incomplete: list[int] = []           # made before what they refer to, in a circle
+        self.answers: dict[int, Json] = {}  # so far, by number
+        self.makers: dict[str, int] = {}  # a bulkId to the POST that makes its resource
+        self.ids: dict[str, str] = {}  # a bulkId to the id of what was made
+        self.incomplete: list[int] = []  # made before what they refer to, in a circle
         for number, made in enumerate(operations):
             if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
                 raise invalid_value(f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
@@ -3271,7 +4110,9 @@ class Bulk:
                 number = stack[-1]
                 if number not in started:
                     started.add(number)
-                    makers = {self.makers.get(name, number) for name in self.operations[number].references}
+                    makers = {
+                        self.makers.get(name, number) for name in self.operations[number].references
+                    }
                     stack += sorted(makers - started, reverse=True)
                 elif stack.pop() not in done:
                     done.add(number)
@@ -3284,7 +4125,9 @@ class Bulk:
             missing = operation.references - self.ids.keys()
             for name in sorted(missing):
                 if self.makers.get(name) is None or self.makers[name] in self.answers:
-                    raise ScimError(409, "", f"bulkId {shown(name)}: no POST of this request made it")
+                    raise ScimError(
+                        409, "", f"bulkId {shown(name)}: no POST of this request made it"
+                    )
             response = self._send(operation, operation.method, operation.id)
         except ScimError as error:
             response = error_response(error)
@@ -3292,7 +4135,9 @@ class Bulk:
         if response.status == 201:
             self.ids[operation.bulk_id] = response.body["id"]
             self.incomplete += [number] if missing else []
-            for one in [one for one in self.incomplete if self.operations[one].references <= self.ids.keys()]:
+            for one in [
+                one for one in self.incomplete if self.operations[one].references <= self.ids.keys()
+            ]:
                 self._finish(one)
 
     def _check(self, operation: BulkOperation) -> None:
@@ -3312,17 +4157,25 @@ class Bulk:
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         if operation.version:
             headers["if-match"] = operation.version
-        return self.call.application.handle(request._replace(
-            method=method, path=f"{BASE_PATH}/{operation.endpoint}/{path_id}", query="",
-            headers=headers, owner=self.call.owner,
-            body=resolved(operation.data, self.ids) if operation.references else operation.data))
+        return self.call.application.handle(  # type: ignore[no-any-return]
+            request._replace(
+                method=method,
+                path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
+                query="",
+                headers=headers,
+                owner=self.call.owner,
+                body=resolved(operation.data, self.ids) if operation.references else operation.data,
+            )
+        )
 
     def _finish(self, number: int) -> None:
         """Replace what was made without its references as they are known; undo its making where one is not."""
         operation = self.operations[number]
         id = f"bulkId:{operation.bulk_id}"
         self.incomplete.remove(number)
-        response = error_response(ScimError(409, "", "a bulkId that this resource refers to was not made"))
+        response = error_response(
+            ScimError(409, "", "a bulkId that this resource refers to was not made")
+        )
         if operation.references <= self.ids.keys():
             response = self._send(operation, "PUT", id)
         if response.status == 200:
@@ -3333,11 +4186,19 @@ class Bulk:
 
     def _note(self, number: int, response: Response) -> None:
         operation = self.operations[number]
-        location = response.headers.get("Location", "") if operation.method == "POST" else \
-            f"{self.call.base_url}/{operation.endpoint}/{resolved(operation.id, self.ids) or operation.id}"
-        answer = {"location": location, "method": operation.method, "bulkId": operation.bulk_id,
-                  "version": response.headers.get("ETag"), "status": str(response.status),
-                  "response": response.body if response.status >= 300 else None}
+        location = (
+            response.headers.get("Location", "")
+            if operation.method == "POST"
+            else f"{self.call.base_url}/{operation.endpoint}/{resolved(operation.id, self.ids) or operation.id}"
+        )
+        answer = {
+            "location": location,
+            "method": operation.method,
+            "bulkId": operation.bulk_id,
+            "version": response.headers.get("ETag"),
+            "status": str(response.status),
+            "response": response.body if response.status >= 300 else None,
+        }
         self.answers[number] = {name: value for name, value in answer.items() if value}
 
 
@@ -3348,7 +4209,11 @@ def run_bulk(call: Call) -> Response:
     if not isinstance(items, list) or not items:
         raise invalid_syntax("Operations: expected a list of operations")
     if len(items) > MAX_BULK_OPERATIONS:
-        raise ScimError(413, "", f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations")
+        raise ScimError(
+            413,
+            "",
+            f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations",
+        )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {shown(limit)}")
     with call.directory.store.writing(alone=True):
@@ -3356,107 +4221,157 @@ def run_bulk(call: Call) -> Response:
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
-# -- Employees and changes: beside SCIM ----------------------------------------------
+# ----------------------------------------------------------------------------
+# 13. Provisioning log
+#
+# What each call did, what is doubtful about it and what to do, written in the
+# background.
+# Uses chapters 1 to 12. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
 
-def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is no SCIM message."""
-    return Response(200, body, {"Content-Type": type, **headers})
-
-
-def list_employees(call: Call) -> Response:
-    """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
-    active = call.parameters.get("active", "").lower()
-    if active not in ("", "true", "false"):
-        raise invalid_value(f"active: expected true or false, got {shown(active)}")
-    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
-    found = list(itertools.islice(call.directory.employees(
-        active == "true" if active else None, call.parameters.get("changed_since", ""),
-        call.integer("id", 0) if "id" in call.parameters else None, call.integer("cursor", 0)), count + 1))
-    headers, cursor = {}, {}
-    if len(found) > count:
-        found.pop()
-        cursor = {"nextCursor": str(found[-1].id)}
-        query = urlencode({**call.parameters, "cursor": found[-1].id})
-        headers["Link"] = f"<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel=\"next\""
-    if "text/csv" in call.request.headers.get("accept", ""):
-        table = employee_table(found, call.directory.link_names)
-        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
-    return plain_response({"employees": list(map(asdict, found)), **cursor}, **headers)
-
-
-def get_employee(call: Call) -> Response:
-    """Answer GET /employees/{id}."""
-    id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
-    if not (found := next(call.directory.employees(id=id), None)):
-        raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
-    return plain_response(asdict(found))
-
-
-def list_changes(call: Call) -> Response:
-    """Answer GET /changes: what came behind a number; waits for it where nothing has."""
-    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
-    found = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
-    return plain_response({"changes": list(map(asdict, found)), "after": found[-1].seq if found else after})
-
-
-# -- The provisioning log ------------------------------------------------------------
-
-LOG_WAITING = 5_000               # calls that wait to be written; what comes on top is lost
-LOG_READS = 50                    # the same of reads that succeeded, which tell least
-LOG_PAUSE = 0.2                   # seconds in which calls gather for one transaction
-LOGGED_BODY, LOGGED_PATH = 32 * 1024, 200     # octets; a longer body is not looked into; characters
+LOG_WAITING = 5_000  # calls that wait to be written; what comes on top is lost
+LOG_READS = 50  # the same of reads that succeeded, which tell least
+LOG_PAUSE = 0.2  # seconds in which calls gather for one transaction
+LOGGED_BODY, LOGGED_PATH = 32 * 1024, 200  # octets; a longer body is not looked into; characters
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
-Sent = tuple[str, str, Json]      # an operation ("add" but for PATCH), a path, the value written to it
+Sent = tuple[str, str, Json]  # an operation ("add" but for PATCH), a path, the value written to it
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
+
 
 # How "STATUS detail" or a line of findings() begins, and the kind of trouble; what it means, by its groups; what
 # to do. The first that fits counts; the last fits everything.
 EXPLANATIONS = (
-    (r"401 expired", "authentication", "The token “{token}” expired on {expires}; a call from {client} was refused.",
-     "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra."),
-    (r"401 ", "authentication", "A call from {client} sent the token “{token}”, but not as a bearer token.",
-     "Choose bearer authentication in the client."),
-    (r"404 .* follow (/.*)", "connection", "The call went to {path}, where nothing is.",
-     "Let the Tenant URL end in {0}, once, with nothing behind it."),
-    (r".*facilio:2.0:User has no attribute '(.*)'; its attributes are: (.*)", "mapping",
-     "No custom field has the link name “{0}”{hint}",
-     "Correct the name in Entra's attribute list for customappsso; this tenant has {1}."),
-    (r"400 (\S+): expected an Integer, got (.*)", "mapping", "The field “{0}” takes a whole number, and {1} was sent.",
-     "Map it from an attribute that holds digits alone, or make the custom field a String."),
-    (r"400 (\S+): expected a Boolean, got (.*)", "mapping", "The field “{0}” takes true or false, and {1} was sent.",
-     "Use an expression that gives true or false; for active it is Not([IsSoftDeleted])."),
-    (r"400 (\S+): expected (.*), got (.*)", "mapping", "The attribute “{0}” takes {1}, and {2} was sent.",
-     "Map it from another attribute."),
-    (r"400 (\S+) is required", "mapping", "“{0}” was sent without a value.",
-     "Map it from an attribute that every account has; for userName that is userPrincipalName."),
-    (r"409 (\S+) (.*) is already in use by another (\w+)", "mapping", "Another {2} has the {0} {1} already.",
-     "Change one of the two in Entra; if they are the same, match by {0} (precedence 1)."),
-    (r"404 (\w+) .* does not exist", "mapping", "Entra refers to a {0} that is not here any more.",
-     "Choose “Restart provisioning” in Entra, which looks everybody up anew."),
-    (r"4\d\d (the body .*)", "connection", "The body could not be read: {0}.",
-     "See whether a proxy in front of the server changes or cuts requests."),
-    (r"5\d\d (.*)", "connection", "The server could not do it: {0}.",
-     "Entra repeats the call by itself; the server's log says why it failed."),
-    (r"active: (.*)", "mapping",
-     "active was sent as the text {0}: Entra's expression is still Switch(…), or its dialect the old one.",
-     "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL."),
-    (r"emails: (.*) for (.*)", "mapping",
-     "The work e-mail {0} is not the userName {1}: emails is not fed from userPrincipalName.",
-     "Map userPrincipalName to emails[type eq \"work\"].value."),
-    (r"externalId: (.*)", "mapping", "externalId is {0}, which is no objectId.",
-     "Map objectId to externalId, so that a person who is renamed stays the same employee."),
-    (r"members: (.*)", "mapping", "Nobody has the id {0}; such members were passed over.",
-     "Assign these people to the application too, so that Entra creates them before their group."),
-    (r"(?:\d{3} )?(.*)", "mapping", "The call was refused: {0}.",
-     "Compare the mapping in Entra with the table on the Set-up page."))
-
-STEPS = (                         # of the set-up: key, operation, title, how to get there
-    ("lookup", "Look up user", "A person is looked up", "In Entra: Provisioning → Provision on demand."),
-    ("create", "Create user", "A person is created", "Start provisioning: whoever is assigned is created."),
+    (
+        r"401 expired",
+        "authentication",
+        "The token “{token}” expired on {expires}; a call from {client} was refused.",
+        "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra.",
+    ),
+    (
+        r"401 ",
+        "authentication",
+        "A call from {client} sent the token “{token}”, but not as a bearer token.",
+        "Choose bearer authentication in the client.",
+    ),
+    (
+        r"404 .* follow (/.*)",
+        "connection",
+        "The call went to {path}, where nothing is.",
+        "Let the Tenant URL end in {0}, once, with nothing behind it.",
+    ),
+    (
+        r".*facilio:2.0:User has no attribute '(.*)'; its attributes are: (.*)",
+        "mapping",
+        "No custom field has the link name “{0}”{hint}",
+        "Correct the name in Entra's attribute list for customappsso; this tenant has {1}.",
+    ),
+    (
+        r"400 (\S+): expected an Integer, got (.*)",
+        "mapping",
+        "The field “{0}” takes a whole number, and {1} was sent.",
+        "Map it from an attribute that holds digits alone, or make the custom field a String.",
+    ),
+    (
+        r"400 (\S+): expected a Boolean, got (.*)",
+        "mapping",
+        "The field “{0}” takes true or false, and {1} was sent.",
+        "Use an expression that gives true or false; for active it is Not([IsSoftDeleted]).",
+    ),
+    (
+        r"400 (\S+): expected (.*), got (.*)",
+        "mapping",
+        "The attribute “{0}” takes {1}, and {2} was sent.",
+        "Map it from another attribute.",
+    ),
+    (
+        r"400 (\S+) is required",
+        "mapping",
+        "“{0}” was sent without a value.",
+        "Map it from an attribute that every account has; for userName that is userPrincipalName.",
+    ),
+    (
+        r"409 (\S+) (.*) is already in use by another (\w+)",
+        "mapping",
+        "Another {2} has the {0} {1} already.",
+        "Change one of the two in Entra; if they are the same, match by {0} (precedence 1).",
+    ),
+    (
+        r"404 (\w+) .* does not exist",
+        "mapping",
+        "Entra refers to a {0} that is not here any more.",
+        "Choose “Restart provisioning” in Entra, which looks everybody up anew.",
+    ),
+    (
+        r"4\d\d (the body .*)",
+        "connection",
+        "The body could not be read: {0}.",
+        "See whether a proxy in front of the server changes or cuts requests.",
+    ),
+    (
+        r"5\d\d (.*)",
+        "connection",
+        "The server could not do it: {0}.",
+        "Entra repeats the call by itself; the server's log says why it failed.",
+    ),
+    (
+        r"active: (.*)",
+        "mapping",
+        "active was sent as the text {0}: Entra's expression is still Switch(…), or its dialect the old one.",
+        "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL.",
+    ),
+    (
+        r"emails: (.*) for (.*)",
+        "mapping",
+        "The work e-mail {0} is not the userName {1}: emails is not fed from userPrincipalName.",
+        'Map userPrincipalName to emails[type eq "work"].value.',
+    ),
+    (
+        r"externalId: (.*)",
+        "mapping",
+        "externalId is {0}, which is no objectId.",
+        "Map objectId to externalId, so that a person who is renamed stays the same employee.",
+    ),
+    (
+        r"members: (.*)",
+        "mapping",
+        "Nobody has the id {0}; such members were passed over.",
+        "Assign these people to the application too, so that Entra creates them before their group.",
+    ),
+    (
+        r"(?:\d{3} )?(.*)",
+        "mapping",
+        "The call was refused: {0}.",
+        "Compare the mapping in Entra with the table on the Set-up page.",
+    ),
+)
+STEPS = (  # of the set-up: key, operation, title, how to get there
+    (
+        "lookup",
+        "Look up user",
+        "A person is looked up",
+        "In Entra: Provisioning → Provision on demand.",
+    ),
+    (
+        "create",
+        "Create user",
+        "A person is created",
+        "Start provisioning: whoever is assigned is created.",
+    ),
     ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
-    ("update", "Update user", "A person is updated", "Change a job title in Entra and wait for a cycle."),
-    ("off", "Deactivate user", "A person is deactivated", "Unassign a test person and wait for a cycle."))
+    (
+        "update",
+        "Update user",
+        "A person is updated",
+        "Change a job title in Entra and wait for a cycle.",
+    ),
+    (
+        "off",
+        "Deactivate user",
+        "A person is deactivated",
+        "Unassign a test person and wait for a cycle.",
+    ),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -3470,12 +4385,15 @@ class Answered:
     request: Request
     response: Response
     seconds: float
-    logged: bool                  # else it tells no more than that the token is in use
+    logged: bool  # else it tells no more than that the token is in use
 
     @cached_property
     def type(self) -> str:
         """User, Group, or "" where the call was for something else."""
-        types, endpoint = self.directory.resource_types.values(), self.response.route.split("/")[1:2]
+        types, endpoint = (
+            self.directory.resource_types.values(),
+            self.response.route.split("/")[1:2],
+        )
         return next((found.name for found in types if [found.endpoint[1:]] == endpoint), "")
 
     @cached_property
@@ -3485,7 +4403,7 @@ class Answered:
         found = body.get("Resources", [body])
         if len(found) != 1:
             return {}
-        return load(found[0]) if isinstance(found[0], Encoded) else found[0]     # type: ignore[no-any-return]
+        return load(found[0]) if isinstance(found[0], Encoded) else found[0]  # type: ignore[no-any-return]
 
 
 def sent_values(body: Json) -> Iterator[Sent]:
@@ -3498,7 +4416,9 @@ def sent_values(body: Json) -> Iterator[Sent]:
         pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
         for name, one in pairs:
             if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(one, dict):
-                yield from ((op, f"{name}:{sub}"[:LOGGED_PATH], inner) for sub, inner in one.items())
+                yield from (
+                    (op, f"{name}:{sub}"[:LOGGED_PATH], inner) for sub, inner in one.items()
+                )
             elif name.lower() not in ("schemas", "id", "meta"):
                 yield op, name[:LOGGED_PATH], one
 
@@ -3513,8 +4433,12 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
     """Yield what is doubtful in a call that was done, in words that EXPLANATIONS knows."""
     user_type, user = call.directory.resource_types["User"], call.resource
     if call.type == "Group":
-        asked = {id for op, path, value in sent if path.lower() == "members" and op != "remove"
-                 for id in member_ids(path, value)} - {one.get("value") for one in call.resource.get("members", ())}
+        asked = {
+            id
+            for op, path, value in sent
+            if path.lower() == "members" and op != "remove"
+            for id in member_ids(path, value)
+        } - {one.get("value") for one in call.resource.get("members", ())}
         if missing := session.unknown_ids(sorted(asked)):
             yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
     for _, path, value in sent if call.type == "User" else ():
@@ -3534,15 +4458,26 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
 
 def explain(finding: str, call: Answered) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
-    match, (_, kind, text, remedy) = next((match, row) for row in EXPLANATIONS if (
-        match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL)))
+    match, (_, kind, text, remedy) = next(
+        (match, row)
+        for row in EXPLANATIONS
+        if (match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL))
+    )
     parts = [part.strip(".") for part in match.groups()]
     links = {name.lower(): name for name in call.directory.link_names}
     close = difflib.get_close_matches("".join(parts[:1]).lower(), links, 1)
-    found = {"hint": f": did you mean “{links[close[0]]}”?" if close else ".",
-              "token": call.token.name, "path": call.request.path, "client": call.request.client,
-              "expires": time_text(call.token.expires)[:16] if call.token.expires else ""}
-    return {"kind": kind, "text": text.format(*parts, **found), "remedy": remedy.format(*parts, **found)}
+    found = {
+        "hint": f": did you mean “{links[close[0]]}”?" if close else ".",
+        "token": call.token.name,
+        "path": call.request.path,
+        "client": call.request.client,
+        "expires": time_text(call.token.expires)[:16] if call.token.expires else "",
+    }
+    return {
+        "kind": kind,
+        "text": text.format(*parts, **found),
+        "remedy": remedy.format(*parts, **found),
+    }
 
 
 def refusal(call: Answered, raw: str) -> str:
@@ -3558,7 +4493,9 @@ def refusal(call: Answered, raw: str) -> str:
 def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
     method, route, thing = call.request.method, call.response.route, call.type.lower()
-    if not thing or (method in ("GET", "POST") and re.search(r"filter|\.search", call.request.query + route)):
+    if not thing or (
+        method in ("GET", "POST") and re.search(r"filter|\.search", call.request.query + route)
+    ):
         return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
     if method == "GET" and "{id}" not in route:
         return f"List {thing}s"
@@ -3571,11 +4508,16 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
             counts[op if op in counts else "set"] += len(member_ids(path, value))
     parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
     link = "to" if parts and parts[-1].startswith("add") else "of"
-    return f"{' and '.join(parts)} {link}".capitalize() if parts else f"{VERBS.get(method, method)} {thing}"
+    return (
+        f"{' and '.join(parts)} {link}".capitalize()
+        if parts
+        else f"{VERBS.get(method, method)} {thing}"
+    )
 
 
 def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
     """Return the name of whom a call concerns, as far as anybody knows it."""
+
     def candidates() -> Iterator[Mapping[str, Json]]:
         yield call.resource
         yield body if isinstance(body, dict) else {}
@@ -3586,7 +4528,10 @@ def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
         filter = dict(parse_qsl(call.request.query)).get("filter", "")
         if not SECRET.search(filter) and (literal := re.search(r'eq "(.*?)"', filter)):
             yield {"name": literal[1]}
-    names = (known.get(name) for known in candidates() for name in ("displayName", "userName", "name"))
+
+    names = (
+        known.get(name) for known in candidates() for name in ("displayName", "userName", "name")
+    )
     return next((name for name in names if name and isinstance(name, str)), "")
 
 
@@ -3594,9 +4539,13 @@ def masked(value: Json) -> Json:
     """Return a body with the values of secrets hidden, in a PATCH too."""
     if not isinstance(value, dict):
         return [masked(item) for item in value] if isinstance(value, list) else value
-    hidden = SECRET.search(" ".join(str(item) for name, item in value.items() if name.lower() == "path"))
-    return {name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value") else masked(item)
-            for name, item in value.items()}
+    hidden = SECRET.search(
+        " ".join(str(item) for name, item in value.items() if name.lower() == "path")
+    )
+    return {
+        name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value") else masked(item)
+        for name, item in value.items()
+    }
 
 
 def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
@@ -3611,11 +4560,22 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     notes = [refusal(call, raw or dump(body))] if refused else list(findings(session, call, sent))
     in_path = unquote(request.path.rstrip("/").split("/")[-1])
     id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
-    entry = {"at": time_text(call.instant), "token": call.token.name, "operation": in_words(call, sent),
-             "type": call.type, "name": name_of(session, call, id, body)[:200], "status": status, "id": request.id,
-             "milliseconds": round(call.seconds * 1000, 1), "method": request.method, "path": request.path[:500],
-             "client": request.client, "attributes": list(dict.fromkeys(path for _, path, _ in sent))[:50],
-             "detail": notes[0][4:] if refused else "", "notes": [explain(note, call) for note in dict.fromkeys(notes)]}
+    entry = {
+        "at": time_text(call.instant),
+        "token": call.token.name,
+        "operation": in_words(call, sent),
+        "type": call.type,
+        "name": name_of(session, call, id, body)[:200],
+        "status": status,
+        "id": request.id,
+        "milliseconds": round(call.seconds * 1000, 1),
+        "method": request.method,
+        "path": request.path[:500],
+        "client": request.client,
+        "attributes": list(dict.fromkeys(path for _, path, _ in sent))[:50],
+        "detail": notes[0][4:] if refused else "",
+        "notes": [explain(note, call) for note in dict.fromkeys(notes)],
+    }
     if call.tenant.log_bodies and body is not None:
         entry["body"] = masked(body)
     return 2 if refused else int(bool(notes)), id, entry
@@ -3660,7 +4620,7 @@ class Batches:
         with self._lock:
             if not self._thread:
                 thread = threading.Thread(target=self._run, daemon=True)
-                with suppress(RuntimeError):             # of no more threads: the next item tries again
+                with suppress(RuntimeError):  # of no more threads: the next item tries again
                     thread.start()
                     self._thread = thread
 
@@ -3688,7 +4648,7 @@ class ProvisioningLog(Batches):
 
     def __init__(self) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
-        self.strangers, self.strange_since = 0, ""       # calls with an unknown token
+        self.strangers, self.strange_since = 0, ""  # calls with an unknown token
 
     def has_room(self, request: Request, response: Response) -> bool:
         """Return whether a call may be added: of reads that succeeded, which tell least, LOG_READS wait at most."""
@@ -3698,7 +4658,9 @@ class ProvisioningLog(Batches):
         """Have a call written, without long bodies and long lists."""
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            call = replace(call, response=call.response._replace(body={"Resources": answer["Resources"][:2]}))
+            call = replace(
+                call, response=call.response._replace(body={"Resources": answer["Resources"][:2]})
+            )
         if isinstance(body, bytes) and len(body) > LOGGED_BODY:
             call = replace(call, request=call.request._replace(body=b""))
         super().add(call)
@@ -3713,13 +4675,69 @@ class ProvisioningLog(Batches):
             calls = [call for call in batch if call.directory.store is store]
             try:
                 write_log(store, calls)
-            except Exception:             # noqa: BLE001  trouble with the log is none of the sync
+            except Exception:  # noqa: BLE001  trouble with the log is none of the sync
                 self.lost += len(calls)
+
+
+# ----------------------------------------------------------------------------
+# 14. Other endpoints
+#
+# Employees, changes, the console's API, health and metrics.
+# Uses chapters 1 to 13. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+# -- Employees and changes --
+
+
+def list_employees(call: Call) -> Response:
+    """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
+    active = call.parameters.get("active", "").lower()
+    if active not in ("", "true", "false"):
+        raise invalid_value(f"active: expected true or false, got {shown(active)}")
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
+    found = list(
+        itertools.islice(
+            call.directory.employees(
+                active == "true" if active else None,
+                call.parameters.get("changed_since", ""),
+                call.integer("id", 0) if "id" in call.parameters else None,
+                call.integer("cursor", 0),
+            ),
+            count + 1,
+        )
+    )
+    headers, cursor = {}, {}
+    if len(found) > count:
+        found.pop()
+        cursor = {"nextCursor": str(found[-1].id)}
+        query = urlencode({**call.parameters, "cursor": found[-1].id})
+        headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
+    if "text/csv" in call.request.headers.get("accept", ""):
+        table = employee_table(found, call.directory.link_names)
+        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
+    return plain_response({"employees": list(map(asdict, found)), **cursor}, **headers)
+
+
+def get_employee(call: Call) -> Response:
+    """Answer GET /employees/{id}."""
+    id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
+    if not (found := next(call.directory.employees(id=id), None)):
+        raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
+    return plain_response(asdict(found))
+
+
+def list_changes(call: Call) -> Response:
+    """Answer GET /changes: what came behind a number; waits for it where nothing has."""
+    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
+    found = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
+    return plain_response(
+        {"changes": list(map(asdict, found)), "after": found[-1].seq if found else after}
+    )
 
 
 # -- The console's API ---------------------------------------------------------------
 
-MAPPING = (                       # source in Entra ID, customappsso attribute, what is to be changed
+MAPPING = (  # source in Entra ID, customappsso attribute, what is to be changed
     ("userPrincipalName", "userName", "make it required, matching precedence 1"),
     ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)"),
     ("objectId", "externalId", "instead of mailNickname"),
@@ -3733,28 +4751,41 @@ MAPPING = (                       # source in Entra ID, customappsso attribute, 
     ("preferredLanguage", "preferredLanguage", ""),
     ("department", f"{ENTERPRISE}:department", ""),
     ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
-    ("manager", f"{ENTERPRISE}:manager", ""))
+    ("manager", f"{ENTERPRISE}:manager", ""),
+)
 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
-    return plain_response(body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers})
+    return plain_response(
+        body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
+    )
 
 
 def page_response(page: str) -> Response:
     """Return the console; its policy lets run what is in the page and nothing else."""
-    own = "; ".join(f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-                    for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL))
-    return console_response(page, "text/html; charset=utf-8", **{
-        "Referrer-Policy": "no-referrer", "Content-Security-Policy":
-        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"})
+    own = "; ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
+    )
+    return console_response(
+        page,
+        "text/html; charset=utf-8",
+        **{
+            "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+            f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}",
+        },
+    )
 
 
 def entra_mapping(directory: Directory) -> list[list[str]]:
     """Return rows of source, customappsso attribute, type for Entra, and what is to be changed."""
     types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
-    fields = (("", f"{FACILIO}:{name}", "custom field: choose its source") for name in directory.link_names)
+    fields = (
+        ("", f"{FACILIO}:{name}", "custom field: choose its source")
+        for name in directory.link_names
+    )
     for source, target, change in (*MAPPING, *fields):
         path = parse_path(target, directory.resource_types["User"])
         type = (path.sub_attribute or path.attributes[-1]).type
@@ -3765,98 +4796,107 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
 def get_log(call: Call) -> Response:
     """Answer GET /console/api/log: entries newest first, those after or before a number."""
     found = call.directory.requests(
-        call.integer("after", 0), call.integer("before", 0), call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
-        call.integer("level", 0), call.parameters.get("subject", ""), call.parameters.get("text", ""),
-        call.integer("wait", 0, 0, MAX_WAIT))
+        call.integer("after", 0),
+        call.integer("before", 0),
+        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
+        call.integer("level", 0),
+        call.parameters.get("subject", ""),
+        call.parameters.get("text", ""),
+        call.integer("wait", 0, 0, MAX_WAIT),
+    )
     return console_response({"entries": found, "lost": call.application.log.lost})
 
 
 def get_setup(call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
     directory, log = call.directory, call.application.log
-    tenant = call.owner[0]                               # type: ignore[index]
+    tenant = call.owner[0]  # type: ignore[index]
     user_type, now = directory.resource_types["User"], directory.clock()
     with directory.store.reading() as session:
-        steps = [{"title": title, "hint": hint, "at": session.setting(f"first {step}")}
-                 for step, _, title, hint in STEPS if tenant.custom_fields or step != "custom"]
-    return console_response({
-        "tenant": tenant.name, "url": call.base_url, "steps": steps, "lost": log.lost,
-        "tokens": [{"name": token.name, "last_use": directory.last_use(token.name),
+        steps = [
+            {"title": title, "hint": hint, "at": session.setting(f"first {step}")}
+            for step, _, title, hint in STEPS
+            if tenant.custom_fields or step != "custom"
+        ]
+    return console_response(
+        {
+            "tenant": tenant.name,
+            "url": call.base_url,
+            "steps": steps,
+            "lost": log.lost,
+            "tokens": [
+                {
+                    "name": token.name,
+                    "last_use": directory.last_use(token.name),
                     "expires": time_text(token.expires) if token.expires else "",
-                    "expired": token.expired(now)} for token in tenant.tokens],
-        "last": directory.requests(count=1), "refused": directory.requests(text='"status":401'),
-        "strangers": log.strangers, "strange_since": log.strange_since, "mapping": entra_mapping(directory),
-        "fields": [{**asdict(custom), "urn": custom.urn, "people": directory.query(
-            user_type, parse_filter(f"{custom.urn} pr", user_type), count=0).total_results}
-            for custom in tenant.custom_fields]})
+                    "expired": token.expired(now),
+                }
+                for token in tenant.tokens
+            ],
+            "last": directory.requests(count=1),
+            "refused": directory.requests(text='"status":401'),
+            "strangers": log.strangers,
+            "strange_since": log.strange_since,
+            "mapping": entra_mapping(directory),
+            "fields": [
+                {
+                    **asdict(custom),
+                    "urn": custom.urn,
+                    "people": directory.query(
+                        user_type, parse_filter(f"{custom.urn} pr", user_type), count=0
+                    ).total_results,
+                }
+                for custom in tenant.custom_fields
+            ],
+        }
+    )
 
 
 def get_mapping(call: Call) -> Response:
     """Answer GET /console/api/mapping: the attribute mapping as CSV."""
-    table = [["Entra ID source", "customappsso attribute", "type", "change"], *entra_mapping(call.directory)]
+    table = [
+        ["Entra ID source", "customappsso attribute", "type", "change"],
+        *entra_mapping(call.directory),
+    ]
     return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
 
 
 def get_entra_schema(call: Call) -> Response:
     """Answer GET /console/api/schema: customappsso as Entra's schema editor (Microsoft Graph) has it."""
-    attributes = [{"name": target, "type": type, "required": target == "userName", "anchor": False,
-                   "caseExact": False, "multivalued": False, "mutability": "ReadWrite",
-                   "defaultValue": None, "flowNullValues": False, "apiExpressions": [], "metadata": [],
-                   "referencedObjects": [{"referencedObjectName": "User", "referencedProperty": None}]
-                   if type == "Reference" else []} for _, target, type, _ in entra_mapping(call.directory)]
-    return console_response({"directories": [{
-        "name": "customappsso", "objects": [{"name": "User", "attributes": attributes}]}]})
+    attributes = [
+        {
+            "name": target,
+            "type": type,
+            "required": target == "userName",
+            "anchor": False,
+            "caseExact": False,
+            "multivalued": False,
+            "mutability": "ReadWrite",
+            "defaultValue": None,
+            "flowNullValues": False,
+            "apiExpressions": [],
+            "metadata": [],
+            "referencedObjects": [{"referencedObjectName": "User", "referencedProperty": None}]
+            if type == "Reference"
+            else [],
+        }
+        for _, target, type, _ in entra_mapping(call.directory)
+    ]
+    return console_response(
+        {
+            "directories": [
+                {"name": "customappsso", "objects": [{"name": "User", "attributes": attributes}]}
+            ]
+        }
+    )
 
 
 def get_history(call: Call) -> Response:
     """Answer GET /console/api/history/{id}: a user's employee, and the changes of a user or group."""
     employee, changes = call.directory.history(call.id)
-    return console_response({"employee": employee and asdict(employee), "changes": list(map(asdict, changes))})
-
-
-# -- Routes ------------------------------------------------------------------------
-
-Operate = Callable[[Call], Response]
-Route = tuple[dict[str, Operate], str]          # operations by method, and the path for the logs
-
-ROUTES: dict[str, dict[str, Operate]] = {       # those with a slash in front are outside of BASE_PATH
-    "": {"GET": list_resources},
-    **{path: {"GET": get_published} for path in (
-        "ServiceProviderConfig", "Schemas", "Schemas/{id}", "ResourceTypes", "ResourceTypes/{id}")},
-    "Bulk": {"POST": run_bulk},
-    ".search": {"POST": search_resources},
-    "{type}/.search": {"POST": search_resources},
-    "{type}": {"GET": list_resources, "POST": create_resource},
-    "{type}/{id}": {"GET": get_resource, "PUT": replace_resource, "PATCH": patch_resource, "DELETE": delete_resource},
-    "/employees": {"GET": list_employees},
-    "/employees/{id}": {"GET": get_employee},
-    "/changes": {"GET": list_changes},
-    **{f"/console/api/{name}": {"GET": operate} for name, operate in (
-        ("log", get_log), ("setup", get_setup), ("mapping", get_mapping), ("schema", get_entra_schema),
-        ("history/{id}", get_history))}}
-
-ROUTE_TABLE: dict[tuple[str, ...], Route] = {   # by the segments of the path; HEAD is as GET
-    tuple(path.split("/")) if path else (): (
-        methods | ({"HEAD": methods["GET"]} if "GET" in methods else {}), "/" + path.removeprefix("/"))
-    for pattern, methods in ROUTES.items()
-    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))}
-
-
-def find_route(segments: Sequence[str]) -> Route | None:
-    """Return the route of a path, literal ones first."""
-    return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
-
-
-# By the first line of a request: what is answered in no time, somebody by id or by a name that few
-# have; and writes of one resource, which those of others may share a commit with.
-SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
-EQUALS = rb"(%20|\+)eq(%20|\+)%22([^%&\" ]|%(?!22))*%22"
-USER_BY, GROUP_BY = rb"filter=(userName|externalId)" + EQUALS, rb"filter=(displayName|externalId)" + EQUALS
-LOOKUP = re.compile(rb"GET /scim/v2/(Users/[^/?. ]+[? ]|"
-                    rb"Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
-                    rb"Groups\?(excludedAttributes=members&" + GROUP_BY + rb"|" + GROUP_BY
-                    + rb"&excludedAttributes=members) )")
-SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
+    return console_response(
+        {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
+    )
 
 
 class Metrics:
@@ -3878,31 +4918,135 @@ class Metrics:
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
-        for number, name, help in ((0, "scim_requests_total", "Requests answered"),
-                                   (1, "scim_request_seconds_total", "Seconds spent on them")):
+        for number, name, help in (
+            (0, "scim_requests_total", "Requests answered"),
+            (1, "scim_request_seconds_total", "Seconds spent on them"),
+        ):
             lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
-            lines += [f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
-                      f"{values[number]:g}" for (tenant, method, route, status), values in counts]
+            lines += [
+                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
+                f"{values[number]:g}"
+                for (tenant, method, route, status), values in counts
+            ]
         return "\n".join(lines) + "\n"
 
 
-def credentials(request: Request) -> tuple[str, str]:
-    """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    return scheme, secret.strip()
+# -- For the operator: no tenant's token, and nothing of a tenant --------------------
 
 
-def failed(error: Exception) -> Response:
-    """Return the answer to a request that failed; what its client cannot mend is printed."""
-    if isinstance(error, ScimError):
-        return error_response(error)
-    with suppress(OSError, ValueError):              # nobody reads it
-        traceback.print_exception(error)
-    if isinstance(error, sqlite3.DatabaseError):     # of the disk or the file
-        return error_response(ScimError(
-            507 if "full" in str(error) else 503, "", f"the tenant's database failed: {error}; nothing was changed, "
-            "the request may be repeated", RETRY))
-    return error_response(ScimError(500, "", "the server failed; its log says why"))
+def get_readiness(application: Any, request: Request) -> Response:
+    """Answer GET /readyz: the database of each tenant answers."""
+    served = application.served
+    with suppress(sqlite3.Error):
+        for directory in served:
+            directory.last_use("")
+        if len(served) == len(application.directories):
+            return plain_response("ready\n", "text/plain")
+    return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
+
+
+def get_metrics(application: Any, request: Request) -> Response:
+    """Answer GET /metrics, for this machine or with the token that the configuration names."""
+    local = (
+        request.client in ("127.0.0.1", "::1")
+        and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
+    )
+    if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
+        return error_response(
+            ScimError(
+                401,
+                "",
+                "/metrics: on loopback, or with metrics_token as bearer token",
+                {"WWW-Authenticate": "Bearer"},
+            )
+        )
+    return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+
+
+# ----------------------------------------------------------------------------
+# 15. Application                                           RFC 7644 §2, §3.12
+#
+# handle(Request) -> Response: token to tenant, path to operation, every failure
+# to a SCIM error.
+# Uses chapters 1 to 14. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+OPEN_TENANTS = 64  # whose files are kept open
+
+
+# -- Routes ------------------------------------------------------------------------
+
+Operate = Callable[[Call], Response]
+Route = tuple[dict[str, Operate], str]  # operations by method, and the path for the logs
+ROUTES: dict[str, dict[str, Operate]] = {  # those with a slash in front are outside of BASE_PATH
+    "": {"GET": list_resources},
+    **{
+        path: {"GET": get_published}
+        for path in (
+            "ServiceProviderConfig",
+            "Schemas",
+            "Schemas/{id}",
+            "ResourceTypes",
+            "ResourceTypes/{id}",
+        )
+    },
+    "Bulk": {"POST": run_bulk},
+    ".search": {"POST": search_resources},
+    "{type}/.search": {"POST": search_resources},
+    "{type}": {"GET": list_resources, "POST": create_resource},
+    "{type}/{id}": {
+        "GET": get_resource,
+        "PUT": replace_resource,
+        "PATCH": patch_resource,
+        "DELETE": delete_resource,
+    },
+    "/employees": {"GET": list_employees},
+    "/employees/{id}": {"GET": get_employee},
+    "/changes": {"GET": list_changes},
+    **{
+        f"/console/api/{name}": {"GET": operate}
+        for name, operate in (
+            ("log", get_log),
+            ("setup", get_setup),
+            ("mapping", get_mapping),
+            ("schema", get_entra_schema),
+            ("history/{id}", get_history),
+        )
+    },
+}
+ROUTE_TABLE: dict[tuple[str, ...], Route] = {  # by the segments of the path; HEAD is as GET
+    tuple(path.split("/")) if path else (): (
+        methods | ({"HEAD": methods["GET"]} if "GET" in methods else {}),
+        "/" + path.removeprefix("/"),
+    )
+    for pattern, methods in ROUTES.items()
+    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))
+}
+
+
+def find_route(segments: Sequence[str]) -> Route | None:
+    """Return the route of a path, literal ones first."""
+    return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
+
+
+# By the first line of a request: what is answered in no time, somebody by id or by a name that few
+# have; and writes of one resource, which those of others may share a commit with.
+SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
+EQUALS = rb"(%20|\+)eq(%20|\+)%22([^%&\" ]|%(?!22))*%22"
+USER_BY, GROUP_BY = (
+    rb"filter=(userName|externalId)" + EQUALS,
+    rb"filter=(displayName|externalId)" + EQUALS,
+)
+LOOKUP = re.compile(
+    rb"GET /scim/v2/(Users/[^/?. ]+[? ]|"
+    rb"Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
+    rb"Groups\?(excludedAttributes=members&"
+    + GROUP_BY
+    + rb"|"
+    + GROUP_BY
+    + rb"&excludedAttributes=members) )"
+)
+SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
 
 
 class Application:
@@ -3914,14 +5058,20 @@ class Application:
     the console, "" for none.
     """
 
-    def __init__(self, config: Config, authenticate: Callable[[str], str | None] | None = None,
-                 clock: Clock = utc_now, new_id: Callable[[], str] = random_id, page: str = "") -> None:
+    def __init__(
+        self,
+        config: Config,
+        authenticate: Callable[[str], str | None] | None = None,
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+        page: str = "",
+    ) -> None:
         self.page = page if config.console else ""
         self.log = ProvisioningLog()
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
         self._ask, self._clock, self._new_id = authenticate, clock, new_id
-        self._awake: dict[str, Store] = {}                   # whose files are open, oldest use first
+        self._awake: dict[str, Store] = {}  # whose files are open, oldest use first
         self._latest: Store | None = None
         self._tried = clock()
         self._configuring, self._waking = threading.RLock(), threading.Lock()
@@ -3934,18 +5084,28 @@ class Application:
         make_data_dir(config)
         with self._configuring:
             before = self.directories
-            self.directories = {tenant.name: self._open(config, tenant) for tenant in config.tenants}
+            self.directories = {
+                tenant.name: self._open(config, tenant) for tenant in config.tenants
+            }
             # A hook or a file that is tried again may take long; in memory readers wait for who writes.
-            self._slow = bool(self._ask) or config.data_dir == ":memory:" or len(self.served) < len(config.tenants)
-            hashed = tuple(replace(tenant, tokens=tuple(
-                replace(token, secret="") for token in tenant.tokens)) for tenant in config.tenants)
+            self._slow = (
+                bool(self._ask)
+                or config.data_dir == ":memory:"
+                or len(self.served) < len(config.tenants)
+            )
+            hashed = tuple(
+                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
+                for tenant in config.tenants
+            )
             self.config = replace(config, tenants=hashed)
             self.tenants = {tenant.name: tenant for tenant in hashed}
-            self._tokens = {token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens}
+            self._tokens = {
+                token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens
+            }
         for name in before.keys() - self.directories.keys():
             if isinstance(gone := before[name], Directory):
                 gone.store.interrupt()
-                gone.store.rest()                    # closed after each of the requests in flight
+                gone.store.rest()  # closed after each of the requests in flight
 
     def add_tenant(self, document: Json) -> Directory:
         """Serve a tenant, given as in a configuration, be it known; ConfigError and StoreError."""
@@ -3956,7 +5116,9 @@ class Application:
             if any(one.name.lower() == tenant.name.lower() for one in others):
                 reader.wrong("tenant.name", "the same name as another tenant's, but for its case")
             for token in tenant.tokens:
-                if (other := self._tokens.get(token.sha256, (tenant, token))[0].name) != tenant.name:
+                if (
+                    other := self._tokens.get(token.sha256, (tenant, token))[0].name
+                ) != tenant.name:
                     reader.wrong("tenant.tokens", f"the same token as that of {other}")
             if reader.problems:
                 raise ConfigError(reader.problems)
@@ -3966,7 +5128,12 @@ class Application:
     def remove_tenant(self, name: str) -> None:
         """Serve a tenant no more; its file stays."""
         with self._configuring:
-            self.configure(replace(self.config, tenants=tuple(one for one in self.config.tenants if one.name != name)))
+            self.configure(
+                replace(
+                    self.config,
+                    tenants=tuple(one for one in self.config.tenants if one.name != name),
+                )
+            )
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError where its file is no good."""
@@ -4005,9 +5172,17 @@ class Application:
             known.keep, known.keep_days = config.keep_changes, config.keep_days
             return known
         try:
-            store = known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
-            directory = Directory(store, tenant.custom_fields, self._clock, self._new_id,
-                                  config.keep_changes, config.keep_days)
+            store = (
+                known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
+            )
+            directory = Directory(
+                store,
+                tenant.custom_fields,
+                self._clock,
+                self._new_id,
+                config.keep_changes,
+                config.keep_days,
+            )
             directory.claim(tenant.name)
         except StoreError as error:
             return error
@@ -4020,7 +5195,7 @@ class Application:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
         started = time.perf_counter()
         response, owner = self._answer(request)
-        with suppress(Exception):         # whatever becomes of the log, the answer goes out
+        with suppress(Exception):  # whatever becomes of the log, the answer goes out
             self._note(request, response, owner, time.perf_counter() - started)
         return response
 
@@ -4029,13 +5204,15 @@ class Application:
         started, owner = time.perf_counter(), None
         try:
             if not (owner := self.owner(requests[0])):
-                raise unauthorized()                     # a hook is asked once
+                raise unauthorized()  # a hook is asked once
             if isinstance(directory := owner[2], StoreError):
                 return list(map(self.handle, requests))
             with directory.store.writing():
                 responses = [self._answer(request._replace(owner=owner))[0] for request in requests]
-        except Exception as error:        # noqa: BLE001  also of the commit, which undoes all of them
-            responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(requests)
+        except Exception as error:  # noqa: BLE001  also of the commit, which undoes all of them
+            responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(
+                requests
+            )
         for request, response in zip(requests, responses, strict=True):
             with suppress(Exception):
                 self._note(request, response, owner, time.perf_counter() - started)
@@ -4045,27 +5222,41 @@ class Application:
         """Return whether a request, by its first line, is answered in no time."""
         return not self._slow and LOOKUP.match(line) is not None
 
-    def _note(self, request: Request, response: Response, owner: Owner | None, seconds: float) -> None:
+    def _note(
+        self, request: Request, response: Response, owner: Owner | None, seconds: float
+    ) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
         lost_its_way = response.status == 404 and not response.route
         # Reading what the sync did is no part of it.
         logged = (request.path.startswith(BASE_PATH) or lost_its_way) and not (
-            request.method == "GET" and "x-console" in request.headers)
+            request.method == "GET" and "x-console" in request.headers
+        )
         if not owner and logged and response.status == 401:
             self.log.add_stranger(time_text(self._clock()))
         if not owner or isinstance(directory := owner[2], StoreError):
-            return                                       # there is no log
+            return  # there is no log
         if self.log.has_room(request, response):
-            shown = Request(request.method, request.path, request.query, {}, request.body, client=request.client,
-                            id=request.id)               # without headers, which hold the secret
-            self.log.add(Answered(self._clock(), *owner[:2], directory, shown, response, seconds, logged))
+            shown = Request(
+                request.method,
+                request.path,
+                request.query,
+                {},
+                request.body,
+                client=request.client,
+                id=request.id,
+            )  # without headers, which hold the secret
+            self.log.add(
+                Answered(self._clock(), *owner[:2], directory, shown, response, seconds, logged)
+            )
         else:
             self.log.lost += logged
 
     def _answer(self, request: Request) -> tuple[Response, Owner | None]:
         owner, route = None, ""
         try:
-            segments = [unquote(part) if "%" in part else part for part in request.path.split("/") if part]
+            segments = [
+                unquote(part) if "%" in part else part for part in request.path.split("/") if part
+            ]
             if public := PUBLIC.get(path := "/".join(segments)):
                 return public(self, request)._replace(route=f"/{path}"), None
             if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
@@ -4073,16 +5264,26 @@ class Application:
             owner = self.owner(request)
             inside = f"/{'/'.join(segments[:2])}" == BASE_PATH
             segments = segments[2:] if inside else ["", *segments]
-            found = find_route(segments) if inside or self.page or segments[1:2] != ["console"] else None
+            found = (
+                find_route(segments)
+                if inside or self.page or segments[1:2] != ["console"]
+                else None
+            )
             directory = self._authenticate(request, owner) if inside or found else None
             if segments[:1] == ["Me"]:
-                raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
+                raise ScimError(
+                    501, "", "/Me: a bearer token stands for a tenant, not for a person"
+                )
             if not found or not directory:
-                raise ScimError(404, "", f"{request.path} does not exist (case matters); "
-                                         f"Users and Groups follow {BASE_PATH}")
+                raise ScimError(
+                    404,
+                    "",
+                    f"{request.path} does not exist (case matters); "
+                    f"Users and Groups follow {BASE_PATH}",
+                )
             methods, route = found
             response = self._dispatch(request, owner, directory, segments, methods)
-        except Exception as error:        # noqa: BLE001  a bug of ours must not cut the connection
+        except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             response = failed(error)
         tenant = owner[0].name if owner and response.status != 401 else ""
         return Response(response.status, response.body, response.headers, tenant, route), owner
@@ -4100,11 +5301,15 @@ class Application:
         if secret and not found and self._ask:
             try:
                 name = self._ask(secret)
-            except (Exception, SystemExit) as error:     # noqa: BLE001  its text may hold the secret
-                raise ScimError(503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY) from None
+            except (Exception, SystemExit) as error:  # noqa: BLE001  its text may hold the secret
+                raise ScimError(
+                    503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
+                ) from None
             tenant = self.tenants.get(name) if isinstance(name, str) else None
             found = (tenant, Token("authenticate", "")) if tenant else None
-        directory = self.directories.get(found[0].name) if found else None       # None: removed at this moment
+        directory = (
+            self.directories.get(found[0].name) if found else None
+        )  # None: removed at this moment
         return (*found, directory) if found and directory else None
 
     def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
@@ -4124,16 +5329,18 @@ class Application:
         if now - self._tried > timedelta(seconds=RETRY_SECONDS):
             with self._configuring:
                 self._tried = now
-                if known := self.tenants.get(tenant.name):           # else it was removed meanwhile
+                if known := self.tenants.get(tenant.name):  # else it was removed meanwhile
                     found = self.directories[tenant.name] = self._open(self.config, known)
         if not isinstance(found, Directory):
-            raise ScimError(503, "", "the tenant's database cannot be used; the server's log says why", RETRY)
+            raise ScimError(
+                503, "", "the tenant's database cannot be used; the server's log says why", RETRY
+            )
         return found
 
     def _wake(self, tenant: str, directory: Directory) -> None:
         """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
         if self._latest is not directory.store:
-            with self._waking:               # not configuring, which may wait for who writes
+            with self._waking:  # not configuring, which may wait for who writes
                 self._latest = directory.store
                 directory.store.resting = False
                 self._awake.pop(tenant, None)
@@ -4141,52 +5348,58 @@ class Application:
                 if len(self._awake) > OPEN_TENANTS:
                     self._awake.pop(next(iter(self._awake))).rest()
 
-    def _dispatch(self, request: Request, owner: Owner | None, directory: Directory, segments: list[str],
-                  methods: Mapping[str, Operate]) -> Response:
+    def _dispatch(
+        self,
+        request: Request,
+        owner: Owner | None,
+        directory: Directory,
+        segments: list[str],
+        methods: Mapping[str, Operate],
+    ) -> Response:
         if request.method not in methods:
             allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
-            raise ScimError(405, "", f"{request.method} is not for {request.path}; it takes {allow['Allow']}", allow)
+            raise ScimError(
+                405,
+                "",
+                f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
+                allow,
+            )
         query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
         endpoint, *rest = segments or [""]
         types = tuple(directory.resource_types.values())
         asked = tuple(found for found in types if found.endpoint == f"/{endpoint}") or types
-        return methods[request.method](Call(
-            request, directory, asked[0], asked, endpoint, rest[-1] if rest else "",
-            {name.lower(): value for name, value in query},
-            Condition(request.headers.get("if-match", ""), request.headers.get("if-none-match", "")),
-            f"{request.scheme}://{request.host}{request.root}{BASE_PATH}", self, owner))
+        return methods[request.method](
+            Call(
+                request,
+                directory,
+                asked[0],
+                asked,
+                endpoint,
+                rest[-1] if rest else "",
+                {name.lower(): value for name, value in query},
+                Condition(
+                    request.headers.get("if-match", ""), request.headers.get("if-none-match", "")
+                ),
+                f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
+                self,
+                owner,
+            )
+        )
 
 
-# -- For the operator: no tenant's token, and nothing of a tenant --------------------
-
-def get_readiness(application: Application, request: Request) -> Response:
-    """Answer GET /readyz: the database of each tenant answers."""
-    served = application.served
-    with suppress(sqlite3.Error):
-        for directory in served:
-            directory.last_use("")
-        if len(served) == len(application.directories):
-            return plain_response("ready\n", "text/plain")
-    return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
-
-
-def get_metrics(application: Application, request: Request) -> Response:
-    """Answer GET /metrics, for this machine or with the token that the configuration names."""
-    local = request.client in ("127.0.0.1", "::1") and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
-    if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
-        return error_response(ScimError(401, "", "/metrics: on loopback, or with metrics_token as bearer "
-                                                 "token", {"WWW-Authenticate": "Bearer"}))
-    return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
-
-
-PUBLIC = {"healthz": lambda application, request: plain_response("ok\n", "text/plain"),        # the process is up
-          "readyz": get_readiness, "metrics": get_metrics}
+PUBLIC = {
+    "healthz": lambda application, request: plain_response(
+        "ok\n", "text/plain"
+    ),  # the process is up
+    "readyz": get_readiness,
+    "metrics": get_metrics,
+}
 
 
 # ----------------------------------------------------------------------------
-# 11. HTTP server                                         RFC 9110, RFC 9112
+# 16. HTTP server                                         RFC 9110, RFC 9112
 #
 # Bytes become a Request and a Response becomes bytes: strict framing, limits,
 # keep-alive, one write per answer. The head is read by our own parser: the stock
@@ -4195,17 +5408,17 @@ PUBLIC = {"healthz": lambda application, request: plain_response("ok\n", "text/p
 # Uses chapters 1, 6, 8 to 10. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
-MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024        # octets
+MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
 MAX_FIELDS = 100
-HEAD_SECONDS = 10                 # for a head to arrive, a handshake, the first octet of a body
-SLOWEST = 1024                    # octets a second, of a body either way
+HEAD_SECONDS = 10  # for a head to arrive, a handshake, the first octet of a body
+SLOWEST = 1024  # octets a second, of a body either way
 IDLE_SECONDS = 65
-TURN_SECONDS = 1                  # that a read waits for others
-COSTLY = 8                        # reads without a turn at once
-STOP_SECONDS = 10                 # how long a stopping server waits for requests in flight
-LOG_LINES = 10_000                # that wait for a stream
-MAX_EXCHANGES = 1_000             # that are kept for a test to look at
-LOG_SECONDS = 0.05                # that a line may wait for others
+TURN_SECONDS = 1  # that a read waits for others
+COSTLY = 8  # reads without a turn at once
+STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
+LOG_LINES = 10_000  # that wait for a stream
+MAX_EXCHANGES = 1_000  # that are kept for a test to look at
+LOG_SECONDS = 0.05  # that a line may wait for others
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
@@ -4214,18 +5427,22 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
-ANNOUNCED = re.compile(rb"\r\n(authorization|content-length|transfer-encoding|expect):[ \t]*([^\r\n]*)", re.IGNORECASE)
+ANNOUNCED = re.compile(
+    rb"\r\n(authorization|content-length|transfer-encoding|expect):[ \t]*([^\r\n]*)", re.IGNORECASE
+)
 IDLE, READING, ANSWERING = "idle", "reading", "answering"
-RECEIVED = 16 * 1024              # octets at a time
-SPARE_THREADS = 4                 # that wait to lead
-YIELD_SECONDS = 0.0002            # for each connection, to other workers before it takes one more
-SWEEP_SECONDS = 1                 # how often those who fell silent are looked for
+RECEIVED = 16 * 1024  # octets at a time
+SPARE_THREADS = 4  # that wait to lead
+YIELD_SECONDS = 0.0002  # for each connection, to other workers before it takes one more
+SWEEP_SECONDS = 1  # how often those who fell silent are looked for
 DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
+
+
 # Whether a selector sees a connection that another thread registers while it waits.
 WATCHES = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
 Listener = socket.socket
 Stamp = list[tuple[int, int]]
-http_date = lru_cache(2)(partial(formatdate, usegmt=True))       # a second as a Date field has it
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # a second as a Date field has it
 
 
 def complain(text: str) -> None:
@@ -4238,9 +5455,9 @@ class Connection:
 
     def __init__(self, socket: socket.socket) -> None:
         self.socket, self.state, self.evicted = socket, IDLE, False
-        self.since = time.monotonic()          # accepted, or a request with a good token was here last
-        self.octets = bytearray()              # that came and were not read yet
-        socket.setblocking(True)               # BSD hands on what its listener is
+        self.since = time.monotonic()  # accepted, or a request with a good token was here last
+        self.octets = bytearray()  # that came and were not read yet
+        socket.setblocking(True)  # BSD hands on what its listener is
         self.allow(HEAD_SECONDS)
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -4249,7 +5466,7 @@ class Connection:
 
     def is_unread(self) -> bool:
         """Return whether octets have come that nobody has read yet."""
-        with suppress(OSError):          # there are none, or it has ended
+        with suppress(OSError):  # there are none, or it has ended
             return bool(self.socket.recv(1, socket.MSG_PEEK | DONT_WAIT))
         return False
 
@@ -4288,14 +5505,14 @@ class Connection:
         while left:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
-                left = left[self.socket.send(left):]
+                left = left[self.socket.send(left) :]
             except BlockingIOError as error:
                 raise TimeoutError from error
 
     def send_now(self, octets: bytes) -> bytes:
         """Send what can be sent without waiting, and return the rest."""
         try:
-            return octets[self.socket.send(octets, DONT_WAIT):]
+            return octets[self.socket.send(octets, DONT_WAIT) :]
         except BlockingIOError:
             return octets
 
@@ -4304,16 +5521,17 @@ class Connection:
         left = deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
-        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):    # which would wait again
+        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):  # which would wait again
             self.socket.settimeout(left)
-        else:                            # settimeout() costs two calls of the system more for each wait
-            self.socket.setsockopt(socket.SOL_SOCKET, option, struct.pack(
-                "ll", *divmod(int(left * 1e6) + 1, 10 ** 6)))            # 0 would be no limit
+        else:  # settimeout() costs two calls of the system more for each wait
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, option, struct.pack("ll", *divmod(int(left * 1e6) + 1, 10**6))
+            )  # 0 would be no limit
 
     def end(self, how: int) -> None:
         """End reading, writing or both, from whatever thread."""
         with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)     # that of ssl.SSLSocket ends encryption too
+            socket.socket.shutdown(self.socket, how)  # that of ssl.SSLSocket ends encryption too
 
     def linger(self) -> None:
         """Read on for a moment after a refusal: closing on unread octets would take it back."""
@@ -4328,14 +5546,16 @@ def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
     """Return method, target, minor version, headers of a request (RFC 9112 §3, §5); ScimError 400, 414, 431, 505."""
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = peer.until(b"\n", *limits)
-    if line == b"\r\n":                            # RFC 9112 §2.2: one empty line is forgiven
+    if line == b"\r\n":  # RFC 9112 §2.2: one empty line is forgiven
         line = peer.until(b"\n", *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
-    peer.octets[:0] = b"\r\n"                      # the end of the line again: there may be no fields
-    head = peer.until(b"\r\n\r\n", MAX_HEAD, 431, f"the header fields take more than {MAX_HEAD} octets")
+    peer.octets[:0] = b"\r\n"  # the end of the line again: there may be no fields
+    head = peer.until(
+        b"\r\n\r\n", MAX_HEAD, 431, f"the header fields take more than {MAX_HEAD} octets"
+    )
     headers: dict[str, str] = {}
     position, end = 2, len(head) - 2
     while position < end:
@@ -4354,7 +5574,9 @@ def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
     """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
-    host, length, coding = (headers.get(name) for name in ("host", "content-length", "transfer-encoding"))
+    host, length, coding = (
+        headers.get(name) for name in ("host", "content-length", "transfer-encoding")
+    )
     if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
     if length is not None and not LENGTH.fullmatch(length):
@@ -4395,10 +5617,15 @@ def arrived(octets: bytearray) -> tuple[bytes, bytes] | None:
     fields = ANNOUNCED.findall(octets, 0, end)
     found = {name.lower(): value for name, value in fields}
     length = found.get(b"content-length", b"0")
-    if len(found) < len(fields) or b"transfer-encoding" in found or b"expect" in found \
-            or not LENGTH.fullmatch(length.decode("latin-1")) or len(octets) - end - 4 < int(length):
+    if (
+        len(found) < len(fields)
+        or b"transfer-encoding" in found
+        or b"expect" in found
+        or not LENGTH.fullmatch(length.decode("latin-1"))
+        or len(octets) - end - 4 < int(length)
+    ):
         return None
-    return bytes(octets[:octets.find(b"\r\n")]), found.get(b"authorization", b"")
+    return bytes(octets[: octets.find(b"\r\n")]), found.get(b"authorization", b"")
 
 
 def origin_form(target: str, host: str) -> tuple[str, str]:
@@ -4413,10 +5640,14 @@ def origin_form(target: str, host: str) -> tuple[str, str]:
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
     nearest = headers.get("forwarded", "").rpartition(",")[2]
-    found = {name.strip().lower(): value.strip(' "')
-             for name, _, value in (pair.partition("=") for pair in nearest.split(";"))}
-    return {name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
-            for name in ("proto", "host", "for")}
+    found = {
+        name.strip().lower(): value.strip(' "')
+        for name, _, value in (pair.partition("=") for pair in nearest.split(";"))
+    }
+    return {
+        name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+        for name in ("proto", "host", "for")
+    }
 
 
 def stamp(*files: str) -> Stamp:
@@ -4443,9 +5674,11 @@ class Tls:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    complain(f"{' and '.join(self._files)}: cannot be used ({error}); "
-                             "the earlier certificate serves on")
-                self._seen = found               # so that it is said once
+                    complain(
+                        f"{' and '.join(self._files)}: cannot be used ({error}); "
+                        "the earlier certificate serves on"
+                    )
+                self._seen = found  # so that it is said once
         return self._context
 
     def _load(self) -> ssl.SSLContext:
@@ -4457,13 +5690,14 @@ class Tls:
 
 def request_log(style: str, stream: TextIO) -> Batches:
     """Return what writes requests, as dicts whose values hold no blank, to a stream: as text, json or not at all."""
+
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
         values = [str(value) or "-" for value in line.values()]
         return json.dumps(line) if style == "json" else " ".join(values)
 
     def write(lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):              # nobody reads it, or it is closed
+        with suppress(OSError, ValueError):  # nobody reads it, or it is closed
             stream.write("".join(f"{text(line)}\n" for line in lines))
             stream.flush()
 
@@ -4477,7 +5711,7 @@ def text_of_body(body: Json) -> str:
     if not isinstance(body, dict) or "Resources" not in body:
         return dump(body)
     texts = ",".join(one if isinstance(one, Encoded) else dump(one) for one in body["Resources"])
-    return f'{dump({**body, "Resources": []})[:-2]}{texts}]}}'
+    return f"{dump({**body, 'Resources': []})[:-2]}{texts}]}}"
 
 
 def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
@@ -4486,7 +5720,7 @@ def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
-    if response.status not in (204, 304):                # RFC 9110 §8.6: never with a 204, nor 0 with a 304
+    if response.status not in (204, 304):  # RFC 9110 §8.6: never with a 204, nor 0 with a 304
         fields.append(("Content-Length", str(len(body))))
     status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
     return status, fields, b"" if request.method == "HEAD" else body
@@ -4503,24 +5737,36 @@ class Exchange(NamedTuple):
 class Fault:
     """What the next requests meet, for tests of clients."""
 
-    status: int = 0                    # in place of the answer; 401 as of an expired token, 412 as of ETags
+    status: int = 0  # in place of the answer; 401 as of an expired token, 412 as of ETags
     times: int = 1
-    method: str = ""                   # "" is any
-    path: str = ""                     # a text in the path of those that meet it
-    delay: float = 0                   # seconds
-    cut: bool = False                  # in the middle of the answer's body
+    method: str = ""  # "" is any
+    path: str = ""  # a text in the path of those that meet it
+    delay: float = 0  # seconds
+    cut: bool = False  # in the middle of the answer's body
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def meets(self, request: Request) -> bool:
         """Return whether a request meets this fault."""
-        return self.times > 0 and self.method.upper() in ("", request.method) and self.path in request.path
+        return (
+            self.times > 0
+            and self.method.upper() in ("", request.method)
+            and self.path in request.path
+        )
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        error = unauthorized() if self.status == 401 else ScimError(
-            self.status, "", "If-Match: the version is another now; read it again"
-            if self.status == 412 else "a fault that a test asked for",
-            {"Retry-After": "1"} if self.status in (429, 503) else {})
+        error = (
+            unauthorized()
+            if self.status == 401
+            else ScimError(
+                self.status,
+                "",
+                "If-Match: the version is another now; read it again"
+                if self.status == 412
+                else "a fault that a test asked for",
+                {"Retry-After": "1"} if self.status in (429, 503) else {},
+            )
+        )
         error.headers.update(self.headers)
         return error_response(error)
 
@@ -4530,9 +5776,9 @@ class Handler:
 
     def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
         self.server, self.peer, self.client = server, peer, client
-        self.watched = False                   # by the thread that leads, which alone takes steps then
-        self.patient = True                    # whether the thread that takes steps may wait for this client
-        self._request: Request | None = None   # being read, as far as its head has come
+        self.watched = False  # by the thread that leads, which alone takes steps then
+        self.patient = True  # whether the thread that takes steps may wait for this client
+        self._request: Request | None = None  # being read, as far as its head has come
         self._minor_version, self._started = 1, 0.0
 
     def run(self, step: Callable[[], bool | None]) -> None:
@@ -4543,9 +5789,9 @@ class Handler:
                 going = step()
             except ScimError as error:
                 going = self._refuse(error)
-        except (EOFError, OSError):                # the client is gone, or was silent for too long
+        except (EOFError, OSError):  # the client is gone, or was silent for too long
             pass
-        except Exception as error:                 # noqa: BLE001  a bug of ours ends no more than this
+        except Exception as error:  # noqa: BLE001  a bug of ours ends no more than this
             failed(error)
         if going:
             self.server.rest(self)
@@ -4556,9 +5802,10 @@ class Handler:
         """Serve a connection that cannot be watched, in a thread of its own."""
         if self.server.tls:
             tls = self.server.tls.context().wrap_socket(
-                self.peer.socket, server_side=True, do_handshake_on_connect=False)
-            self.peer.socket = tls                       # which can be ended from here on
-            tls.settimeout(HEAD_SECONDS)                 # of the whole handshake
+                self.peer.socket, server_side=True, do_handshake_on_connect=False
+            )
+            self.peer.socket = tls  # which can be ended from here on
+            tls.settimeout(HEAD_SECONDS)  # of the whole handshake
             tls.do_handshake()
         going: bool | None = True
         while going and not self.server.stopping.is_set():
@@ -4577,8 +5824,8 @@ class Handler:
         self.peer.state = READING
         line, key = arrived(self.peer.octets) or (b"", b"")
         if line:
-            self.server.begin(self.peer)                 # it came whole, and makes room for nobody
-        if self.server.faults:                           # whose delay is for those it meets alone
+            self.server.begin(self.peer)  # it came whole, and makes room for nobody
+        if self.server.faults:  # whose delay is for those it meets alone
             line = b""
         if self.server.application.is_quick(line):
             return self.exchange()
@@ -4609,8 +5856,12 @@ class Handler:
             if body := self._body(request):
                 request = request._replace(body=body)
         except TimeoutError:
-            raise ScimError(408, "", f"the request took too long: its head must come within {HEAD_SECONDS} s, "
-                                     f"its body at {SLOWEST} octets a second") from None
+            raise ScimError(
+                408,
+                "",
+                f"the request took too long: its head must come within {HEAD_SECONDS} s, "
+                f"its body at {SLOWEST} octets a second",
+            ) from None
         self.server.begin(self.peer)
         return request
 
@@ -4619,10 +5870,14 @@ class Handler:
         if response.tenant:
             self.peer.since = time.monotonic()
         else:
-            self.peer.state = READING              # an answer to nobody makes room for others
+            self.peer.state = READING  # an answer to nobody makes room for others
         options = request.headers.get("connection", "").lower()
-        last = (self.server.stopping.is_set() or "close" in options or cut
-                or (self._minor_version == 0 and "keep-alive" not in options))
+        last = (
+            self.server.stopping.is_set()
+            or "close" in options
+            or cut
+            or (self._minor_version == 0 and "keep-alive" not in options)
+        )
         return self._send(request, response, last, cut)
 
     def later(self, step: Callable[[], bool | None]) -> bool | None:
@@ -4648,15 +5903,29 @@ class Handler:
         """Answer a request that could not be read, and end."""
         if not self.patient:
             return self.later(partial(self._refuse, error))
-        self._send(self._request or Request("", "", id=self.server.request_id("")), error_response(error), last=True)
+        self._send(
+            self._request or Request("", "", id=self.server.request_id("")),
+            error_response(error),
+            last=True,
+        )
         self.peer.linger()
         return False
 
-    def _send(self, request: Request, response: Response, last: bool, cut: bool = False) -> bool | None:
+    def _send(
+        self, request: Request, response: Response, last: bool, cut: bool = False
+    ) -> bool | None:
         status, fields, body = wire_form(response, request)
-        lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}",
-                 *(f"{name}: {value}" for name, value in fields), *(["Connection: close"] if last else []), "\r\n"]
-        octets = "\r\n".join(lines).encode("latin-1", "replace") + body[:len(body) // 2 if cut else None]
+        lines = [
+            f"HTTP/1.1 {status}",
+            f"Date: {http_date(int(time.time()))}",
+            *(f"{name}: {value}" for name, value in fields),
+            *(["Connection: close"] if last else []),
+            "\r\n",
+        ]
+        octets = (
+            "\r\n".join(lines).encode("latin-1", "replace")
+            + body[: len(body) // 2 if cut else None]
+        )
         try:
             if not self.patient and (octets := self.peer.send_now(octets)):
                 return self.later(partial(self._send_rest, octets, not last))
@@ -4674,7 +5943,7 @@ def listen(config: Config) -> Listener:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.create_server((config.host, config.port), family=family, backlog=128)
-    listener.setblocking(False)                          # of workers that are woken one gets it
+    listener.setblocking(False)  # of workers that are woken one gets it
     return listener
 
 
@@ -4706,19 +5975,19 @@ class ScimServer(http.server.HTTPServer):
         self.connections: dict[Handler, Connection] = {}
         self._changed, self._lead = threading.Condition(), threading.Lock()
         self._turn, self._costly = threading.Lock(), threading.Semaphore(COSTLY)
-        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)    # for request ids
-        self._tasks: deque[Callable[[], None]] = deque()     # that the one who leads has left
-        self._writes: dict[bytes, list[Handler]] = {}        # that wait, by their Authorization
-        self._free = self._leader = 0                        # how many of the crew lead or wait to; who does
+        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)  # for request ids
+        self._tasks: deque[Callable[[], None]] = deque()  # that the one who leads has left
+        self._writes: dict[bytes, list[Handler]] = {}  # that wait, by their Authorization
+        self._free = self._leader = 0  # how many of the crew lead or wait to; who does
         self._selector, self._swept = selectors.DefaultSelector(), 0.0
-        self._bell, self._ear = socket.socketpair()          # to wake who leads
+        self._bell, self._ear = socket.socketpair()  # to wake who leads
         self._bell.setblocking(False)
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket = listener or listen(self.config)
         self.server_address = self.socket.getsockname()
         self.url = url_of(self.config, self.server_address[1])
-        self.token, self.directory = application.token, application.directory      # at hand for a test
+        self.token, self.directory = application.token, application.directory  # at hand for a test
 
     # -- Connections --
 
@@ -4738,14 +6007,20 @@ class ScimServer(http.server.HTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Take a connection in; at the limit, the one that rests longest makes room for it."""
         with self._changed:
-            while len(self.connections) >= self.config.max_connections and not self.stopping.is_set():
-                resting = [handler for handler, peer in self.connections.items() if peer.state != ANSWERING]
+            while (
+                len(self.connections) >= self.config.max_connections and not self.stopping.is_set()
+            ):
+                resting = [
+                    handler for handler, peer in self.connections.items() if peer.state != ANSWERING
+                ]
                 resting.sort(key=lambda handler: handler.peer.since)
-                if loser := next((one for one in resting if not (one.watched and one.peer.is_unread())), None):
+                if loser := next(
+                    (one for one in resting if not (one.watched and one.peer.is_unread())), None
+                ):
                     self.connections.pop(loser).evicted = True
                     loser.peer.end(socket.SHUT_RDWR)
                 else:
-                    self._changed.wait(0.1)              # for one of the answers
+                    self._changed.wait(0.1)  # for one of the answers
             handler = Handler(self, Connection(request), client_address[0])
             self.connections[handler] = handler.peer
         with suppress(OSError):
@@ -4755,7 +6030,7 @@ class ScimServer(http.server.HTTPServer):
                 threading.Thread(target=handler.run, args=(handler.serve,), daemon=True).start()
             else:
                 self.rest(handler)
-        except RuntimeError:                             # there can be no more threads
+        except RuntimeError:  # there can be no more threads
             self.close(handler)
 
     def rest(self, handler: Handler) -> None:
@@ -4784,7 +6059,7 @@ class ScimServer(http.server.HTTPServer):
     def begin(self, peer: Connection) -> None:
         """Note that a request is answered now; EOFError if its connection had to make room."""
         if peer.state == ANSWERING:
-            return                                       # and makes room for nobody
+            return  # and makes room for nobody
         with self._changed:
             if peer.evicted:
                 raise EOFError
@@ -4810,18 +6085,18 @@ class ScimServer(http.server.HTTPServer):
         self.application.interrupt()
         ending = threading.Thread(target=self.shutdown)
         ending.start()
-        with suppress(OSError):                          # a knock, which ends the wait for one
+        with suppress(OSError):  # a knock, which ends the wait for one
             socket.create_connection(self.socket.getsockname()[:2], 1).close()
         ending.join()
         self.server_close()
         self._ring()
         with self._changed:
-            self._changed.wait_for(lambda: not self._free)         # from here on nobody leads
+            self._changed.wait_for(lambda: not self._free)  # from here on nobody leads
         for handler, peer in self.connections.copy().items():
             if handler.watched:
                 self.close(handler)
             elif peer.state == IDLE:
-                peer.end(socket.SHUT_RD)                 # its read ends
+                peer.end(socket.SHUT_RD)  # its read ends
         with self._changed:
             self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
         for end in (self._selector, self._bell, self._ear):
@@ -4854,12 +6129,12 @@ class ScimServer(http.server.HTTPServer):
 
     def _ring(self) -> None:
         """Wake who leads."""
-        with suppress(BlockingIOError):                  # it was rung so often already
+        with suppress(BlockingIOError):  # it was rung so often already
             self._bell.send(b"!")
 
     def _hire(self) -> None:
         """Take one more into the crew, under the lock of what changes."""
-        with suppress(RuntimeError):                     # of no more threads: then nobody leads for a while
+        with suppress(RuntimeError):  # of no more threads: then nobody leads for a while
             threading.Thread(target=self._work, daemon=True).start()
             self._free += 1
 
@@ -4896,7 +6171,7 @@ class ScimServer(http.server.HTTPServer):
                 with self._changed:
                     for peer in self.connections.values():
                         if peer.state == IDLE and peer.deadline < now:
-                            peer.end(socket.SHUT_RDWR)   # which who watches it sees
+                            peer.end(socket.SHUT_RDWR)  # which who watches it sees
         return self._tasks.popleft() if self._tasks else None
 
     def _write(self, key: bytes) -> None:
@@ -4928,13 +6203,27 @@ class ScimServer(http.server.HTTPServer):
         host, target = origin_form(target, headers.get("host") or "localhost")
         path, _, query = target.partition("?")
         scheme = "https" if self.tls else "http"
-        if any(ipaddress.ip_address(client.partition("%")[0]) in network for network in self.config.trusted_proxies):
+        if any(
+            ipaddress.ip_address(client.partition("%")[0]) in network
+            for network in self.config.trusted_proxies
+        ):
             told = forwarded(headers)
             client = told["for"] or client
             scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
             host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
-        return Request(method, path, query, headers, b"", scheme, host, "", client,
-                       self.request_id(headers.get("x-request-id", "")), encoded=True)
+        return Request(
+            method,
+            path,
+            query,
+            headers,
+            b"",
+            scheme,
+            host,
+            "",
+            client,
+            self.request_id(headers.get("x-request-id", "")),
+            encoded=True,
+        )
 
     def request_id(self, given: str) -> str:
         """Return the id of a request: that of its header where it has a good one, or a new one."""
@@ -4980,7 +6269,10 @@ class ScimServer(http.server.HTTPServer):
         COSTLY of them at once leave some of the READERS to who leads.
         """
         reads = request.method in ("GET", "HEAD") or request.path.endswith("/.search")
-        if not (in_turn and reads and "authorization" in request.headers) or "wait" in request.query:
+        if (
+            not (in_turn and reads and "authorization" in request.headers)
+            or "wait" in request.query
+        ):
             return self.application.handle(request)
         mine = self._turn.acquire(timeout=TURN_SECONDS)
         try:
@@ -4994,9 +6286,18 @@ class ScimServer(http.server.HTTPServer):
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        self.log.add({"time": time.time(), "tenant": response.tenant, "method": method,
-                      "route": response.route, "status": response.status,
-                      "milliseconds": round(seconds * 1000, 1), "bytes": octets, "id": request.id})
+        self.log.add(
+            {
+                "time": time.time(),
+                "tenant": response.tenant,
+                "method": method,
+                "route": response.route,
+                "status": response.status,
+                "milliseconds": round(seconds * 1000, 1),
+                "bytes": octets,
+                "id": request.id,
+            }
+        )
 
 
 @dataclass(frozen=True)
@@ -5018,14 +6319,29 @@ class WsgiApplication:
 
     def _request(self, environ: dict[str, Any]) -> Request:
         """Return a request without its body; WSGI has decoded the path, as Latin-1."""
-        headers = {name[5:].replace("_", "-").lower(): value
-                   for name, value in environ.items() if name.startswith("HTTP_")}
-        root, path = (quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO"))
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        root, path = (
+            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
+        )
         host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
         given = headers.get("x-request-id", "")
-        return Request(environ["REQUEST_METHOD"], path, environ.get("QUERY_STRING", ""), headers, b"",
-                       environ["wsgi.url_scheme"], host, root, environ.get("REMOTE_ADDR", ""),
-                       given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()), encoded=True)
+        return Request(
+            environ["REQUEST_METHOD"],
+            path,
+            environ.get("QUERY_STRING", ""),
+            headers,
+            b"",
+            environ["wsgi.url_scheme"],
+            host,
+            root,
+            environ.get("REMOTE_ADDR", ""),
+            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()),
+            encoded=True,
+        )
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
@@ -5040,7 +6356,7 @@ class WsgiApplication:
 
 
 # ----------------------------------------------------------------------------
-# 12. Console
+# 17. Console
 #
 # The page at / by which an administrator sees why a sync works or fails: HTML,
 # style and script in one string, that reads the API of chapter 10.
@@ -5374,7 +6690,7 @@ addEventListener('hashchange', enter); enter();
 
 
 # ----------------------------------------------------------------------------
-# 13. Interface
+# 18. Interface
 #
 # running() and wsgi() for other programs, then main(): serve (the default), token, check,
 # employees, changes, backup, restore, demo. What a person must mend is one line on standard error
@@ -5382,16 +6698,32 @@ addEventListener('hashchange', enter); enter();
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-KNOCK_SECONDS = 0.1               # how long a server may take to see that it has to end
-RELOAD_SECONDS = 1                # how often the configuration file is looked at
-FIXED = {"host": "listen", "port": "listen", **{name: name for name in (
-    "data_dir", "tls", "trusted_proxies", "max_connections", "workers", "access_log", "console")}}
+KNOCK_SECONDS = 0.1  # how long a server may take to see that it has to end
+RELOAD_SECONDS = 1  # how often the configuration file is looked at
+FIXED = {
+    "host": "listen",
+    "port": "listen",
+    **{
+        name: name
+        for name in (
+            "data_dir",
+            "tls",
+            "trusted_proxies",
+            "max_connections",
+            "workers",
+            "access_log",
+            "console",
+        )
+    },
+}
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
 
 
 @contextmanager
-def running(config: Source = None, *, authenticate: Hook = None, deterministic: bool = False) -> Iterator[ScimServer]:
+def running(
+    config: Source = None, *, authenticate: Hook = None, deterministic: bool = False
+) -> Iterator[ScimServer]:
     """Run a server on a free port while a with block lasts; see its url, token() and directory().
 
     config is a configuration, its file, its document, or nothing for a demo tenant in memory. deterministic
@@ -5399,12 +6731,17 @@ def running(config: Source = None, *, authenticate: Hook = None, deterministic: 
     """
     made = to_config(config)
     ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
-    with closing(Application(
-            replace(made, port=0), authenticate,
+    with closing(
+        Application(
+            replace(made, port=0),
+            authenticate,
             (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id, CONSOLE_PAGE)) as application:
+            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+            CONSOLE_PAGE,
+        )
+    ) as application:
         for tenant in made.tenants:
-            application.directory(tenant.name)           # a test wants each of them
+            application.directory(tenant.name)  # a test wants each of them
         server = ScimServer(application)
         server.exchanges = []
         thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
@@ -5423,6 +6760,7 @@ def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication
 
 # -- Commands: those that return nothing end with status 0 ------------------------------
 
+
 def chosen_file(options: argparse.Namespace) -> str:
     """Return the configuration file to use, "" for the built-in demo."""
     sample = Path(__file__).with_name("sample_config.json")
@@ -5436,7 +6774,11 @@ def chosen_config(options: argparse.Namespace) -> Config:
     if options.listen:
         host, port = reader.read("--listen", options.listen, ADDRESS) or ("", 0)
         config = replace(config, host=host, port=port)
-    workers = config.workers if options.workers is None else reader.read("--workers", options.workers, NUMBER)
+    workers = (
+        config.workers
+        if options.workers is None
+        else reader.read("--workers", options.workers, NUMBER)
+    )
     if reader.problems:
         raise ConfigError(reader.problems)
     return replace(config, data_dir=options.data_dir or config.data_dir, workers=workers)
@@ -5447,7 +6789,9 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
-        raise StoreError(f"--tenant {options.tenant}: not in the configuration; there are {', '.join(tenants)}")
+        raise StoreError(
+            f"--tenant {options.tenant}: not in the configuration; there are {', '.join(tenants)}"
+        )
     return config, tenants[options.tenant]
 
 
@@ -5457,7 +6801,9 @@ def chosen_store(options: argparse.Namespace) -> Store:
     try:
         os.stat(path)
     except FileNotFoundError:
-        raise StoreError(f"{path}: does not exist, tenant {options.tenant} keeps no data there yet") from None
+        raise StoreError(
+            f"{path}: does not exist, tenant {options.tenant} keeps no data there yet"
+        ) from None
     return Store(path)
 
 
@@ -5466,27 +6812,35 @@ def serve(options: argparse.Namespace) -> None:
     seen, config = stamp(chosen_file(options)), chosen_config(options)
     application = Application(config, page=CONSOLE_PAGE)
     if not application.served:
-        application.directory(config.tenants[0].name)    # says why
+        application.directory(config.tenants[0].name)  # says why
     warn(application)
     if config.tls:
-        Tls(*config.tls)                                 # says what is wrong with it
+        Tls(*config.tls)  # says what is wrong with it
     try:
         listener = listen(config)
     except OSError as error:
-        raise StoreError(f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
-                         "choose another address with --listen HOST:PORT") from error
+        raise StoreError(
+            f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
+            "choose another address with --listen HOST:PORT"
+        ) from error
     told = greeting(url_of(config, listener.getsockname()[1]), config)
     if config.workers == 1:
         work(options, application, listener, seen, told)
     else:
-        application.close()                              # SQLite's files do not outlive a fork
+        application.close()  # SQLite's files do not outlive a fork
         supervise(options, config, listener, told)
 
 
-def work(options: argparse.Namespace, application: Application, listener: Listener, seen: Stamp, told: str) -> None:
+def work(
+    options: argparse.Namespace,
+    application: Application,
+    listener: Listener,
+    seen: Stamp,
+    told: str,
+) -> None:
     """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
     server = ScimServer(application, listener)
-    for number in (signal.SIGINT, signal.SIGTERM):       # a thread, as stop() waits for this one's loop
+    for number in (signal.SIGINT, signal.SIGTERM):  # a thread, as stop() waits for this one's loop
         signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
     if hasattr(signal, "SIGHUP"):
         # What is seen becomes another stamp; an Event's set() in set() would wait for itself.
@@ -5504,10 +6858,12 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener, t
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
     if config.data_dir == ":memory:":
-        raise StoreError("workers: more than one needs a data_dir on disk, to share what they store")
+        raise StoreError(
+            "workers: more than one needs a data_dir on disk, to share what they store"
+        )
     # Signals are waited for, not handled: one that came just before os.wait() would wait with it.
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)        # BSD drops what is ignored
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # BSD drops what is ignored
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     print(told, flush=True)
     workers: set[int] = set()
@@ -5522,15 +6878,22 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener, t
             stopping = stopping or number != signal.SIGHUP
             for worker in workers:
                 os.kill(worker, number)
-        for worker, status in [found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]]:
+        for worker, status in [
+            found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]
+        ]:
             workers.discard(worker)
             if not stopping:
                 complain(f"worker {worker} ended with status {status}; another one takes its place")
-                time.sleep(KNOCK_SECONDS)                # one that cannot start does not spin
+                time.sleep(KNOCK_SECONDS)  # one that cannot start does not spin
 
 
-def fork_worker(options: argparse.Namespace, config: Config, listener: Listener, seen: Stamp,
-                numbers: Iterable[int]) -> int:
+def fork_worker(
+    options: argparse.Namespace,
+    config: Config,
+    listener: Listener,
+    seen: Stamp,
+    numbers: Iterable[int],
+) -> int:
     """Return the process id of a new worker, in which this never returns."""
     supervisor = os.getpid()
     if worker := os.fork():
@@ -5566,9 +6929,12 @@ def take_file(options: argparse.Namespace, server: ScimServer) -> str:
     except (ConfigError, StoreError, OSError, ValueError) as error:
         return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
     warn(server.application)
-    changed = dict.fromkeys(key for name, key in FIXED.items() if getattr(fresh, name) != getattr(server.config, name))
+    changed = dict.fromkeys(
+        key for name, key in FIXED.items() if getattr(fresh, name) != getattr(server.config, name)
+    )
     return f"taken, {len(fresh.tenants)} tenant(s)" + (
-        f"; {', '.join(changed)} will be taken at the next start" if changed else "")
+        f"; {', '.join(changed)} will be taken at the next start" if changed else ""
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -5583,48 +6949,68 @@ def warn(application: Application) -> None:
             complain(f"tenant {name} is not served, the others are: {found}")
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
-        complain(f"warning: {config.host} is beyond this machine and tokens travel in clear; "
-                 "configure tls, or trusted_proxies for a proxy that has it")
+        complain(
+            f"warning: {config.host} is beyond this machine and tokens travel in clear; "
+            "configure tls, or trusted_proxies for a proxy that has it"
+        )
 
 
 def greeting(url: str, config: Config) -> str:
     """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
-        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}",
-                  *(f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name}"
-                    f"{', expired' * token.expired(utc_now())})" for token in tenant.tokens)]
+        lines += [
+            "",
+            f"tenant {tenant.name}",
+            f"  Tenant URL    {url}",
+            *(
+                f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name}"
+                f"{', expired' * token.expired(utc_now())})"
+                for token in tenant.tokens
+            ),
+        ]
         # On loopback such a token, which is for demos, is also in a link that signs in to the console.
         if config.console and is_loopback(config.host):
-            lines += [f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
-                      for token in tenant.tokens if token.secret and not token.expired(utc_now())][:1]
+            lines += [
+                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
+                for token in tenant.tokens
+                if token.secret and not token.expired(utc_now())
+            ][:1]
     return "\n".join(lines)
 
 
 def make_token(options: argparse.Namespace) -> None:
     """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
-    print(f"Secret Token, shown this once:\n\n  {secret}\n\n"
-          "Entry for the tenant's \"tokens\" in the configuration:\n\n  "
-          + json.dumps({"name": options.name, "sha256": digest(secret)}))
+    print(
+        f"Secret Token, shown this once:\n\n  {secret}\n\n"
+        'Entry for the tenant\'s "tokens" in the configuration:\n\n  '
+        + json.dumps({"name": options.name, "sha256": digest(secret)})
+    )
 
 
 def check(options: argparse.Namespace) -> None:
     """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     if config.tls:
-        Tls(*config.tls)                                 # says what is wrong with it
+        Tls(*config.tls)  # says what is wrong with it
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
-        print(f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)")
+        print(
+            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)"
+        )
         path, uses = store_path(config, tenant), {}
         with suppress(FileNotFoundError):
             os.stat(path)
             with closing(Store(path)) as store, store.reading() as session:
                 uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
-        for token in tenant.tokens:                      # one that nobody uses can be withdrawn
+        for token in tenant.tokens:  # one that nobody uses can be withdrawn
             used = f"last used {uses[token]}" if uses.get(token) else "never used"
-            ends = f", expire{'sd'[token.expired(utc_now())]} {time_text(token.expires)}" if token.expires else ""
+            ends = (
+                f", expire{'sd'[token.expired(utc_now())]} {time_text(token.expires)}"
+                if token.expires
+                else ""
+            )
             print(f"  token    {token.name}, {used}{ends}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
@@ -5649,7 +7035,7 @@ def restore(options: argparse.Namespace) -> None:
     made = path
     try:
         store = Store(path)
-    except Damaged:                                      # which stays until there is something better
+    except Damaged:  # which stays until there is something better
         store = Store(made := f"{path}.restored")
     try:
         with closing(store):
@@ -5672,9 +7058,12 @@ def show_employees(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
     found = directory.employees(active, options.changed_since, options.id)
-    table = employee_table(found, directory.link_names)          # of what is lazy here, one form is printed
-    forms = {"table": aligned(table), "csv": employee_csv(table),
-             "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found)}
+    table = employee_table(found, directory.link_names)  # of what is lazy here, one form is printed
+    forms = {
+        "table": aligned(table),
+        "csv": employee_csv(table),
+        "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found),
+    }
     sys.stdout.writelines(forms[options.format])
 
 
@@ -5699,6 +7088,7 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
+
 class Demo:
     """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
 
@@ -5708,8 +7098,14 @@ class Demo:
     def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
         """Return status and JSON of the answer to a request; OSError where nobody answers."""
         request = urllib.request.Request(
-            self.url + path, None if body is None else dump(body).encode(), method=method, headers={
-                "Authorization": f"Bearer {self.token}", "Content-Type": "application/scim+json"})
+            self.url + path,
+            None if body is None else dump(body).encode(),
+            method=method,
+            headers={
+                "Authorization": f"Bearer {self.token}",
+                "Content-Type": "application/scim+json",
+            },
+        )
         try:
             with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.loads(answer.read() or b"{}")
@@ -5718,12 +7114,23 @@ class Demo:
                 return error.code, json.loads(error.read() or b"{}")
             return error.code, {}
 
-    def step(self, title: str, expected: int, method: str, path: str, body: Json = None, /, **values: Json) -> str:
+    def step(
+        self,
+        title: str,
+        expected: int,
+        method: str,
+        path: str,
+        body: Json = None,
+        /,
+        **values: Json,
+    ) -> str:
         """Send a request that a status and some values must answer; return the id of the answer."""
         status, answer = self.send(method, path, body)
         good = status == expected and values.items() <= answer.items()
         told = answer.get("detail", "") or ("" if good else shown(answer))
-        print(f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True)
+        print(
+            f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True
+        )
         if not good:
             print(f"         expected {expected} {dump(values)}")
             self.wrong += 1
@@ -5731,41 +7138,93 @@ class Demo:
 
     def play(self, dialect: str, custom: Json) -> None:
         """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
+
         def patch(**operation: Json) -> Json:
             return {"schemas": [PATCH_OP], "Operations": [operation]}
 
         def change(path: str, value: Json) -> Json:
             old = dialect == "default"
-            return patch(op="Replace", path=path, value=value) if old else patch(op="replace", value={path: value})
+            return (
+                patch(op="Replace", path=path, value=value)
+                if old
+                else patch(op="replace", value={path: value})
+            )
 
         def named(user_name: str) -> str:
             return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
 
         step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
-        user, other = ({
-            "schemas": [USER, ENTERPRISE], "userName": mail, "externalId": str(uuid.uuid4()), "displayName": name,
-            "title": "Engineer", "active": True, "emails": [{"type": "work", "value": mail, "primary": True}],
-            ENTERPRISE: {"department": "Lifts"}} for mail, name in ((her, "Ada Demo"), (f"bob.{her}", "Bob Demo")))
-        off = "False" if dialect == "default" else False     # as Switch() and as Not() send it
-        step("Test Connection: look up somebody who is not there", 200, "GET", named(str(uuid.uuid4())), totalResults=0)
+        user, other = (
+            {
+                "schemas": [USER, ENTERPRISE],
+                "userName": mail,
+                "externalId": str(uuid.uuid4()),
+                "displayName": name,
+                "title": "Engineer",
+                "active": True,
+                "emails": [{"type": "work", "value": mail, "primary": True}],
+                ENTERPRISE: {"department": "Lifts"},
+            }
+            for mail, name in ((her, "Ada Demo"), (f"bob.{her}", "Bob Demo"))
+        )
+        off = "False" if dialect == "default" else False  # as Switch() and as Not() send it
+        step(
+            "Test Connection: look up somebody who is not there",
+            200,
+            "GET",
+            named(str(uuid.uuid4())),
+            totalResults=0,
+        )
         step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
         ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
         step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
         bob_id = step("Create Bob", 201, "POST", "/Users", other)
         ada, bob = f"/Users/{ada_id}", f"/Users/{bob_id}"
         step("Her job title changes", 200, "PATCH", ada, change("title", "Chief"), title="Chief")
-        step("Her department changes", 200, "PATCH", ada, change(f"{ENTERPRISE}:department", "Roofs"),
-             **{ENTERPRISE: {"department": "Roofs"}})
+        step(
+            "Her department changes",
+            200,
+            "PATCH",
+            ada,
+            change(f"{ENTERPRISE}:department", "Roofs"),
+            **{ENTERPRISE: {"department": "Roofs"}},
+        )
         if custom:
             value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
-            step(f"The custom field {custom['name']} is mapped", 200, "PATCH", ada,
-                 change(f"{FACILIO}:{custom['name']}", value))
+            step(
+                f"The custom field {custom['name']} is mapped",
+                200,
+                "PATCH",
+                ada,
+                change(f"{FACILIO}:{custom['name']}", value),
+            )
         mistake = change(f"{FACILIO}:no_such_field", "1")
         step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada, mistake)
-        crew = "/Groups/" + step("The group Night Crew, with Ada", 201, "POST", "/Groups", {
-            "schemas": [GROUP], "displayName": f"Night Crew {her}", "members": [{"value": ada_id}]})
-        step("Bob joins the crew", 200, "PATCH", crew, patch(op="Add", path="members", value=[{"value": bob_id}]))
-        step("Ada leaves the crew", 200, "PATCH", crew, patch(op="Remove", path="members", value=[{"value": ada_id}]))
+        crew = "/Groups/" + step(
+            "The group Night Crew, with Ada",
+            201,
+            "POST",
+            "/Groups",
+            {
+                "schemas": [GROUP],
+                "displayName": f"Night Crew {her}",
+                "members": [{"value": ada_id}],
+            },
+        )
+        step(
+            "Bob joins the crew",
+            200,
+            "PATCH",
+            crew,
+            patch(op="Add", path="members", value=[{"value": bob_id}]),
+        )
+        step(
+            "Ada leaves the crew",
+            200,
+            "PATCH",
+            crew,
+            patch(op="Remove", path="members", value=[{"value": ada_id}]),
+        )
         step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
         step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
         for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
@@ -5777,7 +7236,11 @@ def demo(options: argparse.Namespace) -> int:
     """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    known = [token.secret for token in config.tenants[0].tokens if token.secret and not token.expired(utc_now())]
+    known = [
+        token.secret
+        for token in config.tenants[0].tokens
+        if token.secret and not token.expired(utc_now())
+    ]
     if not (options.token or known):
         raise StoreError("--token is needed: the configuration has no secret that is good")
     played = Demo(url, options.token or known[0])
@@ -5787,49 +7250,96 @@ def demo(options: argparse.Namespace) -> int:
             print(f"\n{url}, dialect {dialect}")
             played.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
-        raise StoreError(f"{url}: no answer ({error}); start the server in another terminal: "
-                         "python3 scim_server.py") from error
+        raise StoreError(
+            f"{url}: no answer ({error}); start the server in another terminal: "
+            "python3 scim_server.py"
+        ) from error
     print(f"\n{played.wrong or 'no'} step(s) went wrong")
     return 1 if played.wrong else 0
 
 
 # -- The command line ------------------------------------------------------------------
 
-Options = dict[str, dict[str, Any]]                      # as argparse takes them
+Options = dict[str, dict[str, Any]]  # as argparse takes them
 SERVE_OPTIONS: Options = {
-    "--config": {"metavar": "FILE", "help": "configuration (default: sample_config.json beside this file, "
-                                            "else a built-in demo tenant)"},
-    "--data-dir": {"metavar": "DIR", "help": "where the tenants' files are; :memory: keeps nothing"},
+    "--config": {
+        "metavar": "FILE",
+        "help": "configuration (default: sample_config.json beside this file, "
+        "else a built-in demo tenant)",
+    },
+    "--data-dir": {
+        "metavar": "DIR",
+        "help": "where the tenants' files are; :memory: keeps nothing",
+    },
     "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
     "--workers": {"metavar": "N", "type": int, "help": "processes that share the work"},
-    "--version": {"action": "version", "version": f"scim_server {__version__}"}}
-CONFIG, DATA_DIR = ({name: {**SERVE_OPTIONS[name], "default": argparse.SUPPRESS}}
-                    for name in ("--config", "--data-dir"))
+    "--version": {"action": "version", "version": f"scim_server {__version__}"},
+}
+CONFIG, DATA_DIR = (
+    {name: {**SERVE_OPTIONS[name], "default": argparse.SUPPRESS}}
+    for name in ("--config", "--data-dir")
+)
 TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
 COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
-    "token": (make_token, "make a secret token and its configuration entry", {
-        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
-    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {**CONFIG, **DATA_DIR}),
-    "employees": (show_employees, "print a tenant's employees", {
-        "--format": {"choices": ("table", "csv", "json"), "default": "table"},
-        "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
-        "--changed-since": {"default": "", "metavar": "TIME", "help": "such as 2026-11-24T08:00:00Z"},
-        "--id": {"type": int, "help": "only this one"}, **TENANT}),
-    "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
-        "--after": {"type": int, "default": 0, "metavar": "SEQ", "help": "only those behind this one"},
-        "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"}, **TENANT}),
+    "token": (
+        make_token,
+        "make a secret token and its configuration entry",
+        {"--name": {"default": "entra", "help": "name of the token (default: entra)"}},
+    ),
+    "check": (
+        check,
+        "validate a configuration, list the custom fields' names for Entra ID",
+        {**CONFIG, **DATA_DIR},
+    ),
+    "employees": (
+        show_employees,
+        "print a tenant's employees",
+        {
+            "--format": {"choices": ("table", "csv", "json"), "default": "table"},
+            "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
+            "--changed-since": {
+                "default": "",
+                "metavar": "TIME",
+                "help": "such as 2026-11-24T08:00:00Z",
+            },
+            "--id": {"type": int, "help": "only this one"},
+            **TENANT,
+        },
+    ),
+    "changes": (
+        show_changes,
+        "print a tenant's changes, a line of JSON each",
+        {
+            "--after": {
+                "type": int,
+                "default": 0,
+                "metavar": "SEQ",
+                "help": "only those behind this one",
+            },
+            "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"},
+            **TENANT,
+        },
+    ),
     "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", COPY),
     "restore": (restore, "put a backup in the place of a tenant's database", COPY),
-    "demo": (demo, "play Entra ID's cycle against a running server", {
-        "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
-        "--token": {"help": "its Secret Token (default: that of the first tenant)"}, **CONFIG})}
+    "demo": (
+        demo,
+        "play Entra ID's cycle against a running server",
+        {
+            "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
+            "--token": {"help": "its Secret Token (default: that of the first tenant)"},
+            **CONFIG,
+        },
+    ),
+}
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Return what the command line asks for; its run is the function to call."""
     parser = argparse.ArgumentParser(
-        prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file.")
+        prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file."
+    )
     commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
     for name, (run, purpose, options) in {"": (serve, "", SERVE_OPTIONS), **COMMANDS}.items():
         command = commands.add_parser(name, help=purpose) if name else parser
@@ -5848,7 +7358,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:                              # as behind `| head`; Python would flush once more
+    except BrokenPipeError:  # as behind `| head`; Python would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (StoreError, ScimError, OSError) as error:

@@ -25,8 +25,16 @@ HERE = Path(__file__).resolve().parent.parent
 FACILIO = "urn:ietf:params:scim:schemas:extension:facilio:2.0:User"
 ENTERPRISE = "urn:ietf:params:scim:schemas:extension:enterprise:2.0:User"
 XSS = "<img src=x onerror=window.pwned=1><script>window.pwned=1</script>"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 # Each text on the page whose contrast to its background is below 4.5 (WCAG 2.2 AA).
 FAINT = """
@@ -49,8 +57,12 @@ return new Promise(done => { let sum = 0; const seen = new PerformanceObserver(l
 
 def send(method: str, url: str, body: Any = None, token: str = "") -> Any:
     """Return the JSON that a server answers, whatever the status."""
-    request = urllib.request.Request(url, method=method, headers={"Content-Type": "application/json"},
-                                     data=None if body is None else json.dumps(body).encode())
+    request = urllib.request.Request(
+        url,
+        method=method,
+        headers={"Content-Type": "application/json"},
+        data=None if body is None else json.dumps(body).encode(),
+    )
     if token:
         request.add_header("Authorization", f"Bearer {token}")
     try:
@@ -63,7 +75,9 @@ def send(method: str, url: str, body: Any = None, token: str = "") -> Any:
 @contextmanager
 def running(*command: str, ready: str) -> Iterator[str]:
     """Run a program until the block ends; gives what its output has of a pattern's group."""
-    for _ in range(3):        # chromedriver finds a port in one address family that the other has given away
+    for _ in range(
+        3
+    ):  # chromedriver finds a port in one address family that the other has given away
         program = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         try:
             for line in program.stdout or ():
@@ -80,11 +94,18 @@ class Browser:
     """A tab of a headless chromium."""
 
     def __init__(self, driver: str, profile: str) -> None:
-        options = {"args": [*FLAGS, f"--user-data-dir={profile}"],
-                   **({"binary": os.environ["CHROMIUM"]} if "CHROMIUM" in os.environ else {})}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options,
-                  "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
-        session = send("POST", f"{driver}/session", {"capabilities": {"alwaysMatch": wanted}})["value"]
+        options = {
+            "args": [*FLAGS, f"--user-data-dir={profile}"],
+            **({"binary": os.environ["CHROMIUM"]} if "CHROMIUM" in os.environ else {}),
+        }
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
+        session = send("POST", f"{driver}/session", {"capabilities": {"alwaysMatch": wanted}})[
+            "value"
+        ]
         if "sessionId" not in session:
             raise RuntimeError(session.get("message"))
         self.url = f"{driver}/session/{session['sessionId']}"
@@ -111,8 +132,10 @@ class Browser:
             if value := self.run(f"return {script}", *arguments):
                 return value
             time.sleep(0.05)
-        raise AssertionError(f"never true: {script} {arguments}; the page says: "
-                             + self.run("return document.body.innerText"))
+        raise AssertionError(
+            f"never true: {script} {arguments}; the page says: "
+            + self.run("return document.body.innerText")
+        )
 
     def press(self, *keys: str) -> None:
         """Press keys, one after the other, where the focus is."""
@@ -121,36 +144,92 @@ class Browser:
 
     def appear(self, width: int, theme: str) -> None:
         """Take a width, and a theme with as little motion as can be."""
-        self.devtools("Emulation.setDeviceMetricsOverride", width=width, height=900,
-                      deviceScaleFactor=1, mobile=False)
-        self.devtools("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": theme},
-            {"name": "prefers-reduced-motion", "value": "reduce"}])
+        self.devtools(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=900,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
+        self.devtools(
+            "Emulation.setEmulatedMedia",
+            features=[
+                {"name": "prefers-color-scheme", "value": theme},
+                {"name": "prefers-reduced-motion", "value": "reduce"},
+            ],
+        )
 
 
 def fill(base: str, token: str) -> str:
     """Let an identity provider do well and badly, with an attack in every text; gives a person's id."""
+
     def scim(method: str, path: str, body: Any = None) -> Any:
         return send(method, f"{base}/scim/v2{path}", body, token)
-    names = ["Ada Lovelace", "Noor Haddad", "Tomas Wirth", "Mei Tanaka", "Lars Holm", "Ines Duarte"] * 5
-    ids = [scim("POST", "/Users", {
-        "userName": (mail := f"{name.split()[0].lower()}.{number}@bw.example"), "displayName": name,
-        "externalId": f"5b0c7f7e-0001-4000-8000-{number:012}", "title": "Lift Inspector",
-        "emails": [{"type": "work", "primary": True, "value": mail}], "active": number % 7 > 0,
-        FACILIO: {"costcode": f"C-{number}", "badge_number": number, "is_contractor": number % 2 > 0},
-        ENTERPRISE: {"department": "Lifts"}})["id"] for number, name in enumerate(names)]
-    person = scim("POST", "/Users", {
-        "userName": XSS, "displayName": XSS, "title": XSS, "externalId": XSS,
-        "emails": [{"type": "work", "value": XSS}], "phoneNumbers": [{"type": "work", "value": XSS}],
-        FACILIO: {"costcode": XSS}, ENTERPRISE: {"department": XSS, "manager": {"value": ids[0]}}})["id"]
+
+    names = [
+        "Ada Lovelace",
+        "Noor Haddad",
+        "Tomas Wirth",
+        "Mei Tanaka",
+        "Lars Holm",
+        "Ines Duarte",
+    ] * 5
+    ids = [
+        scim(
+            "POST",
+            "/Users",
+            {
+                "userName": (mail := f"{name.split()[0].lower()}.{number}@bw.example"),
+                "displayName": name,
+                "externalId": f"5b0c7f7e-0001-4000-8000-{number:012}",
+                "title": "Lift Inspector",
+                "emails": [{"type": "work", "primary": True, "value": mail}],
+                "active": number % 7 > 0,
+                FACILIO: {
+                    "costcode": f"C-{number}",
+                    "badge_number": number,
+                    "is_contractor": number % 2 > 0,
+                },
+                ENTERPRISE: {"department": "Lifts"},
+            },
+        )["id"]
+        for number, name in enumerate(names)
+    ]
+    person = scim(
+        "POST",
+        "/Users",
+        {
+            "userName": XSS,
+            "displayName": XSS,
+            "title": XSS,
+            "externalId": XSS,
+            "emails": [{"type": "work", "value": XSS}],
+            "phoneNumbers": [{"type": "work", "value": XSS}],
+            FACILIO: {"costcode": XSS},
+            ENTERPRISE: {"department": XSS, "manager": {"value": ids[0]}},
+        },
+    )["id"]
     group = scim("POST", "/Groups", {"displayName": f"Night Crew {XSS}", "externalId": XSS})["id"]
-    scim("PATCH", f"/Groups/{group}", {"Operations": [
-        {"op": "add", "path": "members", "value": [{"value": id} for id in (*ids[:3], person, XSS)]}]})
+    scim(
+        "PATCH",
+        f"/Groups/{group}",
+        {
+            "Operations": [
+                {
+                    "op": "add",
+                    "path": "members",
+                    "value": [{"value": id} for id in (*ids[:3], person, XSS)],
+                }
+            ]
+        },
+    )
     scim("GET", "/Users?filter=userName+eq+%22ada%22")
-    for operation in ({"op": "replace", "path": "title", "value": "Chief"},
-                      {"op": "replace", "path": "active", "value": "False"},
-                      {"op": "add", "path": f"{FACILIO}:badge_number", "value": XSS},
-                      {"op": "add", "path": f"{FACILIO}:costcoed", "value": "C-7"}):
+    for operation in (
+        {"op": "replace", "path": "title", "value": "Chief"},
+        {"op": "replace", "path": "active", "value": "False"},
+        {"op": "add", "path": f"{FACILIO}:badge_number", "value": XSS},
+        {"op": "add", "path": f"{FACILIO}:costcoed", "value": "C-7"},
+    ):
         scim("PATCH", f"/Users/{person}", {"Operations": [operation]})
     return str(person)
 
@@ -164,8 +243,13 @@ def picture(browser: Browser, name: str, screenshots: Path | None) -> None:
     """Keep how the whole page looks, where a directory for it was given."""
     if screenshots:
         width, height = browser.run("return [innerWidth, document.documentElement.scrollHeight]")
-        browser.devtools("Emulation.setDeviceMetricsOverride", width=width, height=min(height, 2400),
-                         deviceScaleFactor=1, mobile=False)
+        browser.devtools(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=min(height, 2400),
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         shot = send("GET", f"{browser.url}/screenshot")["value"]
         (screenshots / f"{name}.png").write_bytes(base64.b64decode(shot))
 
@@ -174,9 +258,12 @@ def check_empty(browser: Browser, link: str, base: str, screenshots: Path | None
     """Where nothing has happened yet, every view says what to do next, and the connection is tested."""
     browser.appear(1600, "light")
     browser.do("url", url=link)
-    for view, title, words in (("log", "Provisioning log", "Nobody has called yet"),
-                               ("people", "Employees", "Nobody is here yet"),
-                               ("groups", "Groups", "No groups yet"), ("setup", "Set-up", "nobody has it")):
+    for view, title, words in (
+        ("log", "Provisioning log", "Nobody has called yet"),
+        ("people", "Employees", "Nobody is here yet"),
+        ("groups", "Groups", "No groups yet"),
+        ("setup", "Set-up", "nobody has it"),
+    ):
         browser.run("location.hash = arguments[0]", f"#/{view}")
         heading(browser, title)
         assert words in browser.run("return document.querySelector('main').innerText")
@@ -200,21 +287,25 @@ def check_sign_in(browser: Browser, link: str, base: str) -> None:
     assert browser.run("return sessionStorage.length") == 0
     browser.press(*link.partition("#token=")[2], "\ue007")
     heading(browser, "Provisioning log")
-    for _ in range(30):                              # every control can be reached, and is seen to be
+    for _ in range(30):  # every control can be reached, and is seen to be
         browser.press("\ue004")
         if browser.run("return document.activeElement.type") == "checkbox":
             break
     assert browser.run("return document.activeElement.matches(':focus-visible')")
     browser.press(" ")
-    browser.until("document.querySelectorAll('.log > li').length && "
-                  "!document.querySelector('.log details.ok')")
+    browser.until(
+        "document.querySelectorAll('.log > li').length && "
+        "!document.querySelector('.log details.ok')"
+    )
 
 
 def check_trouble(browser: Browser, person: str) -> None:
     """A failed mapping is explained, and leads to the employee, whose texts are but texts."""
     browser.run("document.querySelectorAll('.log details').forEach(one => one.open = true)")
-    text = browser.until("[...document.querySelectorAll('.log details.bad')].map(one => one.innerText)"
-                         ".find(text => text.includes('costcoed'))")
+    text = browser.until(
+        "[...document.querySelectorAll('.log details.bad')].map(one => one.innerText)"
+        ".find(text => text.includes('costcoed'))"
+    )
     assert "did you mean “costcode”?" in text and "What to do:" in text, text
     assert "takes a whole number" in browser.run("return document.body.innerText")
     browser.run("[...document.querySelectorAll('.log details.bad a')].at(-1).click()")
@@ -228,8 +319,14 @@ def check_views(browser: Browser, base: str, person: str, screenshots: Path | No
     """Every view fits both widths and is easy to read in both themes, and nothing is run."""
     group = browser.run("""return fetch('/scim/v2/Groups', {headers: {'X-Console': '1', Authorization:
         'Bearer ' + sessionStorage.getItem('token')}}).then(a => a.json()).then(a => a.Resources[0].id)""")
-    titles = {"log": "Provisioning log", "setup": "Set-up", "people": "Employees", "groups": "Groups",
-              f"people/{person}": XSS, f"groups/{group}": f"Night Crew {XSS}"}
+    titles = {
+        "log": "Provisioning log",
+        "setup": "Set-up",
+        "people": "Employees",
+        "groups": "Groups",
+        f"people/{person}": XSS,
+        f"groups/{group}": f"Night Crew {XSS}",
+    }
     for width in (360, 1600):
         for theme in ("light", "dark"):
             browser.appear(width, theme)
@@ -239,15 +336,20 @@ def check_views(browser: Browser, base: str, person: str, screenshots: Path | No
                 heading(browser, title)
                 if view == "log":
                     browser.run("document.querySelector('.log details.bad').open = true")
-                picture(browser, f"{view.partition('/')[0]}{'-one' * ('/' in view)}-{width}-{theme}",
-                        screenshots)
+                picture(
+                    browser,
+                    f"{view.partition('/')[0]}{'-one' * ('/' in view)}-{width}-{theme}",
+                    screenshots,
+                )
                 browser.appear(width, theme)
                 where = f"{view} at {width} in {theme}"
                 wide = browser.run("return document.documentElement.scrollWidth")
                 assert wide <= width, f"{where}: {wide} pixels wide"
                 assert (faint := browser.run(FAINT)) == [], f"{where}: {faint}"
                 assert (shift := browser.run(SHIFT)) < 0.1, f"{where}: shifts by {shift}"
-                assert not browser.run("return window.pwned || document.querySelector('main img')"), where
+                assert not browser.run(
+                    "return window.pwned || document.querySelector('main img')"
+                ), where
 
 
 def check_live(browser: Browser, base: str, token: str) -> None:
@@ -262,10 +364,17 @@ def check_quiet(browser: Browser, base: str) -> None:
     """The browser complained of nothing and called no other host."""
     complaints = [line for line in browser.do("se/log", type="browser") if line["level"] != "INFO"]
     assert complaints == [], complaints
-    messages = [json.loads(line["message"])["message"] for line in browser.do("se/log", type="performance")]
-    urls = [one["params"]["request"]["url"] for one in messages
-            if one["method"] == "Network.requestWillBeSent"]
-    strange = [url for url in urls if re.match("(http|ws|ftp)", url) and not url.startswith(base + "/")]
+    messages = [
+        json.loads(line["message"])["message"] for line in browser.do("se/log", type="performance")
+    ]
+    urls = [
+        one["params"]["request"]["url"]
+        for one in messages
+        if one["method"] == "Network.requestWillBeSent"
+    ]
+    strange = [
+        url for url in urls if re.match("(http|ws|ftp)", url) and not url.startswith(base + "/")
+    ]
     assert len(urls) > 50 and strange == [], strange
 
 
@@ -274,7 +383,9 @@ def check_refused(browser: Browser) -> None:
     browser.run("document.querySelector('#out').click()")
     heading(browser, "SCIM console")
     browser.press(*"wrong", "\ue007")
-    browser.until("document.querySelector('[role=alert]')?.innerText.includes('does not know the token')")
+    browser.until(
+        "document.querySelector('[role=alert]')?.innerText.includes('does not know the token')"
+    )
     assert browser.run("return sessionStorage.length") == 0
 
 
@@ -283,9 +394,11 @@ def main() -> None:
     screenshots = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     driver = os.environ.get("CHROMEDRIVER", "chromedriver")
     serve = [sys.executable, str(HERE / "scim_server.py"), "--listen", "127.0.0.1:0"]
-    with tempfile.TemporaryDirectory() as profile, \
-            running(*serve, "--data-dir", ":memory:", ready=r"Console +(\S+)") as link, \
-            running(driver, "--port=0", ready=r"successfully on port (\d+)") as port:
+    with (
+        tempfile.TemporaryDirectory() as profile,
+        running(*serve, "--data-dir", ":memory:", ready=r"Console +(\S+)") as link,
+        running(driver, "--port=0", ready=r"successfully on port (\d+)") as port,
+    ):
         base, _, token = link.partition("/#token=")
         browser = Browser(f"http://127.0.0.1:{port}", profile)
         try:
@@ -297,7 +410,9 @@ def main() -> None:
             check_live(browser, base, token)
             check_quiet(browser, base)
             check_refused(browser)
-            print("the console: signed in, explained, followed, attacked, looked at in both themes and widths")
+            print(
+                "the console: signed in, explained, followed, attacked, looked at in both themes and widths"
+            )
         finally:
             send("DELETE", browser.url)
 

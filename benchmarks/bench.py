@@ -54,11 +54,20 @@ from people import (
 from report import Report, Result, compare, digits
 
 TOKEN = "bench-secret-token"
-CONFIG: dict[str, Any] = {"data_dir": "data", "tenants": [{
-    "name": "bench", "tokens": [{"name": "bench", "secret": TOKEN}],
-    "custom_fields": [{"link_name": "costcode", "type": "String"},
-                      {"link_name": "badge_number", "type": "Integer"}]}]}
-PAGE = 100                        # resources in a page of the list rows
+CONFIG: dict[str, Any] = {
+    "data_dir": "data",
+    "tenants": [
+        {
+            "name": "bench",
+            "tokens": [{"name": "bench", "secret": TOKEN}],
+            "custom_fields": [
+                {"link_name": "costcode", "type": "String"},
+                {"link_name": "badge_number", "type": "Integer"},
+            ],
+        }
+    ],
+}
+PAGE = 100  # resources in a page of the list rows
 GROUP_SIZES = (10, 1_000, 10_000, 100_000)
 
 
@@ -94,18 +103,33 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Server:
     """A server process on a folder of its own; scim_server.py, also as a module, or what command says."""
 
-    def __init__(self, folder: Path, options: argparse.Namespace,
-                 command: Sequence[str] | None = None, module: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        options: argparse.Namespace,
+        command: Sequence[str] | None = None,
+        module: bool = False,
+    ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
         (folder / "config.json").write_text(json.dumps(CONFIG | dict(options.set)))
-        delay = [] if options.commit_delay is None else [
-            "-c", SLOW_COMMITS, str(options.commit_delay / 1000), str(self.commits_file)]
+        delay = (
+            []
+            if options.commit_delay is None
+            else ["-c", SLOW_COMMITS, str(options.commit_delay / 1000), str(self.commits_file)]
+        )
         workers = ["--workers", str(options.workers)] if options.workers else []
         run = ["-m", SERVER.stem] if module else [*delay, str(SERVER)]
-        self.command = command or [sys.executable, *run, "--listen", "127.0.0.1:0",
-                                   "--config", str(folder / "config.json"), *workers]
+        self.command = command or [
+            sys.executable,
+            *run,
+            "--listen",
+            "127.0.0.1:0",
+            "--config",
+            str(folder / "config.json"),
+            *workers,
+        ]
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> Target:
@@ -113,8 +137,12 @@ class Server:
         log = self.folder / "server.log"
         with open(log, "w") as stream:
             self.process = subprocess.Popen(
-                self.command, stdout=subprocess.PIPE, stderr=stream, text=True,
-                env={**os.environ, "PYTHONPATH": str(SERVER.parent), "PYTHONDONTWRITEBYTECODE": ""})
+                self.command,
+                stdout=subprocess.PIPE,
+                stderr=stream,
+                text=True,
+                env={**os.environ, "PYTHONPATH": str(SERVER.parent), "PYTHONDONTWRITEBYTECODE": ""},
+            )
         for line in self.process.stdout or ():
             if found := re.match(r"(?:scim_server listening|Serving SCIM) on (\S+)", line):
                 self.target = Target.of(found[1], TOKEN)
@@ -139,9 +167,9 @@ class Server:
         pending = [self.process.pid] if self.process else []
         kilobytes = 0
         for pid in pending:
-            with suppress(OSError):                      # a worker that ended meanwhile
+            with suppress(OSError):  # a worker that ended meanwhile
                 status = Path(f"/proc/{pid}/status").read_text()
-                kilobytes += int(re.search(r"VmRSS:\s+(\d+)", status)[1])   # type: ignore[index]
+                kilobytes += int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     pending += map(int, (task / "children").read_text().split())
         return kilobytes / 1024
@@ -153,9 +181,9 @@ class Server:
 
 # -- Rows --------------------------------------------------------------------------
 
-MARK = "mark-mark-mark-md"        # stands in a template for what makes a user one of its own
-POOL = 20_000                     # requests that a reading row chooses from
-ALL, FEW = (1, 8, 64), (1, 8)     # connections
+MARK = "mark-mark-mark-md"  # stands in a template for what makes a user one of its own
+POOL = 20_000  # requests that a reading row chooses from
+ALL, FEW = (1, 8, 64), (1, 8)  # connections
 
 
 @dataclass(frozen=True)
@@ -177,35 +205,57 @@ class Row:
     connections: tuple[int, ...] = ALL
 
 
-def read_row(name: str, what: str, people: People, path: Callable[[int], str],
-             hits: int | None = None, connections: tuple[int, ...] = ALL) -> Row:
+def read_row(
+    name: str,
+    what: str,
+    people: People,
+    path: Callable[[int], str],
+    hits: int | None = None,
+    connections: tuple[int, ...] = ALL,
+) -> Row:
     """Return a row of GETs; path makes one for the number of a user."""
     pools: dict[Target, list[bytes]] = {}
 
     def requests(target: Target, number: int) -> Iterator[bytes]:
         chance = random.Random()
-        if target not in pools:                            # before the processes are forked
-            pools[target] = [target.render("GET", path(chance.randrange(people.count)))
-                             for _ in range(POOL)]
+        if target not in pools:  # before the processes are forked
+            pools[target] = [
+                target.render("GET", path(chance.randrange(people.count))) for _ in range(POOL)
+            ]
         while True:
             yield chance.choice(pools[target])
+
     return Row((name,), (what,), requests, hits=hits, connections=connections)
 
 
-def filter_row(name: str, what: str, people: People, filter: Callable[[int], str], hits: int,
-               connections: tuple[int, ...] = ALL) -> Row:
+def filter_row(
+    name: str,
+    what: str,
+    people: People,
+    filter: Callable[[int], str],
+    hits: int,
+    connections: tuple[int, ...] = ALL,
+) -> Row:
     """Return a row of a filter; it is made for the number of a user."""
-    return read_row(name, f"{what}: {hits} found", people,
-                    lambda n: f"/Users?filter={quote(filter(n))}", hits, connections)
+    return read_row(
+        name,
+        f"{what}: {hits} found",
+        people,
+        lambda n: f"/Users?filter={quote(filter(n))}",
+        hits,
+        connections,
+    )
 
 
 def lookup_rows(people: People) -> list[Row]:
     """Return the rows that Entra ID asks for most."""
     return [
-        filter_row("lookup", "userName eq", people,
-                   lambda n: f'userName eq "user{n:07}@example.com"', 1),
-        filter_row("miss", "userName eq", people,
-                   lambda n: f'userName eq "nobody{n:07}@example.com"', 0),
+        filter_row(
+            "lookup", "userName eq", people, lambda n: f'userName eq "user{n:07}@example.com"', 1
+        ),
+        filter_row(
+            "miss", "userName eq", people, lambda n: f'userName eq "nobody{n:07}@example.com"', 0
+        ),
         read_row("get", "GET by id", people, lambda n: f"/Users/{random.choice(people.sample())}"),
     ]
 
@@ -215,12 +265,25 @@ def list_rows(people: People) -> list[Row]:
     last = people.count - PAGE + 1
     return [
         read_row("list-first", f"first {PAGE} by index", people, lambda n: f"/Users?count={PAGE}"),
-        read_row("list-last", f"last {PAGE} by index", people,
-                 lambda n: f"/Users?startIndex={last - n % PAGE}&count={PAGE}", connections=FEW),
-        read_row("cursor-first", f"first {PAGE} by cursor", people,
-                 lambda n: f"/Users?count={PAGE}&cursor="),
-        read_row("cursor-deep", f"{PAGE} in the middle by cursor", people,
-                 lambda n: f"/Users?count={PAGE}&cursor={people.middle}"),
+        read_row(
+            "list-last",
+            f"last {PAGE} by index",
+            people,
+            lambda n: f"/Users?startIndex={last - n % PAGE}&count={PAGE}",
+            connections=FEW,
+        ),
+        read_row(
+            "cursor-first",
+            f"first {PAGE} by cursor",
+            people,
+            lambda n: f"/Users?count={PAGE}&cursor=",
+        ),
+        read_row(
+            "cursor-deep",
+            f"{PAGE} in the middle by cursor",
+            people,
+            lambda n: f"/Users?count={PAGE}&cursor={people.middle}",
+        ),
     ]
 
 
@@ -229,21 +292,51 @@ def filter_rows(people: People) -> list[Row]:
     rows = [
         ("filter-title", "title eq", lambda n: f'title eq "Title {n // 100}"', 100, ALL),
         ("filter-sw", "userName sw", lambda n: f'userName sw "user{n // 100:05}"', 100, ALL),
-        ("filter-path", "emails[type and value eq]",
-         lambda n: f'emails[type eq "work" and value eq "user{n:07}@example.com"]', 1, ALL),
-        ("filter-and", "title eq and familyName eq",
-         lambda n: f'title eq "Title {n // 100}" and name.familyName eq "Family {n // 10}"', 10, ALL),
-        ("filter-broad", "title eq and active eq true",
-         lambda n: f'title eq "Title {n // 100}" and active eq true', 90, ALL),
-        ("filter-or", "userName eq or externalId eq",
-         lambda n: f'userName eq "user{n:07}@example.com" or externalId eq "nobody"', 1, ALL),
+        (
+            "filter-path",
+            "emails[type and value eq]",
+            lambda n: f'emails[type eq "work" and value eq "user{n:07}@example.com"]',
+            1,
+            ALL,
+        ),
+        (
+            "filter-and",
+            "title eq and familyName eq",
+            lambda n: f'title eq "Title {n // 100}" and name.familyName eq "Family {n // 10}"',
+            10,
+            ALL,
+        ),
+        (
+            "filter-broad",
+            "title eq and active eq true",
+            lambda n: f'title eq "Title {n // 100}" and active eq true',
+            90,
+            ALL,
+        ),
+        (
+            "filter-or",
+            "userName eq or externalId eq",
+            lambda n: f'userName eq "user{n:07}@example.com" or externalId eq "nobody"',
+            1,
+            ALL,
+        ),
         ("filter-co", "userName co", lambda n: f'userName co "{n:07}@"', 1, FEW),
     ]
     if people.custom:
-        rows.insert(1, ("filter-custom", "custom field eq",
-                        lambda n: f'{FACILIO}:costcode eq "CC{n:07}"', 1, ALL))
-    return [filter_row(name, what, people, filter, hits, connections)
-            for name, what, filter, hits, connections in rows]
+        rows.insert(
+            1,
+            (
+                "filter-custom",
+                "custom field eq",
+                lambda n: f'{FACILIO}:costcode eq "CC{n:07}"',
+                1,
+                ALL,
+            ),
+        )
+    return [
+        filter_row(name, what, people, filter, hits, connections)
+        for name, what, filter, hits, connections in rows
+    ]
 
 
 def fresh_tags(number: int) -> Iterator[str]:
@@ -254,27 +347,51 @@ def fresh_tags(number: int) -> Iterator[str]:
 
 def create_rows(people: People) -> list[Row]:
     """Return the rows that make and change users."""
+
     def patches(target: Target, number: int) -> Iterator[bytes]:
         chance = random.Random()
         sample = people.sample()
         for tag in fresh_tags(number):
-            yield target.render("PATCH", f"/Users/{chance.choice(sample)}", {
-                "schemas": [PATCH_OP], "Operations": [{
-                    "op": "replace", "path": f"{ENTERPRISE}:department", "value": tag}]})
+            yield target.render(
+                "PATCH",
+                f"/Users/{chance.choice(sample)}",
+                {
+                    "schemas": [PATCH_OP],
+                    "Operations": [
+                        {"op": "replace", "path": f"{ENTERPRISE}:department", "value": tag}
+                    ],
+                },
+            )
 
     def creates(target: Target, number: int) -> Iterator[bytes]:
         template = target.render("POST", "/Users", person(MARK, 1, people.custom, "New hire"))
         return (template.replace(MARK.encode(), tag.encode()) for tag in fresh_tags(number))
 
     def bulks(target: Target, number: int) -> Iterator[bytes]:
-        template = target.render("POST", "/Bulk", bulk([
-            ("/Users", person(f"{MARK}-{k}", 1, people.custom, "New hire")) for k in range(100)]))
+        template = target.render(
+            "POST",
+            "/Bulk",
+            bulk(
+                [
+                    ("/Users", person(f"{MARK}-{k}", 1, people.custom, "New hire"))
+                    for k in range(100)
+                ]
+            ),
+        )
         return (template.replace(MARK.encode(), tag.encode()) for tag in fresh_tags(number))
+
     return [
         Row(("patch",), ("PATCH of one attribute",), patches, "fsync", connections=ALL),
         Row(("create",), ("POST of a user",), creates, "sqlite", (201,)),
-        Row(("bulk",), ("Bulk of 100 POSTs",), bulks, "sqlite", unit="users/s", things=100,
-            connections=(1,)),
+        Row(
+            ("bulk",),
+            ("Bulk of 100 POSTs",),
+            bulks,
+            "sqlite",
+            unit="users/s",
+            things=100,
+            connections=(1,),
+        ),
     ]
 
 
@@ -283,21 +400,36 @@ def group_row(people: People, size: int) -> Row:
     made: list[Any] = []
 
     def requests(target: Target, number: int) -> Iterator[bytes]:
-        if not made:                                       # before the processes are forked
+        if not made:  # before the processes are forked
             made.extend((people.joiners(max(ALL)), people.group(size)))
         joiners, group = made
-        return itertools.cycle([target.render("PATCH", f"/Groups/{group}",
-                                              members_patch(op, [joiners[number % max(ALL)]]))
-                                for op in ("add", "remove")])
-    return Row((f"group-{size}-add", f"group-{size}-remove"),
-               (f"one member to a group of {size:,}", f"one member of a group of {size:,}"),
-               requests, "fsync", (200, 204))
+        return itertools.cycle(
+            [
+                target.render(
+                    "PATCH", f"/Groups/{group}", members_patch(op, [joiners[number % max(ALL)]])
+                )
+                for op in ("add", "remove")
+            ]
+        )
+
+    return Row(
+        (f"group-{size}-add", f"group-{size}-remove"),
+        (f"one member to a group of {size:,}", f"one member of a group of {size:,}"),
+        requests,
+        "fsync",
+        (200, 204),
+    )
 
 
 def all_rows(people: People) -> list[Row]:
     """Return all rows of requests, in the order in which they are measured."""
-    return [*lookup_rows(people), *list_rows(people), *filter_rows(people), *create_rows(people),
-            *(group_row(people, size) for size in GROUP_SIZES if size <= people.count)]
+    return [
+        *lookup_rows(people),
+        *list_rows(people),
+        *filter_rows(people),
+        *create_rows(people),
+        *(group_row(people, size) for size in GROUP_SIZES if size <= people.count),
+    ]
 
 
 def probe(row: Row, target: Target) -> int:
@@ -307,22 +439,35 @@ def probe(row: Row, target: Target) -> int:
             answer = wire.exchange(request, *row.statuses)
             size = len(wire.answer) - wire.head_end - 4
             if row.hits is not None and answer["totalResults"] != row.hits:
-                raise BenchError(f"{row.names[0]}: expected {row.hits} resources, "
-                                 f"got {answer['totalResults']} of {wire.shown()}")
-            if row.unit == "users/s" and (refused := [
-                    one for one in answer["Operations"] if str(one["status"]) != "201"]):
+                raise BenchError(
+                    f"{row.names[0]}: expected {row.hits} resources, "
+                    f"got {answer['totalResults']} of {wire.shown()}"
+                )
+            if row.unit == "users/s" and (
+                refused := [one for one in answer["Operations"] if str(one["status"]) != "201"]
+            ):
                 raise BenchError(f"{row.names[0]}: {refused[0]}")
     return size
 
 
-def run_row(row: Row, target: Target, server: Server | None, limits: Limits, report: Report,
-            options: argparse.Namespace) -> None:
+def run_row(
+    row: Row,
+    target: Target,
+    server: Server | None,
+    limits: Limits,
+    report: Report,
+    options: argparse.Namespace,
+) -> None:
     """Measure a row over each number of connections and report it against its limit."""
     size = probe(row, target)
     for connections in (n for n in row.connections if n in options.connections):
         before = server.commits() if server else 0
-        runs = [measure(target, row.requests, connections, options.seconds, row.statuses,
-                        len(row.names)) for _ in range(options.runs)]
+        runs = [
+            measure(
+                target, row.requests, connections, options.seconds, row.statuses, len(row.names)
+            )
+            for _ in range(options.runs)
+        ]
         loads = [Load.median(loads) for loads in zip(*runs, strict=True)]
         note = ""
         if options.commit_delay is not None and row.limit != "stock":
@@ -335,8 +480,20 @@ def run_row(row: Row, target: Target, server: Server | None, limits: Limits, rep
             note += " (over half of the generator's ceiling: it is measured too)"
         for name, what, load in zip(row.names, row.what, loads, strict=True):
             rate = load.rate * row.things
-            report.add(Result(name, what, connections, rate, row.unit, load.p50, load.p99,
-                              rate / limit, limit_name, note))
+            report.add(
+                Result(
+                    name,
+                    what,
+                    connections,
+                    rate,
+                    row.unit,
+                    load.p50,
+                    load.p99,
+                    rate / limit,
+                    limit_name,
+                    note,
+                )
+            )
 
 
 # -- Start, memory, first sync -------------------------------------------------------
@@ -357,8 +514,19 @@ def report_start(server: Server, what: str, report: Report, runs: int) -> None:
         subprocess.run([sys.executable, "-c", "pass"], check=True)
         bare.append(now() - started)
     seconds, limit = statistics.median(times), statistics.median(bare)
-    report.add(Result("start", f"to the first answer, {what}", 1, seconds, "s", None, None,
-                      seconds / limit, "python -c pass"))
+    report.add(
+        Result(
+            "start",
+            f"to the first answer, {what}",
+            1,
+            seconds,
+            "s",
+            None,
+            None,
+            seconds / limit,
+            "python -c pass",
+        )
+    )
     report.add(Result("rss-idle", f"resident after it, {what}", 1, statistics.median(sizes), "MiB"))
 
 
@@ -369,8 +537,11 @@ def report_soak(people: People, server: Server, minutes: float, report: Report) 
         probe(row, people.target)
 
     def requests(target: Target, number: int) -> Iterator[bytes]:
-        return (next(series) for series in
-                itertools.cycle([row.requests(target, number) for row in rows]))
+        return (
+            next(series)
+            for series in itertools.cycle([row.requests(target, number) for row in rows])
+        )
+
     for tenth in range(1, 11):
         [load] = measure(people.target, requests, 8, minutes * 6, (200, 201))
         what = f"reads and writes, minute {digits(minutes * tenth / 10)}"
@@ -398,7 +569,9 @@ def sync_singly(wire: Wire, users: int, groups: int, progress: Progress) -> tupl
     return user_times, group_times
 
 
-def sync_by_bulk(wire: Wire, users: int, groups: int, progress: Progress) -> tuple[list[float], ...]:
+def sync_by_bulk(
+    wire: Wire, users: int, groups: int, progress: Progress
+) -> tuple[list[float], ...]:
     """Do the same by Bulk, without lookups, and return the seconds of each request."""
     ids: list[str] = []
     user_times, group_times = [], []
@@ -409,7 +582,9 @@ def sync_by_bulk(wire: Wire, users: int, groups: int, progress: Progress) -> tup
         progress.at(numbers[-1] + 1)
     for first in range(0, groups, 100):
         numbers, started = range(first, min(first + 100, groups)), now()
-        send_bulk(wire, [("/Groups", group_body(f"group {n}", sync_members(ids, n))) for n in numbers])
+        send_bulk(
+            wire, [("/Groups", group_body(f"group {n}", sync_members(ids, n))) for n in numbers]
+        )
         group_times.append(now() - started)
         progress.at(users + numbers[-1] + 1)
     return user_times, group_times
@@ -434,16 +609,39 @@ def report_sync(folder: Path, options: argparse.Namespace, report: Report) -> No
             server.stop()
             shutil.rmtree(folder / way, ignore_errors=True)
         seconds[way] = sum(user_times) + sum(group_times)
-        for what, count, times in ((f"{users:,} users", users, user_times),
-                                   (f"{groups:,} groups of 100", groups, group_times)):
+        for what, count, times in (
+            (f"{users:,} users", users, user_times),
+            (f"{groups:,} groups of 100", groups, group_times),
+        ):
             report.add(Result(way, what, 1, count / sum(times), "a second"))
             if tenth := len(times) // 10:
-                report.add(Result(way, f"{what}: last tenth's time", 1, sum(times[-tenth:]), "s",
-                                  None, None, sum(times[-tenth:]) / sum(times[:tenth]),
-                                  "the first tenth's"))
+                report.add(
+                    Result(
+                        way,
+                        f"{what}: last tenth's time",
+                        1,
+                        sum(times[-tenth:]),
+                        "s",
+                        None,
+                        None,
+                        sum(times[-tenth:]) / sum(times[:tenth]),
+                        "the first tenth's",
+                    )
+                )
     report.add(Result("sync", "the whole", 1, seconds["sync"], "s"))
-    report.add(Result("sync-bulk", "the whole", 1, seconds["sync-bulk"], "s", None, None,
-                      seconds["sync"] / seconds["sync-bulk"], "times as fast as without"))
+    report.add(
+        Result(
+            "sync-bulk",
+            "the whole",
+            1,
+            seconds["sync-bulk"],
+            "s",
+            None,
+            None,
+            seconds["sync"] / seconds["sync-bulk"],
+            "times as fast as without",
+        )
+    )
 
 
 # -- The peer ----------------------------------------------------------------------
@@ -455,11 +653,13 @@ def peer_server(name: str, folder: Path, options: argparse.Namespace) -> tuple[S
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
         print(f"installing {name}", file=sys.stderr)
-        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", name],
-                       check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", name], check=True
+        )
     code = f"import importlib.metadata; print(importlib.metadata.version({name!r}))"
-    version = subprocess.run([python, "-c", code], check=True, capture_output=True,
-                             text=True).stdout.strip()
+    version = subprocess.run(
+        [python, "-c", code], check=True, capture_output=True, text=True
+    ).stdout.strip()
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [str(python.parent / name), "--port", str(port)]
@@ -474,19 +674,33 @@ def run_against(folder: Path, options: argparse.Namespace, report: Report) -> No
         crowds = [People(server.start(), options.users, custom=False) for server in servers]
         for people in crowds:
             people.fill()
-        rows = [{row.names[0]: row for row in [*lookup_rows(people), *create_rows(people)]}
-                for people in crowds]
+        rows = [
+            {row.names[0]: row for row in [*lookup_rows(people), *create_rows(people)]}
+            for people in crowds
+        ]
         for key in ("lookup", "get", "create"):
             loads: list[list[Load]] = [[], []]
             for _ in range(options.runs):
                 for people, found, series in zip(crowds, rows, loads, strict=True):
                     probe(found[key], people.target)
-                    series += measure(people.target, found[key].requests, 1, options.seconds,
-                                      found[key].statuses)
+                    series += measure(
+                        people.target, found[key].requests, 1, options.seconds, found[key].statuses
+                    )
             ours, theirs = map(Load.median, loads)
             report.add(Result(key, name, 1, theirs.rate, "requests/s", theirs.p50, theirs.p99))
-            report.add(Result(key, "scim_server", 1, ours.rate, "requests/s", ours.p50, ours.p99,
-                              ours.rate / theirs.rate, name))
+            report.add(
+                Result(
+                    key,
+                    "scim_server",
+                    1,
+                    ours.rate,
+                    "requests/s",
+                    ours.p50,
+                    ours.p99,
+                    ours.rate / theirs.rate,
+                    name,
+                )
+            )
     finally:
         for server in servers:
             server.stop()
@@ -509,38 +723,65 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The load bench of scim_server.")
     add = parser.add_argument
     add("--users", type=int, default=10_000, metavar="N", help="users to fill in (default 10000)")
-    add("--sync-users", type=int, metavar="N", help="users of the first sync (default: as --users, "
-                                                    "10000 at the most)")
-    add("--only", default="", metavar="NAME,…", help="rows, by the start of their names: "
-        "lookup, miss, get, list, cursor, filter, patch, create, bulk, group, start, rss, sync")
+    add(
+        "--sync-users",
+        type=int,
+        metavar="N",
+        help="users of the first sync (default: as --users, 10000 at the most)",
+    )
+    add(
+        "--only",
+        default="",
+        metavar="NAME,…",
+        help="rows, by the start of their names: "
+        "lookup, miss, get, list, cursor, filter, patch, create, bulk, group, start, rss, sync",
+    )
     add("--connections", default="1,8,64", metavar="N,…", help="of 1, 8 and 64")
     add("--seconds", type=float, default=2, metavar="S", help="of a measurement (default 2)")
     add("--runs", type=int, default=3, metavar="R", help="the medians of which count (default 3)")
-    add("--soak", type=float, metavar="MINUTES", help="then reads and writes for so long, and memory")
+    add(
+        "--soak",
+        type=float,
+        metavar="MINUTES",
+        help="then reads and writes for so long, and memory",
+    )
     add("--json", metavar="FILE", help="write the results")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two results, then end")
     add("--against", choices=["scim2-server"], help="measure lookup, get and create on a peer too")
     add("--url", help="load a server that runs, with --token")
     add("--token", default=TOKEN)
     add("--keep", metavar="DIR", help="scratch directory; what is filled there is used again")
-    add("--commit-delay", type=float, metavar="MS", help="delay each commit, and count them (0: "
-                                                         "only count)")
+    add(
+        "--commit-delay",
+        type=float,
+        metavar="MS",
+        help="delay each commit, and count them (0: only count)",
+    )
     add("--workers", type=int, metavar="N", help="passed on to the server")
-    add("--set", action="append", default=[], metavar="NAME=VALUE", type=setting,
-        help="of the server's configuration, such as access_log=off")
+    add(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        type=setting,
+        help="of the server's configuration, such as access_log=off",
+    )
     options = parser.parse_args(arguments)
     if options.users < 100 or options.users % 100:
         parser.error("--users: expected a multiple of 100")
     if options.url and (options.commit_delay is not None or options.workers or options.against):
-        parser.error("--url: the server runs already; not with --commit-delay, --workers, --against")
-    options.only = tuple(options.only.split(","))         # every name starts with ""
+        parser.error(
+            "--url: the server runs already; not with --commit-delay, --workers, --against"
+        )
+    options.only = tuple(options.only.split(","))  # every name starts with ""
     options.connections = [int(text) for text in options.connections.split(",")]
     options.sync_users = options.sync_users or min(options.users, 10_000)
     return options
 
 
-def run_rows(folder: Path, people: People, server: Server | None, options: argparse.Namespace,
-             report: Report) -> None:
+def run_rows(
+    folder: Path, people: People, server: Server | None, options: argparse.Namespace, report: Report
+) -> None:
     """Measure the rows that are wanted."""
     filled = folder / "server" / "data" / "bench.sqlite3" if server else None
     limits = Limits(options, report, folder, filled, person(NUMBER))
@@ -557,7 +798,9 @@ def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> No
         server.stop()
         if "start".startswith(options.only) or "rss-idle".startswith(options.only):
             for module, what in [(False, "empty"), (True, "empty, as a module")]:
-                report_start(Server(folder / "empty", options, module=module), what, report, options.runs)
+                report_start(
+                    Server(folder / "empty", options, module=module), what, report, options.runs
+                )
                 shutil.rmtree(folder / "empty")
             report_start(server, f"{options.users:,} users", report, options.runs)
         run_rows(folder, People(server.start(), options.users), server, options, report)

@@ -47,7 +47,7 @@ def serve_stock(pipe: Pipe, size: int) -> None:
 
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True    # else its second write awaits an ACK: 25 answers a second
+        disable_nagle_algorithm = True  # else its second write awaits an ACK: 25 answers a second
 
         def do_GET(self) -> None:
             self.send_response(200)
@@ -108,28 +108,38 @@ def server_module() -> Any:
     return importlib.import_module(SERVER.stem)
 
 
-NUMBER, ID = "9876543210", "id-of-the-user"      # stand in the rows of a create for what differs
-Insert = tuple[str, str, list[dict[str, Any]]]   # table, statement, rows
+NUMBER, ID = "9876543210", "id-of-the-user"  # stand in the rows of a create for what differs
+Insert = tuple[str, str, list[dict[str, Any]]]  # table, statement, rows
 
 
 def rows_of_a_create(path: Path, body: Json) -> list[Insert]:
     """Return what the create of a user writes, taken from the tables of an empty store before and after one."""
     module = server_module()
-    fields = [module.CustomField("costcode", "String"), module.CustomField("badge_number", "Integer")]
+    fields = [
+        module.CustomField("costcode", "String"),
+        module.CustomField("badge_number", "Integer"),
+    ]
     directory = module.Directory(module.Store(path), fields, new_id=lambda: ID)
     inserts: list[Insert] = []
     with closing(sqlite3.connect(path)) as reader:
-        tables = reader.execute("SELECT name, sql LIKE '%AUTOINCREMENT%' FROM sqlite_master "
-                                "WHERE type = 'table' AND name NOT LIKE 'sqlite_%'").fetchall()
+        tables = reader.execute(
+            "SELECT name, sql LIKE '%AUTOINCREMENT%' FROM sqlite_master "
+            "WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        ).fetchall()
         before = {name: reader.execute(f"SELECT * FROM {name}").fetchall() for name, _ in tables}
         directory.create("User", body)
-        for name, numbered in tables:                      # the first column may number itself
+        for name, numbered in tables:  # the first column may number itself
             found = reader.execute(f"SELECT * FROM {name}")
             columns = [column[0] for column in found.description][numbered:]
-            rows = [dict(zip(columns, row[numbered:], strict=True))
-                    for row in found if row not in before[name]]
+            rows = [
+                dict(zip(columns, row[numbered:], strict=True))
+                for row in found
+                if row not in before[name]
+            ]
             marks = ", ".join(f":{column}" for column in columns)
-            inserts += [(name, f"REPLACE INTO {name} ({', '.join(columns)}) VALUES ({marks})", rows)]
+            inserts += [
+                (name, f"REPLACE INTO {name} ({', '.join(columns)}) VALUES ({marks})", rows)
+            ]
     directory.store.close()
     return [insert for insert in inserts if insert[2]]
 
@@ -146,7 +156,7 @@ class RawSqlite:
         if filled:
             with closing(sqlite3.connect(filled)) as source, closing(sqlite3.connect(path)) as copy:
                 source.backup(copy)
-        self.numbers = itertools.count(5 * 10 ** 9)
+        self.numbers = itertools.count(5 * 10**9)
         self.connection = sqlite3.connect(path, isolation_level=None)
         self.connection.execute("PRAGMA journal_mode = WAL")
         self.connection.execute("PRAGMA synchronous = FULL")
@@ -176,10 +186,22 @@ class RawSqlite:
 
     def _fresh(self) -> list[Insert]:
         number, id = f"{next(self.numbers):010}", str(uuid.uuid4())
-        return [(table, statement, [
-            {name: value.replace(NUMBER, number).replace(ID, id) if isinstance(value, str) else value
-             for name, value in row.items()} for row in rows])
-            for table, statement, rows in self.inserts]
+        return [
+            (
+                table,
+                statement,
+                [
+                    {
+                        name: value.replace(NUMBER, number).replace(ID, id)
+                        if isinstance(value, str)
+                        else value
+                        for name, value in row.items()
+                    }
+                    for row in rows
+                ],
+            )
+            for table, statement, rows in self.inserts
+        ]
 
 
 @dataclass
@@ -189,22 +211,26 @@ class Limits:
     options: argparse.Namespace
     report: Report
     folder: Path
-    filled: Path | None               # the database that SQLite alone works on a copy of
-    user: Json                        # with NUMBER for what differs between users
+    filled: Path | None  # the database that SQLite alone works on a copy of
+    user: Json  # with NUMBER for what differs between users
     known: dict[tuple[str, int, int], float] = field(default_factory=dict)
 
     def rate(self, kind: str, size: int, connections: int) -> tuple[float, str]:
         """Return requests a second of a limit, and its name; size is that of the answer's body."""
-        step = 1 << max(size.bit_length() - 2, 7)          # neighbours in size share a measurement
+        step = 1 << max(size.bit_length() - 2, 7)  # neighbours in size share a measurement
         size = max(round(size / step), 1) * step
         name, key = {
             "stock": (f"http.server, {size:,} B", (kind, size, connections)),
             "generator": (f"the generator, {size:,} B", (kind, size, connections)),
-            "sqlite": ("raw SQLite create", (kind, 0, 1)), "fsync": ("one fsync", (kind, 0, 1))}[kind]
+            "sqlite": ("raw SQLite create", (kind, 0, 1)),
+            "fsync": ("one fsync", (kind, 0, 1)),
+        }[kind]
         if key not in self.known:
             load = Load.median(list(self._loads(*key)))
             self.known[key] = load.rate
-            self.report.add(Result("limit", name, key[2], load.rate, "a second", load.p50, load.p99))
+            self.report.add(
+                Result("limit", name, key[2], load.rate, "a second", load.p50, load.p99)
+            )
         return self.known[key], name
 
     def _loads(self, kind: str, size: int, connections: int) -> Iterator[Load]:
@@ -212,8 +238,9 @@ class Limits:
         if kind == "fsync":
             yield from (fsyncs(self.folder, seconds) for _ in runs)
         elif kind == "sqlite":
-            raw = RawSqlite(self.folder, self.filled, (self.options.commit_delay or 0) / 1000,
-                            self.user)
+            raw = RawSqlite(
+                self.folder, self.filled, (self.options.commit_delay or 0) / 1000, self.user
+            )
             yield from (raw.run(seconds) for _ in runs)
             raw.close()
         else:

@@ -23,8 +23,8 @@ from multiprocessing.connection import Connection as Pipe
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-PATIENCE = 300                    # seconds that an answer may take
-RESTING = 20                      # seconds after which a connection is opened again
+PATIENCE = 300  # seconds that an answer may take
+RESTING = 20  # seconds after which a connection is opened again
 FORK = multiprocessing.get_context("fork")
 Json = Any
 now = time.perf_counter
@@ -57,8 +57,12 @@ class Target:
     def render(self, method: str, path: str, body: Json = None) -> bytes:
         """Return the octets of a request."""
         octets = b"" if body is None else json.dumps(body, separators=(",", ":")).encode()
-        lines = [f"{method} {self.path}{path} HTTP/1.1", f"Host: {self.host}:{self.port}",
-                 f"Authorization: Bearer {self.token}", "Accept: application/scim+json"]
+        lines = [
+            f"{method} {self.path}{path} HTTP/1.1",
+            f"Host: {self.host}:{self.port}",
+            f"Authorization: Bearer {self.token}",
+            "Accept: application/scim+json",
+        ]
         if body is not None:
             lines += ["Content-Type: application/scim+json", f"Content-Length: {len(octets)}"]
         return "\r\n".join(lines).encode() + b"\r\n\r\n" + octets
@@ -89,8 +93,9 @@ class Wire:
             self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             # A timeout of Python costs a poll for each recv; one of the kernel costs nothing.
             self.socket.settimeout(None)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO,
-                                   struct.pack("ll", PATIENCE, 0))
+            self.socket.setsockopt(
+                socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", PATIENCE, 0)
+            )
         return self.socket
 
     def send(self, request: bytes) -> None:
@@ -101,7 +106,7 @@ class Wire:
 
     def receive(self) -> bool:
         """Read once; return whether the answer is there."""
-        chunk = self.socket.recv(1 << 18)                # type: ignore[union-attr]
+        chunk = self.socket.recv(1 << 18)  # type: ignore[union-attr]
         if not chunk:
             raise BenchError(f"the server closed the connection on {self.shown()}")
         self.answer = self.answer + chunk if self.answer else chunk
@@ -117,20 +122,22 @@ class Wire:
         """Stop the clock; BenchError where the status is not an expected one."""
         self.durations.append(now() - self.started)
         if int(self.answer[9:12]) not in statuses:
-            raise BenchError(f"expected {' or '.join(map(str, statuses))} of {self.shown()}, got "
-                             f"{self.answer[:2000].decode(errors='replace')}")
+            raise BenchError(
+                f"expected {' or '.join(map(str, statuses))} of {self.shown()}, got "
+                f"{self.answer[:2000].decode(errors='replace')}"
+            )
         if self.CLOSES.match(self.answer, 0, self.head_end):
             self.close()
 
     def exchange(self, request: bytes, *statuses: int) -> Json:
         """Send a request and return the JSON of its answer, None where it is empty."""
-        if now() - self.started > RESTING:               # the server may have ended it meanwhile
+        if now() - self.started > RESTING:  # the server may have ended it meanwhile
             self.close()
         self.send(request)
         while not self.receive():
             pass
         self.finish(statuses or (200,))
-        body = self.answer[self.head_end + 4:]
+        body = self.answer[self.head_end + 4 :]
         return json.loads(body) if body else None
 
     def shown(self) -> str:
@@ -147,7 +154,7 @@ class Wire:
 # -- Load from processes -----------------------------------------------------------
 
 
-Requests = Callable[[Target, int], Iterator[bytes]]      # of the connection with a number
+Requests = Callable[[Target, int], Iterator[bytes]]  # of the connection with a number
 
 
 @dataclass(frozen=True)
@@ -163,19 +170,27 @@ class Load:
     def of(cls, durations: Sequence[float], rate: float) -> Load:
         """Return the load of some durations in seconds."""
         ordered = sorted(durations)
-        at = [ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (.5, .99)]
+        at = [ordered[min(int(len(ordered) * share), len(ordered) - 1)] for share in (0.5, 0.99)]
         return cls(rate, at[0] * 1000, at[1] * 1000, len(ordered))
 
     @classmethod
     def median(cls, loads: Sequence[Load]) -> Load:
         """Return the medians of several runs."""
-        rate, p50, p99 = (statistics.median(getattr(load, name) for load in loads)
-                          for name in ("rate", "p50", "p99"))
+        rate, p50, p99 = (
+            statistics.median(getattr(load, name) for load in loads)
+            for name in ("rate", "p50", "p99")
+        )
         return cls(rate, p50, p99, sum(load.count for load in loads))
 
 
-def measure(target: Target, requests: Requests, connections: int, seconds: float,
-            statuses: tuple[int, ...] = (200,), cycle: int = 1) -> list[Load]:
+def measure(
+    target: Target,
+    requests: Requests,
+    connections: int,
+    seconds: float,
+    statuses: tuple[int, ...] = (200,),
+    cycle: int = 1,
+) -> list[Load]:
     """Load a target over some connections; return a Load for each place in the cycle of requests.
 
     A connection ends after a whole cycle, such as the adding and the removing of a member.
@@ -185,14 +200,19 @@ def measure(target: Target, requests: Requests, connections: int, seconds: float
     for first in range(count):
         ours, theirs = FORK.Pipe()
         numbers = range(first, connections, count)
-        processes.append(FORK.Process(target=load_worker, daemon=True, args=(
-            theirs, target, requests, numbers, seconds, statuses, cycle)))
+        processes.append(
+            FORK.Process(
+                target=load_worker,
+                daemon=True,
+                args=(theirs, target, requests, numbers, seconds, statuses, cycle),
+            )
+        )
         processes[-1].start()
         theirs.close()
         pipes.append(ours)
     try:
         for _ in map(received, pipes):
-            pass                                          # all are connected
+            pass  # all are connected
         for pipe in pipes:
             pipe.send("go")
         answers = [received(pipe) for pipe in pipes]
@@ -220,8 +240,15 @@ def received(pipe: Pipe) -> Any:
     return message
 
 
-def load_worker(pipe: Pipe, target: Target, requests: Requests, numbers: Sequence[int],
-                seconds: float, statuses: tuple[int, ...], cycle: int) -> None:
+def load_worker(
+    pipe: Pipe,
+    target: Target,
+    requests: Requests,
+    numbers: Sequence[int],
+    seconds: float,
+    statuses: tuple[int, ...],
+    cycle: int,
+) -> None:
     """Be a process that loads a target over its share of the connections."""
     try:
         wires = {Wire(target): requests(target, number) for number in numbers}
@@ -235,8 +262,9 @@ def load_worker(pipe: Pipe, target: Target, requests: Requests, numbers: Sequenc
         pipe.send(str(error) or repr(error))
 
 
-def drive_one(wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...],
-              cycle: int) -> None:
+def drive_one(
+    wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...], cycle: int
+) -> None:
     """Send one request after the other until a deadline."""
     [(wire, requests)] = wires.items()
     while now() < deadline or len(wire.durations) % cycle:
@@ -246,8 +274,9 @@ def drive_one(wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tup
         wire.finish(statuses)
 
 
-def drive_many(wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...],
-               cycle: int) -> None:
+def drive_many(
+    wires: dict[Wire, Iterator[bytes]], deadline: float, statuses: tuple[int, ...], cycle: int
+) -> None:
     """Keep a request in flight on each connection until a deadline, then await the answers."""
     poll, by_number = select.poll(), {}
     for wire, requests in wires.items():

@@ -15,22 +15,27 @@ ENTERPRISE = "urn:ietf:params:scim:schemas:extension:enterprise:2.0:User"
 FACILIO = "urn:ietf:params:scim:schemas:extension:facilio:2.0:User"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 BULK_REQUEST = "urn:ietf:params:scim:api:messages:2.0:BulkRequest"
-FILL_BATCH = 500                  # users in a Bulk request
-MEMBER_BATCH = 10_000             # members in a PATCH
+FILL_BATCH = 500  # users in a Bulk request
+MEMBER_BATCH = 10_000  # members in a PATCH
 
 
 def person(tag: str, number: int = 0, custom: bool = True, title: str = "") -> Json:
     """Return a user as Entra ID sends it; people in a hundred share a title, in ten a family."""
     user: Json = {
         "schemas": ["urn:ietf:params:scim:schemas:core:2.0:User", ENTERPRISE],
-        "userName": f"user{tag}@example.com", "externalId": f"ext{tag}",
-        "active": number % 10 != 0, "displayName": f"Given Family {tag}",
+        "userName": f"user{tag}@example.com",
+        "externalId": f"ext{tag}",
+        "active": number % 10 != 0,
+        "displayName": f"Given Family {tag}",
         "name": {"givenName": f"Given{number % 1000}", "familyName": f"Family {number // 10}"},
         "title": title or f"Title {number // 100}",
-        "emails": [{"type": "work", "value": f"user{tag}@example.com", "primary": True},
-                   {"type": "home", "value": f"home{tag}@example.org"}],
+        "emails": [
+            {"type": "work", "value": f"user{tag}@example.com", "primary": True},
+            {"type": "home", "value": f"home{tag}@example.org"},
+        ],
         "phoneNumbers": [{"type": "work", "value": f"+1 555 {tag}"}],
-        ENTERPRISE: {"employeeNumber": tag, "department": f"Department {number % 50}"}}
+        ENTERPRISE: {"employeeNumber": tag, "department": f"Department {number % 50}"},
+    }
     if custom:
         user["schemas"] += [FACILIO]
         user[FACILIO] = {"costcode": f"CC{tag}", "badge_number": number}
@@ -39,9 +44,13 @@ def person(tag: str, number: int = 0, custom: bool = True, title: str = "") -> J
 
 def bulk(operations: Sequence[tuple[str, Json]]) -> Json:
     """Return a Bulk request of POSTs, each (path, body)."""
-    return {"schemas": [BULK_REQUEST], "Operations": [
-        {"method": "POST", "path": path, "bulkId": f"b{number}", "data": body}
-        for number, (path, body) in enumerate(operations)]}
+    return {
+        "schemas": [BULK_REQUEST],
+        "Operations": [
+            {"method": "POST", "path": path, "bulkId": f"b{number}", "data": body}
+            for number, (path, body) in enumerate(operations)
+        ],
+    }
 
 
 def send_bulk(wire: Wire, operations: Sequence[tuple[str, Json]]) -> list[str]:
@@ -54,8 +63,10 @@ def send_bulk(wire: Wire, operations: Sequence[tuple[str, Json]]) -> list[str]:
 
 def members_patch(op: str, ids: Sequence[str]) -> Json:
     """Return the PATCH that adds or removes members."""
-    return {"schemas": [PATCH_OP], "Operations": [
-        {"op": op, "path": "members", "value": [{"value": id} for id in ids]}]}
+    return {
+        "schemas": [PATCH_OP],
+        "Operations": [{"op": op, "path": "members", "value": [{"value": id} for id in ids]}],
+    }
 
 
 def group_body(name: str, ids: Sequence[str] = ()) -> Json:
@@ -76,8 +87,12 @@ class Progress:
         if last or now() - self.told > (0.5 if terminal else 10):
             self.told = now()
             rate = done / max(now() - self.begun, 1e-9)
-            print(f"\r{self.what}: {done:,} of {self.total:,}, {rate:,.0f}/s", file=sys.stderr,
-                  end="\n" if last or not terminal else "", flush=True)
+            print(
+                f"\r{self.what}: {done:,} of {self.total:,}, {rate:,.0f}/s",
+                file=sys.stderr,
+                end="\n" if last or not terminal else "",
+                flush=True,
+            )
 
 
 class People:
@@ -100,8 +115,15 @@ class People:
 
     def clear(self) -> None:
         """Remove the groups that an earlier run left."""
-        left = self.wire.exchange(self.target.render("GET", (
-            "/Groups?attributes=displayName&filter=" + quote('displayName sw "bench group of"'))))
+        left = self.wire.exchange(
+            self.target.render(
+                "GET",
+                (
+                    "/Groups?attributes=displayName&filter="
+                    + quote('displayName sw "bench group of"')
+                ),
+            )
+        )
         for group in left.get("Resources", ()):
             self.wire.exchange(self.target.render("DELETE", f"/Groups/{group['id']}"), 204)
 
@@ -109,8 +131,10 @@ class People:
         """Create the users that are missing, by Bulk."""
         self.clear()
         if self.numbered(self.count):
-            raise BenchError(f"there are more than {self.count:,} users already; use another --keep")
-        present, end = 0, self.count                     # the users below present are there
+            raise BenchError(
+                f"there are more than {self.count:,} users already; use another --keep"
+            )
+        present, end = 0, self.count  # the users below present are there
         while present < end:
             middle = (present + end) // 2
             present, end = (middle + 1, end) if self.numbered(middle) else (present, middle)
@@ -138,8 +162,11 @@ class People:
         """Yield the ids on each page of users, and the cursor behind it."""
         cursor = ""
         while True:
-            page = self.wire.exchange(self.target.render(
-                "GET", f"/Users?attributes=userName&count={size}&cursor={cursor}"))
+            page = self.wire.exchange(
+                self.target.render(
+                    "GET", f"/Users?attributes=userName&count={size}&cursor={cursor}"
+                )
+            )
             cursor = page.get("nextCursor", "")
             yield [user["id"] for user in page["Resources"]], cursor
             if not cursor:
@@ -158,9 +185,13 @@ class People:
     def joiners(self, count: int) -> list[str]:
         """Return the ids of users that are in no group."""
         names = [f"joiner-{number}" for number in range(count)]
-        return [self.found(f"user{name}@example.com") or self.wire.exchange(
-            self.target.render("POST", "/Users", person(name, 0, self.custom, "Joiner")), 201)["id"]
-            for name in names]
+        return [
+            self.found(f"user{name}@example.com")
+            or self.wire.exchange(
+                self.target.render("POST", "/Users", person(name, 0, self.custom, "Joiner")), 201
+            )["id"]
+            for name in names
+        ]
 
     def group(self, size: int) -> str:
         """Create a group of the first users and return its id."""
@@ -168,6 +199,6 @@ class People:
         id = self.wire.exchange(self.target.render("POST", "/Groups", body), 201)["id"]
         ids = self.first(size)
         for start in range(0, size, MEMBER_BATCH):
-            patch = members_patch("add", ids[start:start + MEMBER_BATCH])
+            patch = members_patch("add", ids[start : start + MEMBER_BATCH])
             self.wire.exchange(self.target.render("PATCH", f"/Groups/{id}", patch), 200, 204)
         return str(id)

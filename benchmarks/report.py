@@ -40,22 +40,47 @@ class Report:
     def add(self, result: Result) -> None:
         """Print and keep a result."""
         if not self.results:
-            print(self.LINE.format("row", "what", "conn.", "value", "unit", "p50 ms", "p99 ms",
-                                   "ratio", "to"))
+            print(
+                self.LINE.format(
+                    "row", "what", "conn.", "value", "unit", "p50 ms", "p99 ms", "ratio", "to"
+                )
+            )
         self.results.append(result)
-        print(self.LINE.format(
-            result.name, result.what, result.connections, digits(result.value), result.unit,
-            digits(result.p50), digits(result.p99), digits(result.ratio),
-            f"{result.limit}  {result.note}".strip()), flush=True)
+        print(
+            self.LINE.format(
+                result.name,
+                result.what,
+                result.connections,
+                digits(result.value),
+                result.unit,
+                digits(result.p50),
+                digits(result.p99),
+                digits(result.ratio),
+                f"{result.limit}  {result.note}".strip(),
+            ),
+            flush=True,
+        )
 
     def save(self, path: str, options: argparse.Namespace) -> None:
         """Write the results for --compare."""
-        machine = {"python": platform.python_version(), "sqlite": sqlite3.sqlite_version,
-                   "system": platform.platform(), "cpus": os.cpu_count(),
-                   "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-        Path(path).write_text(json.dumps({
-            "machine": machine, "options": vars(options),
-            "results": [asdict(result) for result in self.results]}, indent=1) + "\n")
+        machine = {
+            "python": platform.python_version(),
+            "sqlite": sqlite3.sqlite_version,
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        Path(path).write_text(
+            json.dumps(
+                {
+                    "machine": machine,
+                    "options": vars(options),
+                    "results": [asdict(result) for result in self.results],
+                },
+                indent=1,
+            )
+            + "\n"
+        )
 
 
 def digits(value: float | None) -> str:
@@ -68,12 +93,25 @@ def digits(value: float | None) -> str:
 
 def compare(paths: Sequence[str]) -> None:
     """Print the values of two files of results beside each other, and the second by the first."""
-    before, after = ({(found["name"], found["what"], found["connections"]): found
-                      for found in json.loads(Path(path).read_text())["results"]} for path in paths)
+    before, after = (
+        {
+            (found["name"], found["what"], found["connections"]): found
+            for found in json.loads(Path(path).read_text())["results"]
+        }
+        for path in paths
+    )
     line = "{:<19} {:<38} {:>5} {:<10} {:>10} {:>10} {:>7} {:>7}"
     print(line.format("row", "what", "conn.", "unit", "A", "B", "B / A", "p99"))
     for key in (key for key in before if key in after):
         old, new = before[key], after[key]
         p99 = new["p99"] / old["p99"] if old["p99"] and new["p99"] else None
-        print(line.format(*key, old["unit"], digits(old["value"]), digits(new["value"]),
-                          digits(new["value"] / old["value"]), digits(p99)))
+        print(
+            line.format(
+                *key,
+                old["unit"],
+                digits(old["value"]),
+                digits(new["value"]),
+                digits(new["value"] / old["value"]),
+                digits(p99),
+            )
+        )
