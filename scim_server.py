@@ -183,7 +183,7 @@ invalid_syntax = partial(ScimError, 400, "invalidSyntax")
 invalid_value = partial(ScimError, 400, "invalidValue")
 
 
-def shown(value: Json) -> str:
+def quoted(value: Json) -> str:
     """Return a client's value as JSON text, cut to a length that fits an error's detail."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -243,7 +243,7 @@ class Attribute:
     description: str = ""
     published: bool = True  # whether /Schemas lists it
     default: Json = None  # the value of a resource whose client never sent one
-    linked: bool = False  # marks membership, which is kept as rows and not in the body
+    is_membership: bool = False  # marks membership, which is kept as rows and not in the body
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)
@@ -252,12 +252,12 @@ class Attribute:
         object.__setattr__(self, "index", self.path.lower())
         object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
-    def placed(self, prefix: str = "") -> Attribute:
+    def with_paths(self, prefix: str = "") -> Attribute:
         """Return this attribute and its sub-attributes with their paths, behind a prefix."""
         path = prefix + self.name
         # An extension's attributes follow its URN after a colon (RFC 7644 §3.10), others after a dot.
         below = path and path + (":" if ":" in self.name else ".")
-        subs = tuple(sub.placed(below) for sub in self.sub_attributes)
+        subs = tuple(sub.with_paths(below) for sub in self.sub_attributes)
         return replace(self, path=path, sub_attributes=subs)
 
     def sub_attribute(self, name: str) -> Attribute | None:
@@ -283,7 +283,7 @@ class Attribute:
             if type(value) is int:
                 if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
                     raise invalid_value(
-                        f"{self.path}: {shown(value)} is beyond the 64 bits of an Integer"
+                        f"{self.path}: {quoted(value)} is beyond the 64 bits of an Integer"
                     )
                 return value
         elif isinstance(value, str) and self.type != "complex":
@@ -296,7 +296,7 @@ class Attribute:
             with suppress(ValueError):
                 return date_time_key(value) and value
         raise invalid_value(
-            f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {shown(value)}"
+            f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {quoted(value)}"
         )
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
@@ -392,7 +392,7 @@ class ResourceType:
         ]
         attributes = (*COMMON, *self.schema.attributes, *extensions, META)
         object.__setattr__(
-            self, "root", Attribute("", "complex", sub_attributes=attributes).placed()
+            self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
         )
 
     def location(self, base_url: str, id: str) -> str:
@@ -456,7 +456,7 @@ USER_SCHEMA = Schema(
             "groups",
             "complex",
             multi_valued=True,
-            linked=True,
+            is_membership=True,
             sub_attributes=(
                 computed("value", case_exact=True),
                 computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
@@ -480,7 +480,7 @@ GROUP_SCHEMA = Schema(
             "members",
             "complex",
             multi_valued=True,
-            linked=True,
+            is_membership=True,
             sub_attributes=(
                 Attribute(
                     "value", required=True, case_exact=True
@@ -499,11 +499,11 @@ GROUP_SCHEMA = Schema(
         ),
     ),
 )
-MEMBERSHIPS = tuple(
+MEMBERSHIP_ATTRIBUTES = tuple(
     found.name
     for schema in (USER_SCHEMA, GROUP_SCHEMA)
     for found in schema.attributes
-    if found.linked
+    if found.is_membership
 )
 ENTERPRISE_SCHEMA = Schema(
     ENTERPRISE,
@@ -568,7 +568,7 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class AttributePath:
     """Where a filter looks: attributes from a resource, or from one complex value, downwards."""
 
     attributes: tuple[Attribute, ...]
@@ -594,7 +594,7 @@ class Target:
 class Compare:
     """A comparison of an attribute's keys with the key of a literal, whose JSON value it keeps."""
 
-    target: Target
+    target: AttributePath
     op: str
     key: str
     value: Json
@@ -604,7 +604,7 @@ class Compare:
 class Present:
     """Whether an attribute has a value that is not empty (pr)."""
 
-    target: Target
+    target: AttributePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -632,7 +632,7 @@ class Not:
 class ValuePath:
     """Whether one and the same value of a complex attribute satisfies a filter on it."""
 
-    target: Target
+    target: AttributePath
     inner: Filter
 
 
@@ -706,7 +706,7 @@ def resolve_below(target: Bound, name: str, strict: bool = False) -> Bound:
     """Return the sub-attribute of a target's last attribute as the scope of its value filter; ScimError if strict."""
     sub = target[-1].sub_attribute(name) if target else None
     if strict and target and not sub:
-        raise invalid_path(f"path: {target[-1].path} has no sub-attribute {shown(name)}")
+        raise invalid_path(f"path: {target[-1].path} has no sub-attribute {quoted(name)}")
     return (sub,) if sub else None
 
 
@@ -733,7 +733,7 @@ STRING_TYPES = ("string", "reference")
 
 def bad_filter(column: int, expected: str, found: str) -> ScimError:
     """Return the error of a filter that does not parse."""
-    found = shown(found) if found else "the end"
+    found = quoted(found) if found else "the end"
     return invalid_filter(f"filter, column {column}: expected {expected}, found {found}")
 
 
@@ -803,7 +803,7 @@ def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, de
         sub = resolve_below(target, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(Target(target), inner) if target else NOTHING), position
+    return (ValuePath(AttributePath(target), inner) if target else NOTHING), position
 
 
 def parse_brackets(
@@ -825,7 +825,7 @@ def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) ->
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (Present(Target(target)) if target else NOTHING), position + 1
+        return (Present(AttributePath(target)) if target else NOTHING), position + 1
     if op != "ne" and op not in TEST:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
@@ -853,13 +853,13 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
     if literal is None and op == "eq":
-        return Not(Present(Target(target)))
+        return Not(Present(AttributePath(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
     if literal is None or unordered or shapeless:
         raise invalid_filter(
-            f"{name}: '{op}' does not go with {shown(literal)} and the type {attribute.type}"
+            f"{name}: '{op}' does not go with {quoted(literal)} and the type {attribute.type}"
         )
     if isinstance(literal, float) and literal.is_integer() and attribute.type == "integer":
         literal = int(literal)
@@ -867,7 +867,7 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
         literal = attribute.convert(literal)
     except ScimError as error:
         raise invalid_filter(error.detail) from None
-    return Compare(Target(target), op, attribute.key(literal), literal)
+    return Compare(AttributePath(target), op, attribute.key(literal), literal)
 
 
 # -- Paths of PATCH ------------------------------------------------------------
@@ -898,27 +898,27 @@ class PatchPath:
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:  # which nobody shall keep in a cache
-        raise invalid_path(f"path {shown(text)}: longer than {MAX_FILTER_LENGTH} characters")
+        raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
     if attributes is None:
-        raise invalid_path(f"path {shown(text)}: " + unknown(name, resource_type))
+        raise invalid_path(f"path {quoted(text)}: " + why_unknown(name, resource_type))
     if not bracket:
         return PatchPath(attributes)
     if not attributes:
-        raise invalid_path(f"path {shown(text)}: a filter needs an attribute")
+        raise invalid_path(f"path {quoted(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
     if tokens[position + bool(sub)][0] != "end":
         raise invalid_path(
-            f"path {shown(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}"
+            f"path {quoted(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}"
         )
     return PatchPath(attributes, filter, sub)
 
 
-def unknown(name: str, resource_type: ResourceType) -> str:
+def why_unknown(name: str, resource_type: ResourceType) -> str:
     """Return why a name is no attribute; for an extension with the names that it has."""
     scope, rest = find_extension(name, resource_type) or (resource_type.root, name)
     if scope is resource_type.root:
@@ -937,17 +937,19 @@ def unknown(name: str, resource_type: ResourceType) -> str:
 # ----------------------------------------------------------------------------
 
 
-def lower_names(value: Json, expected: str = "the body must be a JSON object") -> dict[str, Json]:
+def lowercase_keys(
+    value: Json, expected: str = "the body must be a JSON object"
+) -> dict[str, Json]:
     """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
     if not isinstance(value, dict):
-        raise invalid_syntax(f"{expected}, got {shown(value)}")
+        raise invalid_syntax(f"{expected}, got {quoted(value)}")
     return {name.lower(): item for name, item in value.items()}
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
     """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
     if not isinstance(body, dict):
-        raise invalid_syntax(f"the body must be a JSON object, got {shown(body)}")
+        raise invalid_syntax(f"the body must be a JSON object, got {quoted(body)}")
     return accept_complex(resource_type.root, body)
 
 
@@ -1028,7 +1030,7 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
             raise invalid_value(f"{sub.path} is required and must not be empty")
-        if sub.linked:
+        if sub.is_membership:
             for item in value.get(sub.name, ()):
                 require(sub, item)
         elif sub.multi_valued and len(value.get(sub.name, ())) > MAX_VALUES:
@@ -1123,7 +1125,7 @@ def memberships(resource: Resource, base_url: str) -> Resource:
     """Return the groups or members of a resource, with absolute URLs."""
     return {
         name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
-        for name in MEMBERSHIPS
+        for name in MEMBERSHIP_ATTRIBUTES
         if name in resource
     }
 
@@ -1184,7 +1186,7 @@ class Operation:
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
-    if not isinstance(items := lower_names(body).get("operations"), list) or not items:
+    if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
     return list(
         joined(operation for item in items for operation in parse_operation(resource_type, item))
@@ -1208,14 +1210,14 @@ def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
     """Yield what one item of Operations asks for; its names and op go without regard to case."""
-    item = lower_names(item, "Operations: expected objects")
+    item = lowercase_keys(item, "Operations: expected objects")
     op, text, value = str(item.get("op")).lower(), item.get("path"), item.get("value")
     if op not in ("add", "replace", "remove"):
-        raise invalid_syntax(f"op: expected add, replace or remove, got {shown(item.get('op'))}")
+        raise invalid_syntax(f"op: expected add, replace or remove, got {quoted(item.get('op'))}")
     if op != "remove" and "value" not in item:
         raise invalid_value(f"{op} {text or ''}: value is missing")
     if text is not None and not isinstance(text, str):
-        raise invalid_path(f"path: expected text, got {shown(text)}")
+        raise invalid_path(f"path: expected text, got {quoted(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
     if path.attributes:
         yield from bind_operation(op, path, value, merge=op == "add")
@@ -1228,7 +1230,7 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
     """Yield the operations that the members of a path-less operation's value stand for."""
     if not isinstance(value, dict):
-        raise invalid_value(f"{op} without path: expected an object, got {shown(value)}")
+        raise invalid_value(f"{op} without path: expected an object, got {quoted(value)}")
     # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
     # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
     # A misspelt custom field is an error as in a path, so that the administrator sees it.
@@ -1249,8 +1251,8 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
     attribute = path.sub_attribute or path.attributes[-1]
     match path:
-        case PatchPath((_,), Compare(Target((by,)), "eq", _, id), None) if (
-            op == "remove" and attribute.linked and by is attribute.value_attribute
+        case PatchPath((_,), Compare(AttributePath((by,)), "eq", _, id), None) if (
+            op == "remove" and attribute.is_membership and by is attribute.value_attribute
         ):
             path, value = PatchPath(path.attributes), [{"value": id}]
     holder = path.attributes[-2:][0]
@@ -1275,17 +1277,17 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         accepted = None
     elif path.filter and not path.sub_attribute:
         one = value[0] if isinstance(value, list) and len(value) == 1 else value
-        terms = lower_names(equal_terms(path.filter)) if isinstance(one, dict) and one else {}
-        accepted = accept_single(attribute, terms | lower_names(one) if terms else one)
+        terms = lowercase_keys(equal_terms(path.filter)) if isinstance(one, dict) and one else {}
+        accepted = accept_single(attribute, terms | lowercase_keys(one) if terms else one)
     else:
         accepted = accept_value(attribute, value)
     yield Operation(op, path, accepted, value is not None)
 
 
-def named_members(operations: Iterable[Operation]) -> set[str] | None:
+def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     """Return the ids of the members that operations can touch; None where it may be any."""
     # With them a change of membership costs what it changes, however large the group is.
-    asked = [one for one in operations if one.path.attributes[0].linked]
+    asked = [one for one in operations if one.path.attributes[0].is_membership]
     plain = all(
         one.path == PatchPath(one.path.attributes[:1]) and one.op != "replace" and one.given
         for one in asked
@@ -1337,7 +1339,7 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
             one
             for one in attribute.values(holder)
             if (known := identity(attribute, one)) not in unwanted
-            and (attribute.linked or not any(given <= known for given in unwanted))
+            and (attribute.is_membership or not any(given <= known for given in unwanted))
         ]  # or parts of it
     elif value is None:
         if operation.op != "add":
@@ -1363,7 +1365,7 @@ def identity(
     attribute: Attribute, value: Resource, adding: bool = False
 ) -> frozenset[tuple[str, str]]:
     """Return by what a complex value is the same as another: a member by its value alone."""
-    names = ["value"] if attribute.linked else [name for name in value if name != "primary"]
+    names = ["value"] if attribute.is_membership else [name for name in value if name != "primary"]
     if adding and "value" in value:  # RFC 7643 §2.4: none twice with the same type and value
         names = [name for name in names if name in ("type", "value")]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
@@ -1399,7 +1401,7 @@ def change_selected(
 def equal_terms(filter: Filter) -> Resource:
     """Return the sub-attributes that a filter says are equal to a value."""
     match filter:
-        case Compare(Target((sub,)), "eq", _, value):
+        case Compare(AttributePath((sub,)), "eq", _, value):
             return {sub.name: value}
         case And(filters):
             return {name: value for inner in filters for name, value in equal_terms(inner).items()}
@@ -1430,7 +1432,7 @@ def pruned(value: Json) -> Json:
 EACH = "seq, 0 AS element FROM resource"
 MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
 GROUPS = "member_seq AS seq, group_seq AS element FROM member"
-LINKED_ENTRIES = {
+DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
     f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
     f"FROM value WHERE path IN ('{FACILIO.lower()}', '{ENTERPRISE.lower()}')",
@@ -1495,7 +1497,7 @@ def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
 def width(filter: Filter) -> int:
     """Return a guess at how many rows a filter finds: 0 a few, 1 a range of them, 2 most of them."""
     match filter:
-        case Compare(Target((*_, attribute)), "eq"):
+        case Compare(AttributePath((*_, attribute)), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare():
             return 1
@@ -1523,7 +1525,9 @@ def is_set(filter: Filter) -> bool:
 def probe(filter: Filter, row: str) -> Sql:
     """Return an equality as a look-up for one row, another filter as it is."""
     match filter:
-        case Compare(Target((*_, attribute)), "eq", key) if attribute.index not in LINKED_ENTRIES:
+        case Compare(AttributePath((*_, attribute)), "eq", key) if (
+            attribute.index not in DERIVED_ENTRIES
+        ):
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
             sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
             return sql, [attribute.index, key]
@@ -1539,7 +1543,7 @@ def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
     )
 
 
-def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql:
+def rows(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
     """Return that a row is among the index entries of a target that meet a condition."""
     source, values = entries_of(target.attribute)
     return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [
@@ -1550,7 +1554,7 @@ def rows(target: Target, row: str, condition: str, parameters: list[Any]) -> Sql
 
 def entries_of(attribute: Attribute) -> Sql:
     """Return the index entries of an attribute as what follows FROM, to which conditions are added."""
-    if linked := LINKED_ENTRIES.get(attribute.index):
+    if linked := DERIVED_ENTRIES.get(attribute.index):
         return f"(SELECT {linked}) AS entry WHERE 1 = 1", []
     return "value AS entry WHERE path = ?", [attribute.index]
 
@@ -1558,7 +1562,7 @@ def entries_of(attribute: Attribute) -> Sql:
 class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
-    target: Target
+    target: AttributePath
     descending: bool = False
 
 
@@ -1649,12 +1653,12 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """,
 )
 BUSY_SECONDS = 5  # how long a write waits for that of another process
-MAX_BATCH = 64  # writes that share a commit
+MAX_WRITES_PER_COMMIT = 64  # writes that share a commit
 WRITER_CACHE = 8000  # KiB of pages that a writer keeps: a user is entries all over the index
 WAL_PAGES = 4000  # written before they are copied: those that all creates change but once
 READERS = 16  # connections that read at once; more would take turns anyway
 POLL_SECONDS = 0.5  # how often a waiting reader looks for what other processes wrote
-dump = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
 DECODER = json.JSONDecoder()
 
 
@@ -1662,7 +1666,7 @@ class Encoded(str):
     """JSON text of a resource, which goes out as it is."""
 
 
-def load(text: str) -> Json:
+def from_json(text: str) -> Json:
     """Return what dump() made text of."""
     return DECODER.raw_decode(text)[0]  # without a look for blanks around it
 
@@ -1681,7 +1685,7 @@ class Damaged(StoreError):
         )
 
 
-def unusable(path: str, error: sqlite3.DatabaseError) -> StoreError:
+def store_error(path: str, error: sqlite3.DatabaseError) -> StoreError:
     """Return the error of a file that SQLite cannot use now, or not at all."""
     if isinstance(error, sqlite3.OperationalError):
         return StoreError(f"{path}: cannot be used ({error})")
@@ -1704,7 +1708,7 @@ class Row(NamedTuple):
     @property
     def attributes(self) -> Resource:
         """The body as a resource, read anew: canonical but for what is computed."""
-        return load(self.body)  # type: ignore[no-any-return]
+        return from_json(self.body)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
@@ -1751,7 +1755,7 @@ class Session:
         (key, number), *columns = [
             column for column in row._asdict().items() if column[0] != "manager"
         ]
-        values = [dump(value) if isinstance(value, dict) else value for _, value in columns]
+        values = [to_json(value) if isinstance(value, dict) else value for _, value in columns]
         changes = ", ".join(f"{name} = excluded.{name}" for name, _ in columns)
         sql = f"INSERT INTO {table} VALUES (?{', ?' * len(values)}) ON CONFLICT ({key}) DO UPDATE SET {changes}"
         new = self.run(sql, [number or None, *values]).lastrowid
@@ -1927,7 +1931,7 @@ class Session:
                 {
                     "value": id,
                     "$ref": f"/Groups/{id}",
-                    "display": load(body)["displayName"],
+                    "display": from_json(body)["displayName"],
                     "type": "direct",
                 }
             )
@@ -1996,7 +2000,7 @@ class Session:
             f"FROM employee WHERE {condition}"
         )
         for *columns, record, manager in self.run(sql, values):
-            yield EmployeeRow(*[*columns, load(record), manager])
+            yield EmployeeRow(*[*columns, from_json(record), manager])
 
     # -- Changes --
 
@@ -2025,7 +2029,7 @@ class Session:
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
         found = self.run(f"SELECT * FROM change WHERE {condition}", values)
-        return [Change(*[*columns, load(attributes)]) for *columns, attributes in found]
+        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in found]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the last one made."""
@@ -2042,7 +2046,7 @@ class Session:
         self.run_many(
             "INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
             [
-                (level, subject, dump(entry).encode("utf-8", "replace").decode())
+                (level, subject, to_json(entry).encode("utf-8", "replace").decode())
                 for level, subject, entry in rows
             ],
         )
@@ -2057,7 +2061,7 @@ class Session:
             "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
         return [
-            {"seq": seq, "level": level, "subject": subject, **load(entry)}
+            {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
             for seq, level, subject, entry in self.run(
                 sql, [after, before, level, subject, text, count]
             )
@@ -2135,7 +2139,7 @@ class Store:
                 raise Damaged(self.path, found)
             self._migrate()
         except sqlite3.DatabaseError as error:
-            raise unusable(self.path, error) from error
+            raise store_error(self.path, error) from error
         except OSError as error:
             raise StoreError(
                 f"{self.path}: cannot be opened for writing ({error}); "
@@ -2230,7 +2234,7 @@ class Store:
                 self._owner = 0
                 if (
                     not self._waiting
-                    or self._batch.size >= MAX_BATCH
+                    or self._batch.size >= MAX_WRITES_PER_COMMIT
                     or not self._writer.in_transaction
                 ):
                     self._commit()
@@ -2323,9 +2327,9 @@ class Store:
                     raise StoreError(f"{path}: damaged ({found}); choose another backup")
                 if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
                     raise StoreError(f"{path}: not a backup that this scim_server knows")
-                owner = Session(source).setting("tenant")
-                if owner not in ("", tenant):
-                    raise StoreError(f"{path}: is a backup of tenant {owner}, not of {tenant}")
+                caller = Session(source).setting("tenant")
+                if caller not in ("", tenant):
+                    raise StoreError(f"{path}: is a backup of tenant {caller}, not of {tenant}")
                 given = Session(self._writer).numbers()
                 source.backup(self._writer)
                 self._migrate()
@@ -2429,7 +2433,7 @@ def employee_record(user: Resource) -> Resource:
 
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
-    for item in Target(path.attributes).items(resource):
+    for item in AttributePath(path.attributes).items(resource):
         text = item.get(path.sub_attribute.name) if path.sub_attribute else item
         if text and (not path.filter or matches(path.filter, item)):
             return str(text)
@@ -2475,7 +2479,7 @@ KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
 KINDS = {str: "string", int: "integer", bool: "boolean"}  # the types of custom fields' values
-CHANGED_SINCE = Attribute("changed_since", "dateTime").placed()
+CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
 
 
@@ -2491,7 +2495,7 @@ class Page(NamedTuple):
     more: bool = False  # whether resources follow on its far side
 
 
-class Condition(NamedTuple):
+class Precondition(NamedTuple):
     """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent."""
 
     if_match: str = ""
@@ -2514,7 +2518,7 @@ class Condition(NamedTuple):
         return "*" in tags or version.removeprefix("W/") in tags
 
 
-ALWAYS = Condition()
+ALWAYS = Precondition()
 Clock = Callable[[], datetime]
 utc_now: Clock = partial(datetime.now, UTC)
 
@@ -2557,7 +2561,7 @@ class Directory:
                 self._adopt_custom_fields(session)
                 self._adopt_users(session)
         except sqlite3.DatabaseError as error:
-            raise unusable(store.path, error) from error
+            raise store_error(store.path, error) from error
 
     @classmethod
     def as_stored(cls, store: Store) -> Directory:
@@ -2569,15 +2573,15 @@ class Directory:
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError where it is another tenant's."""
         with self.store.writing() as session:
-            owner = session.setting("tenant")
-            if owner not in ("", tenant):
+            caller = session.setting("tenant")
+            if caller not in ("", tenant):
                 raise StoreError(
-                    f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
+                    f"{self.store.path}: is the file of tenant {caller}, not of {tenant}"
                 )
-            if not owner:
+            if not caller:
                 session.set_setting("tenant", tenant)
 
-    def acting(self, token: str) -> Directory:
+    def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
         view = Directory.__new__(Directory)
         vars(view).update(vars(self), token=token)
@@ -2590,7 +2594,7 @@ class Directory:
         accepted.update(defaults(resource_type) | accepted)
         now = time_text(self.clock())
         row = Row(
-            0, resource_type.name, self.new_id(), dump(stored(accepted)), "{}", 1, now, now, 0
+            0, resource_type.name, self.new_id(), to_json(stored(accepted)), "{}", 1, now, now, 0
         )
         with self.store.writing() as session:
             self._check_unique(session, row, accepted)
@@ -2659,7 +2663,7 @@ class Directory:
         return Page(total, resources, first, last, more)
 
     def replace(
-        self, type: ResourceType | str, id: str, body: Json, condition: Condition = ALWAYS
+        self, type: ResourceType | str, id: str, body: Json, condition: Precondition = ALWAYS
     ) -> Resource:
         """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
         resource_type = self._type(type)
@@ -2678,13 +2682,13 @@ class Directory:
         type: ResourceType | str,
         id: str,
         body: Json,
-        condition: Condition = ALWAYS,
+        condition: Precondition = ALWAYS,
         selection: Selection = WHOLE,
     ) -> Resource | None:
         """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
         resource_type = self._type(type)
         operations = parse_operations(resource_type, body)
-        named = named_members(operations)
+        named = touched_member_ids(operations)
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
@@ -2695,7 +2699,7 @@ class Directory:
                 return None
             return self._complete(session, row, selection)
 
-    def delete(self, type: ResourceType | str, id: str, condition: Condition = ALWAYS) -> None:
+    def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
@@ -2935,7 +2939,7 @@ class Directory:
         attributes: Sequence[str] = (),
     ) -> None:
         """Append to the change feed, a row for each member, and forget the oldest."""
-        now, names = self.clock(), dump(attributes)
+        now, names = self.clock(), to_json(attributes)
         session.log(
             [(time_text(now), kind, id, member, self.token, names) for member in members],
             self.keep,
@@ -2949,7 +2953,7 @@ class Directory:
             raise ScimError(
                 404,
                 "",
-                f"{shown(type)} is no resource type; there are {', '.join(self.resource_types)}",
+                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
             )
         return self.resource_types[type] if isinstance(type, str) else type
 
@@ -2959,7 +2963,7 @@ class Directory:
         name = self._type(type).name
         if row := session.find(name, id):
             return self._fitted(row, session if writing else None)
-        raise ScimError(404, "", f"{name} {shown(id)} does not exist")
+        raise ScimError(404, "", f"{name} {quoted(id)} does not exist")
 
     def _complete(
         self,
@@ -2998,11 +3002,11 @@ class Directory:
                 *[one.id for one in resource_type.extensions if member_at(row.body, one.id)],
             ]
         )
-        joined = dump(memberships(linked, base_url))[1:-1] + "," if linked else ""
+        joined = to_json(memberships(linked, base_url))[1:-1] + "," if linked else ""
         return Encoded(
-            f'{{"schemas":["{schemas}"],"id":{dump(row.id)},"meta":{{"resourceType":"{row.type}",'
-            f'"created":"{row.created}","lastModified":"{row.modified}","version":{dump(version)},'
-            f'"location":{dump(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}'
+            f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":"{row.type}",'
+            f'"created":"{row.created}","lastModified":"{row.modified}","version":{to_json(version)},'
+            f'"location":{to_json(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}'
         )
 
     def _linked(
@@ -3023,7 +3027,7 @@ class Directory:
         if not (joined := (groups or session.groups([row.seq]))[row.seq]):
             return f'W/"{row.revision}"', {}
         # A group that is renamed changes its members' groups, and so their versions.
-        fingerprint = hashlib.sha256(dump(joined).encode()).hexdigest()[:12]
+        fingerprint = hashlib.sha256(to_json(joined).encode()).hexdigest()[:12]
         return f'W/"{row.revision}-{fingerprint}"', {"groups": joined}
 
     def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
@@ -3035,7 +3039,7 @@ class Directory:
                 raise ScimError(
                     409,
                     "uniqueness",
-                    f"{sub.name} {shown(resource[sub.name])} is already in "
+                    f"{sub.name} {quoted(resource[sub.name])} is already in "
                     f"use by another {row.type}",
                 )
 
@@ -3047,7 +3051,7 @@ class Directory:
         differs = attributes != row.attributes
         if not differs and not changed:
             return row
-        saved = self._touch(session, row, dump(attributes), row.member_count + balance)
+        saved = self._touch(session, row, to_json(attributes), row.member_count + balance)
         if differs:
             self._record(session, row, before, after)
         return saved
@@ -3087,7 +3091,7 @@ class Directory:
 
     def _adopt_custom_fields(self, session: Session) -> None:
         """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        configured = dump(list(self._kinds.items()))
+        configured = to_json(list(self._kinds.items()))
         if session.setting("custom_fields") != configured:
             for row in session.holding(FACILIO):
                 self._fitted(row, session)
@@ -3102,7 +3106,7 @@ class Directory:
             return row
         user_type = self.resource_types["User"]
         extension = user_type.root.by_name[FACILIO.lower()]
-        visible, hidden, earlier = Resource(), Resource(), load(row.hidden)
+        visible, hidden, earlier = Resource(), Resource(), from_json(row.hidden)
         for name, value in (*found.items(), *earlier.items()):
             sub = extension.sub_attribute(name)
             if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
@@ -3111,8 +3115,8 @@ class Directory:
                 hidden.setdefault(name, value)
         if (visible, hidden) == (found, earlier):
             return row
-        body = dump(pruned(row.attributes | {FACILIO: visible}))
-        fitted = row._replace(body=body, hidden=dump(hidden), revision=row.revision + 1)
+        body = to_json(pruned(row.attributes | {FACILIO: visible}))
+        fitted = row._replace(body=body, hidden=to_json(hidden), revision=row.revision + 1)
         if (
             session
         ):  # one that writes; the index holds what that view wrote, by types that the values show
@@ -3149,7 +3153,7 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
     names = []
     for sub in attribute.sub_attributes:
         old, new = before.get(sub.name, {}), after.get(sub.name, {})
-        if old != new and sub.mutability == "readWrite" and not sub.linked:
+        if old != new and sub.mutability == "readWrite" and not sub.is_membership:
             names += (
                 [sub.path]
                 if ":" not in sub.name
@@ -3164,7 +3168,7 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
 
 def stored(resource: Resource) -> Resource:
     """Return the part of a resource that is kept in its row's body."""
-    made_anew = ("schemas", "id", "meta", *MEMBERSHIPS)
+    made_anew = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
     return {name: value for name, value in resource.items() if name not in made_anew}
 
 
@@ -3434,7 +3438,7 @@ class ConfigReader:
             if (found := convert(value)) is not None:
                 return found
         self.wrong(
-            path, f"expected {expected}" + ("" if "token" in path else f", got {shown(value)}")
+            path, f"expected {expected}" + ("" if "token" in path else f", got {quoted(value)}")
         )
         return None
 
@@ -3534,7 +3538,7 @@ unauthorized = partial(  # whatever is wrong with a bearer token
     "application",
     {"WWW-Authenticate": 'Bearer realm="scim"'},
 )
-Owner = tuple[Tenant, Token, Directory | StoreError]  # of a request
+Caller = tuple[Tenant, Token, Directory | StoreError]  # of a request
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
@@ -3548,10 +3552,10 @@ class Request(NamedTuple):
     body: bytes | Json = b""  # Bulk hands in JSON that was read already
     scheme: str = "http"  # and host: how the client named this server
     host: str = "localhost"
-    root: str = ""  # the path that the server is mounted at
+    mount_point: str = ""  # the path that the server is mounted at
     client: str = ""  # the address that it came from
     id: str = "-"  # for the logs
-    owner: Owner | None = None  # whose it is, where that is known: Bulk asks for many but once
+    caller: Caller | None = None  # whose it is, where that is known: Bulk asks for many but once
     encoded: bool = (
         False  # whether resources in the answer may be Encoded, for who makes bytes of them
     )
@@ -3577,10 +3581,10 @@ class Call(NamedTuple):
     endpoint: str  # the first segment of the path
     id: str  # the last, where there are others
     parameters: Mapping[str, str]  # of the query, names in lower case
-    condition: Condition  # on the version
+    condition: Precondition  # on the version
     base_url: str
     application: Any
-    owner: Owner | None  # of the request
+    caller: Caller | None  # of the request
 
     def selection(self, resource_type: ResourceType) -> Selection:
         """Return what the client wants to see of resources of a type."""
@@ -3602,7 +3606,7 @@ class Call(NamedTuple):
         if not (text := self.parameters.get(name.lower(), "")):
             return default
         if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
-            raise ScimError(400, scim_type, f"{name}: expected an integer, got {shown(text)}")
+            raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
 
     def search(
@@ -3707,13 +3711,13 @@ def plain_response(body: Json, type: str = "application/json", **headers: str) -
     return Response(200, body, {"Content-Type": type, **headers})
 
 
-def credentials(request: Request) -> tuple[str, str]:
+def credentials_of(request: Request) -> tuple[str, str]:
     """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     return scheme, secret.strip()
 
 
-def failed(error: Exception) -> Response:
+def response_for(error: Exception) -> Response:
     """Return the answer to a request that failed; what its client cannot mend is printed."""
     if isinstance(error, ScimError):
         return error_response(error)
@@ -3867,7 +3871,7 @@ def get_published(call: Call) -> Response:
         return Response(200, document)
     if not call.id:
         return list_response(found.values(), len(found), startIndex=1)
-    raise ScimError(404, "", f"{shown(call.id)} does not exist; there are {', '.join(found)}")
+    raise ScimError(404, "", f"{quoted(call.id)} does not exist; there are {', '.join(found)}")
 
 
 # -- Operations: each takes a call and gives a response ----------------------------
@@ -3957,7 +3961,7 @@ def list_by_cursor(
 # missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
     """Return a cursor to the page behind a position."""
-    content = dump(
+    content = to_json(
         [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
     ).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
@@ -3987,7 +3991,7 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
 def query_digest(call: Call) -> str:
     """Return what makes two requests pages of one query."""
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    return digest(dump([[found.name for found in call.resource_types], terms]))[:16]
+    return digest(to_json([[found.name for found in call.resource_types], terms]))[:16]
 
 
 def signature(call: Call, content: bytes) -> bytes:
@@ -3998,10 +4002,10 @@ def signature(call: Call, content: bytes) -> bytes:
 def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
-    for name, value in lower_names(parse_body(call.request)).items():
+    for name, value in lowercase_keys(parse_body(call.request)).items():
         names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
         if not all(isinstance(one, (str, int)) for one in names):
-            raise invalid_value(f"{name}: expected text, an integer or names, got {shown(value)}")
+            raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
         if names:
             parameters[name] = ",".join(map(str, names))
         if name != "filter" and len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
@@ -4013,12 +4017,12 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
-        raise invalid_value(f"sortOrder: expected ascending or descending, got {shown(order)}")
+        raise invalid_value(f"sortOrder: expected ascending or descending, got {quoted(order)}")
     name = parameters.get("sortby", "").strip()
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
     if target and (standing := target[-1].value_attribute):
         target = (*target, standing)
-    return Sorting(Target(target), order == "descending") if target else None
+    return Sorting(AttributePath(target), order == "descending") if target else None
 
 
 # -- Bulk: a loop over handle ------------------------------------------------------
@@ -4044,15 +4048,15 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
     """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
     given = {
         name: value
-        for name, value in lower_names(item, "Operations: expected objects").items()
+        for name, value in lowercase_keys(item, "Operations: expected objects").items()
         if value is not None
     }
     for name in ("method", "path", "bulkId", "version"):
         if not isinstance(value := given.setdefault(name.lower(), ""), str):
-            raise invalid_syntax(f"Operations: {name} must be text, got {shown(value)}")
+            raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
     endpoint, _, id = given["path"].strip("/").partition("/")
     data = given.get("data")
-    texts = texts_in([id, data]) if "bulkId:" in dump([id, data]) else ()  # few refer to others
+    texts = texts_in([id, data]) if "bulkId:" in to_json([id, data]) else ()  # few refer to others
     references = {found[1] for _, text in texts if (found := BULK_ID.fullmatch(text))}
     return BulkOperation(
         given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references
@@ -4086,7 +4090,9 @@ class Bulk:
         self.incomplete: list[int] = []  # made before what they refer to, in a circle
         for number, made in enumerate(operations):
             if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
-                raise invalid_value(f"bulkId {shown(made.bulk_id)}: each POST needs one of its own")
+                raise invalid_value(
+                    f"bulkId {quoted(made.bulk_id)}: each POST needs one of its own"
+                )
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request, until there are so many errors."""
@@ -4126,7 +4132,7 @@ class Bulk:
             for name in sorted(missing):
                 if self.makers.get(name) is None or self.makers[name] in self.answers:
                     raise ScimError(
-                        409, "", f"bulkId {shown(name)}: no POST of this request made it"
+                        409, "", f"bulkId {quoted(name)}: no POST of this request made it"
                     )
             response = self._send(operation, operation.method, operation.id)
         except ScimError as error:
@@ -4143,10 +4149,12 @@ class Bulk:
     def _check(self, operation: BulkOperation) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
-            raise invalid_value(f"method: expected POST, PUT, PATCH or DELETE, got {shown(method)}")
+            raise invalid_value(
+                f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
+            )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
             expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise invalid_path(f"path: {method} needs one such as {expected}, got {shown(path)}")
+            raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
         if method != "DELETE" and operation.data is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
@@ -4163,7 +4171,7 @@ class Bulk:
                 path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
                 query="",
                 headers=headers,
-                owner=self.call.owner,
+                caller=self.call.caller,
                 body=resolved(operation.data, self.ids) if operation.references else operation.data,
             )
         )
@@ -4204,7 +4212,7 @@ class Bulk:
 
 def run_bulk(call: Call) -> Response:
     """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
-    message = lower_names(parse_body(call.request))
+    message = lowercase_keys(parse_body(call.request))
     items, limit = message.get("operations"), message.get("failonerrors")
     if not isinstance(items, list) or not items:
         raise invalid_syntax("Operations: expected a list of operations")
@@ -4215,7 +4223,7 @@ def run_bulk(call: Call) -> Response:
             f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations",
         )
     if limit is not None and (type(limit) is not int or limit < 1):
-        raise invalid_value(f"failOnErrors: expected 1 or more, got {shown(limit)}")
+        raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing(alone=True):
         answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
@@ -4375,7 +4383,7 @@ STEPS = (  # of the set-up: key, operation, title, how to get there
 
 
 @dataclass(frozen=True, eq=False)
-class Answered:
+class LoggedCall:
     """A call of a tenant's client on its way to the log; request and response without what it omits."""
 
     instant: datetime
@@ -4403,7 +4411,7 @@ class Answered:
         found = body.get("Resources", [body])
         if len(found) != 1:
             return {}
-        return load(found[0]) if isinstance(found[0], Encoded) else found[0]  # type: ignore[no-any-return]
+        return from_json(found[0]) if isinstance(found[0], Encoded) else found[0]  # type: ignore[no-any-return]
 
 
 def sent_values(body: Json) -> Iterator[Sent]:
@@ -4429,7 +4437,7 @@ def member_ids(path: str, value: Json) -> list[str]:
     return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
 
 
-def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator[str]:
+def findings(session: Session, call: LoggedCall, sent: Sequence[Sent]) -> Iterator[str]:
     """Yield what is doubtful in a call that was done, in words that EXPLANATIONS knows."""
     user_type, user = call.directory.resource_types["User"], call.resource
     if call.type == "Group":
@@ -4440,23 +4448,23 @@ def findings(session: Session, call: Answered, sent: Sequence[Sent]) -> Iterator
             for id in member_ids(path, value)
         } - {one.get("value") for one in call.resource.get("members", ())}
         if missing := session.unknown_ids(sorted(asked)):
-            yield "members: " + ", ".join(map(shown, missing[:3])) + (", …" if missing[3:] else "")
+            yield "members: " + ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
     for _, path, value in sent if call.type == "User" else ():
         name = path.lower().partition("[")[0]
         if name == "active" and isinstance(value, str):
-            yield f"active: {shown(value)}"
+            yield f"active: {quoted(value)}"
         elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
-            yield f"externalId: {shown(value)}"
+            yield f"externalId: {quoted(value)}"
         elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield unknown(path, user_type)
+            yield why_unknown(path, user_type)
         elif name in ("emails", "username"):
             for mail in user.get("emails", []):
                 differs = str(mail.get("value")).casefold() != user.get("userName", "").casefold()
                 if mail.get("type") == "work" and differs:
-                    yield f"emails: {shown(mail.get('value'))} for {shown(user.get('userName'))}"
+                    yield f"emails: {quoted(mail.get('value'))} for {quoted(user.get('userName'))}"
 
 
-def explain(finding: str, call: Answered) -> Json:
+def explain(finding: str, call: LoggedCall) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
     match, (_, kind, text, remedy) = next(
         (match, row)
@@ -4480,7 +4488,7 @@ def explain(finding: str, call: Answered) -> Json:
     }
 
 
-def refusal(call: Answered, raw: str) -> str:
+def refusal(call: LoggedCall, raw: str) -> str:
     """Return status and detail of an error, without values where a secret was among what was sent."""
     detail = (call.response.body or {}).get("detail", "")
     if call.response.status == 401 and call.token.expired(call.instant):
@@ -4490,7 +4498,7 @@ def refusal(call: Answered, raw: str) -> str:
     return f"{call.response.status} {detail}"
 
 
-def in_words(call: Answered, sent: Sequence[Sent]) -> str:
+def in_words(call: LoggedCall, sent: Sequence[Sent]) -> str:
     """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
     method, route, thing = call.request.method, call.response.route, call.type.lower()
     if not thing or (
@@ -4515,7 +4523,7 @@ def in_words(call: Answered, sent: Sequence[Sent]) -> str:
     )
 
 
-def name_of(session: Session, call: Answered, id: str, body: Json) -> str:
+def name_of(session: Session, call: LoggedCall, id: str, body: Json) -> str:
     """Return the name of whom a call concerns, as far as anybody knows it."""
 
     def candidates() -> Iterator[Mapping[str, Json]]:
@@ -4548,7 +4556,7 @@ def masked(value: Json) -> Json:
     }
 
 
-def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
+def describe(session: Session, call: LoggedCall) -> tuple[int, str, Json]:
     """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
     request, status, refused = call.request, call.response.status, call.response.status >= 400
     body, raw = request.body, ""
@@ -4557,7 +4565,9 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
         with suppress(ValueError, RecursionError):
             body = json.loads(raw)
     sent = list(sent_values(body)) if call.type else []
-    notes = [refusal(call, raw or dump(body))] if refused else list(findings(session, call, sent))
+    notes = (
+        [refusal(call, raw or to_json(body))] if refused else list(findings(session, call, sent))
+    )
     in_path = unquote(request.path.rstrip("/").split("/")[-1])
     id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
     entry = {
@@ -4581,7 +4591,7 @@ def describe(session: Session, call: Answered) -> tuple[int, str, Json]:
     return 2 if refused else int(bool(notes)), id, entry
 
 
-def write_log(store: Store, calls: Sequence[Answered]) -> None:
+def write_log(store: Store, calls: Sequence[LoggedCall]) -> None:
     """Store calls of one tenant in its log, each token's last use, and when a step of the set-up was done first."""
     logged = [call for call in calls if call.logged]
     uses = {call.token.name: call.instant for call in calls if call.response.status != 401}
@@ -4599,7 +4609,7 @@ def write_log(store: Store, calls: Sequence[Answered]) -> None:
                     session.set_setting(f"first {step}", entry["at"])
 
 
-class Batches:
+class BackgroundWriter:
     """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
 
     Nobody waits for it: an item that finds limit others waiting is lost; lost counts them. write must not raise.
@@ -4643,7 +4653,7 @@ class Batches:
             self._write([item for item in batch if item is not None])
 
 
-class ProvisioningLog(Batches):
+class ProvisioningLog(BackgroundWriter):
     """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
 
     def __init__(self) -> None:
@@ -4654,7 +4664,7 @@ class ProvisioningLog(Batches):
         """Return whether a call may be added: of reads that succeeded, which tell least, LOG_READS wait at most."""
         return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
 
-    def add(self, call: Answered) -> None:
+    def add(self, call: LoggedCall) -> None:
         """Have a call written, without long bodies and long lists."""
         body, answer = call.request.body, call.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
@@ -4670,7 +4680,7 @@ class ProvisioningLog(Batches):
         with self._lock:
             self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
 
-    def _store(self, batch: list[Answered]) -> None:
+    def _store(self, batch: list[LoggedCall]) -> None:
         for store in dict.fromkeys(call.directory.store for call in batch):
             calls = [call for call in batch if call.directory.store is store]
             try:
@@ -4693,7 +4703,7 @@ def list_employees(call: Call) -> Response:
     """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
     active = call.parameters.get("active", "").lower()
     if active not in ("", "true", "false"):
-        raise invalid_value(f"active: expected true or false, got {shown(active)}")
+        raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     found = list(
         itertools.islice(
@@ -4722,7 +4732,7 @@ def get_employee(call: Call) -> Response:
     """Answer GET /employees/{id}."""
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (found := next(call.directory.employees(id=id), None)):
-        raise ScimError(404, "", f"employee {shown(call.id)} does not exist")
+        raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
     return plain_response(asdict(found))
 
 
@@ -4810,7 +4820,7 @@ def get_log(call: Call) -> Response:
 def get_setup(call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
     directory, log = call.directory, call.application.log
-    tenant = call.owner[0]  # type: ignore[index]
+    tenant = call.caller[0]  # type: ignore[index]
     user_type, now = directory.resource_types["User"], directory.clock()
     with directory.store.reading() as session:
         steps = [
@@ -4936,7 +4946,7 @@ class Metrics:
 
 def get_readiness(application: Any, request: Request) -> Response:
     """Answer GET /readyz: the database of each tenant answers."""
-    served = application.served
+    served = application.available
     with suppress(sqlite3.Error):
         for directory in served:
             directory.last_use("")
@@ -4951,7 +4961,7 @@ def get_metrics(application: Any, request: Request) -> Response:
         request.client in ("127.0.0.1", "::1")
         and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
     )
-    if not local and digest(credentials(request)[1]) != application.config.metrics_sha256:
+    if not local and digest(credentials_of(request)[1]) != application.config.metrics_sha256:
         return error_response(
             ScimError(
                 401,
@@ -5091,7 +5101,7 @@ class Application:
             self._slow = (
                 bool(self._ask)
                 or config.data_dir == ":memory:"
-                or len(self.served) < len(config.tenants)
+                or len(self.available) < len(config.tenants)
             )
             hashed = tuple(
                 replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
@@ -5143,7 +5153,7 @@ class Application:
         return found
 
     @property
-    def served(self) -> list[Directory]:
+    def available(self) -> list[Directory]:
         """The directories of the tenants whose files are good."""
         return [found for found in self.directories.values() if isinstance(found, Directory)]
 
@@ -5156,13 +5166,13 @@ class Application:
 
     def interrupt(self) -> None:
         """End all long polls, for good."""
-        for directory in self.served:
+        for directory in self.available:
             directory.store.interrupt()
 
     def close(self) -> None:
         """Write the logs and close the files; nobody may use the application afterwards."""
         self.log.close()
-        for directory in self.served:
+        for directory in self.available:
             directory.store.close()
 
     def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
@@ -5194,28 +5204,30 @@ class Application:
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
         started = time.perf_counter()
-        response, owner = self._answer(request)
+        response, caller = self._answer(request)
         with suppress(Exception):  # whatever becomes of the log, the answer goes out
-            self._note(request, response, owner, time.perf_counter() - started)
+            self._note(request, response, caller, time.perf_counter() - started)
         return response
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
-        started, owner = time.perf_counter(), None
+        started, caller = time.perf_counter(), None
         try:
-            if not (owner := self.owner(requests[0])):
+            if not (caller := self.caller(requests[0])):
                 raise unauthorized()  # a hook is asked once
-            if isinstance(directory := owner[2], StoreError):
+            if isinstance(directory := caller[2], StoreError):
                 return list(map(self.handle, requests))
             with directory.store.writing():
-                responses = [self._answer(request._replace(owner=owner))[0] for request in requests]
+                responses = [
+                    self._answer(request._replace(caller=caller))[0] for request in requests
+                ]
         except Exception as error:  # noqa: BLE001  also of the commit, which undoes all of them
-            responses = [failed(error)._replace(tenant=owner[0].name if owner else "")] * len(
-                requests
-            )
+            responses = [
+                response_for(error)._replace(tenant=caller[0].name if caller else "")
+            ] * len(requests)
         for request, response in zip(requests, responses, strict=True):
             with suppress(Exception):
-                self._note(request, response, owner, time.perf_counter() - started)
+                self._note(request, response, caller, time.perf_counter() - started)
         return responses
 
     def is_quick(self, line: bytes) -> bool:
@@ -5223,7 +5235,7 @@ class Application:
         return not self._slow and LOOKUP.match(line) is not None
 
     def _note(
-        self, request: Request, response: Response, owner: Owner | None, seconds: float
+        self, request: Request, response: Response, caller: Caller | None, seconds: float
     ) -> None:
         """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
         lost_its_way = response.status == 404 and not response.route
@@ -5231,12 +5243,12 @@ class Application:
         logged = (request.path.startswith(BASE_PATH) or lost_its_way) and not (
             request.method == "GET" and "x-console" in request.headers
         )
-        if not owner and logged and response.status == 401:
+        if not caller and logged and response.status == 401:
             self.log.add_stranger(time_text(self._clock()))
-        if not owner or isinstance(directory := owner[2], StoreError):
+        if not caller or isinstance(directory := caller[2], StoreError):
             return  # there is no log
         if self.log.has_room(request, response):
-            shown = Request(
+            logged_request = Request(
                 request.method,
                 request.path,
                 request.query,
@@ -5246,13 +5258,15 @@ class Application:
                 id=request.id,
             )  # without headers, which hold the secret
             self.log.add(
-                Answered(self._clock(), *owner[:2], directory, shown, response, seconds, logged)
+                LoggedCall(
+                    self._clock(), *caller[:2], directory, logged_request, response, seconds, logged
+                )
             )
         else:
             self.log.lost += logged
 
-    def _answer(self, request: Request) -> tuple[Response, Owner | None]:
-        owner, route = None, ""
+    def _answer(self, request: Request) -> tuple[Response, Caller | None]:
+        caller, route = None, ""
         try:
             segments = [
                 unquote(part) if "%" in part else part for part in request.path.split("/") if part
@@ -5261,7 +5275,7 @@ class Application:
                 return public(self, request)._replace(route=f"/{path}"), None
             if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
                 return page_response(self.page)._replace(route="/"), None
-            owner = self.owner(request)
+            caller = self.caller(request)
             inside = f"/{'/'.join(segments[:2])}" == BASE_PATH
             segments = segments[2:] if inside else ["", *segments]
             found = (
@@ -5269,7 +5283,7 @@ class Application:
                 if inside or self.page or segments[1:2] != ["console"]
                 else None
             )
-            directory = self._authenticate(request, owner) if inside or found else None
+            directory = self._authenticate(request, caller) if inside or found else None
             if segments[:1] == ["Me"]:
                 raise ScimError(
                     501, "", "/Me: a bearer token stands for a tenant, not for a person"
@@ -5282,21 +5296,21 @@ class Application:
                     f"Users and Groups follow {BASE_PATH}",
                 )
             methods, route = found
-            response = self._dispatch(request, owner, directory, segments, methods)
+            response = self._dispatch(request, caller, directory, segments, methods)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = failed(error)
-        tenant = owner[0].name if owner and response.status != 401 else ""
-        return Response(response.status, response.body, response.headers, tenant, route), owner
+            response = response_for(error)
+        tenant = caller[0].name if caller and response.status != 401 else ""
+        return Response(response.status, response.body, response.headers, tenant, route), caller
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
         return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
 
-    def owner(self, request: Request) -> Owner | None:
+    def caller(self, request: Request) -> Caller | None:
         """Return the tenant and the token that a request names, be it expired; None for nobody's."""
-        if request.owner:
-            return request.owner
-        secret = credentials(request)[1]
+        if request.caller:
+            return request.caller
+        secret = credentials_of(request)[1]
         found = self._tokens.get(digest(secret)) if secret else None
         if secret and not found and self._ask:
             try:
@@ -5312,16 +5326,16 @@ class Application:
         )  # None: removed at this moment
         return (*found, directory) if found and directory else None
 
-    def _authenticate(self, request: Request, owner: Owner | None) -> Directory:
+    def _authenticate(self, request: Request, caller: Caller | None) -> Directory:
         """Return the directory that a request is for, in the name of its token."""
-        scheme, now = credentials(request)[0], self._clock()
-        if not owner or scheme.lower() != "bearer" or owner[1].expired(now):
+        scheme, now = credentials_of(request)[0], self._clock()
+        if not caller or scheme.lower() != "bearer" or caller[1].expired(now):
             raise unauthorized()
-        tenant, token, directory = owner
+        tenant, token, directory = caller
         if isinstance(directory, StoreError):
             directory = self._retried(tenant, now)
         self._wake(tenant.name, directory)
-        return directory.acting(token.name)
+        return directory.on_behalf_of(token.name)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
         """Return the directory of a tenant that could not be opened, tried again now; ScimError 503."""
@@ -5351,7 +5365,7 @@ class Application:
     def _dispatch(
         self,
         request: Request,
-        owner: Owner | None,
+        caller: Caller | None,
         directory: Directory,
         segments: list[str],
         methods: Mapping[str, Operate],
@@ -5379,12 +5393,12 @@ class Application:
                 endpoint,
                 rest[-1] if rest else "",
                 {name.lower(): value for name, value in query},
-                Condition(
+                Precondition(
                     request.headers.get("if-match", ""), request.headers.get("if-none-match", "")
                 ),
-                f"{request.scheme}://{request.host}{request.root}{BASE_PATH}",
+                f"{request.scheme}://{request.host}{request.mount_point}{BASE_PATH}",
                 self,
-                owner,
+                caller,
             )
         )
 
@@ -5445,7 +5459,7 @@ Stamp = list[tuple[int, int]]
 http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # a second as a Date field has it
 
 
-def complain(text: str) -> None:
+def log_line(text: str) -> None:
     """Print a line for the operator."""
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
@@ -5650,7 +5664,7 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def stamp(*files: str) -> Stamp:
+def file_signature(*files: str) -> Stamp:
     """Return by what a change of files shows, [] where one is missing; half a file may have the time of the whole."""
     with suppress(OSError):
         return [(found.st_mtime_ns, found.st_size) for found in map(os.stat, files)]
@@ -5661,7 +5675,7 @@ class Tls:
     """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
 
     def __init__(self, *files: str) -> None:
-        self._files, self._seen = files, stamp(*files)
+        self._files, self._seen = files, file_signature(*files)
         try:
             self._context = self._load()
         except OSError as error:
@@ -5670,11 +5684,11 @@ class Tls:
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection, made anew when the files change if they can be used."""
         with suppress(OSError):
-            if (found := stamp(*self._files)) != self._seen:
+            if (found := file_signature(*self._files)) != self._seen:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    complain(
+                    log_line(
                         f"{' and '.join(self._files)}: cannot be used ({error}); "
                         "the earlier certificate serves on"
                     )
@@ -5688,7 +5702,7 @@ class Tls:
         return context
 
 
-def request_log(style: str, stream: TextIO) -> Batches:
+def request_log(style: str, stream: TextIO) -> BackgroundWriter:
     """Return what writes requests, as dicts whose values hold no blank, to a stream: as text, json or not at all."""
 
     def text(line: dict[str, Any]) -> str:
@@ -5701,7 +5715,7 @@ def request_log(style: str, stream: TextIO) -> Batches:
             stream.write("".join(f"{text(line)}\n" for line in lines))
             stream.flush()
 
-    return Batches(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
+    return BackgroundWriter(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
 def text_of_body(body: Json) -> str:
@@ -5709,12 +5723,12 @@ def text_of_body(body: Json) -> str:
     if isinstance(body, str):
         return body
     if not isinstance(body, dict) or "Resources" not in body:
-        return dump(body)
-    texts = ",".join(one if isinstance(one, Encoded) else dump(one) for one in body["Resources"])
-    return f"{dump({**body, 'Resources': []})[:-2]}{texts}]}}"
+        return to_json(body)
+    texts = ",".join(one if isinstance(one, Encoded) else to_json(one) for one in body["Resources"])
+    return f"{to_json({**body, 'Resources': []})[:-2]}{texts}]}}"
 
 
-def wire_form(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
+def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status, the header fields and the body of an answer."""
     body = b"" if response.body is None else text_of_body(response.body).encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
@@ -5792,7 +5806,7 @@ class Handler:
         except (EOFError, OSError):  # the client is gone, or was silent for too long
             pass
         except Exception as error:  # noqa: BLE001  a bug of ours ends no more than this
-            failed(error)
+            response_for(error)
         if going:
             self.server.rest(self)
         elif going is False:
@@ -5852,7 +5866,9 @@ class Handler:
         self._request, self._started = None, time.perf_counter()
         try:
             method, target, self._minor_version, headers = read_head(self.peer)
-            self._request = request = self.server.located(method, target, headers, self.client)
+            self._request = request = self.server.build_request(
+                method, target, headers, self.client
+            )
             if body := self._body(request):
                 request = request._replace(body=body)
         except TimeoutError:
@@ -5914,7 +5930,7 @@ class Handler:
     def _send(
         self, request: Request, response: Response, last: bool, cut: bool = False
     ) -> bool | None:
-        status, fields, body = wire_form(response, request)
+        status, fields, body = to_http(response, request)
         lines = [
             f"HTTP/1.1 {status}",
             f"Date: {http_date(int(time.time()))}",
@@ -6193,12 +6209,14 @@ class ScimServer(http.server.HTTPServer):
         """Return writes to answer together; where there are none, the next one begins another task."""
         with self._changed:
             if handlers := self._writes.pop(key):
-                self._writes[key] = handlers[MAX_BATCH:]
-        return handlers[:MAX_BATCH]
+                self._writes[key] = handlers[MAX_WRITES_PER_COMMIT:]
+        return handlers[:MAX_WRITES_PER_COMMIT]
 
     # -- Requests --
 
-    def located(self, method: str, target: str, headers: Mapping[str, str], client: str) -> Request:
+    def build_request(
+        self, method: str, target: str, headers: Mapping[str, str], client: str
+    ) -> Request:
         """Return a request without its body: where it came from, and how it named this server."""
         host, target = origin_form(target, headers.get("host") or "localhost")
         path, _, query = target.partition("?")
@@ -6257,7 +6275,7 @@ class ScimServer(http.server.HTTPServer):
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
             if isinstance(response.body, dict):
-                response = response._replace(body=load(text_of_body(response.body)))
+                response = response._replace(body=from_json(text_of_body(response.body)))
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
 
@@ -6313,7 +6331,7 @@ class WsgiApplication:
             response = self.application.handle(request._replace(body=self._body(environ, request)))
         except ScimError as error:
             response = error_response(error)
-        status, fields, body = wire_form(response, request)
+        status, fields, body = to_http(response, request)
         start_response(status, fields)
         return [body]
 
@@ -6809,9 +6827,9 @@ def chosen_store(options: argparse.Namespace) -> Store:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, the configuration of the day."""
-    seen, config = stamp(chosen_file(options)), chosen_config(options)
+    seen, config = file_signature(chosen_file(options)), chosen_config(options)
     application = Application(config, page=CONSOLE_PAGE)
-    if not application.served:
+    if not application.available:
         application.directory(config.tenants[0].name)  # says why
     warn(application)
     if config.tls:
@@ -6870,7 +6888,7 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener, t
     stopping = False
     while workers or not stopping:
         while len(workers) < config.workers and not stopping:
-            seen = stamp(chosen_file(options))
+            seen = file_signature(chosen_file(options))
             with suppress(ConfigError):
                 config = replace(chosen_config(options), workers=config.workers)
             workers.add(fork_worker(options, config, listener, seen, numbers))
@@ -6883,7 +6901,7 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener, t
         ]:
             workers.discard(worker)
             if not stopping:
-                complain(f"worker {worker} ended with status {status}; another one takes its place")
+                log_line(f"worker {worker} ended with status {status}; another one takes its place")
                 time.sleep(KNOCK_SECONDS)  # one that cannot start does not spin
 
 
@@ -6916,9 +6934,9 @@ def end_after(supervisor: int) -> None:
 def follow_file(options: argparse.Namespace, server: ScimServer, seen: Stamp) -> None:
     """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
     while not server.stopping.wait(RELOAD_SECONDS):
-        if (found := stamp(chosen_file(options))) != seen:
+        if (found := file_signature(chosen_file(options))) != seen:
             seen[:] = found
-            complain(f"{chosen_file(options)}: {take_file(options, server)}")
+            log_line(f"{chosen_file(options)}: {take_file(options, server)}")
 
 
 def take_file(options: argparse.Namespace, server: ScimServer) -> str:
@@ -6946,10 +6964,10 @@ def warn(application: Application) -> None:
     """Tell the operator what is unsafe, and who is not served."""
     for name, found in application.directories.items():
         if isinstance(found, StoreError):
-            complain(f"tenant {name} is not served, the others are: {found}")
+            log_line(f"tenant {name} is not served, the others are: {found}")
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
-        complain(
+        log_line(
             f"warning: {config.host} is beyond this machine and tokens travel in clear; "
             "configure tls, or trusted_proxies for a proxy that has it"
         )
@@ -7042,7 +7060,7 @@ def restore(options: argparse.Namespace) -> None:
             store.restore(options.file, tenant.name)
         if made != path:
             now = f"{utc_now():%Y%m%dT%H%M%S.%f}"
-            complain(f"{path}: damaged, kept beside as *.damaged-{now}")
+            log_line(f"{path}: damaged, kept beside as *.damaged-{now}")
             for file in (path, f"{path}-wal"):
                 if os.path.exists(file):
                     os.replace(file, f"{file}.damaged-{now}")
@@ -7099,7 +7117,7 @@ class Demo:
         """Return status and JSON of the answer to a request; OSError where nobody answers."""
         request = urllib.request.Request(
             self.url + path,
-            None if body is None else dump(body).encode(),
+            None if body is None else to_json(body).encode(),
             method=method,
             headers={
                 "Authorization": f"Bearer {self.token}",
@@ -7127,12 +7145,12 @@ class Demo:
         """Send a request that a status and some values must answer; return the id of the answer."""
         status, answer = self.send(method, path, body)
         good = status == expected and values.items() <= answer.items()
-        told = answer.get("detail", "") or ("" if good else shown(answer))
+        told = answer.get("detail", "") or ("" if good else quoted(answer))
         print(
             f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True
         )
         if not good:
-            print(f"         expected {expected} {dump(values)}")
+            print(f"         expected {expected} {to_json(values)}")
             self.wrong += 1
         return str(answer.get("id", "nobody"))
 
@@ -7151,7 +7169,7 @@ class Demo:
             )
 
         def named(user_name: str) -> str:
-            return f"/Users?filter={quote(f'userName eq {dump(user_name)}')}"
+            return f"/Users?filter={quote(f'userName eq {to_json(user_name)}')}"
 
         step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
         user, other = (
@@ -7362,10 +7380,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (StoreError, ScimError, OSError) as error:
-        complain(str(error))
+        log_line(str(error))
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:
-            complain(f"{chosen_file(options)}: {line}")
+            log_line(f"{chosen_file(options)}: {line}")
     return 2
 
 
