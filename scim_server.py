@@ -74,7 +74,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import struct
 import sys
 import threading
 import time
@@ -82,8 +81,10 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -5039,6 +5040,8 @@ def find_route(segments: Sequence[str]) -> Route | None:
     return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
 
 
+QUICK, READ, WRITE, SLOW = "quick", "read", "write", "slow"  # shim
+
 # By the first line of a request: what is answered in no time, somebody by id or by a name that few
 # have; and writes of one resource, which those of others may share a commit with.
 SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
@@ -5230,6 +5233,26 @@ class Application:
                 self._note(request, response, caller, time.perf_counter() - started)
         return responses
 
+    def known_caller(self, request: Request) -> Caller | None:
+        """Shim."""
+        secret = credentials_of(request)[1]
+        found = self._tokens.get(digest(secret)) if secret else None
+        directory = self.directories.get(found[0].name) if found else None
+        return (*found, directory) if found and directory else None
+
+    def lane_of(self, request: Request) -> str:
+        """Shim."""
+        if not request.caller:
+            return SLOW if self._ask else QUICK
+        if "wait" in request.query or isinstance(request.caller[2], StoreError):
+            return SLOW
+        line = f"{request.method} {request.path}{'?' if request.query else ''}{request.query} "
+        if self.is_quick(line.encode()):
+            return QUICK
+        if request.method in ("GET", "HEAD", "OPTIONS") or request.path.endswith("/.search"):
+            return READ
+        return WRITE
+
     def is_quick(self, line: bytes) -> bool:
         """Return whether a request, by its first line, is answered in no time."""
         return not self._slow and LOOKUP.match(line) is not None
@@ -5415,24 +5438,31 @@ PUBLIC = {
 # ----------------------------------------------------------------------------
 # 16. HTTP server                                         RFC 9110, RFC 9112
 #
-# Bytes become a Request and a Response becomes bytes: strict framing, limits,
-# keep-alive, one write per answer. The head is read by our own parser: the stock
-# one forgives what two readers could read in two ways. One thread watches all
-# connections and answers what is quick, others do what takes time.
-# Uses chapters 1, 6, 8 to 10. Knows nothing of SCIM but the form of its errors.
+# Octets become a Request and a Response becomes octets: strict framing, limits,
+# keep-alive. One thread watches all connections and answers what is quick, reads
+# have a lane, writes have another. The parser is sans-IO: it reads a buffer and
+# knows no socket. The head has our own parser, because the one of http.server
+# accepts what two readers could frame in two ways.
+# Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
 MAX_FIELDS = 100
-HEAD_SECONDS = 10  # for a head to arrive, a handshake, the first octet of a body
-SLOWEST = 1024  # octets a second, of a body either way
+HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
+MIN_OCTETS_PER_SECOND = 1024  # of a body, in both directions
 IDLE_SECONDS = 65
-TURN_SECONDS = 1  # that a read waits for others
-COSTLY = 8  # reads without a turn at once
+LINGER_SECONDS = 1
 STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
-LOG_LINES = 10_000  # that wait for a stream
-MAX_EXCHANGES = 1_000  # that are kept for a test to look at
-LOG_SECONDS = 0.05  # that a line may wait for others
+SWEEP_SECONDS = 1  # how often deadlines are checked
+PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
+MAX_READ_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
+MAX_WRITE_THREADS = 8  # one tenant uses at most one of them
+MAX_WRITES_PER_COMMIT = 64
+CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
+RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
+LOG_LINES = 10_000  # that may wait for the access log
+LOG_SECONDS = 0.05  # how long a line of the access log waits for others
+MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
@@ -5441,22 +5471,19 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
-ANNOUNCED = re.compile(
-    rb"\r\n(authorization|content-length|transfer-encoding|expect):[ \t]*([^\r\n]*)", re.IGNORECASE
+BULK_PATH = f"{BASE_PATH}/Bulk"
+IDLE, READING, ANSWERING, SENDING, LINGERING = (
+    "idle",
+    "reading",
+    "answering",
+    "sending",
+    "lingering",
 )
-IDLE, READING, ANSWERING = "idle", "reading", "answering"
-RECEIVED = 16 * 1024  # octets at a time
-SPARE_THREADS = 4  # that wait to lead
-YIELD_SECONDS = 0.0002  # for each connection, to other workers before it takes one more
-SWEEP_SECONDS = 1  # how often those who fell silent are looked for
-DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-
-
-# Whether a selector sees a connection that another thread registers while it waits.
-WATCHES = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
-Listener = socket.socket
-Stamp = list[tuple[int, int]]
-http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # a second as a Date field has it
+KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+FileSignature = list[tuple[int, int]]
+Reading = Generator[bool, None, bytes]
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
 
 def log_line(text: str) -> None:
@@ -5464,133 +5491,79 @@ def log_line(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-class Connection:
-    """A client's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
-
-    def __init__(self, socket: socket.socket) -> None:
-        self.socket, self.state, self.evicted = socket, IDLE, False
-        self.since = time.monotonic()  # accepted, or a request with a good token was here last
-        self.octets = bytearray()  # that came and were not read yet
-        socket.setblocking(True)  # BSD hands on what its listener is
-        self.allow(HEAD_SECONDS)
-
-    def allow(self, seconds: float, pace: float = 0) -> None:
-        """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self.deadline, self._pace = time.monotonic() + seconds, pace
-
-    def is_unread(self) -> bool:
-        """Return whether octets have come that nobody has read yet."""
-        with suppress(OSError):  # there are none, or it has ended
-            return bool(self.socket.recv(1, socket.MSG_PEEK | DONT_WAIT))
-        return False
-
-    def fill(self, flags: int = 0) -> None:
-        """Take in octets; EOFError at their end. With flags of recv() BlockingIOError where none have come."""
-        if not flags:
-            self._limit(socket.SO_RCVTIMEO, self.deadline)
-        try:
-            came = self.socket.recv(RECEIVED, flags)
-        except BlockingIOError as error:
-            raise error if flags else TimeoutError from error
-        if not came:
-            raise EOFError
-        self.octets += came
-        self.deadline += len(came) * self._pace
-
-    def until(self, mark: bytes, limit: int, status: int, detail: str) -> bytes:
-        """Return the octets up to a mark and with it; ScimError of that status if they are more than the limit."""
-        while (end := self.octets.find(mark, 0, limit)) < 0:
-            if len(self.octets) > limit:
-                raise ScimError(status, "", detail)
-            self.fill()
-        return self.exactly(end + len(mark))
-
-    def exactly(self, length: int) -> bytes:
-        """Return that many octets."""
-        while len(self.octets) < length:
-            self.fill()
-        found = bytes(self.octets[:length])
-        del self.octets[:length]
-        return found
-
-    def send(self, octets: bytes) -> None:
-        """Send octets, at SLOWEST or better."""
-        deadline, left = time.monotonic() + HEAD_SECONDS + len(octets) / SLOWEST, memoryview(octets)
-        while left:
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                left = left[self.socket.send(left) :]
-            except BlockingIOError as error:
-                raise TimeoutError from error
-
-    def send_now(self, octets: bytes) -> bytes:
-        """Send what can be sent without waiting, and return the rest."""
-        try:
-            return octets[self.socket.send(octets, DONT_WAIT) :]
-        except BlockingIOError:
-            return octets
-
-    def _limit(self, option: int, deadline: float) -> None:
-        """Have the next wait end at a deadline."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):  # which would wait again
-            self.socket.settimeout(left)
-        else:  # settimeout() costs two calls of the system more for each wait
-            self.socket.setsockopt(
-                socket.SOL_SOCKET, option, struct.pack("ll", *divmod(int(left * 1e6) + 1, 10**6))
-            )  # 0 would be no limit
-
-    def end(self, how: int) -> None:
-        """End reading, writing or both, from whatever thread."""
-        with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)  # that of ssl.SSLSocket ends encryption too
-
-    def linger(self) -> None:
-        """Read on for a moment after a refusal: closing on unread octets would take it back."""
-        self.end(socket.SHUT_WR)
-        self.allow(1)
-        while True:
-            self.fill()
-            self.octets.clear()
+# -- The parser: generators that read a buffer --
+#
+# A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
+# yields False while octets are missing, and True when it only lets other connections have a turn.
 
 
-def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
-    """Return method, target, minor version, headers of a request (RFC 9112 §3, §5); ScimError 400, 414, 431, 505."""
+class Head(NamedTuple):
+    """The head of a request: its header names are in lower case."""
+
+    method: str
+    target: str
+    minor_version: int  # of HTTP/1
+    headers: dict[str, str]
+
+
+def read_exactly(buffer: bytearray, length: int) -> Reading:
+    """Read a number of octets."""
+    while len(buffer) < length:
+        yield False
+    octets = bytes(buffer[:length])
+    del buffer[:length]
+    return octets
+
+
+def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: str) -> Reading:
+    """Read up to a mark and including it; ScimError of that status beyond limit octets."""
+    while (end := buffer.find(mark, 0, limit)) < 0:
+        if len(buffer) > limit:
+            raise ScimError(status, "", detail)
+        yield False
+    return (yield from read_exactly(buffer, end + len(mark)))
+
+
+def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
+    """Read the head of a request (RFC 9112 §3, §5); ScimError 400, 414, 431 or 505."""
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
-    line = peer.until(b"\n", *limits)
-    if line == b"\r\n":  # RFC 9112 §2.2: one empty line is forgiven
-        line = peer.until(b"\n", *limits)
+    line = yield from read_until(buffer, b"\n", *limits)
+    if line == b"\r\n":  # RFC 9112 §2.2: one empty line before a request is ignored
+        line = yield from read_until(buffer, b"\n", *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
-    peer.octets[:0] = b"\r\n"  # the end of the line again: there may be no fields
-    head = peer.until(
-        b"\r\n\r\n", MAX_HEAD, 431, f"the header fields take more than {MAX_HEAD} octets"
-    )
+    # The end of the request line goes back, so that a head without fields ends like the others.
+    buffer[:0] = b"\r\n"
+    detail = f"the header fields take more than {MAX_HEAD} octets"
+    fields = yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)
+    headers = parse_fields(fields)
+    check_framing(headers, int(start[4]))
+    return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
+
+
+def parse_fields(fields: bytes) -> dict[str, str]:
+    """Return header fields, which stand between line ends, by names in lower case; ScimError."""
     headers: dict[str, str] = {}
-    position, end = 2, len(head) - 2
+    position, end = 2, len(fields) - 2
     while position < end:
-        if not (parts := FIELD_LINE.match(head, position)):
+        if not (field_line := FIELD_LINE.match(fields, position)):
             raise ScimError(400, "", "a header field is malformed")
-        position = parts.end()
-        name, value = parts[1].decode().lower(), parts[2].rstrip(b" \t").decode("latin-1")
+        position = field_line.end()
+        name = field_line[1].decode().lower()
+        value = field_line[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if head.count(b"\n") > MAX_FIELDS + 2:
+    if fields.count(b"\n") > MAX_FIELDS + 2:
         raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
-    check_framing(headers, int(start[4]))
-    return start[1].decode(), start[2].decode(), int(start[4]), headers
+    return headers
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
-    """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
-    host, length, coding = (
-        headers.get(name) for name in ("host", "content-length", "transfer-encoding")
-    )
+    """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
+    host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
     if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
     if length is not None and not LENGTH.fullmatch(length):
@@ -5602,48 +5575,35 @@ def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
 
 
 def too_large(limit: int) -> ScimError:
-    """Return the error of a body over the limit."""
+    """Return the error for a body over the limit."""
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
-def read_chunks(peer: Connection, limit: int) -> bytes:
-    """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
+def read_chunks(buffer: bytearray, limit: int) -> Reading:
+    """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
-    next_line = partial(peer.until, b"\n", MAX_CHUNK_LINE, malformed.status, malformed.detail)
+    read_line = partial(read_until, buffer, b"\n", MAX_CHUNK_LINE, 400, malformed.detail)
     body = bytearray()
-    while head := CHUNK_LINE.fullmatch(next_line()):
-        if not (size := int(head[1], 16)):
-            if any(next_line() == b"\r\n" for _ in range(MAX_FIELDS)):
-                return bytes(body)
+    for number in itertools.count(1):
+        if not (line := CHUNK_LINE.fullmatch((yield from read_line()))):
+            raise malformed
+        if not (size := int(line[1], 16)):
             break
         if len(body) + size > limit:
             raise too_large(limit)
-        body += peer.exactly(size)
-        if peer.exactly(2) != b"\r\n":
-            break
+        body += yield from read_exactly(buffer, size)
+        if (yield from read_exactly(buffer, 2)) != b"\r\n":
+            raise malformed
+        if number % CHUNKS_PER_ROUND == 0:
+            yield True
+    for _ in range(MAX_FIELDS):  # trailers, up to an empty line
+        if (yield from read_line()) == b"\r\n":
+            return bytes(body)
     raise malformed
 
 
-def arrived(octets: bytearray) -> tuple[bytes, bytes] | None:
-    """Return the request line and the Authorization of a request that has come with all its body, else None."""
-    if (end := octets.find(b"\r\n\r\n")) < 0:
-        return None
-    fields = ANNOUNCED.findall(octets, 0, end)
-    found = {name.lower(): value for name, value in fields}
-    length = found.get(b"content-length", b"0")
-    if (
-        len(found) < len(fields)
-        or b"transfer-encoding" in found
-        or b"expect" in found
-        or not LENGTH.fullmatch(length.decode("latin-1"))
-        or len(octets) - end - 4 < int(length)
-    ):
-        return None
-    return bytes(octets[: octets.find(b"\r\n")]), found.get(b"authorization", b"")
-
-
-def origin_form(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError 400."""
+def host_and_target(target: str, host: str) -> tuple[str, str]:
+    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError."""
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -5654,45 +5614,47 @@ def origin_form(target: str, host: str) -> tuple[str, str]:
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
     nearest = headers.get("forwarded", "").rpartition(",")[2]
-    found = {
-        name.strip().lower(): value.strip(' "')
-        for name, _, value in (pair.partition("=") for pair in nearest.split(";"))
-    }
+    pairs = (pair.partition("=") for pair in nearest.split(";"))
+    fields = {name.strip().lower(): value.strip(' "') for name, _, value in pairs}
     return {
-        name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+        name: fields.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
         for name in ("proto", "host", "for")
     }
 
 
-def file_signature(*files: str) -> Stamp:
-    """Return by what a change of files shows, [] where one is missing; half a file may have the time of the whole."""
+# -- TLS and the access log --
+
+
+def file_signature(*files: str) -> FileSignature:
+    """Return time and size of files, so that a change shows; [] if one is missing.
+
+    The size tells a half-written file from the whole one, which may have the same time.
+    """
     with suppress(OSError):
-        return [(found.st_mtime_ns, found.st_size) for found in map(os.stat, files)]
+        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
     return []
 
 
 class Tls:
-    """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
+    """The TLS context of a certificate and its key; OSError if they cannot be used."""
 
     def __init__(self, *files: str) -> None:
-        self._files, self._seen = files, file_signature(*files)
+        self._files, self._signature = files, file_signature(*files)
         try:
             self._context = self._load()
         except OSError as error:
             raise OSError(f"tls: {' and '.join(files)}: cannot be used ({error})") from error
 
     def context(self) -> ssl.SSLContext:
-        """Return the context for a new connection, made anew when the files change if they can be used."""
+        """Return the context for a new connection, loaded again if the files have changed."""
         with suppress(OSError):
-            if (found := file_signature(*self._files)) != self._seen:
+            if (signature := file_signature(*self._files)) != self._signature:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    log_line(
-                        f"{' and '.join(self._files)}: cannot be used ({error}); "
-                        "the earlier certificate serves on"
-                    )
-                self._seen = found  # so that it is said once
+                    files = " and ".join(self._files)
+                    log_line(f"{files}: cannot be used ({error}); keeping the previous certificate")
+                self._signature = signature  # also of unusable files, so that this is logged once
         return self._context
 
     def _load(self) -> ssl.SSLContext:
@@ -5702,8 +5664,8 @@ class Tls:
         return context
 
 
-def request_log(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return what writes requests, as dicts whose values hold no blank, to a stream: as text, json or not at all."""
+def access_log(style: str, stream: TextIO) -> BackgroundWriter:
+    """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -5711,37 +5673,40 @@ def request_log(style: str, stream: TextIO) -> BackgroundWriter:
         return json.dumps(line) if style == "json" else " ".join(values)
 
     def write(lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with suppress(OSError, ValueError):  # the stream is broken or closed
             stream.write("".join(f"{text(line)}\n" for line in lines))
             stream.flush()
 
     return BackgroundWriter(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
-def text_of_body(body: Json) -> str:
-    """Return the text of an answer's body; in a list, Encoded resources go out as they are."""
+# -- Answers --
+
+
+def body_text(body: Json) -> str:
+    """Return the text of an answer's body; Encoded resources of a list are JSON text already."""
     if isinstance(body, str):
         return body
     if not isinstance(body, dict) or "Resources" not in body:
         return to_json(body)
-    texts = ",".join(one if isinstance(one, Encoded) else to_json(one) for one in body["Resources"])
-    return f"{to_json({**body, 'Resources': []})[:-2]}{texts}]}}"
+    texts = (item if isinstance(item, Encoded) else to_json(item) for item in body["Resources"])
+    return f"{to_json({**body, 'Resources': []})[:-2]}{','.join(texts)}]}}"
 
 
 def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status, the header fields and the body of an answer."""
-    body = b"" if response.body is None else text_of_body(response.body).encode()
+    body = b"" if response.body is None else body_text(response.body).encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
-    if response.status not in (204, 304):  # RFC 9110 §8.6: never with a 204, nor 0 with a 304
+    if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
         fields.append(("Content-Length", str(len(body))))
     status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
     return status, fields, b"" if request.method == "HEAD" else body
 
 
 class Exchange(NamedTuple):
-    """A request and its answer, as a test of a client looks at them."""
+    """A request and its answer, for a test to inspect."""
 
     request: Request
     response: Response
@@ -5749,217 +5714,114 @@ class Exchange(NamedTuple):
 
 @dataclass
 class Fault:
-    """What the next requests meet, for tests of clients."""
+    """A fault to inject into the next matching requests, to test a client."""
 
-    status: int = 0  # in place of the answer; 401 as of an expired token, 412 as of ETags
+    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
     times: int = 1
-    method: str = ""  # "" is any
-    path: str = ""  # a text in the path of those that meet it
+    method: str = ""  # any if empty
+    path: str = ""  # text that the path contains
     delay: float = 0  # seconds
-    cut: bool = False  # in the middle of the answer's body
+    cut: bool = False  # close the connection in the middle of the answer's body
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def meets(self, request: Request) -> bool:
-        """Return whether a request meets this fault."""
-        return (
-            self.times > 0
-            and self.method.upper() in ("", request.method)
-            and self.path in request.path
-        )
+    def matches(self, request: Request) -> bool:
+        """Return whether this fault is for a request."""
+        method = self.method.upper()
+        return self.times > 0 and method in ("", request.method) and self.path in request.path
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        error = (
-            unauthorized()
-            if self.status == 401
-            else ScimError(
-                self.status,
-                "",
-                "If-Match: the version is another now; read it again"
-                if self.status == 412
-                else "a fault that a test asked for",
-                {"Retry-After": "1"} if self.status in (429, 503) else {},
-            )
-        )
+        conflict = "If-Match: the version has changed; read the resource again"
+        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        detail = conflict if self.status == 412 else "injected fault"
+        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail, retry)
         error.headers.update(self.headers)
         return error_response(error)
 
 
-class Handler:
-    """One connection, request after request; a step returns whether to go on, None leaves that to another thread."""
+# -- Connections and lanes --
 
-    def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
-        self.server, self.peer, self.client = server, peer, client
-        self.watched = False  # by the thread that leads, which alone takes steps then
-        self.patient = True  # whether the thread that takes steps may wait for this client
-        self._request: Request | None = None  # being read, as far as its head has come
-        self._minor_version, self._started = 1, 0.0
 
-    def run(self, step: Callable[[], bool | None]) -> None:
-        """Take a step; then let the connection rest, or close it where it ended or failed."""
-        going: bool | None = False
+class Connection:
+    """A client: its socket, the octets that arrived, the answer that is not sent yet, a deadline.
+
+    It belongs to the watching thread, except in the state ANSWERING, in which it belongs to the one
+    thread that executes its request.
+    """
+
+    def __init__(self, socket: socket.socket, client: str) -> None:
+        socket.setblocking(False)
+        self.socket, self.client = socket, client
+        self.events = 0  # what the selector watches the socket for
+        self.since = time.monotonic()  # of the connection, or of the last request with a good token
+        self.buffer = bytearray()  # arrived and not parsed yet
+        self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
+        self.request: Request | None = None  # whose head has arrived
+        self.minor_version, self.started = 1, 0.0
+        self.unsent, self.then = memoryview(b""), KEEP
+        self.authenticated = False  # whether the last request had a good token
+        self.rest()
+
+    def allow(self, seconds: float, pace: float = 0) -> None:
+        """Set the deadline; each octet that arrives moves it by pace seconds."""
+        self.deadline, self.pace = time.monotonic() + seconds, pace
+
+    def receive(self) -> bool:
+        """Move the octets that arrived to the buffer; return False if the client has closed."""
         try:
-            try:
-                going = step()
-            except ScimError as error:
-                going = self._refuse(error)
-        except (EOFError, OSError):  # the client is gone, or was silent for too long
-            pass
-        except Exception as error:  # noqa: BLE001  a bug of ours ends no more than this
-            response_for(error)
-        if going:
-            self.server.rest(self)
-        elif going is False:
-            self.server.close(self)
-
-    def serve(self) -> bool:
-        """Serve a connection that cannot be watched, in a thread of its own."""
-        if self.server.tls:
-            tls = self.server.tls.context().wrap_socket(
-                self.peer.socket, server_side=True, do_handshake_on_connect=False
-            )
-            self.peer.socket = tls  # which can be ended from here on
-            tls.settimeout(HEAD_SECONDS)  # of the whole handshake
-            tls.do_handshake()
-        going: bool | None = True
-        while going and not self.server.stopping.is_set():
-            self.peer.state = IDLE
-            self.peer.allow(IDLE_SECONDS)
-            self.peer.fill()
-            going = self.exchange()
-        return False
-
-    def take(self) -> bool | None:
-        """Take what has come, in the thread that leads: it answers what is quick, and waits for nothing."""
-        try:
-            self.peer.fill(DONT_WAIT)
-        except BlockingIOError:
+            octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
+        except WOULD_BLOCK:
             return True
-        self.peer.state = READING
-        line, key = arrived(self.peer.octets) or (b"", b"")
-        if line:
-            self.server.begin(self.peer)  # it came whole, and makes room for nobody
-        if self.server.faults:  # whose delay is for those it meets alone
-            line = b""
-        if self.server.application.is_quick(line):
-            return self.exchange()
-        if not SMALL_WRITE.match(line):
-            return self.later(self.exchange)
-        self.server.unwatch(self)
-        self.server.gather(key, self)
-        return None
+        except OSError:
+            return False
+        self.buffer += octets
+        self.deadline += len(octets) * self.pace
+        return bool(octets)
 
-    def exchange(self) -> bool | None:
-        """Read a request that has come, or is coming, and have it answered; and others that follow at once."""
-        while True:
-            request = self.receive()
-            going = self.answer(request, *self.server.answer(request, in_turn=self.patient))
-            if not going or not self.patient or not self.peer.octets:
-                return going
-            self.peer.state = IDLE
-
-    def receive(self) -> Request:
-        """Return the next request; ScimError for one to refuse."""
-        if self.peer.state == IDLE:
-            self.peer.state = READING
-        self.peer.allow(HEAD_SECONDS)
-        self._request, self._started = None, time.perf_counter()
+    def send(self, octets: bytes) -> None:
+        """Send what the system takes without waiting and keep the rest in unsent."""
+        self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
-            method, target, self._minor_version, headers = read_head(self.peer)
-            self._request = request = self.server.build_request(
-                method, target, headers, self.client
-            )
-            if body := self._body(request):
-                request = request._replace(body=body)
-        except TimeoutError:
-            raise ScimError(
-                408,
-                "",
-                f"the request took too long: its head must come within {HEAD_SECONDS} s, "
-                f"its body at {SLOWEST} octets a second",
-            ) from None
-        self.server.begin(self.peer)
-        return request
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+        except WOULD_BLOCK:
+            pass
+        except OSError:  # the client is gone
+            self.unsent, self.then = memoryview(b""), CLOSE
 
-    def answer(self, request: Request, response: Response, cut: bool = False) -> bool | None:
-        """Send an answer, or half of one that is to be cut."""
-        if response.tenant:
-            self.peer.since = time.monotonic()
-        else:
-            self.peer.state = READING  # an answer to nobody makes room for others
-        options = request.headers.get("connection", "").lower()
-        last = (
-            self.server.stopping.is_set()
-            or "close" in options
-            or cut
-            or (self._minor_version == 0 and "keep-alive" not in options)
-        )
-        return self._send(request, response, last, cut)
-
-    def later(self, step: Callable[[], bool | None]) -> bool | None:
-        """Have another thread take a step, one that may wait."""
-        self.server.unwatch(self)
-        self.patient = True
-        self.server.leave(partial(self.run, step))
-        return None
-
-    def _body(self, request: Request) -> bytes:
-        """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
-        limit, headers = self.server.application.body_limit(request.path), request.headers
-        length = int(headers.get("content-length", 0))
-        if length > limit:
-            raise too_large(limit)
-        if headers.get("expect", "").lower() == "100-continue" and self._minor_version > 0:
-            self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        chunked = "transfer-encoding" in headers
-        return read_chunks(self.peer, limit) if chunked else self.peer.exactly(length)
-
-    def _refuse(self, error: ScimError) -> bool | None:
-        """Answer a request that could not be read, and end."""
-        if not self.patient:
-            return self.later(partial(self._refuse, error))
-        self._send(
-            self._request or Request("", "", id=self.server.request_id("")),
-            error_response(error),
-            last=True,
-        )
-        self.peer.linger()
+    def has_unread(self) -> bool:
+        """Return whether octets have arrived that were not received yet."""
+        with suppress(OSError):  # nothing has arrived, or the connection has ended
+            return bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK))
         return False
 
-    def _send(
-        self, request: Request, response: Response, last: bool, cut: bool = False
-    ) -> bool | None:
-        status, fields, body = to_http(response, request)
-        lines = [
-            f"HTTP/1.1 {status}",
-            f"Date: {http_date(int(time.time()))}",
-            *(f"{name}: {value}" for name, value in fields),
-            *(["Connection: close"] if last else []),
-            "\r\n",
-        ]
-        octets = (
-            "\r\n".join(lines).encode("latin-1", "replace")
-            + body[: len(body) // 2 if cut else None]
-        )
-        try:
-            if not self.patient and (octets := self.peer.send_now(octets)):
-                return self.later(partial(self._send_rest, octets, not last))
-            self.peer.send(octets)
-        finally:
-            self.server.note(request, response, time.perf_counter() - self._started, len(body))
-        return not last
+    def rest(self) -> None:
+        """Wait for the next request."""
+        self.state = IDLE
+        self.allow(IDLE_SECONDS)
 
-    def _send_rest(self, octets: bytes, going: bool) -> bool:
-        self.peer.send(octets)
-        return going
+    @property
+    def evictable(self) -> bool:
+        """Whether it may be closed to make room: it is not executing, or sending to a good token."""
+        return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
+
+    def shut(self, how: int) -> None:
+        """End receiving, sending or both; SSLSocket.shutdown() would end the encryption too."""
+        with suppress(OSError):
+            socket.socket.shutdown(self.socket, how)
 
 
-def listen(config: Config) -> Listener:
+def start_thread(target: Callable[..., None], *arguments: Any) -> None:
+    """Run a function in a thread that ends with the process; RuntimeError if there is none left."""
+    threading.Thread(target=target, args=arguments, daemon=True).start()
+
+
+def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.create_server((config.host, config.port), family=family, backlog=128)
-    listener.setblocking(False)  # of workers that are woken one gets it
+    address = (config.host, config.port)
+    listener = socket.create_server(address, family=family, backlog=128)
+    listener.setblocking(False)
     return listener
 
 
@@ -5969,338 +5831,436 @@ def url_of(config: Config, port: int) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
 
-class ScimServer(http.server.HTTPServer):
-    """An application on a socket. See url; running() starts and stops it.
+# -- The server --
 
-    Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
-    appended to, and exchanges has what was asked and answered last where it is not None. Without a socket
-    that listens it makes one. Raises OSError where the address or the certificate cannot be had.
 
-    A crew of threads serves. One of them leads: it waits for all connections and answers what is quick;
-    what takes longer becomes a task, which it does itself while another one leads. Writes that come
-    meanwhile with one token are one task, and share a commit.
+class Watcher(http.server.HTTPServer, ABC):
+    """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
+
+    It alone uses the selector and the set of connections. A subclass reads, executes and refuses
+    requests. A request in execution gives its connection back by finish(), from any thread.
     """
 
-    def __init__(self, application: Application, listener: Listener | None = None) -> None:
-        self.application, self.config = application, application.config
-        self.tls = Tls(*self.config.tls) if self.config.tls else None
-        self.log = request_log(self.config.access_log, sys.stderr)
-        self.stopping, self.stopped = threading.Event(), threading.Event()
-        self.faults: list[Fault] = []
-        self.exchanges: list[Exchange] | None = None
-        self.connections: dict[Handler, Connection] = {}
-        self._changed, self._lead = threading.Condition(), threading.Lock()
-        self._turn, self._costly = threading.Lock(), threading.Semaphore(COSTLY)
-        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)  # for request ids
-        self._tasks: deque[Callable[[], None]] = deque()  # that the one who leads has left
-        self._writes: dict[bytes, list[Handler]] = {}  # that wait, by their Authorization
-        self._free = self._leader = 0  # how many of the crew lead or wait to; who does
-        self._selector, self._swept = selectors.DefaultSelector(), 0.0
-        self._bell, self._ear = socket.socketpair()  # to wake who leads
-        self._bell.setblocking(False)
+    def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(self.config)
-        self.server_address = self.socket.getsockname()
-        self.url = url_of(self.config, self.server_address[1])
-        self.token, self.directory = application.token, application.directory  # at hand for a test
+        self.socket, self.server_address = listener, listener.getsockname()
+        self.tls, self.max_connections = tls, max_connections
+        self.connections: set[Connection] = set()
+        self.stopping, self.stopped = threading.Event(), threading.Event()
+        self._lock = threading.Lock()  # for giving a connection back
+        self._returned: deque[Connection] = deque()  # to go on with
+        self._paused, self._swept = False, 0.0  # whether it accepts nothing now; the last sweep
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
-    # -- Connections --
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Take in connections until stop()."""
-        self._selector.register(self._ear, selectors.EVENT_READ, partial(self._ear.recv, 4096))
-        with self._changed:
-            self._hire()
-        super().serve_forever(poll_interval)
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; of workers, the one that has the fewest is the first to."""
-        if self.config.workers > 1:
-            time.sleep(min(len(self.connections), 10) * YIELD_SECONDS)
-        return super().get_request()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection in; at the limit, the one that rests longest makes room for it."""
-        with self._changed:
-            while (
-                len(self.connections) >= self.config.max_connections and not self.stopping.is_set()
-            ):
-                resting = [
-                    handler for handler, peer in self.connections.items() if peer.state != ANSWERING
-                ]
-                resting.sort(key=lambda handler: handler.peer.since)
-                if loser := next(
-                    (one for one in resting if not (one.watched and one.peer.is_unread())), None
-                ):
-                    self.connections.pop(loser).evicted = True
-                    loser.peer.end(socket.SHUT_RDWR)
-                else:
-                    self._changed.wait(0.1)  # for one of the answers
-            handler = Handler(self, Connection(request), client_address[0])
-            self.connections[handler] = handler.peer
-        with suppress(OSError):
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        try:
-            if self.tls or not WATCHES:
-                threading.Thread(target=handler.run, args=(handler.serve,), daemon=True).start()
-            else:
-                self.rest(handler)
-        except RuntimeError:  # there can be no more threads
-            self.close(handler)
-
-    def rest(self, handler: Handler) -> None:
-        """Have a connection watched for its next request, or that answered where it has come already."""
-        if handler.peer.octets:
-            handler.peer.state = IDLE
-            handler.later(handler.exchange)
-            return
-        with self._changed:
-            if not self.stopping.is_set():
-                handler.peer.state, handler.patient = IDLE, False
-                handler.peer.allow(IDLE_SECONDS)
-                if not handler.watched:
-                    handler.watched = True
-                    ready = partial(handler.run, handler.take)
-                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, ready)
-                return
-        self.close(handler)
-
-    def unwatch(self, handler: Handler) -> None:
-        """Watch a connection no more; for who leads, or where nobody does."""
-        if handler.watched:
-            self._selector.unregister(handler.peer.socket)
-            handler.watched = False
-
-    def begin(self, peer: Connection) -> None:
-        """Note that a request is answered now; EOFError if its connection had to make room."""
-        if peer.state == ANSWERING:
-            return  # and makes room for nobody
-        with self._changed:
-            if peer.evicted:
-                raise EOFError
-            peer.state = ANSWERING
-
-    def close(self, handler: Handler) -> None:
-        """Close a connection and forget it."""
-        self.unwatch(handler)
-        handler.peer.end(socket.SHUT_WR)
-        with suppress(OSError):
-            handler.peer.socket.close()
-        with self._changed:
-            self.connections.pop(handler, None)
-            self._changed.notify_all()
+    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
+        """Watch all connections until stop(), and then until the requests in flight are answered."""
+        self._alarm.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        while not self.stopping.is_set():
+            self._round(poll_interval)
+        if not self._paused:
+            self._selector.unregister(self.socket)
+        self.server_close()
+        end = time.monotonic() + STOP_SECONDS
+        while self.connections and time.monotonic() < end:
+            self._round(PAUSE_SECONDS)
+            waiting = [
+                peer for peer in self.connections if peer.state in (IDLE, READING, LINGERING)
+            ]
+            for connection in waiting:
+                if not connection.has_unread():
+                    self._close(connection)
+        for connection in list(self.connections):
+            self._close(connection)
+        for end_point in (self._selector, self._wakeup, self._alarm):
+            end_point.close()
 
     def stop(self) -> None:
         """Accept nothing more, wait for the requests in flight, close all connections."""
-        with self._changed:
-            if self.stopping.is_set():
-                self._changed.wait_for(self.stopped.is_set)
+        self.stopping.set()
+        self._wake()
+        self.stopped.wait()
+
+    @abstractmethod
+    def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
+        """Read the next request from the buffer of a connection; ScimError for one to refuse."""
+
+    @abstractmethod
+    def execute(self, connection: Connection, request: Request) -> None:
+        """Have a request answered, at once or by another thread; finish() ends it."""
+
+    @abstractmethod
+    def refuse(self, connection: Connection, error: ScimError) -> None:
+        """Answer a request that cannot be read, and close the connection after it."""
+
+    def give_back(self, connection: Connection) -> None:
+        """Go on with a connection whose request was answered; for the thread that answered it."""
+        with self._lock:
+            waits = connection.then == KEEP and not connection.unsent and not connection.buffer
+            if waits and connection.events and not self.stopping.is_set():
+                connection.rest()
                 return
-            self.stopping.set()
-        self.application.interrupt()
-        ending = threading.Thread(target=self.shutdown)
-        ending.start()
-        with suppress(OSError):  # a knock, which ends the wait for one
-            socket.create_connection(self.socket.getsockname()[:2], 1).close()
-        ending.join()
-        self.server_close()
-        self._ring()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._free)  # from here on nobody leads
-        for handler, peer in self.connections.copy().items():
-            if handler.watched:
-                self.close(handler)
-            elif peer.state == IDLE:
-                peer.end(socket.SHUT_RD)  # its read ends
-        with self._changed:
-            self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
-        for end in (self._selector, self._bell, self._ear):
-            end.close()
+            self._returned.append(connection)
+        self._wake()
+
+    def guarded(self, connection: Connection, action: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; a bug in it ends no more than this connection."""
+        try:
+            action(*arguments)
+        except Exception as error:  # noqa: BLE001
+            response_for(error)  # prints it
+            connection.then, connection.unsent = CLOSE, memoryview(b"")
+            self.give_back(connection)
+
+    def _wake(self) -> None:
+        """Wake the watching thread."""
+        with suppress(OSError):  # many wake-ups wait already, or the thread has ended
+            self._alarm.send(b"!")
+
+    def _round(self, seconds: float) -> None:
+        """Wait for events, for some seconds at most, and do what is due."""
+        paused, newcomer = self._paused, False
+        if self._returned or paused:
+            seconds = 0 if self._returned else PAUSE_SECONDS
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self.socket:
+                newcomer = True
+            elif key.fileobj is self._wakeup:
+                self._wakeup.recv(RECEIVE_OCTETS)
+            else:
+                self.guarded(key.data, self._on_event, key.data)
+        for _ in range(len(self._returned)):
+            if (connection := self._returned.popleft()) in self.connections:
+                self.guarded(connection, self._go_on, connection)
+        if newcomer:  # may evict a connection, so those that have sent a request come first
+            self._accept()
+        elif paused:
+            self._selector.register(self.socket, selectors.EVENT_READ)
+            self._paused = False
+        if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
+            self._swept = now
+            for connection in [peer for peer in self.connections if peer.deadline < now]:
+                self.guarded(connection, self._on_deadline, connection)
+
+    def _accept(self) -> None:
+        """Accept a connection; at the limit, another one makes room, or the newcomer waits."""
+        try:
+            if len(self.connections) >= self.max_connections:
+                self._evict()
+            client_socket, address = self.get_request()
+            with suppress(OSError):
+                client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if self.tls:  # the handshake is part of receiving
+                client_socket = self.tls.context().wrap_socket(
+                    client_socket, server_side=True, do_handshake_on_connect=False
+                )
+            connection = Connection(client_socket, address[0])
+            if self.tls:
+                connection.allow(HEAD_SECONDS)
+        except BlockingIOError:  # another process has accepted it
+            return
+        except OSError:  # no room, no file descriptor is left, or the client has gone already
+            self._selector.unregister(self.socket)
+            self._paused = True
+            return
+        self.connections.add(connection)
+        self._watch(connection, selectors.EVENT_READ)
+
+    def _evict(self) -> None:
+        """Close the connection that was without a request with a good token longest; OSError."""
+        evictable = [peer for peer in self.connections if peer.evictable]
+        for connection in sorted(evictable, key=lambda peer: peer.since):
+            if not connection.has_unread():
+                self._close(connection)
+                return
+        raise OSError("all connections are in use")
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Have the selector watch a connection for events, or for none."""
+        if events and connection.events:
+            self._selector.modify(connection.socket, events, connection)
+        elif events:
+            self._selector.register(connection.socket, events, connection)
+        elif connection.events:
+            self._selector.unregister(connection.socket)
+        connection.events = events
+
+    def _close(self, connection: Connection) -> None:
+        """Close a connection and forget it."""
+        self._watch(connection, 0)
+        connection.shut(socket.SHUT_WR)
+        connection.socket.close()
+        self.connections.discard(connection)
+
+    def _on_event(self, connection: Connection) -> None:
+        """Receive from a connection, or send to it what remains."""
+        if connection.state == ANSWERING:
+            with self._lock:  # it may be given back at this moment
+                if connection.state == ANSWERING:
+                    self._watch(connection, 0)
+        elif connection.state == SENDING:
+            connection.send(b"")
+            self._go_on(connection)
+        elif not connection.receive():
+            self._close(connection)
+        elif connection.state == LINGERING:
+            connection.buffer.clear()
+        elif connection.buffer:
+            self._parse(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Do what comes after an answer, or after a part of a body that took its time."""
+        if connection.unsent:
+            connection.state = SENDING
+            connection.allow(HEAD_SECONDS + len(connection.unsent) / MIN_OCTETS_PER_SECOND)
+            self._watch(connection, selectors.EVENT_WRITE)
+        elif connection.then == CLOSE:
+            self._close(connection)
+        elif connection.then == LINGER:
+            # Unread octets would make the system reset the connection, and the answer be lost.
+            connection.state = LINGERING
+            connection.shut(socket.SHUT_WR)
+            connection.allow(LINGER_SECONDS)
+            self._watch(connection, selectors.EVENT_READ)
+        else:
+            if connection.state != READING:
+                connection.rest()
+            self._watch(connection, selectors.EVENT_READ)
+            if connection.buffer:
+                self._parse(connection)
+
+    def _on_deadline(self, connection: Connection) -> None:
+        """Close a connection that was silent or slow for too long; answer a request that began."""
+        if connection.state == READING:
+            detail = f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
+            detail += f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
+            self.refuse(connection, ScimError(408, "", detail))
+        elif connection.state != ANSWERING:
+            self._close(connection)
+
+    def _parse(self, connection: Connection) -> None:
+        """Parse what has arrived, and execute or refuse the request that it is."""
+        if connection.state == IDLE:
+            connection.state, connection.started = READING, time.perf_counter()
+            connection.allow(HEAD_SECONDS)
+        connection.reader = connection.reader or self.read_request(connection)
+        try:
+            if next(connection.reader):
+                self._returned.append(connection)
+            return
+        except StopIteration as end:
+            request: Request | ScimError = end.value
+        except ScimError as error:
+            request = error
+        connection.reader, connection.state = None, ANSWERING
+        if isinstance(request, ScimError):
+            self.refuse(connection, request)
+        else:
+            self.execute(connection, request)
+
+
+class ScimServer(Watcher):
+    """An application on a socket. See url; running() starts and stops it.
+
+    Its configuration says where it listens, with what TLS and for how many connections. To test a
+    client, append to faults, and set exchanges to a list: it then holds the last requests and
+    answers. Raises OSError if the address or the certificate cannot be used.
+
+    Quick requests are answered by the watching thread. Other reads take turns in a lane: threads
+    that compete for the interpreter at each call of SQLite halve what all of them get done. The
+    writes that wait for one tenant share a transaction.
+    """
+
+    def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
+        self.application, self.config = application, application.config
+        tls = Tls(*self.config.tls) if self.config.tls else None
+        super().__init__(listener or listen(self.config), tls, self.config.max_connections)
+        self.url = url_of(self.config, self.server_address[1])
+        self.token, self.directory = application.token, application.directory  # for tests
+        self.faults: list[Fault] = []
+        self.exchanges: list[Exchange] | None = None
+        self.log = access_log(self.config.access_log, sys.stderr)
+        self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
+        self._readers, self._turn = ThreadPoolExecutor(MAX_READ_THREADS), threading.Lock()
+        self._writers = ThreadPoolExecutor(MAX_WRITE_THREADS)
+        self._writes: dict[str, list[tuple[Connection, Request]]] = {}  # that wait, by tenant
+
+    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
+        """Serve until stop()."""
+        super().serve_forever(poll_interval)
+        self._readers.shutdown(wait=False)
+        self._writers.shutdown(wait=False)
         self.log.close(1)
-        with self._changed:
-            self.stopped.set()
-            self._changed.notify_all()
+        self.stopped.set()
 
-    # -- The crew --
-
-    def leave(self, task: Callable[[], None]) -> None:
-        """Have a task done by a thread of its own, which is one that leads now or will."""
-        with self._changed:
-            if self.stopping.is_set():
-                threading.Thread(target=task, daemon=True).start()
-                return
-            self._tasks.append(task)
-        if self._leader != threading.get_ident():
-            self._ring()
-
-    def gather(self, key: bytes, handler: Handler) -> None:
-        """Have a write done together with others that wait with the same Authorization."""
-        with self._changed:
-            if key in self._writes:
-                self._writes[key].append(handler)
-                return
-            self._writes[key] = [handler]
-        self.leave(partial(self._write, key))
-
-    def _ring(self) -> None:
-        """Wake who leads."""
-        with suppress(BlockingIOError):  # it was rung so often already
-            self._bell.send(b"!")
-
-    def _hire(self) -> None:
-        """Take one more into the crew, under the lock of what changes."""
-        with suppress(RuntimeError):  # of no more threads: then nobody leads for a while
-            threading.Thread(target=self._work, daemon=True).start()
-            self._free += 1
-
-    def _work(self) -> None:
-        """Lead, do a task that leading brought, and queue up to lead again."""
-        while True:
-            with self._lead:
-                self._leader = threading.get_ident()
-                task = self._await_task()
-                self._leader = 0
-            with self._changed:
-                self._free -= 1
-                if task and not self._free:
-                    self._hire()
-                self._changed.notify_all()
-            if not task:
-                return
-            task()
-            with self._changed:
-                if self._free >= SPARE_THREADS or self.stopping.is_set():
-                    return
-                self._free += 1
-
-    def _await_task(self) -> Callable[[], None] | None:
-        """Watch all connections until there is a task; None when the server stops and all that came is taken."""
-        while not self._tasks:
-            stopping = self.stopping.is_set()
-            for key, _ in self._selector.select(0 if stopping else SWEEP_SECONDS):
-                key.data()
-            if stopping:
-                break
-            if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
-                self._swept = now
-                with self._changed:
-                    for peer in self.connections.values():
-                        if peer.state == IDLE and peer.deadline < now:
-                            peer.end(socket.SHUT_RDWR)  # which who watches it sees
-        return self._tasks.popleft() if self._tasks else None
-
-    def _write(self, key: bytes) -> None:
-        """Answer the writes that wait with one Authorization, as long as there are any."""
-        asked: list[tuple[Handler, Request]] = []
-
-        def receive(handler: Handler) -> None:
-            asked.append((handler, handler.receive()))
-
-        while handlers := self._gathered(key):
-            asked.clear()
-            for handler in handlers:
-                handler.run(partial(receive, handler))
-            answers = self.answer_all([request for _, request in asked])
-            for (handler, request), answer in zip(asked, answers, strict=True):
-                handler.run(partial(handler.answer, request, *answer))
-
-    def _gathered(self, key: bytes) -> list[Handler]:
-        """Return writes to answer together; where there are none, the next one begins another task."""
-        with self._changed:
-            if handlers := self._writes.pop(key):
-                self._writes[key] = handlers[MAX_WRITES_PER_COMMIT:]
-        return handlers[:MAX_WRITES_PER_COMMIT]
+    def stop(self) -> None:
+        """Accept nothing more, end long polls, wait for the other requests, close everything."""
+        self.application.interrupt()
+        super().stop()
 
     # -- Requests --
 
-    def build_request(
-        self, method: str, target: str, headers: Mapping[str, str], client: str
-    ) -> Request:
-        """Return a request without its body: where it came from, and how it named this server."""
-        host, target = origin_form(target, headers.get("host") or "localhost")
+    def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
+        """Read the next request from the buffer of a connection; ScimError for one to refuse."""
+        connection.request = None
+        head = yield from read_head(connection.buffer)
+        connection.request = request = self.build_request(head, connection.client)
+        connection.minor_version = head.minor_version
+        limit, length = (
+            self.application.body_limit(request.path),
+            head.headers.get("content-length"),
+        )
+        if length and int(length) > limit:
+            raise too_large(limit)
+        if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.allow(HEAD_SECONDS, 1 / MIN_OCTETS_PER_SECOND)
+        if "transfer-encoding" in head.headers:
+            return request._replace(body=(yield from read_chunks(connection.buffer, limit)))
+        if length:
+            return request._replace(body=(yield from read_exactly(connection.buffer, int(length))))
+        return request
+
+    def build_request(self, head: Head, client: str) -> Request:
+        """Return a request without its body: where it is from, and how it named this server."""
+        headers = head.headers
+        host, target = host_and_target(head.target, headers.get("host") or "localhost")
         path, _, query = target.partition("?")
-        scheme = "https" if self.tls else "http"
-        if any(
-            ipaddress.ip_address(client.partition("%")[0]) in network
-            for network in self.config.trusted_proxies
-        ):
-            told = forwarded(headers)
-            client = told["for"] or client
-            scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
-            host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
+        scheme, address = "https" if self.tls else "http", client.partition("%")[0]
+        proxies = self.config.trusted_proxies
+        if proxies and any(ipaddress.ip_address(address) in network for network in proxies):
+            proxied = forwarded(headers)
+            client = proxied["for"] or client
+            scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
+            host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
+        id = headers.get("x-request-id", "")
+        id = id if REQUEST_ID.fullmatch(id) else next(self._request_ids)
         return Request(
-            method,
-            path,
-            query,
-            headers,
-            b"",
-            scheme,
-            host,
-            "",
-            client,
-            self.request_id(headers.get("x-request-id", "")),
-            encoded=True,
+            head.method, path, query, headers, b"", scheme, host, "", client, id, None, True
         )
 
-    def request_id(self, given: str) -> str:
-        """Return the id of a request: that of its header where it has a good one, or a new one."""
-        return given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}"
+    def execute(self, connection: Connection, request: Request) -> None:
+        """Answer a quick request; hand another one to its lane."""
+        request = request._replace(caller=self.application.known_caller(request))
+        # A fault may delay the requests that meet it, so it gives each request its own thread.
+        lane = SLOW if self.faults else self.application.lane_of(request)
+        if lane == QUICK:
+            self._answer(connection, request)
+        elif lane == READ:
+            self._readers.submit(
+                self.guarded, connection, self._answer_in_turn, connection, request
+            )
+        elif lane == WRITE:
+            self._queue_write(connection, request)
+        else:
+            arguments = (connection, self._answer, connection, request)
+            threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
 
-    def answer_all(self, requests: Sequence[Request]) -> list[tuple[Response, bool]]:
-        """Return the answers to writes with the same Authorization, in one commit unless there are faults."""
-        if len(requests) < 2 or self.faults:
-            return list(map(self.answer, requests))
-        responses = self.application.handle_all(requests)
-        for request, response in zip(requests, responses, strict=True):
-            self._keep(request, response)
-        return [(response, False) for response in responses]
+    def refuse(self, connection: Connection, error: ScimError) -> None:
+        """Answer a request that cannot be read, and close the connection after it."""
+        request = connection.request or Request("", "", id=next(self._request_ids))
+        connection.reader, connection.state = None, ANSWERING
+        self._send(connection, request, error_response(error), then=LINGER)
 
-    def answer(self, request: Request, in_turn: bool = False) -> tuple[Response, bool]:
-        """Return the answer to a request, and whether it is to be cut; faults come first."""
-        fault = self._fault(request) if self.faults else None
+    def _answer(self, connection: Connection, request: Request) -> None:
+        """Execute a request and send the answer; faults come first."""
+        fault = self._next_fault(request) if self.faults else None
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
-        response = fault.response() if fault and fault.status else self._handle(request, in_turn)
-        self._keep(request, response)
-        return response, fault is not None and fault.cut
+        injected = fault.response() if fault and fault.status else None
+        response = injected or self.application.handle(request)
+        self._send(connection, request, response, cut=fault is not None and fault.cut)
 
-    def _fault(self, request: Request) -> Fault | None:
+    def _answer_in_turn(self, connection: Connection, request: Request) -> None:
+        """Answer a read when the one before is done, or after PAUSE_SECONDS."""
+        in_turn = self._turn.acquire(timeout=PAUSE_SECONDS)
+        try:
+            self._answer(connection, request)
+        finally:
+            if in_turn:
+                self._turn.release()
+
+    def _queue_write(self, connection: Connection, request: Request) -> None:
+        """Have a write answered with the others that wait for its tenant."""
+        tenant = request.caller[0].name if request.caller else ""
+        with self._lock:
+            if tenant in self._writes:
+                self._writes[tenant].append((connection, request))
+                return
+            self._writes[tenant] = [(connection, request)]
+        self._writers.submit(self._answer_writes, tenant)
+
+    def _answer_writes(self, tenant: str) -> None:
+        """Answer the writes that wait for a tenant, in one transaction, until there are none."""
+        while writes := self._next_writes(tenant):
+            requests = [request for _, request in writes]
+            alone = len(writes) == 1
+            responses = (
+                [self.application.handle(requests[0])]
+                if alone
+                else self.application.handle_all(requests)
+            )
+            for (connection, request), response in zip(writes, responses, strict=True):
+                self.guarded(connection, self._send, connection, request, response)
+
+    def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
+        """Take writes of a tenant that may share a transaction; without any, forget the tenant."""
+        with self._lock:
+            waiting = self._writes[tenant]
+            # A Bulk request is a transaction of its own, which the others do not wait for.
+            sizes = (n for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH)
+            size = min(next(sizes, MAX_WRITES_PER_COMMIT) or 1, MAX_WRITES_PER_COMMIT)
+            writes, self._writes[tenant] = waiting[:size], waiting[size:]
+            if not writes:
+                del self._writes[tenant]
+        return writes
+
+    def _next_fault(self, request: Request) -> Fault | None:
         """Return the fault that a request meets, counted."""
-        with self._changed:
-            if fault := next((one for one in self.faults if one.meets(request)), None):
+        with self._lock:
+            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
                 fault.times -= 1
         return fault
+
+    # -- Answers --
+
+    def _send(
+        self,
+        connection: Connection,
+        request: Request,
+        response: Response,
+        then: str = KEEP,
+        cut: bool = False,
+    ) -> None:
+        """Send an answer, half of its body if it is to be cut, note it, give the connection back."""
+        status, fields, body = to_http(response, request)
+        options = request.headers.get("connection", "").lower()
+        keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
+        if then == KEEP and (cut or not keep or self.stopping.is_set()):
+            then = CLOSE
+        lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}"]
+        lines += [f"{name}: {value}" for name, value in fields]
+        lines += ["\r\n"] if then == KEEP else ["Connection: close", "\r\n"]
+        octets = "\r\n".join(lines).encode("latin-1", "replace")
+        connection.then, connection.authenticated = then, bool(response.tenant)
+        if response.tenant:
+            connection.since = time.monotonic()
+        connection.send(octets + body[: len(body) // 2 if cut else None])
+        self._keep(request, response)
+        self._note(request, response, time.perf_counter() - connection.started, len(body))
+        self.give_back(connection)
 
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
             if isinstance(response.body, dict):
-                response = response._replace(body=from_json(text_of_body(response.body)))
+                response = response._replace(body=from_json(body_text(response.body)))
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
 
-    def _handle(self, request: Request, in_turn: bool) -> Response:
-        """Have a request handled; reads that do not wait by intent take turns where they should.
-
-        Threads that compete for the interpreter at each call of SQLite halve what all of them get
-        done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn, but
-        COSTLY of them at once leave some of the READERS to who leads.
-        """
-        reads = request.method in ("GET", "HEAD") or request.path.endswith("/.search")
-        if (
-            not (in_turn and reads and "authorization" in request.headers)
-            or "wait" in request.query
-        ):
-            return self.application.handle(request)
-        mine = self._turn.acquire(timeout=TURN_SECONDS)
-        try:
-            with self._costly:
-                return self.application.handle(request)
-        finally:
-            if mine:
-                self._turn.release()
-
-    def note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
+    def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
@@ -6342,11 +6302,10 @@ class WsgiApplication:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
-        root, path = (
+        mount_point, path = (
             quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
         )
-        host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-        given = headers.get("x-request-id", "")
+        id = headers.get("x-request-id", "")
         return Request(
             environ["REQUEST_METHOD"],
             path,
@@ -6354,20 +6313,21 @@ class WsgiApplication:
             headers,
             b"",
             environ["wsgi.url_scheme"],
-            host,
-            root,
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            mount_point,
             environ.get("REMOTE_ADDR", ""),
-            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()),
-            encoded=True,
+            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
+            None,
+            True,
         )
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
         if length and not LENGTH.fullmatch(length):
             raise ScimError(400, "", "content-length: expected a number")
-        # A server that takes chunked bodies ends the stream itself, and says so.
-        size = int(length) if length else limit + 1 if environ.get("wsgi.input_terminated") else 0
-        body: bytes = environ["wsgi.input"].read(min(size, limit + 1))
+        # A server that accepts chunked bodies ends the stream itself, and says so.
+        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
         if len(body) > limit:
             raise too_large(limit)
         return body
@@ -6852,8 +6812,8 @@ def serve(options: argparse.Namespace) -> None:
 def work(
     options: argparse.Namespace,
     application: Application,
-    listener: Listener,
-    seen: Stamp,
+    listener: socket.socket,
+    seen: FileSignature,
     told: str,
 ) -> None:
     """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
@@ -6871,7 +6831,9 @@ def work(
     application.close()
 
 
-def supervise(options: argparse.Namespace, config: Config, listener: Listener, told: str) -> None:
+def supervise(
+    options: argparse.Namespace, config: Config, listener: socket.socket, told: str
+) -> None:
     """Run workers on one socket, and a new one for each that dies, until a signal."""
     if not hasattr(os, "fork"):
         raise StoreError("workers: more than one needs an operating system that forks")
@@ -6908,8 +6870,8 @@ def supervise(options: argparse.Namespace, config: Config, listener: Listener, t
 def fork_worker(
     options: argparse.Namespace,
     config: Config,
-    listener: Listener,
-    seen: Stamp,
+    listener: socket.socket,
+    seen: FileSignature,
     numbers: Iterable[int],
 ) -> int:
     """Return the process id of a new worker, in which this never returns."""
@@ -6931,7 +6893,7 @@ def end_after(supervisor: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def follow_file(options: argparse.Namespace, server: ScimServer, seen: Stamp) -> None:
+def follow_file(options: argparse.Namespace, server: ScimServer, seen: FileSignature) -> None:
     """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
     while not server.stopping.wait(RELOAD_SECONDS):
         if (found := file_signature(chosen_file(options))) != seen:
