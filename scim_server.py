@@ -6336,8 +6336,9 @@ class WsgiApplication:
 # ----------------------------------------------------------------------------
 # 17. Console
 #
-# The page at / by which an administrator sees why a sync works or fails: HTML,
-# style and script in one string, that reads the API of chapter 10.
+# The page at /, which shows an administrator why provisioning works or fails:
+# HTML, style and script in one string. The script reads the API of chapter 14
+# and the SCIM endpoints.
 # Uses nothing.
 # ----------------------------------------------------------------------------
 
@@ -6345,324 +6346,334 @@ CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta na
 <title>SCIM console</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><circle r='1' fill='%2325d'/></svg>">
 <style>
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
-  --fill: #2f5fd0; --link: #2450b8; --ok: #12683f; --okay: #e4f3ea; --warn: #7a4b00; --warned: #fcf1d8; --bad: #a3211b; --badly: #fce9e7; }
-@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --ink: #e7ebf2; --soft: #a2aec0;
-  --line: #2b3341; --fill: #3a66cf; --link: #93b4ff; --ok: #83dcab; --okay: #15301f; --warn: #f1c76c; --warned: #332812; --bad: #ffa29a;
-  --badly: #3a1b1b; } }
-.ok { --tone: var(--ok); --ground: var(--okay); } .warn, .change { --tone: var(--warn); --ground: var(--warned); }
-.bad { --tone: var(--bad); --ground: var(--badly); } .pill, .note, .ok .mark, .change { background: var(--ground); }
-* { box-sizing: border-box; } html { overflow-y: scroll; } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; } h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; }
-a { color: var(--link); } code, pre { font: 13px/1.5 ui-monospace, monospace; } ol, ul { list-style: none; margin: 0; padding: 0; }
-.soft, .live, .lead, summary time, dt, header span { color: var(--soft); } .soft, .live, .pill, .small, summary time { font-size: 13px; }
-header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; margin-right: 14px; }
-header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; } main { padding-top: 28px; padding-bottom: 80px; }
-header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px; } header > div, .bar { flex-wrap: wrap; }
-nav { flex: 1; } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
-nav a:hover, nav [aria-current] { color: var(--ink); } nav [aria-current] { border-color: var(--fill); }
-section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0; }
-section, .card { padding: 18px 20px; } .empty { text-align: center; padding: 48px 20px; } .sign { max-width: 420px; margin: 10vh auto; }
-.sign > * { margin-bottom: 12px; } .sign button, [type=search], [type=password] { width: 100%; } .state h2, .why { color: var(--tone); }
-.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0; }
-.grid > *, .state p, .note p, .steps p, dd { margin: 0; } .state h2::before { content: "●"; margin-right: 7px; }
-.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; }
-.bar [type=search] { flex: 1 1 220px; max-width: 420px; } .copy code { user-select: all; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px; background: var(--card);
-  padding: 7px 12px; min-height: 38px; } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); }
-::placeholder { color: var(--soft); opacity: 1; } button { cursor: pointer; white-space: nowrap; } button:disabled { opacity: .45; }
-button:hover:enabled { background: var(--hover); } .main:enabled { background: var(--fill); border-color: var(--fill); color: #fff; }
-.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit; }
-[aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
-.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); }
-.live { margin-left: auto; min-width: 8em; text-align: end; } .more { padding: 4px 18px 18px; }
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --text: #1b2330; --dim: #566174; --line: #e0e4ea;
+  --accent: #2f5fd0; --link: #2450b8; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8; --bad: #a3211b;
+  --bad-bg: #fce9e7 }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --text: #e7ebf2; --dim: #a2aec0;
+  --line: #2b3341; --accent: #3a66cf; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a;
+  --bad-bg: #3a1b1b } }
+.ok { --tone: var(--ok); --tint: var(--ok-bg) } .warn, .change { --tone: var(--warn); --tint: var(--warn-bg) }
+.bad { --tone: var(--bad); --tint: var(--bad-bg) } .pill, .note, .ok .mark, .change { background: var(--tint) }
+* { box-sizing: border-box } html { overflow-y: scroll } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+body { margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 0 0 12px }
+a { color: var(--link) } code, pre { font: 13px/1.5 ui-monospace, monospace } ol, ul { list-style: none; margin: 0; padding: 0 }
+.dim, .live, .lead, summary time, dt, header span { color: var(--dim) } .dim, .live, .pill, .small, summary time { font-size: 13px }
+header { background: var(--card); border-bottom: 1px solid var(--line) } header span { font-weight: 400; margin-right: 14px }
+header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px } main { padding-top: 28px; padding-bottom: 80px }
+header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px } header > div, .bar { flex-wrap: wrap }
+nav { flex: 1 } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--dim); text-decoration: none }
+nav a:hover, nav [aria-current] { color: var(--text) } nav [aria-current] { border-color: var(--accent) }
+section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0 }
+section, .card { padding: 18px 20px } .empty { text-align: center; padding: 48px 20px } form.card { max-width: 420px; margin: 10vh auto }
+form > * { margin-bottom: 12px } form button, [type=search], [type=password] { width: 100% } .health h2, .problem { color: var(--tone) }
+.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0 }
+.grid > *, .health p, .note p, .steps p, dd { margin: 0 } .health h2::before { content: "●"; margin-right: 7px }
+.copy { justify-content: space-between } .bar { margin: 0 0 14px; min-height: 38px }
+.bar [type=search] { flex: 1 1 220px; max-width: 420px } .copy code { user-select: all }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--dim); border-radius: 7px; background: var(--card);
+  padding: 7px 12px; min-height: 38px } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--accent) }
+::placeholder { color: var(--dim); opacity: 1 } button { cursor: pointer; white-space: nowrap } button:disabled { opacity: .45 }
+button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
+.small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
+[aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
+.log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) }
+.live { margin-left: auto; min-width: 8em; text-align: end } .more { padding: 4px 18px 18px }
 summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
-  cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
-summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
-.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; }
-.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .history b, .pill { display: inline-block; }
-dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
-pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
-.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px; }
-.steps li > * { min-width: 0; } .ok .mark { border-color: var(--tone); color: var(--tone); }
-.steps li { display: flex; gap: 12px; padding: 8px 0; } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; }
-table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
-th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { white-space: nowrap; } tbody tr:last-child td { border: 0; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
-@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; }
-  nav { order: 3; flex: 1 0 100%; gap: 0; } nav a { padding: 10px 8px 8px; } section, .card, .more { padding: 14px; }
-  .more { padding-top: 2px; } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px; } summary time { grid-column: 2; }
-  .scroll { margin: 0 -14px; padding: 0 14px; } thead { display: none; } table { overflow-wrap: anywhere; }
-  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
-  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > :not(.pill) { min-width: 0; flex: 1; }
-  td:has(> span:empty) { display: none; } }
+  cursor: pointer } summary:hover { background: var(--hover) } summary:focus-visible { outline-offset: -3px }
+summary::-webkit-details-marker, [open] .problem, .log:empty { display: none } .problem { grid-column: 2 / -1; font-size: 14px }
+.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px }
+.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap }
+.note .dim::first-letter, .history b::first-letter { text-transform: uppercase } .history b, .pill { display: inline-block }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0 }
+pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px }
+.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px }
+.steps li > * { min-width: 0 } .ok .mark { border-color: var(--tone); color: var(--tone) }
+.steps li { display: flex; gap: 12px; padding: 8px 0 } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word } .list table { overflow-wrap: anywhere }
+th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-shadow: -20px 0 var(--tint), 20px 0 var(--tint) }
+@media (max-width: 640px) { header > div { padding: 8px 14px 0 } main { padding: 18px 14px 80px } header b, .live { flex: 1 }
+  nav { order: 3; flex: 1 0 100%; gap: 0 } nav a { padding: 10px 8px 8px } section, .card, .more { padding: 14px }
+  .more { padding-top: 2px } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px } summary time { grid-column: 2 }
+  .scroll { margin: 0 -14px; padding: 0 14px } thead { display: none } table { overflow-wrap: anywhere }
+  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
+  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
+  td:has(> span:empty) { display: none } }
 </style>
-<header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
-<button id="out" class="small">Sign out</button></div></header><main></main>
-<form class="card sign" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token of your tenant: the one that Entra ID
- has. It stays in this tab, and what you see is read-only.</p><label for="token">Secret Token</label>
-<input type="password" id="token" autocomplete="off" required><button class="main">Sign in</button></form>
+<header hidden><div><b>SCIM console <span></span></b><nav aria-label="Sections"></nav>
+<button class="small">Sign out</button></div></header><main></main>
+<form class="card" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token that you entered in Entra ID.
+ It stays in this tab. The console changes nothing.</p><label for="token">Secret Token</label>
+<input type="password" id="token" autocomplete="off" required><button class="primary">Sign in</button></form>
 <script>
 const [ENTERPRISE, FACILIO] = ['enterprise', 'facilio'].map(name => `urn:ietf:params:scim:schemas:extension:${name}:2.0:User`);
-const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
+const LEVELS = [['ok', '✓', 'success'], ['warn', '!', 'warning'], ['bad', '✕', 'error']];
 const [header, main, form] = document.body.children;
-let setup = null, view = new AbortController();        // what the server knows of the tenant; the view on show
+const [tenantName, nav, signOutButton] = header.querySelectorAll('span, nav, button');
+let setup = null;  // the answer of /console/api/setup
+let view = new AbortController();  // aborted when another view opens
 
-// -- Elements: whatever comes from the server becomes text, never HTML --
-function h(kind, ...children) {                        // h('p.soft', {title: 'x'}, 'text'): the properties may be left out
-  const [tag, ...classes] = kind.split('.'), element = document.createElement(tag);
+// -- Elements: server text becomes text nodes, never HTML --
+// h('p.dim', {title: 'x'}, 'text'): the properties are optional.
+function h(selector, ...children) {
+  const [tag, ...classes] = selector.split('.'), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(properties)) name in element ? element[name] = value : element.setAttribute(name, value);
   element.classList.add(...classes); element.append(...children.flat(9).filter(Boolean));
   return element;
 }
-const link = (text, ...way) => h('a', {href: ['#', ...way.map(encodeURIComponent)].join('/')}, text || way.at(-1));
-const full = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
-const when = at => h('time', {dateTime: at}, full(at));
-const words = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
-const short = names => names.join(', ').replaceAll(FACILIO + ':', '').replaceAll(ENTERPRISE + ':', '');
+const link = (text, ...path) => h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/')}, text || path.at(-1));
+const date = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
+const time = at => h('time', {dateTime: at}, date(at));
+const valueText = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
+const nameList = names => names.join(', ').replace(/urn:\S+:(facilio|enterprise):2.0:User:/g, '');
 const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn'), `${good ? '✓' : sign} ${text}`);
 const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
 const section = (title, ...content) => h('section', h('h2', title), ...content);
-const empty = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
-const pairs = rows => h('dl', rows.filter(([, ...all]) => all.some(Boolean)).map(([name, ...all]) => [h('dt', name), h('dd', all)]));
+const notice = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
+const pairs = rows => h('dl', rows.filter(([, ...content]) => content.some(Boolean)).map(([name, ...content]) =>
+  [h('dt', name), h('dd', content)]));
 const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', heads)), body));
-const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
-const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
-  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', value))));
+const headCells = titles => titles.map(title => h('th', {scope: 'col'}, title));
+const row = (titles, cells, selector = 'tr') => h(selector, cells.map((cell, index) =>
+  h('td', {'data-label': titles[index]}, cell instanceof Element ? cell : h('span', cell))));
 const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
   onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
-const searchField = (placeholder, load, typing) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
-  oninput: () => { clearTimeout(typing); typing = setTimeout(load, 250); }});
+const searchField = (placeholder, load, timer) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
+  oninput: () => { clearTimeout(timer); timer = setTimeout(load, 250); }});
 
-// -- The server: the token goes in a header, and nowhere else --
-async function ask(path, signal) {
-  const answer = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
-  if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
-  if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
-  return answer;
+// -- The server: the token is sent in a header only --
+async function request(path, signal) {
+  const response = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
+  if (response.status === 401) signIn('The token is unknown or has expired.');
+  if (!response.ok) throw Error((await response.json().catch(() => ({}))).detail || `The server answered ${response.status}.`);
+  return response;
 }
-const get = async (path, parameters) => (await ask(path + '?' + new URLSearchParams(parameters), view.signal)).json();
+const get = async (path, parameters) => (await request(path + '?' + new URLSearchParams(parameters), view.signal)).json();
 const getLog = async parameters => (await get('/console/api/log', parameters)).entries;
 const getSetup = async () => { setup = await get('/console/api/setup'); };
-const download = async (path, name) =>
-  h('a', {href: URL.createObjectURL(await (await ask('/console/api/' + path)).blob()), download: name}).click();
-async function follow(state, use) {                    // long polls while the view is on show; each failure doubles the pause
+const downloadMapping = async () => h('a', {download: 'mapping.csv',
+  href: URL.createObjectURL(await (await request('/console/api/mapping')).blob())}).click();
+// Long polls while the view is open; each failure doubles the pause.
+async function followLog(status, refresh) {
   const {signal} = view;
   for (let after = setup.last[0]?.seq || 0, pause = 1000; !signal.aborted;)
     try {
-      state.textContent ||= 'Live';
+      status.textContent ||= 'Live';
       const [newest] = await getLog({after, wait: 25, count: 100});
-      state.textContent = 'Live'; pause = 1000;
-      if (newest) { after = newest.seq; await use(); }
+      status.textContent = 'Live'; pause = 1000;
+      if (newest) { after = newest.seq; await refresh(); }
     } catch (error) {
       if (signal.aborted) return;
-      state.textContent = `No answer, next try in ${pause / 1000} s`;
-      await new Promise(wake => setTimeout(wake, pause)); pause = Math.min(2 * pause, 60000);
+      status.textContent = `Connection lost, retrying in ${pause / 1000} s`;
+      await new Promise(resolve => setTimeout(resolve, pause)); pause = Math.min(2 * pause, 60000);
     }
 }
 
 // -- The log --
-function entry(call) {
-  const [level, sign, meaning] = LEVELS[call.level], [note] = call.notes, place = {User: 'people', Group: 'groups'}[call.type];
+function logEntry(call) {
+  const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type];
   return h('li', h('details.' + level, h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`),
-    h('span', call.operation, ' ', h('b', call.name)), when(call.at), note && h('span.why', note.text)),
-  h('div.more', call.notes.map(one => h('div.note', h('p.soft', one.kind), h('p', one.text),
-    h('p', h('b', 'What to do: '), one.remedy))),
-  pairs([['About', place && call.subject && link(call.name, place, call.subject)], ['Attributes', short(call.attributes)],
-    ['Answer', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
-    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Took', `${call.milliseconds} ms`],
-    ['Request id', call.id]]), call.body && json(call.body))));
+    h('span', call.operation, ' ', h('b', call.name)), time(call.at), call.notes[0] && h('span.problem', call.notes[0].text)),
+  h('div.more', call.notes.map(note => h('div.note', h('p.dim', note.kind), h('p', note.text),
+    h('p', h('b', 'What to do: '), note.remedy))),
+  pairs([[call.type, path && call.subject && link(call.name, path, call.subject)], ['Attributes', nameList(call.attributes)],
+    ['Error', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
+    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Duration', `${call.milliseconds} ms`],
+    ['Request ID', call.id]]), call.body && json(call.body))));
 }
-function health(troubles) {
-  const {last: [last], refused, strangers} = setup, unseen = last ? setup.fields.filter(one => !one.people) : [];
-  const of = kind => troubles.filter(one => one.seq > last.seq - 100 && one.notes.some(note => note.kind === kind));
-  const [lost] = of('connection'), wrong = of('mapping'), first = ([{notes: [note]}]) => note.text;
-  const card = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
-  return h('div.grid', card(!last || lost ? 'warn' : 'ok', 'Connection', last ? `Last call on ${full(last.at)}, token “${last.token}”. ` :
-    ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
-  lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
+function healthCards(problems) {  // problems: the newest log entries with a note
+  const {last: [lastCall], refused, strangers} = setup, unused = lastCall ? setup.fields.filter(({people}) => !people) : [];
+  const recent = kind => problems.filter(call => call.seq > lastCall.seq - 100 && call.notes.some(note => note.kind === kind));
+  const [failure] = recent('connection'), mapping = recent('mapping');
+  const card = (level, title, ...text) => h('div.card.health.' + level, h('h2', title), h('p', text));
+  return h('div.grid', card(!lastCall || failure ? 'warn' : 'ok', 'Connection', lastCall ?
+    `Last call on ${date(lastCall.at)} with the token “${lastCall.token}”. ` :
+    ['No calls yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
+  failure && `${failure.notes[0].text} ${failure.notes[0].remedy}`, setup.lost && ` Calls missing from the log: ${setup.lost}.`),
   card(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-    `${refused.length} refused since ${full(refused.at(-1).at)}. ${first(refused)}` : strangers ? 'Calls were refused:' :
-      'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
-  card(wrong.length ? LEVELS[wrong[0].level][0] : unseen.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
-    `${wrong.length} of the last 100 calls had trouble. ${first(wrong)} ` : last ? 'All that was sent fits. ' : 'Nothing was sent yet. ',
-  unseen.length && [link('Custom fields', 'setup'), ` that nobody has: ${unseen.map(one => one.display_name).join(', ')}.`]));
+    `Calls refused since ${date(refused.at(-1).at)}: ${refused.length}. ${refused[0].notes[0].text} ` :
+    !strangers && 'No calls were refused.',
+  strangers && `Calls with an unknown token since ${date(setup.strange_since)}: ${strangers}.`),
+  card(mapping.length ? LEVELS[mapping[0].level][0] : unused.length ? 'warn' : 'ok', 'Attribute mapping', mapping.length ?
+    `${mapping.length} of the last 100 calls had problems. ${mapping[0].notes[0].text} ` : lastCall ? 'No problems. ' : 'No calls yet. ',
+  unused.length && [link('Custom fields', 'setup'), ` no one has a value for: ${unused.map(field => field.display_name).join(', ')}.`]));
 }
 async function showLog() {
-  const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
-  const list = h('div'), top = h('div'), state = h('span', {role: 'status'});
-  const fresh = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
-  const older = h('button', {onclick: async () => list.firstChild.append(...take(await page(oldest)))}, 'Show older calls');
-  const page = before => getLog({before, count: 50, level: +problems.checked, text: search.value});
-  const take = calls => { oldest = calls.at(-1)?.seq; older.hidden = calls.length < 50; return calls.map(entry); };
-  let turn = 0, oldest;
+  const search = searchField('Search names, attributes, errors', load), problemsOnly = h('input', {type: 'checkbox', onchange: load});
+  const list = h('div'), cards = h('div'), status = h('span', {role: 'status'});
+  const showNew = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
+  const showOlder = h('button', {onclick: async () => list.firstChild.append(...entries(await getCalls(oldest)))}, 'Show older calls');
+  const getCalls = before => getLog({before, count: 50, level: +problemsOnly.checked, text: search.value});
+  const entries = calls => { oldest = calls.at(-1)?.seq; showOlder.hidden = calls.length < 50; return calls.map(logEntry); };
+  let loads = 0, oldest;
   async function load() {
-    const mine = ++turn, [calls, troubles] = await Promise.all([page(0), getLog({level: 1}), getSetup()]);
-    if (mine !== turn) return;                         // another search has overtaken this answer
-    fresh.hidden = true; top.replaceChildren(health(troubles));
-    list.replaceChildren(h('ol.log', take(calls)), calls.length ? '' : problems.checked || search.value ?
-      empty('No call fits', 'Clear the search, or look at all calls.') :
-      empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
-        link('Set-up', 'setup'), ' for what to enter there.'));
+    const number = ++loads, [calls, problems] = await Promise.all([getCalls(0), getLog({level: 1}), getSetup()]);
+    if (number < loads) return;  // a newer search started
+    showNew.hidden = true; cards.replaceChildren(healthCards(problems));
+    list.replaceChildren(h('ol.log', entries(calls)), calls.length ? '' : problemsOnly.checked || search.value ?
+      notice('No matching calls', 'Clear the search or show all calls.') :
+      notice('No calls yet', 'Calls from Entra ID appear here, with their outcome. See ', link('Set-up', 'setup'),
+        ' for what to enter there.'));
   }
-  await load(); follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
-  return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
-    h('div.bar', search, h('label', problems, 'Problems only'), h('span.live', fresh, ' ', state)), list, older];
+  await load(); followLog(status, () => scrollY < 200 && !list.querySelector('[open]') ? load() : showNew.hidden = false);
+  return ['Provisioning log', 'The calls of identity providers, their outcome, and how to fix what failed.', cards,
+    h('div.bar', search, h('label', problemsOnly, 'Problems only'), h('span.live', showNew, ' ', status)), list, showOlder];
 }
 
 // -- Set-up --
-async function testConnection(result) {                // what Entra's button does: look for somebody who is not there
-  const look = (endpoint, name) => get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
-    found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
+async function testConnection(output) {  // like Entra's button: filters that match no one
+  const probe = (endpoint, attribute) => get('/scim/v2/' + endpoint, {filter: `${attribute} eq "${Math.random()}"`}).then(
+    page => [!page.totalResults, `${endpoint}: the filter works. It matched nothing, as expected.`],
     error => [false, `${endpoint}: ${error.message}`]);
-  const lines = await Promise.all([look('Users', 'userName'), look('Groups', 'displayName')]);
-  if (!setup.url.startsWith(location.origin + '/')) lines.push([false, `This page is at ${location.origin}, but the server takes ` +
-    `itself for ${setup.url}: let the proxy keep the Host header, or trust it (trusted_proxies).`]);
+  const results = await Promise.all([probe('Users', 'userName'), probe('Groups', 'displayName')]);
+  if (!setup.url.startsWith(location.origin + '/')) results.push([false, `This page is at ${location.origin}, but the server ` +
+    `believes its URL is ${setup.url}. Let the proxy keep the Host header, or add the proxy to trusted_proxies.`]);
   if (location.protocol !== 'https:')
-    lines.push([false, 'This page came by http. Entra ID calls by https only, on a public name: put TLS in front.']);
-  result.replaceChildren(...lines.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
+    results.push([false, 'This page was loaded over HTTP. Entra ID needs HTTPS and a public host name: set up TLS.']);
+  output.replaceChildren(...results.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
 }
 async function showSetup() {
-  const steps = h('ol.steps'), fields = h('tbody'), result = h('div', {role: 'status'}), state = h('span.soft', {role: 'status'});
-  const targets = ['Source', 'Target', 'Type', 'Change'], names = ['Field', 'Type', 'Name in Entra', 'Arrived'];
+  const steps = h('ol.steps'), fields = h('tbody'), output = h('div', {role: 'status'}), status = h('span.dim', {role: 'status'});
+  const mappingTitles = ['Source', 'Target', 'Type', 'Change'], fieldTitles = ['Field', 'Type', 'Name in Entra', 'Employees'];
   async function load() {
     await getSetup();
-    steps.replaceChildren(...setup.steps.map(one => h(one.at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'}, one.at && '✓'),
-      h('div', h('b', one.title), h('p.soft', one.at ? 'Done: first on ' + full(one.at) : one.hint)))));
-    fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
-      one.people ? pill(true, `${one.people} people`) : pill(false, 'nobody has it')])));
+    steps.replaceChildren(...setup.steps.map(({at, title, hint}) => h(at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'},
+      at && '✓'), h('div', h('b', title), h('p.dim', at ? 'Done on ' + date(at) : hint)))));
+    fields.replaceChildren(...setup.fields.map(({display_name, type, urn, people}) => row(fieldTitles,
+      [display_name, type, copyable(urn), pill(people, `${people || 'none'} with a value`)])));
   }
-  await load(); follow(state, load);
-  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
-    section('Connection', h('p.soft', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
-      h('p.soft', 'Secret Token: the secret of one of these tokens, which only you have'), pairs(setup.tokens.map(one => [one.name,
-        one.expired && h('span.pill.bad', '✕ expired'), one.expires && ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; `,
-        one.last_use ? `last used on ${full(one.last_use)}` : 'never used'])), h('p'),
-      h('button.main', {onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
-    section(['Check list ', state], steps)),
-  section('Attribute mapping', h('p.soft', 'Mappings → Provision Microsoft Entra ID Users: from the source in Entra ID to the ' +
-    'target in customappsso. Highlighted is what differs from Entra\'s proposal.'), table(titled(targets), h('tbody',
-    setup.mapping.map(([source, target, type, change]) => row(targets, [source || '(your choice)', h('code', target), type, change],
-      change ? 'tr.change' : 'tr')))), h('p'),
-  h('button', {onclick: () => download('mapping', 'mapping.csv')}, 'Download as CSV')),
-  section('Custom fields', setup.fields.length ? [h('p.soft', 'Show advanced options → Edit attribute list for customappsso: ' +
-    'add these names with these types, then map to them.'), table(titled(names), fields)] : h('p.soft', 'This tenant has none. ' +
-    'They are “custom_fields” of the tenant in the configuration.'), h('p'),
-  h('button', {onclick: () => download('schema', 'customappsso.json')}, 'Download the schema as JSON'))];
+  await load(); followLog(status, load);
+  return ['Set-up', 'What to enter in the Entra admin center, and what the server has received.', h('div.grid',
+    section('Connection', h('p.dim', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
+      h('p.dim', 'Secret Token: the secret of one of these tokens (not shown)'), pairs(setup.tokens.map(
+        ({name, expired, expires, last_use}) => [name, expired && h('span.pill.bad', '✕ expired'),
+          expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])),
+      h('p'), h('button.primary', {onclick: () => testConnection(output)}, 'Test Connection'), h('p'), output),
+    section(['Checklist ', status], steps)),
+  section('Attribute mapping', h('p.dim', 'Mappings → Provision Microsoft Entra ID Users: sources in Entra ID, ' +
+    'targets in customappsso. Highlighted rows differ from Entra\'s default mapping.'), table(headCells(mappingTitles),
+    h('tbody', setup.mapping.map(([source, target, type, change]) => row(mappingTitles,
+      [source || '(your choice)', h('code', target), type, change], change ? 'tr.change' : 'tr')))), h('p'),
+  h('button', {onclick: downloadMapping}, 'Download as CSV')),
+  section('Custom fields', setup.fields.length ? [h('p.dim', 'Show advanced options → Edit attribute list for customappsso: ' +
+    'add these names with these types, then map to them.'), table(headCells(fieldTitles), fields)] : h('p.dim',
+    'None. Configure them as “custom_fields” of the tenant.'))];
 }
 
 // -- Employees and groups: the server filters, sorts and pages --
-const mail = user => (user.emails?.find(one => one.primary) || user.emails?.find(one => one.type === 'work'))?.value;
+const email = ({emails = [], userName}) =>
+  (emails.find(({primary}) => primary) || emails.find(({type}) => type === 'work'))?.value || userName;
 const SEARCHED = {Users: ['displayName', 'userName', 'emails.value', 'title'], Groups: ['displayName', 'externalId']};
-const COLUMNS = {                                      // title, what it sorts by, what it shows of a resource
-  Users: () => [['Name', 'displayName', one => link(one.displayName || one.userName, 'people', one.id)],
-    ['E-mail', 'emails.value', one => mail(one) || one.userName], ['Designation', 'title', one => one.title || ''],
-    ...setup.fields.map(field => [field.display_name, field.urn, one => words(one[FACILIO]?.[field.link_name])]),
-    ['Active', 'active', one => one.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
-  Groups: () => [['Name', 'displayName', one => link(one.displayName, 'groups', one.id)],
-    ['External id', 'externalId', one => one.externalId || ''], ['Changed', 'meta.lastModified', one => when(one.meta.lastModified)]],
+const COLUMNS = {  // title, attribute to sort by, content of a cell
+  Users: () => [['Name', 'displayName', user => link(user.displayName || user.userName, 'people', user.id)],
+    ['E-mail', 'emails.value', email], ['Designation', 'title', user => user.title],
+    ...setup.fields.map(field => [field.display_name, field.urn, user => valueText(user[FACILIO]?.[field.link_name])]),
+    ['Active', 'active', user => user.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
+  Groups: () => [['Name', 'displayName', group => link(group.displayName, 'groups', group.id)],
+    ['External ID', 'externalId', group => group.externalId],
+    ['Changed', 'meta.lastModified', group => time(group.meta.lastModified)]],
 };
-async function listing(endpoint, none, base) {
+async function resourceList(endpoint, ifEmpty, baseFilter) {
   const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', () => load(1));
   const state = h('select', {onchange: () => load(1)}, [['', 'All'], ['active eq true', 'Active'], ['active eq false', 'Inactive']]
     .map(([value, text]) => h('option', {value}, text)));
-  const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
-  let start, sort = 'displayName', order = 'ascending', turn = 0;
-  const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
-  const sortBy = path => { [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending']; load(1); };
-  const heads = titled(columns.map(([title, path]) => h('button', {onclick: () => sortBy(path)}, title)));
+  const message = h('div'), body = h('tbody'), range = h('span.dim', {role: 'status'});
+  let start, sortBy = 'displayName', sortOrder = 'ascending', loads = 0;
+  const [previous, next] = [['Previous', -25], ['Next', 25]].map(([text, step]) =>
+    h('button', {onclick: () => load(start + step)}, text));
+  const sort = path => {
+    sortOrder = sortBy === path && sortOrder === 'ascending' ? 'descending' : 'ascending'; sortBy = path; load(1); };
+  const heads = headCells(columns.map(([title, path]) => h('button', {onclick: () => sort(path)}, title)));
   const card = h('div.card.list', table(heads, body));
-  async function load(from) {
-    const text = search.value.trim(), mine = ++turn, word = JSON.stringify(text);
-    const terms = [base, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${word}`).join(' or ')})`];
-    start = Math.max(1, from);
-    const {Resources: found, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy: sort,
-      sortOrder: order, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
-    if (mine !== turn) return;                         // another search has overtaken this answer
-    columns.forEach(([, path], n) => { heads[n].ariaSort = path === sort ? order : 'none'; });
-    body.replaceChildren(...found.map(one => row(titles, columns.map(([, , show]) => show(one)))));
+  async function load(startIndex) {
+    const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads;
+    const terms = [baseFilter, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
+    start = Math.max(1, startIndex);
+    const {Resources: resources, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy,
+      sortOrder, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
+    if (number < loads) return;  // a newer search started
+    columns.forEach(([, path], index) => { heads[index].ariaSort = path === sortBy ? sortOrder : 'none'; });
+    body.replaceChildren(...resources.map(resource => row(titles, columns.map(([, , content]) => content(resource)))));
     card.hidden = !total;
-    lacking.replaceChildren(total ? '' : state.value || text ? empty('Nothing fits', 'Try another word, or show all.') : none);
-    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : ''; back.hidden = next.hidden = total <= 25;
-    [back.disabled, next.disabled] = [start < 2, start + 25 > total];
+    message.replaceChildren(total ? '' : state.value || text ? notice('No results', 'Change the search or show all.') : ifEmpty);
+    range.textContent = total ? `${start}–${start + resources.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
+    [previous.disabled, next.disabled] = [start < 2, start + 25 > total];
   }
   await load(1);
-  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), lacking, card, h('div.bar', back, next, count)];
+  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), message, card, h('div.bar', previous, next, range)];
 }
-const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.', ...await listing(
-  'Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ', link('See how far it is', 'setup'), '.'))];
-const showGroups = async () => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', empty('No groups yet',
-  'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'))];
-async function about(endpoint, id) {                   // a resource, its employee if it has one, and what both kinds show of it
+const showEmployees = async () => ['Employees', 'The provisioned users. Each is a Facilio employee.', ...await resourceList('Users',
+  notice('No employees yet', 'Employees appear with the first cycle of Entra ID. ', link('See the checklist', 'setup'), '.'))];
+const showGroups = async () => ['Groups', 'The provisioned groups.', ...await resourceList('Groups', notice('No groups yet',
+  'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
+async function resourceDetails(endpoint, id) {  // resource, employee (of a user), sections of the page
   const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
     get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
     get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
-  const history = changes.map(one => h('li', h('div', h('b', one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
-    link('this person', 'people', one.member) : link('this group', 'groups', one.id)], h('p.soft', full(one.at),
-    one.token && ` by “${one.token}”`, one.attributes.length && ': ' + short(one.attributes)))));
-  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'None is left.'),
-    section('SCIM resource', resource ? json(resource) : 'It was deleted; the employee stays.')), h('h2', 'Calls'),
-  calls.length ? h('ol.log', calls.map(entry)) : empty('No calls', 'The log holds none about it.')];
+  const history = changes.map(({kind, id: changedId, member, at, token, attributes}) => h('li', h('div', h('b', kind.replace('.', ' ')),
+    member && [': ', changedId === id ? link('this user', 'people', member) : link('this group', 'groups', changedId)],
+    h('p.dim', date(at), token && ` by “${token}”`, attributes.length && ': ' + nameList(attributes)))));
+  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'No changes recorded.'),
+    section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
+  h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
 }
-async function showPerson(id) {
-  const [resource, employee, ...rest] = await about('Users', id), boss = resource?.[ENTERPRISE]?.manager;
-  if (!employee) return ['Nobody here', 'No employee has this id.', link('All employees', 'people')];
-  const manager = boss && (boss.displayName || (employee.manager ? `employee ${employee.manager}` : 'not known here yet'));
+async function showEmployee(id) {
+  const [resource, employee, ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
+  if (!employee) return ['Not found', 'No employee has this ID.', link('All employees', 'people')];
+  const managerName = manager && (manager.displayName || (employee.manager ? `employee ${employee.manager}` : 'not provisioned yet'));
   return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id}`], h('div.grid', section('Employee', pairs([
-    ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
-    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Number', employee.employeeNumber],
-    ['Manager', boss && link(manager, 'people', boss.value)], ['Language', employee.language], ['Changed', when(employee.changed)],
-    ['External id', employee.external_id]])),
-  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
-    words(employee.custom_fields[one.link_name]) || h('span.soft', 'not sent')])) : 'None', h('p'), h('h2', 'Groups'),
-  resource?.groups ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) : 'None')), ...rest];
+    ['Active', valueText(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
+    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
+    ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
+    ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
+  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(field => [field.display_name,
+    valueText(employee.custom_fields[field.link_name]) || h('span.dim', 'no value')])) : 'None', h('p'), h('h2', 'Groups'),
+  resource?.groups ? h('ul', resource.groups.map(group => h('li', link(group.display, 'groups', group.value)))) : 'None')), ...sections];
 }
 async function showGroup(id) {
-  const [resource, , ...rest] = await about('Groups', id), none = empty('No members', 'Assign people to this group in Entra ID.');
-  return [resource?.displayName || 'A group that was deleted', link('Groups', 'groups'), h('p'), h('h2', 'Members'),
-    ...await listing('Users', none, `groups.value eq ${JSON.stringify(id)}`), ...rest];
+  const [resource, , ...sections] = await resourceDetails('Groups', id);
+  return [resource?.displayName || 'Deleted group', link('Groups', 'groups'), h('p'), h('h2', 'Members'), ...await resourceList('Users',
+    notice('No members', 'Assign people to this group in Entra ID.'), `groups.value eq ${JSON.stringify(id)}`), ...sections];
 }
 
-// -- Sign in, and the way from view to view --
-const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showPeople, showPerson],
+// -- Sign-in and navigation --
+const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showEmployees, showEmployee],
   groups: ['Groups', showGroups, showGroup]};
-const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
-function signIn(...problems) {
+const alertBox = text => h('div.bad', {role: 'alert'}, h('p.note', text));
+function signIn(...messages) {
   delete sessionStorage.token; setup = null; view.abort();
   header.hidden = true; form.hidden = false; form.token.value = '';
-  main.replaceChildren(...problems.map(alarm), form); form.token.focus();
+  main.replaceChildren(...messages.map(alertBox), form); form.token.focus();
 }
 form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
   view.abort();
   const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
-  const chosen = SECTIONS[name] ? name : 'log', [, all, one] = SECTIONS[chosen];
+  const current = SECTIONS[name] ? name : 'log', [, showAll, showDetails] = SECTIONS[current];
   if (!sessionStorage.token) return signIn();
-  const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
-  const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
+  const [title, lead, ...content] = await Promise.resolve(setup || getSetup()).then(() => (id && showDetails || showAll)(id))
+    .catch(error => ['Something went wrong', error.message, h('button', {onclick: show}, 'Try again')]);
   if (signal.aborted) return;
-  header.hidden = false; document.title = `${title} – SCIM console`;
-  document.querySelector('#tenant').textContent = setup?.tenant || '';
-  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([section, [text]]) =>
-    h('a', {href: '#/' + section, ...section === chosen && {ariaCurrent: 'page'}}, text)));
-  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...rest.filter(Boolean));
+  header.hidden = false; document.title = `${title} – SCIM console`; tenantName.textContent = setup?.tenant || '';
+  nav.replaceChildren(...Object.entries(SECTIONS).map(([path, [text]]) =>
+    h('a', {href: '#/' + path, ...path === current && {ariaCurrent: 'page'}}, text)));
+  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...content.filter(Boolean));
   if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
 }
-function enter(event) {
-  const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
-  if (given) { sessionStorage.token = decodeURIComponent(given); setup = null; }
-  if (given || !location.hash) history.replaceState(null, '', '#/log');
+function route(event) {
+  const token = location.hash.match(/^#token=(.+)/)?.[1];  // from the link that the server prints
+  if (token) { sessionStorage.token = decodeURIComponent(token); setup = null; }
+  if (token || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }
-document.querySelector('#out').onclick = () => signIn();
-addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+signOutButton.onclick = () => signIn();
+addEventListener('unhandledrejection', event => {  // an error of a button or a search; ignored if its view is gone
   event.preventDefault();
-  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alarm(event.reason.message));
+  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alertBox(event.reason.message));
 });
-addEventListener('hashchange', enter); enter();
+addEventListener('hashchange', route); route();
 </script></html>
 """
 
