@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import resource
+import shlex
 import signal
 import socket
 import sqlite3
@@ -5439,30 +5440,55 @@ def test_each_section_of_rfc_7644_that_binds_a_server_is_held_by_a_test() -> Non
 # -- The README ----------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text("utf-8")
+RANDOM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\bada\.[0-9a-f]{8}")
 
 
 def blocks(language: str) -> list[str]:
     """Return the code blocks of the README in a language."""
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
+    fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+def commands() -> list[str]:
+    """Return the arguments of each command line of the README, from blocks and from sentences."""
+    lines = re.findall(r"python3 (?:scim_server\.py|-m scim_server)([^`\n#]*)", README)
+    for line in re.findall(r"^CMD (.*)", README, re.MULTILINE):
+        lines.append(" ".join(json.loads(line)[3:]))
+    return list(dict.fromkeys(re.sub(r"[\[\]]", "", line).strip() for line in lines))
+
+
+def copied_server(tmp_path: Path) -> Path:
+    """Return a copy of the server, with the sample configuration beside it."""
+    for name in ("scim_server.py", "sample_config.json"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    return tmp_path / "scim_server.py"
 
 
 def test_the_first_screen_of_the_readme_is_what_a_user_sees(tmp_path: Path) -> None:
-    for name in ("scim_server.py", "sample_config.json"):
-        (tmp_path / name).write_bytes((HERE / name).read_bytes())
-    serve, test, curl = (block.strip() for block in blocks("sh")[:3])
+    file = copied_server(tmp_path)
+    serve, demo, test, curl = (block.strip() for block in blocks("sh")[:4])
     assert serve == "python3 scim_server.py" and test.startswith("python3 -m venv .venv")
-    with process(file=tmp_path / "scim_server.py") as (running, url, lines):
+    assert demo == "python3 scim_server.py demo"
+    with process(file=file) as (running, url, lines):
         token, path = re.findall(r"Bearer (\S+)\".*8080/scim/v2(\S+)", curl)[0]
+        played = command("demo", "--url", url, "--token", token, file=file)
         assert Scim(url, token).get(path) == json.loads(blocks("json")[0])
+        stayed = command("employees", "--tenant", "acme", file=file).stdout.splitlines()[1:]
         running.terminate()
         assert running.stdout
         lines += [line.rstrip() for line in running.stdout]
         base = url.removesuffix("/scim/v2")
-        assert [line.replace(base, "URL") for line in lines] == [
-            line.replace("http://127.0.0.1:8080", "URL")
-            for line in blocks("")[0].strip().split("\n")
-        ]
+        serving, playing = (
+            block.strip().replace("http://127.0.0.1:8080", base).split("\n")
+            for block in blocks("")[:2]
+        )
+        assert lines == serving
+    assert played.returncode == 0, played.stdout
+    printed = iter([RANDOM.sub("", line) for line in played.stdout.splitlines()])
+    for line in playing:  # in the order of the demo, "…" stands for lines that are left out
+        assert line.strip() == "…" or RANDOM.sub("", line) in printed, line
+    assert "four inactive employees" in " ".join(README.split())
+    assert len(stayed) == 4 and all(" false " in line for line in stayed)
 
 
 @pytest.mark.parametrize("example", blocks("python"))
@@ -5478,26 +5504,46 @@ def test_an_example_of_the_readme_runs(tmp_path: Path, example: str) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    for expected in re.findall(r"print\(.*# (\w+)$", example, re.MULTILINE):
-        assert expected in ended.stdout
+    for comment in re.findall(r"print\(.*\)  # (.+)$", example, re.MULTILINE):
+        assert comment.removesuffix(" …") in ended.stdout
 
 
-def test_the_commands_of_the_readme_show_employees_and_changes(tmp_path: Path) -> None:
-    for name in ("scim_server.py", "sample_config.json"):
-        (tmp_path / name).write_bytes((HERE / name).read_bytes())
-    with process(file=tmp_path / "scim_server.py") as (_, url, _):
+@pytest.mark.parametrize("line", commands())
+def test_the_readme_names_commands_and_options_that_exist(line: str) -> None:
+    scim_server.parse_options(shlex.split(line))
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    file = copied_server(tmp_path)
+    expected = {
+        "employees": "ada",
+        "changes": "employee.created",
+        "check": "costcode",
+        "token": "sha256",
+        "backup": "acme.backup",
+        "restore": "acme.backup",
+    }
+
+    def run(*names: str) -> None:
+        for name in names:
+            lines = [line for line in commands() if line.split(" ")[0] == name]
+            assert lines
+            for line in lines:
+                arguments = line.replace("FILE", str(tmp_path / "sample_config.json")).split()
+                ended = command(*arguments, cwd=tmp_path, file=file)
+                assert ended.returncode == 0 and expected[name] in ended.stdout, ended
+
+    with process(file=file) as (_, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         scim.user("ada", title="Engineer", **{FAC: {"costcode": "C7"}})
-        for line in "\n".join(blocks("sh")).splitlines():
-            if match := re.match(r"python3 scim_server.py (employees|changes) (.*)", line):
-                arguments = match[2].replace("--follow", "").split()
-                ended = command(match[1], *arguments, file=tmp_path / "scim_server.py")
-                assert ended.returncode == 0 and "2" in ended.stdout, ended
-            if match := re.match(r'curl .*"Authorization.*8080(/(?:employees|changes)\S*)"', line):
-                accept = "text/csv" if "text/csv" in line else "*/*"
-                assert (
-                    beside(scim, match[1].replace("wait=30", "wait=0"), accept).status_code == 200
-                )
+        run("employees", "changes", "check", "token", "backup")
+        paths = re.findall(r"curl .*8080(/(?:employees|changes)[^\s\"]*)", README)
+        assert paths
+        for path in paths:
+            for accept in ("*/*", "text/csv"):
+                answer = beside(scim, path.replace("wait=30", "wait=0"), accept)
+                assert answer.status_code == 200
+    run("restore")
 
 
 def test_the_configuration_of_the_readme_is_one() -> None:
