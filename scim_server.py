@@ -5664,7 +5664,7 @@ class Tls:
         return context
 
 
-def access_log(style: str, stream: TextIO) -> BackgroundWriter:
+def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
     """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
@@ -5867,10 +5867,9 @@ class Watcher(http.server.HTTPServer, ABC):
         end = time.monotonic() + STOP_SECONDS
         while self.connections and time.monotonic() < end:
             self._round(PAUSE_SECONDS)
-            waiting = [
-                peer for peer in self.connections if peer.state in (IDLE, READING, LINGERING)
-            ]
-            for connection in waiting:
+            for connection in [
+                peer for peer in self.connections if peer.state in (IDLE, LINGERING)
+            ]:
                 if not connection.has_unread():
                     self._close(connection)
         for connection in list(self.connections):
@@ -6082,7 +6081,7 @@ class ScimServer(Watcher):
         self.token, self.directory = application.token, application.directory  # for tests
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
-        self.log = access_log(self.config.access_log, sys.stderr)
+        self.log = request_writer(self.config.access_log, sys.stderr)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
         self._readers, self._turn = ThreadPoolExecutor(MAX_READ_THREADS), threading.Lock()
         self._writers = ThreadPoolExecutor(MAX_WRITE_THREADS)

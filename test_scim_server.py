@@ -2585,6 +2585,105 @@ def test_a_malformed_or_too_long_head_is_refused_before_its_body_is_read(
     assert re.search(rb"\r\nX-Request-Id: [0-9a-f]+-\d+\r\n", answer)
 
 
+WELL_FORMED = [  # requests that are read whole
+    LAST,
+    b"\r\n" + LAST,
+    posted("ada"),
+    b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    b"3;x=y\r\nabc\r\n1\r\n.\r\n0\r\nTrailer: z\r\n\r\n",
+]
+
+
+def read_in_pieces(octets: bytes, size: int) -> Any:
+    """Return the head and the body that the parser reads from pieces of a size, or its error."""
+    buffer = bytearray()
+
+    def read() -> Any:
+        head = yield from scim_server.read_head(buffer)
+        if "transfer-encoding" in head.headers:
+            return head, (yield from scim_server.read_chunks(buffer, 99))
+        length = int(head.headers.get("content-length", 0))
+        return head, (yield from scim_server.read_exactly(buffer, length))
+
+    reader = read()
+    try:
+        for start in range(0, len(octets), size):
+            buffer += octets[start : start + size]
+            while next(reader):
+                pass
+    except StopIteration as end:
+        return end.value
+    except scim_server.ScimError as error:
+        return error.status, error.detail
+    return "incomplete"
+
+
+@pytest.mark.parametrize(
+    "octets",
+    WELL_FORMED
+    + [octets for octets, status in MALFORMED if status in (b"400", b"414", b"431", b"505")]
+    + [b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + rest for rest in SMUGGLED],
+)
+def test_a_request_is_read_alike_whole_and_in_pieces(octets: bytes) -> None:
+    whole = read_in_pieces(octets, len(octets))
+    for size in (1, 2, 3, 7, 1000):
+        assert read_in_pieces(octets, size) == whole
+
+
+@pytest.mark.parametrize("extra, status", [(0, None), (1, 431)])
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_the_limit_of_a_head_is_exact(extra: int, status: int | None, size: int) -> None:
+    start, end = b"GET / HTTP/1.1\r\n", b"Host: x\r\n\r\n"
+    room = scim_server.MAX_HEAD + extra - len(end) - len(b"\r\nX: \r\n")
+    head = start + b"X: " + b"a" * room + b"\r\n" + end
+    assert read_in_pieces(head, size)[0] == (status or head_of(head))
+
+
+def head_of(octets: bytes) -> Any:
+    """Return the head that the parser reads from octets that hold one."""
+    try:
+        next(scim_server.read_head(bytearray(octets)))
+    except StopIteration as end:
+        return end.value
+
+
+def test_many_small_chunks_are_a_body(server: scim_server.ScimServer) -> None:
+    body = b'{"userName": "%s"}' % (b"a" * 3 * scim_server.CHUNKS_PER_ROUND)
+    chunks = b"".join(b"1\r\n%c\r\n" % octet for octet in body)
+    request = b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD
+    answer = exchange(server, request + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert answer[9:12] == b"201"
+
+
+def test_a_read_that_takes_long_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
+) -> None:
+    started, go_on, handle = threading.Event(), threading.Event(), server.application.handle
+
+    def slow(request: scim_server.Request) -> scim_server.Response:
+        if "startIndex" in request.query:
+            started.set()
+            go_on.wait(60)
+        return handle(request)
+
+    monkeypatch.setattr(server.application, "handle", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(Scim(server.url, "acme-secret").get, "/Users", startIndex=1)
+        assert started.wait(60)
+        assert Scim(server.url, "acme-secret").get("/Groups")["totalResults"] == 0
+        go_on.set()
+        assert first.result()["totalResults"] == 0
+
+
+def test_a_tenant_that_writes_slowly_holds_up_no_other(server: scim_server.ScimServer) -> None:
+    with ThreadPoolExecutor(1) as pool, server.directory("acme").store.writing():
+        slow = pool.submit(Scim(server.url, "acme-secret").user, "ada")
+        wait_until(lambda: is_answering(server))
+        assert Scim(server.url, "globex-secret").user("bob")["userName"] == "bob"
+        assert not slow.done()
+    assert slow.result()["userName"] == "ada"
+
+
 @pytest.mark.parametrize(
     "target, status",
     [
@@ -3782,11 +3881,11 @@ def test_a_delay_is_for_the_requests_that_it_meets_alone(
 
 
 def test_an_embedded_server_that_runs_for_long_keeps_no_more_than_the_last_exchanges() -> None:
-    with scim_server.running() as server:
+    with scim_server.running() as server, requests.Session() as session:
         for number in range(scim_server.MAX_EXCHANGES + 5):
-            server.answer(scim_server.Request("GET", f"/{number}"))
+            session.get(f"{server.url}/{number}")
         paths = [one.request.path for one in server.exchanges or ()]
-    assert paths == [f"/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
+    assert paths == [f"/scim/v2/{n}" for n in range(5, scim_server.MAX_EXCHANGES + 5)]
 
 
 def test_importing_the_file_does_nothing_and_works_from_a_zip(tmp_path: Path) -> None:
