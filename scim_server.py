@@ -5811,11 +5811,6 @@ class Connection:
             socket.socket.shutdown(self.socket, how)
 
 
-def start_thread(target: Callable[..., None], *arguments: Any) -> None:
-    """Run a function in a thread that ends with the process; RuntimeError if there is none left."""
-    threading.Thread(target=target, args=arguments, daemon=True).start()
-
-
 def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
@@ -6186,22 +6181,15 @@ class ScimServer(Watcher):
         """Have a write answered with the others that wait for its tenant."""
         tenant = request.caller[0].name if request.caller else ""
         with self._lock:
-            if tenant in self._writes:
-                self._writes[tenant].append((connection, request))
-                return
-            self._writes[tenant] = [(connection, request)]
-        self._writers.submit(self._answer_writes, tenant)
+            first = tenant not in self._writes
+            self._writes.setdefault(tenant, []).append((connection, request))
+        if first:
+            self._writers.submit(self._answer_writes, tenant)
 
     def _answer_writes(self, tenant: str) -> None:
-        """Answer the writes that wait for a tenant, in one transaction, until there are none."""
+        """Answer the writes that wait for a tenant until there are none."""
         while writes := self._next_writes(tenant):
-            requests = [request for _, request in writes]
-            alone = len(writes) == 1
-            responses = (
-                [self.application.handle(requests[0])]
-                if alone
-                else self.application.handle_all(requests)
-            )
+            responses = self.application.handle_all([request for _, request in writes])
             for (connection, request), response in zip(writes, responses, strict=True):
                 self.guarded(connection, self._send, connection, request, response)
 
@@ -6209,13 +6197,13 @@ class ScimServer(Watcher):
         """Take writes of a tenant that may share a transaction; without any, forget the tenant."""
         with self._lock:
             waiting = self._writes[tenant]
-            # A Bulk request is a transaction of its own, which the others do not wait for.
-            sizes = (n for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH)
-            size = min(next(sizes, MAX_WRITES_PER_COMMIT) or 1, MAX_WRITES_PER_COMMIT)
-            writes, self._writes[tenant] = waiting[:size], waiting[size:]
-            if not writes:
+            # A Bulk request has a transaction of its own, so that others do not wait for its end.
+            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH]
+            size = min([MAX_WRITES_PER_COMMIT, *bulks])
+            self._writes[tenant] = waiting[size:]
+            if not waiting:
                 del self._writes[tenant]
-        return writes
+        return waiting[:size]
 
     def _next_fault(self, request: Request) -> Fault | None:
         """Return the fault that a request meets, counted."""
