@@ -117,15 +117,13 @@ DEFAULT_COUNT, MAX_COUNT = 100, 1_000  # default and maximum page size
 # PATCH of a group with more members answers 204: its cost depends on the change, not on the group.
 MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
-MAX_DETAIL = 4_000  # characters of an error's detail
-MAX_TEXT = 64 * 1024  # characters of a value
+MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES = 1_000  # values of an attribute; members are limited by the size of the body only
 MAX_DEPTH = 50  # nested objects and lists in a body
 MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
-CURSOR_SECONDS = 3_600  # how long a cursor is valid
-SIGNATURE_LENGTH = 16  # bytes of a cursor's HMAC
+CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
 __version__ = "1.0.0"
 # fmt: off
 __all__ = [  # the public interface; everything else may change
@@ -163,8 +161,12 @@ class ScimError(Exception):
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
-        scim_type = {"scimType": self.scim_type} if self.scim_type else {}
-        return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
+        return {
+            "schemas": [ERROR],
+            "status": str(self.status),
+            **({"scimType": self.scim_type} if self.scim_type else {}),
+            "detail": self.detail,
+        }
 
 
 # These take the detail and, by name, headers and reason.
@@ -205,16 +207,14 @@ DATE_TIME = re.compile(
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text that sorts by time; ValueError if the text is not a dateTime."""
+    """Return a dateTime as UTC text that sorts by time; ValueError if it is not a dateTime."""
     # Python 3.10's fromisoformat refuses "Z", and the seven fraction digits that Entra sends.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
     instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))  # type: ignore[arg-type]
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
-    try:
+    with suppress(OverflowError):  # .NET's DateTime.MinValue or MaxValue with a UTC offset
         instant += -offset if parts[8] == "+" else offset
-    except OverflowError:  # .NET's DateTime.MinValue or MaxValue with a UTC offset
-        instant = datetime.min if parts[8] == "+" else datetime.max.replace(microsecond=0)
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
 
 
@@ -260,9 +260,12 @@ class Attribute:
         """Return a copy in which this attribute and its sub-attributes know their paths."""
         path = prefix + self.name
         # A colon separates an extension's URN from an attribute (RFC 7644 §3.10), a dot all others.
-        sub_prefix = path and path + (":" if ":" in self.name else ".")
-        subs = tuple(sub.with_paths(sub_prefix) for sub in self.sub_attributes)
-        return replace(self, path=path, sub_attributes=subs)
+        below = path and path + (":" if ":" in self.name else ".")
+        return replace(
+            self,
+            path=path,
+            sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
+        )
 
     def sub_attribute(self, name: str) -> Attribute | None:
         """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
@@ -270,7 +273,7 @@ class Attribute:
 
     @property
     def value_attribute(self) -> Attribute | None:
-        """The sub-attribute "value", which stands for the complex value (RFC 7643 §2.4), or None."""
+        """The sub-attribute "value", which a bare value stands for (RFC 7643 §2.4), or None."""
         # In an extension, "value" would be an ordinary attribute, such as a custom field.
         return None if ":" in self.name else self.by_name.get("value")
 
@@ -310,7 +313,7 @@ class Attribute:
         return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text that decides which values of this attribute are equal, and their order."""
+        """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
         return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
@@ -384,16 +387,21 @@ class ResourceType:
             Attribute(schema.id, "complex", sub_attributes=schema.attributes)
             for schema in self.extensions
         ]
-        attributes = (*COMMON, *self.schema.attributes, *extensions, META)
-        return Attribute("", "complex", sub_attributes=attributes).with_paths()
+        return Attribute(
+            "",
+            "complex",
+            sub_attributes=(*COMMON, *self.schema.attributes, *extensions, META),
+        ).with_paths()
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
         """The complex attribute for the URN of each schema: the root, then the extensions."""
-        names = [extension.id for extension in self.extensions]
         return {
             self.schema.id: self.root,
-            **{name: self.root.by_name[name.lower()] for name in names},
+            **{
+                extension.id: self.root.by_name[extension.id.lower()]
+                for extension in self.extensions
+            },
         }
 
     def location(self, base_url: str, id: str) -> str:
@@ -484,11 +492,15 @@ class CustomField:
 @lru_cache(1024)  # tenants with the same custom fields share their resource types
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
     """Return a tenant's resource types by name; User comes first, as Entra's validator needs it."""
-    attributes = tuple(
-        Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
-        for custom in custom_fields
+    facilio = Schema(
+        FACILIO,
+        "FacilioUser",
+        "Custom fields of the Employee module",
+        tuple(
+            Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
+            for custom in custom_fields
+        ),
     )
-    facilio = Schema(FACILIO, "FacilioUser", "Custom fields of the Employee module", attributes)
     return {
         "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, facilio)),
         "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA),
@@ -612,17 +624,16 @@ def matches(filter: Filter, value: Json) -> bool:
 # -- Names -------------------------------------------------------------------
 
 
-def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, str] | None:
-    """Return what the schema URN at the start of a name stands for, and the rest of the name.
+def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, list[str]] | None:
+    """Return what the schema URN at the start of a name stands for, and the names after it.
 
-    A URN stands for the root or for an extension. Return None if the name starts with no URN.
+    A URN stands for the root or for an extension. Return None if the name does not start with one.
     """
-    # No URN is the beginning of another, so one of them fits at most. Before 2018 Entra wrote a
-    # dot after the URN instead of the colon.
+    # No URN is the start of another one. Before 2018 Entra wrote a dot instead of the colon.
     for urn, scope in resource_type.scopes.items():
         rest = name[len(urn) :]
         if name[: len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
-            return scope, rest[1:]
+            return scope, rest[1:].split(".") if rest[1:] else []
     return None
 
 
@@ -630,20 +641,18 @@ def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, str] |
 def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
     """Return the attributes from the root down to a name in attrPath notation; None if unknown.
 
-    The URN of the core schema alone stands for the root, and has none: ().
+    The URN of the core schema stands for the root itself: the result is ().
     """
     # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
-    scopes, names = list(resource_type.scopes.values()), name.split(".")
-    if split := split_urn(name, resource_type):
-        scope, rest = split
-        scopes, names = [scope], rest.split(".") if rest else []
-    for scope in scopes:
+    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    split = split_urn(name, resource_type)
+    for scope, names in [split] if split else all_scopes:
         attributes = () if scope is resource_type.root else (scope,)
         for part in names:
             if not (sub := scope.sub_attribute(part)):
                 break
             scope, attributes = sub, (*attributes, sub)
-        else:  # this scope has all of the names
+        else:  # all names are known
             return attributes
     return None
 
@@ -677,7 +686,10 @@ TOKEN = re.compile(
     re.VERBOSE | re.ASCII | re.DOTALL,
 )
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: databases refuse them
-LITERAL = json.JSONDecoder(strict=False)  # control characters are allowed in text
+LITERAL = json.JSONDecoder(
+    strict=False,  # control characters are allowed in text
+    parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
+)
 STRING_TYPES = ("string", "reference")
 
 
@@ -693,7 +705,7 @@ def tokens_of(text: str) -> Tokens:
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
     tokens = [
-        (token.lastgroup or "", token[token.lastgroup or 0], token.start(token.lastgroup or 0) + 1)
+        (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
         for token in TOKEN.finditer(text)
     ]
     return [*tokens, ("end", "", len(text.rstrip()) + 1)]
@@ -747,7 +759,7 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
 def parse_value_path(
     tokens: Tokens, position: int, attributes: Attributes | None, name: str, depth: int
 ) -> Parsed:
-    """Return a value path, from its bracket on; a comparison after it becomes part of its filter."""
+    """Return a value path, from its bracket on; a comparison after it is added to its filter."""
     inner, position = parse_brackets(tokens, position, attributes, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
@@ -771,8 +783,13 @@ def parse_brackets(
             f"{name}: only a complex attribute can have a filter in brackets, this one is of type "
             f"{attributes[-1].type}"
         )
-    scope = partial(resolve_sub_attribute, attributes, strict=strict)
-    return parse_filter_tokens("]", tokens, position + 1, scope, depth + 1)
+    return parse_filter_tokens(
+        "]",
+        tokens,
+        position + 1,
+        partial(resolve_sub_attribute, attributes, strict=strict),
+        depth + 1,
+    )
 
 
 # attrExp = attrPath SP "pr" / attrPath SP compareOp SP compValue
@@ -806,17 +823,15 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
         attributes = (*attributes, value_attribute)
-    target = AttributePath(attributes)
-    check_comparison(target.attribute, name, op, literal)
+    target, attribute = AttributePath(attributes), attributes[-1]
+    check_comparison(attribute, name, op, literal)
     if literal is None:
         return Not(Present(target))
-    if isinstance(literal, float) and literal.is_integer() and target.attribute.type == "integer":
-        literal = int(literal)
     try:
-        value = target.attribute.convert(literal)
+        value = attribute.convert(literal)
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
-    return Compare(target, op, target.attribute.key(value), value)
+    return Compare(target, op, attribute.key(value), value)
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
@@ -859,22 +874,20 @@ class PatchPath:
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:  # before resolve(): its cache must not fill with long paths
         raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
-    if attributes is None:
+    if attributes is None or (bracket and not attributes):
         raise unknown_attribute(name, resource_type)
     if not bracket:
         return PatchPath(attributes)
-    if not attributes:
-        raise invalid_path(f"path {quoted(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
-    if tokens[position + bool(sub)][0] != "end":
+    if tokens[position + 1 if sub else position][0] != "end":
         raise invalid_path(
             f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
         )
@@ -882,14 +895,14 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
 
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
-    """Return the error for a path that is not an attribute; for an extension it names those that are."""
-    scope, rest = split_urn(name, resource_type) or (resource_type.root, name)
+    """Return the error for an unknown attribute; for an extension it lists the known ones."""
+    scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
     if scope is resource_type.root:
         return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
-    names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
+    sub_name, sub_names = ".".join(names), [sub.name for sub in scope.sub_attributes] or ["none"]
     return invalid_path(
-        f"path: {scope.name} has no attribute '{rest}'; its attributes are: {names}",
-        reason=("link_name", rest[:80], names) if scope.name == FACILIO else (),
+        f"path: {scope.name} has no attribute '{sub_name}'; its attributes are: {', '.join(sub_names)}",
+        reason=("link_name", sub_name[:80], ", ".join(sub_names)) if scope.name == FACILIO else (),
     )
 
 
@@ -963,15 +976,16 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty."""
     if value is None:
         return None
-    # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
-    if attribute.value_attribute and not isinstance(value, (dict, list)):
-        value = {"value": value}
-    if attribute.type != "complex" or not isinstance(value, dict):
-        return attribute.convert(value)  # refuses a complex value that is not an object
-    accepted = accept_complex(attribute, value)
-    # Entra sends "" to remove the manager.
-    removed = attribute.value_attribute and not attribute.multi_valued
-    return None if removed and accepted.get("value") == "" else accepted or None
+    if attribute.type == "complex":
+        # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
+        if not isinstance(value, (dict, list)) and attribute.value_attribute:
+            value = {"value": value}
+        if isinstance(value, dict):
+            accepted = accept_complex(attribute, value)
+            # Entra sends "" to remove the manager.
+            no_manager = accepted.get("value") == "" and not attribute.multi_valued
+            return None if no_manager and attribute.value_attribute else accepted or None
+    return attribute.convert(value)  # ScimError for a complex value that is not an object
 
 
 def is_primary(value: Json) -> bool:
@@ -980,7 +994,7 @@ def is_primary(value: Json) -> bool:
 
 
 def keep_one_primary(values: list[Json], previous: Json = None) -> None:
-    """Keep a single primary value: the last one that is new, else the previous one (RFC 7644 §3.5.2)."""
+    """Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2)."""
     new = [value for value in values if is_primary(value) and value is not previous]
     for value in filter(is_primary, values):
         if new and value is not new[-1]:
@@ -988,7 +1002,7 @@ def keep_one_primary(values: list[Json], previous: Json = None) -> None:
 
 
 def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
-    """Check that a complex value (or a resource) has its required attributes and not too many values.
+    """Check the required attributes, and the number of values, of a complex value (or a resource).
 
     Raise ScimError 400 invalidValue.
     """
@@ -1014,7 +1028,7 @@ def defaults(resource_type: ResourceType) -> Resource:
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
-    """Return a resource with its attributes in the order of the schema and an up-to-date "schemas"."""
+    """Return a resource in the order of the schema, with its "schemas" up to date."""
     resource = {**resource, "schemas": schemas_of(resource_type, resource)}
     return {
         sub.name: resource[sub.name]
@@ -1024,7 +1038,7 @@ def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
 
 
 def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> list[str]:
-    """Return the URNs of the core schema and of each extension that a resource uses (RFC 7643 §3)."""
+    """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
     return [
         resource_type.schema.id,
         *(schema.id for schema in resource_type.extensions if schema.id in resource),
@@ -1044,8 +1058,9 @@ class Selection:
 
     def includes(self, attribute: Attribute) -> bool:
         """Return whether any part of a top-level attribute is selected."""
-        wanted = self.wanted is None or attribute in self.wanted | self.parents
-        return wanted and attribute not in self.unwanted
+        return attribute not in self.unwanted and (
+            self.wanted is None or attribute in self.wanted or attribute in self.parents
+        )
 
 
 @lru_cache(1024)
@@ -1066,7 +1081,7 @@ def parse_selection(attributes: str, excluded: str, resource_type: ResourceType)
 
 
 def select(attribute: Attribute, value: Resource, selection: Selection, whole: bool) -> Resource:
-    """Return the selected part of a complex value (or a resource); whole means that all is wanted."""
+    """Return the selected part of a complex value (or a resource); whole means all is wanted."""
     selected = {}
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
@@ -1155,8 +1170,8 @@ class Operation:
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return the operations of a PATCH body; ScimError 400.
 
-    An object to merge becomes an operation for each of its attributes, and operations on
-    the same list in a row become one.
+    An object that is merged becomes one operation for each of its attributes. Operations in a row
+    that change the same list become one operation.
     """
     if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
@@ -1167,18 +1182,19 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
     """Yield operations; those in a row that add to or remove from the same list become one."""
-    # Okta and Entra send one operation per member. Merged, thousands of them cost one pass
-    # over the group.
+    # Okta and Entra send one operation per member, and a request may have thousands. If they were
+    # not merged, each would read all members again.
     for (op, path, is_list), run in itertools.groupby(
         operations,
         lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
     ):
         steps = list(run)
         if is_list and len(steps) > 1:
-            lists = [step.sent if isinstance(step.sent, list) else [step.sent] for step in steps]
-            values = [value for step in steps for value in step.value]
-            steps = [Operation(op, path, values, list(itertools.chain(*lists)))]
-        yield from steps
+            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
+            values = itertools.chain.from_iterable(step.value for step in steps)
+            yield Operation(op, path, list(values), list(itertools.chain.from_iterable(sent)))
+        else:
+            yield from steps
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1230,9 +1246,9 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     """
     if read_only := path.read_only_attribute:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
-    path, value = usual_form(op, path, value)
+    path, value = normal_form(op, path, value)
     attribute = path.sub_attribute or path.attributes[-1]
-    # A complex value with a "value" (a manager) is replaced as a whole. Its old $ref would be wrong.
+    # A manager and other values with a "value" are replaced as a whole: the old $ref is wrong.
     mergeable = not (attribute.multi_valued or attribute.value_attribute)
     if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
         for name, item in value.items():
@@ -1243,18 +1259,18 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         yield Operation(op, path, accept_operand(op, path, attribute, value), value)
 
 
-def usual_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
+def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
     """Return the path and value of an operation; two other spellings are translated.
 
     Removing members[value eq "x"] removes the value [{"value": "x"}] from members. Changing
     manager.value changes the manager to {"value": …}.
     """
-    match path:
-        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
+    match path.attributes, path.filter, path.sub_attribute:
+        case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
             op == "remove" and members.is_membership and sub is members.value_attribute
         ):
             return PatchPath((members,)), [{"value": id}]
-        case PatchPath((*above, holder, sub), None, None) if (
+        case (*above, holder, sub), None, None if (
             sub is holder.value_attribute and not holder.multi_valued
         ):
             return PatchPath((*above, holder)), {"value": value}
@@ -1331,20 +1347,20 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
     """Add, replace or remove an attribute in a resource or complex value."""
-    value = operation.value
     if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
         # Entra without aadOptscim062020 sends the values to remove, members by their ids.
-        holder[attribute.name] = without(attribute, attribute.values(holder), value or [])
-    elif value is None:
+        removed = operation.value or []
+        holder[attribute.name] = without_values(attribute, attribute.values(holder), removed)
+    elif operation.value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
-        add_values(attribute, holder.setdefault(attribute.name, []), value)
+        add_values(attribute, holder.setdefault(attribute.name, []), operation.value)
     else:
-        holder[attribute.name] = copy.deepcopy(value)
+        holder[attribute.name] = copy.deepcopy(operation.value)
 
 
-def without(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
+def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
     """Return the values of an attribute that are not among the removed ones.
 
     A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
