@@ -118,8 +118,7 @@ DEFAULT_COUNT, MAX_COUNT = 100, 1_000  # default and maximum page size
 MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
-MAX_VALUES = 1_000  # values of an attribute; members are limited by the size of the body only
-MAX_DEPTH = 50  # nested objects and lists in a body
+MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
 MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
@@ -515,12 +514,12 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
 
-Attributes = tuple[Attribute, ...]  # a way down: (emails, type)
+Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
 class AttributePath:
-    """The way from a resource, or from one complex value, down to an attribute."""
+    """The attributes from a resource, or from one complex value, down to the one that is meant."""
 
     attributes: Attributes
 
@@ -543,9 +542,9 @@ class AttributePath:
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """Whether an attribute has a key that compares like this with the key of a literal.
+    """Whether one of an attribute's values compares with a literal as op says.
 
-    value is the literal in the attribute's type. op is a key of OPERATORS.
+    value is the literal in the attribute's type, key is its key. op is one of OPERATORS.
     """
 
     target: AttributePath
@@ -617,8 +616,8 @@ def matches(filter: Filter, value: Json) -> bool:
             return any(matches(inner, item) for item in target.items(value))
         case Present(target):
             return any(target.keys(value))  # empty text has an empty key: it is not present
-        case Compare(target, op, literal):
-            return any(OPERATORS[op](key, literal) for key in target.keys(value))
+        case Compare(target, op, key):
+            return any(OPERATORS[op](own_key, key) for own_key in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
@@ -660,9 +659,10 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
 def resolve_sub_attribute(
     attributes: Attributes | None, name: str, strict: bool = False
 ) -> Attributes | None:
-    """Return the sub-attribute that a name means in the value filter of an attribute, as a path.
+    """Return the way to a sub-attribute from one value of the attribute at the end of a path.
 
-    Return None if it is unknown; if strict, raise ScimError 400 invalidPath instead.
+    Names in brackets are resolved so. Return None if the name is unknown; if strict, raise
+    ScimError 400 invalidPath.
     """
     sub = attributes[-1].sub_attribute(name) if attributes else None
     if strict and attributes and not sub:
@@ -687,21 +687,25 @@ TOKEN = re.compile(
 )
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: databases refuse them
 LITERAL = json.JSONDecoder(
-    strict=False,  # control characters are allowed in text
+    strict=False,  # text may contain control characters
+    # 5.0 is the Integer 5.
     parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
 )
 STRING_TYPES = ("string", "reference")
 
 
 def bad_filter(column: int, expected: str, text: str) -> ScimError:
-    """Return the error for a filter that does not parse because of a text, "" at its end."""
+    """Return the error for a text that the syntax does not allow at a column, "" for the end."""
     return invalid_filter(
         f"filter, column {column}: expected {expected}, found {quoted(text) if text else 'the end'}"
     )
 
 
 def tokens_of(text: str) -> Tokens:
-    """Return the tokens of a filter or path, and an end token; ScimError 400 invalidFilter."""
+    """Return the tokens of a filter or path, then an end token; ScimError 400 invalidFilter.
+
+    Text that is not a token becomes an error token up to the end. No rule of the parser accepts it.
+    """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
     tokens = [
@@ -780,7 +784,7 @@ def parse_brackets(
     """Return the filter in square brackets on the values of a complex attribute."""
     if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
-            f"{name}: only a complex attribute can have a filter in brackets, this one is of type "
+            f"{name}: only a complex attribute can have a filter in brackets, but its type is "
             f"{attributes[-1].type}"
         )
     return parse_filter_tokens(
@@ -807,16 +811,17 @@ def parse_expression(
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
-    """Return the JSON value of a token."""
+    """Return the JSON value of a token; ScimError 400 invalidFilter if it is not a simple value."""
     with suppress(ValueError):
         literal = LITERAL.decode(text.lower() if kind == "name" else text)
+        # An object such as {"a": 1} is an error token.
         if kind != "error" and not (isinstance(literal, str) and UNSTORABLE.search(literal)):
             return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
 def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: Json) -> Filter:
-    """Return the filter that compares an attribute with a literal, converted to its type."""
+    """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
     if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
         return Not(bind_comparison(attributes, name, "eq", literal))
     if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
@@ -835,7 +840,7 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
-    """Raise ScimError 400 invalidFilter if an operator makes no sense for a type or with null."""
+    """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
@@ -895,14 +900,15 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
 
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
-    """Return the error for an unknown attribute; for an extension it lists the known ones."""
+    """Return the error for an unknown attribute; in an extension it lists the attributes."""
     scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
     if scope is resource_type.root:
         return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
-    sub_name, sub_names = ".".join(names), [sub.name for sub in scope.sub_attributes] or ["none"]
+    wrong_name = ".".join(names)
+    right_names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
     return invalid_path(
-        f"path: {scope.name} has no attribute '{sub_name}'; its attributes are: {', '.join(sub_names)}",
-        reason=("link_name", sub_name[:80], ", ".join(sub_names)) if scope.name == FACILIO else (),
+        f"path: {scope.name} has no attribute '{wrong_name}'; its attributes are: {right_names}",
+        reason=("link_name", wrong_name[:80], right_names) if scope.name == FACILIO else (),
     )
 
 
@@ -934,7 +940,7 @@ def accept(resource_type: ResourceType, body: Json) -> Resource:
 
 
 def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
-    """Return a complex value (or a resource) with canonical names, in the order of the schema."""
+    """Return the canonical form of a complex value (or a resource); ScimError 400 invalidValue."""
     sent: dict[str, Json] = {}
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
@@ -954,7 +960,10 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 
 
 def accept_value(attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
+    """Return the canonical value of an attribute; ScimError 400 invalidValue.
+
+    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5).
+    """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
         if value == [] and FACILIO not in attribute.path:
@@ -973,7 +982,7 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
-    """Return one canonical value, or None if it is empty."""
+    """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
     if value is None:
         return None
     if attribute.type == "complex":
@@ -985,7 +994,7 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
             # Entra sends "" to remove the manager.
             no_manager = accepted.get("value") == "" and not attribute.multi_valued
             return None if no_manager and attribute.value_attribute else accepted or None
-    return attribute.convert(value)  # ScimError for a complex value that is not an object
+    return attribute.convert(value)  # refuses a complex value that is not an object
 
 
 def is_primary(value: Json) -> bool:
@@ -1181,9 +1190,9 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 
 def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations; those in a row that add to or remove from the same list become one."""
-    # Okta and Entra send one operation per member, and a request may have thousands. If they were
-    # not merged, each would read all members again.
+    """Yield operations; those in a row that add to, or remove from, the same list become one."""
+    # Okta and Entra send one operation per member, thousands in a request. Each of them would walk
+    # through all members that the request names.
     for (op, path, is_list), run in itertools.groupby(
         operations,
         lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
@@ -1242,7 +1251,8 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
     """Yield the operation on a path, with its value accepted; ScimError 400.
 
-    With merge, a complex value is an operation for each of its sub-attributes: others remain.
+    With merge, an object becomes one operation for each of its sub-attributes, so that the other
+    sub-attributes keep their values.
     """
     if read_only := path.read_only_attribute:
         raise ScimError(400, "mutability", f"{read_only.path} is read-only")
@@ -1260,10 +1270,10 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
-    """Return the path and value of an operation; two other spellings are translated.
+    """Return the path and value of an operation; two other spellings become the normal one.
 
-    Removing members[value eq "x"] removes the value [{"value": "x"}] from members. Changing
-    manager.value changes the manager to {"value": …}.
+    To remove members[value eq "x"] is to remove the value [{"value": "x"}] from members. To change
+    manager.value is to change manager to {"value": …}.
     """
     match path.attributes, path.filter, path.sub_attribute:
         case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
@@ -1278,7 +1288,7 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
 
 
 def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an operation on an attribute, None if there is none."""
+    """Return the canonical value of an operation on an attribute, or None; ScimError 400."""
     if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
         return None
     if not path.filter or path.sub_attribute:
@@ -1292,9 +1302,9 @@ def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) 
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids of the members that operations can change; None if it can be any member.
+    """Return the ids of the members that operations can change; None means any member.
 
-    So the cost of adding and removing members does not depend on the size of the group.
+    The directory reads these members only, so that a change costs the same in a large group.
     """
     changes = [step for step in operations if step.path.attributes[0].is_membership]
     listed = all(
@@ -1309,7 +1319,7 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
 def apply_patch(
     resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
 ) -> Resource:
-    """Return a new resource: the old one after all operations; ScimError 400."""
+    """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
@@ -1349,8 +1359,9 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     """Add, replace or remove an attribute in a resource or complex value."""
     if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
         # Entra without aadOptscim062020 sends the values to remove, members by their ids.
-        removed = operation.value or []
-        holder[attribute.name] = without_values(attribute, attribute.values(holder), removed)
+        holder[attribute.name] = without_values(
+            attribute, attribute.values(holder), operation.value or []
+        )
     elif operation.value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
@@ -1388,7 +1399,7 @@ def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> N
 def identity_key(
     attribute: Attribute, value: Resource, adding: bool = False
 ) -> frozenset[tuple[str, str]]:
-    """Return a key that two values share if they are the same one: members with the same id."""
+    """Return a key that two values share if they count as the same, such as members by their id."""
     names = ["value"] if attribute.is_membership else [name for name in value if name != "primary"]
     if adding and "value" in value:  # RFC 7643 §2.4: one value for each type and value
         names = [name for name in names if name in ("type", "value")]
@@ -1398,7 +1409,7 @@ def identity_key(
 def change_selected(
     attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
+    """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
     for value in selected:
@@ -1418,7 +1429,8 @@ def new_value(
     value = equal_terms(filter)
     possible = bool(value) and (attribute.multi_valued or not values)
     change_value(value, operation)
-    if not possible or not matches(filter, value):  # else each retry would add one more value
+    # A value that does not match the filter would be added again at each retry.
+    if not possible or not matches(filter, value):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     return value
 
