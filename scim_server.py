@@ -359,7 +359,7 @@ META = read_only("meta", "complex", sub_attributes=(
 
 @dataclass(frozen=True)
 class Schema:
-    """A schema (RFC 7643 §7); its attributes have no paths yet, a resource type adds them."""
+    """A schema (RFC 7643 §7). Its attributes have no paths yet: a resource type adds them."""
 
     id: str
     name: str
@@ -369,38 +369,35 @@ class Schema:
 
 @dataclass(frozen=True, eq=False)
 class ResourceType:
-    """A resource type (RFC 7643 §6): an endpoint, a core schema and its extensions."""
+    """A resource type (RFC 7643 §6): an endpoint, a core schema and its extensions.
+
+    root is the resource type seen as one complex attribute, which contains each extension as a
+    complex attribute. So the same functions walk resources, complex values and extension objects.
+    """
 
     name: str
     endpoint: str
     schema: Schema
     extensions: tuple[Schema, ...] = ()
+    root: Attribute = field(init=False, repr=False)
 
-    @cached_property
-    def root(self) -> Attribute:
-        """The resource type seen as one complex attribute; each extension is one inside it.
-
-        So the same functions walk resources, complex values and extension objects.
-        """
-        extensions = [
-            Attribute(schema.id, "complex", sub_attributes=schema.attributes)
-            for schema in self.extensions
-        ]
-        return Attribute(
-            "",
-            "complex",
-            sub_attributes=(*COMMON, *self.schema.attributes, *extensions, META),
-        ).with_paths()
+    def __post_init__(self) -> None:
+        attributes = (
+            *COMMON,
+            *self.schema.attributes,
+            *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
+            META,
+        )
+        object.__setattr__(
+            self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
+        )
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
-        """The complex attribute for the URN of each schema: the root, then the extensions."""
+        """The complex attribute that the URN of each schema stands for: root, or an extension."""
         return {
             self.schema.id: self.root,
-            **{
-                extension.id: self.root.by_name[extension.id.lower()]
-                for extension in self.extensions
-            },
+            **{e.id: self.root.by_name[e.id.lower()] for e in self.extensions},
         }
 
     def location(self, base_url: str, id: str) -> str:
@@ -445,12 +442,12 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
     multi_valued("x509Certificates", "binary"),
 ))
 GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
-    # RFC 7643 allows two groups with one name. Entra matches groups by displayName, so we do not.
+    # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
     Attribute("displayName", required=True, uniqueness="server"),
     Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         Attribute("value", required=True, case_exact=True),  # the id of a user or group
-        # The server sets $ref. It is published all the same: without it, scim2-tester sends
-        # ids that do not exist, and they are ignored.
+        # The server sets $ref. If it were not published, scim2-tester would send ids that do not
+        # exist, and the server would ignore them.
         Attribute("$ref", "reference", case_exact=True, mutability="immutable",
                   reference_types=("User", "Group")),
         Attribute("type", canonical_values=("User", "Group")),
@@ -519,7 +516,7 @@ Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emai
 
 @dataclass(frozen=True, slots=True)
 class AttributePath:
-    """The attributes from a resource, or from one complex value, down to the one that is meant."""
+    """A path from a resource, or from one complex value, down to an attribute."""
 
     attributes: Attributes
 
@@ -659,10 +656,10 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
 def resolve_sub_attribute(
     attributes: Attributes | None, name: str, strict: bool = False
 ) -> Attributes | None:
-    """Return the way to a sub-attribute from one value of the attribute at the end of a path.
+    """Return, as a path, the sub-attribute that a name means in the brackets after an attribute.
 
-    Names in brackets are resolved so. Return None if the name is unknown; if strict, raise
-    ScimError 400 invalidPath.
+    Return None if the name or the attribute is unknown. If strict, an unknown name is a ScimError
+    400 invalidPath.
     """
     sub = attributes[-1].sub_attribute(name) if attributes else None
     if strict and attributes and not sub:
@@ -687,8 +684,7 @@ TOKEN = re.compile(
 )
 UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: databases refuse them
 LITERAL = json.JSONDecoder(
-    strict=False,  # text may contain control characters
-    # 5.0 is the Integer 5.
+    strict=False,  # text may contain control characters; 5.0 is the Integer 5
     parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
 )
 STRING_TYPES = ("string", "reference")
@@ -1191,8 +1187,8 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
     """Yield operations; those in a row that add to, or remove from, the same list become one."""
-    # Okta and Entra send one operation per member, thousands in a request. Each of them would walk
-    # through all members that the request names.
+    # Okta and Entra send one operation per member, with thousands in a request. If they were not
+    # merged, each of them would go through all those members.
     for (op, path, is_list), run in itertools.groupby(
         operations,
         lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
@@ -1254,11 +1250,11 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
     sub-attributes keep their values.
     """
-    if read_only := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{read_only.path} is read-only")
+    if attribute := path.read_only_attribute:
+        raise ScimError(400, "mutability", f"{attribute.path} is read-only")
     path, value = normal_form(op, path, value)
     attribute = path.sub_attribute or path.attributes[-1]
-    # A manager and other values with a "value" are replaced as a whole: the old $ref is wrong.
+    # An object with a "value", such as a manager, is replaced as a whole: its $ref would be wrong.
     mergeable = not (attribute.multi_valued or attribute.value_attribute)
     if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
         for name, item in value.items():
@@ -1270,10 +1266,10 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
-    """Return the path and value of an operation; two other spellings become the normal one.
+    """Return the path and value of an operation in the form that apply_operation() expects.
 
-    To remove members[value eq "x"] is to remove the value [{"value": "x"}] from members. To change
-    manager.value is to change manager to {"value": …}.
+    Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
+    from members. To change manager.value is to change manager to {"value": …}.
     """
     match path.attributes, path.filter, path.sub_attribute:
         case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
@@ -1337,11 +1333,11 @@ def apply_patch(
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
-    """Change a resource by one operation."""
+    """Change a resource by one operation; ScimError 400 noTarget."""
     path = operation.path
     first, attribute = path.attributes[0], path.attributes[-1]
     primary = next(filter(is_primary, first.values(resource)), None)
-    holders = [resource]  # of the attribute: the resource, an extension, all e-mails
+    holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
     for container in path.attributes[:-1]:
         for holder in holders:
             if operation.op != "remove" and not holder.get(container.name):
