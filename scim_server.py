@@ -98,8 +98,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
 #
-# The names of the protocol, the limits of this server, and its one error.
-# Knows nothing of everything else.
+# The names of the protocol, the limits of this server, and its error.
+# Uses no other chapter.
 # ----------------------------------------------------------------------------
 
 USER = "urn:ietf:params:scim:schemas:core:2.0:User"
@@ -114,78 +114,70 @@ BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
 BASE_PATH = "/scim/v2"
-DEFAULT_COUNT = 100  # resources in a page when the client names no count
-MAX_COUNT = 1_000  # and at the most
-MAX_ANSWERED_MEMBERS = 1_000  # a PATCH of a larger group answers 204: it costs what it changes
-MAX_FILTER_LENGTH = 8 * 1024  # characters
-MAX_FILTER_DEPTH = 50
-MAX_DETAIL = 4_000  # characters of an error's detail
-MAX_TEXT = 64 * 1024  # characters of a value
-MAX_VALUES = 1_000  # of an attribute; members are bounded by the body alone
-MAX_DEPTH = 50  # of objects and lists in a body
-MAX_BODY = 2 * 1024 * 1024  # octets
-MAX_BULK_BODY = 10 * 1024 * 1024
+DEFAULT_COUNT, MAX_COUNT = 100, 1_000  # default and maximum page size
+# PATCH of a group with more members answers 204: its cost depends on the change, not on the group.
+MAX_ANSWERED_MEMBERS = 1_000
+MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
+MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
+MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
+MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
-CURSOR_SECONDS = 3_600  # how long a cursor may be used
-SIGNATURE_LENGTH = 16  # octets of its HMAC
+CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
 __version__ = "1.0.0"
-__all__ = [  # the public interface; the rest may change
-    "Application",
-    "Change",
-    "Config",
-    "ConfigError",
-    "CustomField",
-    "Directory",
-    "Employee",
-    "Exchange",
-    "Fault",
-    "Page",
-    "Request",
-    "Response",
-    "ScimError",
-    "ScimServer",
-    "Store",
-    "StoreError",
-    "load_config",
-    "main",
-    "parse_config",
-    "running",
-    "wsgi",
+# fmt: off
+__all__ = [  # the public interface; everything else may change
+    "Application", "Change", "Config", "ConfigError", "CustomField", "Directory", "Employee",
+    "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
+    "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
 ]
+# fmt: on
 UTC = timezone.utc  # Python 3.10 has no datetime.UTC
 Json = Any  # what json.loads returns
 Resource = dict[str, Any]
 
 
 class ScimError(Exception):
-    """An answer other than success: HTTP status, scimType of RFC 7644 table 9 or "", and a sentence.
+    """An error response: HTTP status, scimType (RFC 7644 table 9, or "") and detail.
 
-    The detail is read by an administrator in a provisioning log: it names the attribute or option,
-    says what was found, and what would do. headers go into the HTTP answer.
+    An administrator reads the detail in a provisioning log. It names the attribute or option, and
+    says what is wrong and what would be right. headers are added to the HTTP response. reason says
+    why in a form that the provisioning log can look up: a key, then the parts of its sentence,
+    such as ("boolean", "active", '"maybe"'). Without a reason the log quotes the detail.
     """
 
     def __init__(
-        self, status: int, scim_type: str, detail: str, headers: Mapping[str, str] = {}
+        self,
+        status: int,
+        scim_type: str,
+        detail: str,
+        headers: Mapping[str, str] = {},
+        reason: tuple[str, ...] = (),
     ) -> None:
         super().__init__(detail)
-        self.status, self.scim_type, self.headers = status, scim_type, dict(headers)
+        self.status, self.scim_type = status, scim_type
         self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
+        self.headers, self.reason = dict(headers), reason
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
-        scim_type = {"scimType": self.scim_type} if self.scim_type else {}
-        return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
+        return {
+            "schemas": [ERROR],
+            "status": str(self.status),
+            **({"scimType": self.scim_type} if self.scim_type else {}),
+            "detail": self.detail,
+        }
 
 
-invalid_filter = partial(ScimError, 400, "invalidFilter")  # these take the detail alone
+# These take the detail and, by name, headers and reason.
+invalid_filter = partial(ScimError, 400, "invalidFilter")
 invalid_path = partial(ScimError, 400, "invalidPath")
 invalid_syntax = partial(ScimError, 400, "invalidSyntax")
 invalid_value = partial(ScimError, 400, "invalidValue")
 
 
 def quoted(value: Json) -> str:
-    """Return a client's value as JSON text, cut to a length that fits an error's detail."""
+    """Return a client's value as JSON text of at most 80 characters, for an error's detail."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -193,18 +185,20 @@ def quoted(value: Json) -> str:
 # ----------------------------------------------------------------------------
 # 2. Schemas                                                            RFC 7643
 #
-# What a resource is made of, as frozen data. It alone decides what is validated,
-# what type a filter compares, what is returned, what PATCH may write and what
-# /Schemas prints. Uses chapter 1. Knows nothing of HTTP or SQL.
+# The attributes of users and groups, as frozen data. This data alone decides what
+# is validated, what type a filter compares, what is returned, what PATCH may
+# write and what /Schemas prints.
+# Uses chapter 1. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-TYPE_NAMES = {
+TYPE_NAMES = {  # every other type is sent as a String
     "boolean": "a Boolean",
-    "integer": "an Integer",
+    "integer": "a 64-bit Integer",
     "dateTime": "a dateTime",
     "complex": "an object",
 }
-INTEGER_LIMIT = 2**63  # integers are 64-bit, as in the store's keys
+INTEGER_LIMIT = 2**63
+INTEGER_TEXT = re.compile(r"-?\d{1,19}", re.ASCII)
 DATE_TIME = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
     r"(?:Z|([+-])(\d\d):(\d\d))?",
@@ -213,22 +207,31 @@ DATE_TIME = re.compile(
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none."""
-    # Entra sends years from 0001 and seven fraction digits, which Python 3.10's fromisoformat refuses.
+    """Return a dateTime as UTC text that sorts by time; ValueError if it is not a dateTime."""
+    # Python 3.10's fromisoformat refuses "Z", and the seven fraction digits that Entra sends.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
     instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))  # type: ignore[arg-type]
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
-    try:
+    with suppress(OverflowError):  # .NET's DateTime.MinValue or MaxValue with a UTC offset
         instant += -offset if parts[8] == "+" else offset
-    except OverflowError:  # .NET's first and last instant, elsewhere than in Greenwich
-        instant = datetime.min if parts[8] == "+" else datetime.max.replace(microsecond=0)
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
+
+
+KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
+    "boolean": lambda value: "true" if value else "false",
+    "integer": lambda value: f"{value + INTEGER_LIMIT:020d}",
+    "dateTime": date_time_key,
+    "complex": lambda value: "1",  # marks presence: complex values have no order of their own
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """An attribute with its characteristics (RFC 7643 §2.2, §7) and, behind description, our own."""
+    """An attribute and its characteristics (RFC 7643 §2.2, §7).
+
+    The fields after description are our own.
+    """
 
     name: str
     type: str = "string"
@@ -243,50 +246,49 @@ class Attribute:
     sub_attributes: tuple[Attribute, ...] = ()
     description: str = ""
     published: bool = True  # whether /Schemas lists it
-    default: Json = None  # the value of a resource whose client never sent one
-    is_membership: bool = False  # marks membership, which is kept as rows and not in the body
+    default: Json = None  # the value of a new resource if the client sends none
+    is_membership: bool = False  # groups and members, which are stored as rows, not in the body
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
-    by_name: dict[str, Attribute] = field(init=False, repr=False)
+    by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", self.path.lower())
         object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
     def with_paths(self, prefix: str = "") -> Attribute:
-        """Return this attribute and its sub-attributes with their paths, behind a prefix."""
+        """Return a copy in which this attribute and its sub-attributes know their paths."""
         path = prefix + self.name
-        # An extension's attributes follow its URN after a colon (RFC 7644 §3.10), others after a dot.
+        # A colon separates an extension's URN from an attribute (RFC 7644 §3.10), a dot all others.
         below = path and path + (":" if ":" in self.name else ".")
-        subs = tuple(sub.with_paths(below) for sub in self.sub_attributes)
-        return replace(self, path=path, sub_attributes=subs)
+        return replace(
+            self,
+            path=path,
+            sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
+        )
 
     def sub_attribute(self, name: str) -> Attribute | None:
-        """Return the sub-attribute of that name in any case (RFC 7643 §2.1), or None."""
+        """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
         return self.by_name.get(name.lower())
 
     @property
     def value_attribute(self) -> Attribute | None:
-        """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
-        return (
-            self.by_name.get("value") if ":" not in self.name else None
-        )  # a field of an extension
+        """The sub-attribute "value", which a bare value stands for (RFC 7643 §2.4), or None."""
+        # In an extension, "value" would be an ordinary attribute, such as a custom field.
+        return None if ":" in self.name else self.by_name.get("value")
 
     def convert(self, value: Json) -> Json:
-        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
+        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue.
+
+        Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
+        """
         if self.type == "boolean":
-            # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif self.type == "integer":
-            if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
-                value = int(value)
-            if type(value) is int:
-                if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-                    raise invalid_value(
-                        f"{self.path}: {quoted(value)} is beyond the 64 bits of an Integer"
-                    )
-                return value
+            digits = isinstance(value, str) and INTEGER_TEXT.fullmatch(value)
+            if (digits or type(value) is int) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+                return int(value)
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
                 raise invalid_value(
@@ -295,89 +297,84 @@ class Attribute:
             if self.type != "dateTime":
                 return value
             with suppress(ValueError):
-                return date_time_key(value) and value
+                date_time_key(value)
+                return value
+        expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise invalid_value(
-            f"{self.path}: expected {TYPE_NAMES.get(self.type, 'a String')}, got {quoted(value)}"
+            f"{self.path}: expected {expected}, got {excerpt}",
+            reason=(self.type, self.path, excerpt)
+            if self.type in ("boolean", "integer")
+            else ("type", self.path, expected, excerpt),
         )
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
-        """Return the values of this attribute in a resource or complex value, none, one or many."""
+        """Return the values of this attribute in a resource or complex value: none, one or many."""
         value = holder.get(self.name, [])
         return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text by whose code points values of this attribute are equal and in order."""
-        if self.type == "boolean":
-            return "true" if value else "false"
-        if self.type == "integer":
-            return f"{value + INTEGER_LIMIT:020d}"
-        if self.type == "dateTime":
-            return date_time_key(value)
-        if self.type == "complex":
-            return "1"  # says only that it is there
+        """Return the text that decides which values are equal, and the order of values."""
+        if key := KEYS.get(self.type):
+            return key(value)
         return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
-    """Return attributes of type String with no characteristic but their names."""
+    """Return attributes of type string that have a name and no other characteristic."""
     return tuple(map(Attribute, names))
 
 
-def plural(
+# fmt: off
+def multi_valued(
     name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True
 ) -> Attribute:
-    """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
-    return Attribute(
-        name,
-        "complex",
-        multi_valued=True,
-        sub_attributes=(
-            Attribute(
-                "value",
-                value_type,
-                case_exact=value_type != "string",
-                reference_types=("external",) if value_type == "reference" else (),
-            ),
-            Attribute("display", published=display),
-            Attribute("type", canonical_values=types),
-            Attribute("primary", "boolean"),
-        ),
-    )
+    """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4.
+
+    types are the canonical values of "type"; display says whether /Schemas lists "display".
+    """
+    return Attribute(name, "complex", multi_valued=True, sub_attributes=(
+        Attribute("value", value_type, case_exact=value_type != "string",
+                  reference_types=("external",) if value_type == "reference" else ()),
+        Attribute("display", published=display),
+        Attribute("type", canonical_values=types),
+        Attribute("primary", "boolean"),
+    ))
+
+
+read_only = partial(Attribute, mutability="readOnly")
+EXTERNAL_ID = Attribute("externalId", case_exact=True)
+COMMON = (
+    read_only("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
+    read_only("id", case_exact=True, returned="always", uniqueness="server"),
+    EXTERNAL_ID,
+)
+META = read_only("meta", "complex", sub_attributes=(
+    read_only("resourceType", case_exact=True),
+    read_only("created", "dateTime"),
+    read_only("lastModified", "dateTime"),
+    read_only("location", "reference", case_exact=True),
+    read_only("version", case_exact=True),
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A schema (RFC 7643 §7): URN, name, and attributes not yet placed in a resource type."""
+    """A schema (RFC 7643 §7). Its attributes have no paths yet: a resource type adds them."""
 
     id: str
     name: str
+    description: str
     attributes: tuple[Attribute, ...]
-    description: str = ""
-
-
-computed = partial(Attribute, mutability="readOnly")
-EXTERNAL_ID = Attribute("externalId", case_exact=True)
-COMMON = (
-    computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
-    computed("id", case_exact=True, returned="always", uniqueness="server"),
-    EXTERNAL_ID,
-)
-META = computed(
-    "meta",
-    "complex",
-    sub_attributes=(
-        computed("resourceType", case_exact=True),
-        computed("created", "dateTime"),
-        computed("lastModified", "dateTime"),
-        computed("location", "reference", case_exact=True),
-        computed("version", case_exact=True),
-    ),
-)
 
 
 @dataclass(frozen=True, eq=False)
 class ResourceType:
-    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute."""
+    """A resource type (RFC 7643 §6): an endpoint, a core schema and its extensions.
+
+    root is the resource type seen as one complex attribute, which contains each extension as a
+    complex attribute. So the same functions walk resources, complex values and extension objects.
+    """
 
     name: str
     endpoint: str
@@ -386,144 +383,92 @@ class ResourceType:
     root: Attribute = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # With extensions as complex attributes named by their URNs, the same few lines walk
-        # resources, complex values and extension objects.
-        extensions = [
-            Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions
-        ]
-        attributes = (*COMMON, *self.schema.attributes, *extensions, META)
+        attributes = (
+            *COMMON,
+            *self.schema.attributes,
+            *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
+            META,
+        )
         object.__setattr__(
             self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
         )
+
+    @cached_property
+    def scopes(self) -> dict[str, Attribute]:
+        """The complex attribute that the URN of each schema stands for: root, or an extension."""
+        return {
+            self.schema.id: self.root,
+            **{e.id: self.root.by_name[e.id.lower()] for e in self.extensions},
+        }
 
     def location(self, base_url: str, id: str) -> str:
         """Return the URL of a resource."""
         return f"{base_url}{self.endpoint}/{id}"
 
-    @property
-    def scopes(self) -> dict[str, Attribute]:
-        """What the URNs of the schemas mean: the root, and its attributes that are extensions."""
-        extensions = [self.root.by_name[extension.id.lower()] for extension in self.extensions]
-        return {self.schema.id: self.root, **{found.name: found for found in extensions}}
 
-
-USER_SCHEMA = Schema(
-    USER,
-    "User",
-    description="User Account",
-    attributes=(
-        Attribute("userName", required=True, uniqueness="server"),
-        Attribute(
-            "name",
-            "complex",
-            sub_attributes=strings(
-                "formatted",
-                "familyName",
-                "givenName",
-                "middleName",
-                "honorificPrefix",
-                "honorificSuffix",
-            ),
-        ),
-        *strings("displayName", "nickName"),
-        Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
-        Attribute("title", description="The job title; the employee's designation"),
-        *strings("userType", "preferredLanguage", "locale", "timezone"),
-        # Okta takes a user without active for a deactivated one, so a user always has it.
-        Attribute("active", "boolean", default=True),
-        # Okta always sends a password: it is accepted, and neither stored nor published.
-        Attribute("password", mutability="writeOnly", returned="never", published=False),
-        # Entra's validator makes a test for each published attribute and stops at these displays.
-        plural("emails", types=("work", "home", "other"), display=False),
-        plural(
-            "phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False
-        ),
-        plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
-        plural("photos", "reference", types=("photo", "thumbnail")),
-        Attribute(
-            "addresses",
-            "complex",
-            multi_valued=True,
-            sub_attributes=(
-                *strings(
-                    "formatted", "streetAddress", "locality", "region", "postalCode", "country"
-                ),
-                Attribute("type", canonical_values=("work", "home", "other")),
-                Attribute("primary", "boolean"),
-                Attribute("display", published=False),
-            ),
-        ),
-        computed(
-            "groups",
-            "complex",
-            multi_valued=True,
-            is_membership=True,
-            sub_attributes=(
-                computed("value", case_exact=True),
-                computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
-                computed("display"),
-                computed("type", canonical_values=("direct",)),
-            ),
-        ),
-        plural("entitlements"),
-        plural("roles"),
-        plural("x509Certificates", "binary"),
-    ),
-)
-GROUP_SCHEMA = Schema(
-    GROUP,
-    "Group",
-    description="Group",
-    attributes=(
-        # RFC 7643 does not ask for unique names; Entra matches groups by displayName, so it needs them.
-        Attribute("displayName", required=True, uniqueness="server"),
-        Attribute(
-            "members",
-            "complex",
-            multi_valued=True,
-            is_membership=True,
-            sub_attributes=(
-                Attribute(
-                    "value", required=True, case_exact=True
-                ),  # an id of ours, and ids have a case
-                # Computed, yet published: without it scim2-tester sends ids of nobody, which are passed over.
-                Attribute(
-                    "$ref",
-                    "reference",
-                    case_exact=True,
-                    mutability="immutable",
-                    reference_types=("User", "Group"),
-                ),
-                Attribute("type", canonical_values=("User", "Group")),
-                Attribute("display"),
-            ),
-        ),
-    ),
-)
+# fmt: off
+USER_SCHEMA = Schema(USER, "User", "User Account", (
+    Attribute("userName", required=True, uniqueness="server"),
+    Attribute("name", "complex", sub_attributes=strings(
+        "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix",
+    )),
+    *strings("displayName", "nickName"),
+    Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
+    Attribute("title", description="The job title; the employee's designation"),
+    *strings("userType", "preferredLanguage", "locale", "timezone"),
+    # Okta treats a user without active as deactivated, so every user has it.
+    Attribute("active", "boolean", default=True),
+    # Okta always sends a password. It is accepted, but neither stored nor published.
+    Attribute("password", mutability="writeOnly", returned="never", published=False),
+    # Entra's validator tests each published attribute, and stops at the display of these two.
+    multi_valued("emails", types=("work", "home", "other"), display=False),
+    multi_valued("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"),
+                 display=False),
+    multi_valued("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
+    multi_valued("photos", "reference", types=("photo", "thumbnail")),
+    Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
+        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
+        Attribute("type", canonical_values=("work", "home", "other")),
+        Attribute("primary", "boolean"),
+        Attribute("display", published=False),
+    )),
+    read_only("groups", "complex", multi_valued=True, is_membership=True, sub_attributes=(
+        read_only("value", case_exact=True),
+        read_only("$ref", "reference", case_exact=True, reference_types=("Group",)),
+        read_only("display"),
+        read_only("type", canonical_values=("direct",)),
+    )),
+    multi_valued("entitlements"),
+    multi_valued("roles"),
+    multi_valued("x509Certificates", "binary"),
+))
+GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
+    # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
+    Attribute("displayName", required=True, uniqueness="server"),
+    Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
+        Attribute("value", required=True, case_exact=True),  # the id of a user or group
+        # The server sets $ref. If it were not published, scim2-tester would send ids that do not
+        # exist, and the server would ignore them.
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
+                  reference_types=("User", "Group")),
+        Attribute("type", canonical_values=("User", "Group")),
+        Attribute("display"),
+    )),
+))
+ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
+    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
+    Attribute("manager", "complex", sub_attributes=(
+        Attribute("value", case_exact=True),
+        Attribute("$ref", "reference", case_exact=True, published=False,
+                  reference_types=("User",)),
+        Attribute("displayName"),
+    )),
+))
+# fmt: on
 MEMBERSHIP_ATTRIBUTES = tuple(
-    found.name
-    for schema in (USER_SCHEMA, GROUP_SCHEMA)
-    for found in schema.attributes
-    if found.is_membership
-)
-ENTERPRISE_SCHEMA = Schema(
-    ENTERPRISE,
-    "EnterpriseUser",
-    description="Enterprise User",
-    attributes=(
-        *strings("employeeNumber", "costCenter", "organization", "division", "department"),
-        Attribute(
-            "manager",
-            "complex",
-            sub_attributes=(
-                Attribute("value", case_exact=True),
-                Attribute(
-                    "$ref", "reference", case_exact=True, published=False, reference_types=("User",)
-                ),
-                Attribute("displayName"),
-            ),
-        ),
-    ),
+    attribute.name
+    for attribute in (*USER_SCHEMA.attributes, *GROUP_SCHEMA.attributes)
+    if attribute.is_membership
 )
 
 
@@ -541,20 +486,20 @@ class CustomField:
         return f"{FACILIO}:{self.link_name}"
 
 
-@lru_cache(1024)  # tenants with the same custom fields share what is made of them
+@lru_cache(1024)  # tenants with the same custom fields share their resource types
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
-    """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
-    own = Schema(
+    """Return a tenant's resource types by name; User comes first, as Entra's validator needs it."""
+    facilio = Schema(
         FACILIO,
         "FacilioUser",
-        description="Custom fields of the Employee module",
-        attributes=tuple(
+        "Custom fields of the Employee module",
+        tuple(
             Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
             for custom in custom_fields
         ),
     )
     return {
-        "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, own)),
+        "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, facilio)),
         "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA),
     }
 
@@ -562,38 +507,43 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # ----------------------------------------------------------------------------
 # 3. Filters and paths                               RFC 7644 §3.4.2.2, §3.5.2
 #
-# Text becomes a tree once, with every name bound to its Attribute; then there
-# are two readers: matches() here, compile_filter() in chapter 6.
+# The text of a filter becomes a tree, and every name in it an Attribute. The tree
+# has two readers: matches() here, compile_filter() in chapter 6.
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
+
+Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
 class AttributePath:
-    """Where a filter looks: attributes from a resource, or from one complex value, downwards."""
+    """A path from a resource, or from one complex value, down to an attribute."""
 
-    attributes: tuple[Attribute, ...]
+    attributes: Attributes
 
     @property
     def attribute(self) -> Attribute:
-        """The last attribute, the one that is looked at."""
+        """The attribute at the end of the path."""
         return self.attributes[-1]
 
     def items(self, value: Json) -> list[Json]:
-        """Return the values at this target in a resource or complex value, one by one."""
-        found = [value]
+        """Return the values at this path in a resource or complex value, as one flat list."""
+        items = [value]
         for attribute in self.attributes:
-            found = [item for holder in found for item in attribute.values(holder)]
-        return found
+            items = [item for holder in items for item in attribute.values(holder)]
+        return items
 
     def keys(self, value: Json) -> list[str]:
-        """Return the keys of the values at this target."""
+        """Return the keys of the values at this path."""
         return [self.attribute.key(item) for item in self.items(value)]
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """A comparison of an attribute's keys with the key of a literal, whose JSON value it keeps."""
+    """Whether one of an attribute's values compares with a literal as op says.
+
+    value is the literal in the attribute's type, key is its key. op is one of OPERATORS.
+    """
 
     target: AttributePath
     op: str
@@ -610,28 +560,28 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class And:
-    """All of some filters; without any, everything matches."""
+    """Whether all of some filters match; And(()) matches everything."""
 
     filters: tuple[Filter, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """Any of some filters; without any, nothing matches."""
+    """Whether any of some filters matches; Or(()) matches nothing."""
 
     filters: tuple[Filter, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """The opposite of a filter."""
+    """Whether a filter does not match."""
 
     inner: Filter
 
 
 @dataclass(frozen=True, slots=True)
 class ValuePath:
-    """Whether one and the same value of a complex attribute satisfies a filter on it."""
+    """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
     target: AttributePath
     inner: Filter
@@ -639,7 +589,7 @@ class ValuePath:
 
 Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
-TEST: dict[str, Callable[[str, str], bool]] = {
+OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "eq": operator.eq,
     "co": operator.contains,
     "sw": str.startswith,
@@ -663,127 +613,138 @@ def matches(filter: Filter, value: Json) -> bool:
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
         case Present(target):
-            return any(target.keys(value))  # the key of empty text is empty: not present
+            return any(target.keys(value))  # empty text has an empty key: it is not present
         case Compare(target, op, key):
-            return any(TEST[op](found, key) for found in target.keys(value))
+            return any(OPERATORS[op](own_key, key) for own_key in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
 
-Bound = tuple[Attribute, ...] | None  # the attributes down to what a name means; None if unknown
 
+def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, list[str]] | None:
+    """Return what the schema URN at the start of a name stands for, and the names after it.
 
-def find_extension(name: str, resource_type: ResourceType) -> tuple[Attribute, str] | None:
-    """Return the complex attribute that the schema URN at the head of a name means, and the rest."""
-    # URNs hold dots and colons themselves, and none begins with another. A dot in place of the
-    # colon behind one is the spelling that Entra used before 2018.
+    A URN stands for the root or for an extension. Return None if the name does not start with one.
+    """
+    # No URN is the start of another one. Before 2018 Entra wrote a dot instead of the colon.
     for urn, scope in resource_type.scopes.items():
         rest = name[len(urn) :]
         if name[: len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
-            return scope, rest[1:]
+            return scope, rest[1:].split(".") if rest[1:] else []
     return None
 
 
 @lru_cache(1024)
-def resolve(name: str, resource_type: ResourceType) -> Bound:
-    """Return the attributes from the root to a name in attrPath notation, () to the root by its URN."""
-    # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
-    scopes, names = list(resource_type.scopes.values()), name.split(".")
-    if extension := find_extension(name, resource_type):
-        scope, rest = extension
-        scopes, names = [scope], rest.split(".") if rest else []
-    for scope in scopes:
-        found = () if scope is resource_type.root else (scope,)
+def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
+    """Return the attributes from the root down to a name in attrPath notation; None if unknown.
+
+    The URN of the core schema stands for the root itself: the result is ().
+    """
+    # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
+    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    split = split_urn(name, resource_type)
+    for scope, names in [split] if split else all_scopes:
+        attributes = () if scope is resource_type.root else (scope,)
         for part in names:
             if not (sub := scope.sub_attribute(part)):
                 break
-            scope, found = sub, (*found, sub)
-        else:
-            return found
+            scope, attributes = sub, (*attributes, sub)
+        else:  # all names are known
+            return attributes
     return None
 
 
-def resolve_below(target: Bound, name: str, strict: bool = False) -> Bound:
-    """Return the sub-attribute of a target's last attribute as the scope of its value filter; ScimError if strict."""
-    sub = target[-1].sub_attribute(name) if target else None
-    if strict and target and not sub:
-        raise invalid_path(f"path: {target[-1].path} has no sub-attribute {quoted(name)}")
+def resolve_sub_attribute(
+    attributes: Attributes | None, name: str, strict: bool = False
+) -> Attributes | None:
+    """Return, as a path, the sub-attribute that a name means in the brackets after an attribute.
+
+    Return None if the name or the attribute is unknown. If strict, an unknown name is a ScimError
+    400 invalidPath.
+    """
+    sub = attributes[-1].sub_attribute(name) if attributes else None
+    if strict and attributes and not sub:
+        raise invalid_path(f"path: {attributes[-1].path} has no sub-attribute {quoted(name)}")
     return (sub,) if sub else None
 
 
-# -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
+# -- The parser: a rule takes tokens and a position; it returns a filter and the next position --
 
 Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
-Scope = Callable[[str], Bound]  # binds the names in a filter
-Parsed = tuple[Filter, int]  # and the position after it
+Scope = Callable[[str], Attributes | None]  # says what the names in a filter mean
+Parsed = tuple[Filter, int]  # with the position after it
 TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
-          | (?P<mark>   [()\[\]] ) )""",
+          | (?P<mark>   [()\[\]] )
+          | (?P<error>  \S (?:.*\S)? ) )""",
     re.VERBOSE | re.ASCII | re.DOTALL,
 )
-UNSTORABLE = re.compile(
-    "[\0\ud800-\udfff]"
-)  # NUL and half a surrogate pair: no UTF-8 database takes it
-LITERAL = json.JSONDecoder(strict=False)  # which may hold control characters
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: databases refuse them
+LITERAL = json.JSONDecoder(
+    strict=False,  # text may contain control characters; 5.0 is the Integer 5
+    parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
+)
 STRING_TYPES = ("string", "reference")
 
 
-def bad_filter(column: int, expected: str, found: str) -> ScimError:
-    """Return the error of a filter that does not parse."""
-    found = quoted(found) if found else "the end"
-    return invalid_filter(f"filter, column {column}: expected {expected}, found {found}")
+def bad_filter(column: int, expected: str, text: str) -> ScimError:
+    """Return the error for a text that the syntax does not allow at a column, "" for the end."""
+    return invalid_filter(
+        f"filter, column {column}: expected {expected}, found {quoted(text) if text else 'the end'}"
+    )
 
 
 def tokens_of(text: str) -> Tokens:
-    """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
+    """Return the tokens of a filter or path, then an end token; ScimError 400 invalidFilter.
+
+    Text that is not a token becomes an error token up to the end. No rule of the parser accepts it.
+    """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens, position, end = [], 0, len(text.rstrip())
-    while position < end:
-        if not (token := TOKEN.match(text, position)):
-            rest = text[position:end].lstrip()
-            raise bad_filter(
-                end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest
-            )
-        kind = token.lastgroup or ""
-        tokens.append((kind, token[kind], token.start(kind) + 1))
-        position = token.end()
-    return [*tokens, ("end", "", end + 1)]
+    tokens = [
+        (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
+        for token in TOKEN.finditer(text)
+    ]
+    return [*tokens, ("end", "", len(text.rstrip()) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
-    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError invalidFilter."""
-    return parse_until("", tokens_of(text), 0, partial(resolve, resource_type=resource_type))[0]
+    """Return the tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError 400 invalidFilter."""
+    return parse_filter_tokens(
+        "", tokens_of(text), 0, partial(resolve, resource_type=resource_type)
+    )[0]
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
-def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0) -> Parsed:
-    """Return the filter that a mark closes, a bracket or "" for the end; what follows is behind it."""
+def parse_filter_tokens(
+    closing: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0
+) -> Parsed:
+    """Return the filter up to its closing bracket, or up to the end of the tokens ("")."""
     if depth > MAX_FILTER_DEPTH:
         raise invalid_filter(f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
-    choices = [[term]]
+    alternatives = [[term]]  # the terms of And, for each filter of Or
     while (word := tokens[position][1].lower()) in ("and", "or"):
         term, position = parse_term(tokens, position + 1, scope, depth)
         if word == "or":
-            choices.append([])
-        choices[-1].append(term)
+            alternatives.append([])
+        alternatives[-1].append(term)
     _, text, column = tokens[position]
-    if text != mark:
-        raise bad_filter(column, f"'{mark}'" if mark else "'and', 'or' or the end", text)
-    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in choices]
+    if text != closing:
+        raise bad_filter(column, f"'{closing}'" if closing else "'and', 'or' or the end", text)
+    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in alternatives]
     return (Or(tuple(filters)) if len(filters) > 1 else filters[0]), position + 1
 
 
 def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
-    """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
+    """Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not"."""
     kind, text, column = tokens[position]
     if text == "(":
-        return parse_until(")", tokens, position + 1, scope, depth + 1)
+        return parse_filter_tokens(")", tokens, position + 1, scope, depth + 1)
     following = tokens[position + 1][1] if kind != "end" else ""
     if text.lower() == "not" and following == "(":
         inner, position = parse_term(tokens, position + 1, scope, depth)
@@ -796,79 +757,97 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
-    """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
-    inner, position = parse_brackets(tokens, position, target, name, depth)
+def parse_value_path(
+    tokens: Tokens, position: int, attributes: Attributes | None, name: str, depth: int
+) -> Parsed:
+    """Return a value path, from its bracket on; a comparison after it is added to its filter."""
+    inner, position = parse_brackets(tokens, position, attributes, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
-        sub = resolve_below(target, text[1:])
+        sub = resolve_sub_attribute(attributes, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(AttributePath(target), inner) if target else NOTHING), position
+    return (ValuePath(AttributePath(attributes), inner) if attributes else NOTHING), position
 
 
 def parse_brackets(
-    tokens: Tokens, position: int, target: Bound, name: str, depth: int, strict: bool = False
+    tokens: Tokens,
+    position: int,
+    attributes: Attributes | None,
+    name: str,
+    depth: int,
+    strict: bool = False,
 ) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
-    if target and target[-1].type != "complex":
+    if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
-            f"{name}: a filter in brackets needs a complex attribute, this one is of type "
-            f"{target[-1].type}"
+            f"{name}: only a complex attribute can have a filter in brackets, but its type is "
+            f"{attributes[-1].type}"
         )
-    return parse_until(
-        "]", tokens, position + 1, partial(resolve_below, target, strict=strict), depth + 1
+    return parse_filter_tokens(
+        "]",
+        tokens,
+        position + 1,
+        partial(resolve_sub_attribute, attributes, strict=strict),
+        depth + 1,
     )
 
 
-def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
-    """Return the comparison of a named attribute, from its operator on."""
+# attrExp = attrPath SP "pr" / attrPath SP compareOp SP compValue
+def parse_expression(
+    tokens: Tokens, position: int, attributes: Attributes | None, name: str
+) -> Parsed:
+    """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (Present(AttributePath(target)) if target else NOTHING), position + 1
-    if op != "ne" and op not in TEST:
+        return (Present(AttributePath(attributes)) if attributes else NOTHING), position + 1
+    if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
-    return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
+    return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
-    """Return the JSON value that a comparison names."""
+    """Return the JSON value of a token; ScimError 400 invalidFilter if it is not a simple value."""
     with suppress(ValueError):
         literal = LITERAL.decode(text.lower() if kind == "name" else text)
-        if not (isinstance(literal, str) and UNSTORABLE.search(literal)):
+        # An object such as {"a": 1} is an error token.
+        if kind != "error" and not (isinstance(literal, str) and UNSTORABLE.search(literal)):
             return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
-def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
-    """Return the filter that compares a target with a literal of its type."""
-    if op == "ne":  # the opposite of eq, so it also holds for a resource without the attribute
-        return Not(bind_comparison(target, name, "eq", literal))
-    if not target:  # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
+def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: Json) -> Filter:
+    """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
+    if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
+        return Not(bind_comparison(attributes, name, "eq", literal))
+    if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if standing := target[-1].value_attribute:
-        target = (*target, standing)
-    attribute = target[-1]
+    if value_attribute := attributes[-1].value_attribute:
+        attributes = (*attributes, value_attribute)
+    target, attribute = AttributePath(attributes), attributes[-1]
+    check_comparison(attribute, name, op, literal)
+    if literal is None:
+        return Not(Present(target))
+    try:
+        value = attribute.convert(literal)
+    except ScimError as error:
+        raise invalid_filter(error.detail, reason=error.reason) from None
+    return Compare(target, op, attribute.key(value), value)
+
+
+def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
+    """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
-    if literal is None and op == "eq":
-        return Not(Present(AttributePath(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
-    shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
-    if literal is None or unordered or shapeless:
+    not_text = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
+    if unordered or not_text or (literal is None and op != "eq"):
         raise invalid_filter(
-            f"{name}: '{op}' does not go with {quoted(literal)} and the type {attribute.type}"
+            f"{name}: '{op}' cannot compare the type {attribute.type} with {quoted(literal)}"
         )
-    if isinstance(literal, float) and literal.is_integer() and attribute.type == "integer":
-        literal = int(literal)
-    try:
-        literal = attribute.convert(literal)
-    except ScimError as error:
-        raise invalid_filter(error.detail) from None
-    return Compare(AttributePath(target), op, attribute.key(literal), literal)
 
 
 # -- Paths of PATCH ------------------------------------------------------------
@@ -876,20 +855,20 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
 
 @dataclass(frozen=True, slots=True)
 class PatchPath:
-    """The target of a PATCH operation, such as emails[type eq "work"].value."""
+    """The path of a PATCH operation, such as emails[type eq "work"].value; () means no path."""
 
-    attributes: tuple[Attribute, ...]  # (emails,)
+    attributes: Attributes  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
 
     @property
-    def read_only(self) -> Attribute | None:
-        """The first attribute on the way that no client may change, if any."""
+    def read_only_attribute(self) -> Attribute | None:
+        """The first attribute of the path that no client may change, or None."""
         return next(
             (
-                found
-                for found in (*self.attributes, self.sub_attribute)
-                if found and found.mutability in ("readOnly", "immutable")
+                attribute
+                for attribute in (*self.attributes, self.sub_attribute)
+                if attribute and attribute.mutability in ("readOnly", "immutable")
             ),
             None,
         )
@@ -897,43 +876,46 @@ class PatchPath:
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
-    if len(text) > MAX_FILTER_LENGTH:  # which nobody shall keep in a cache
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter."""
+    if len(text) > MAX_FILTER_LENGTH:  # before resolve(): its cache must not fill with long paths
         raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
-    if attributes is None:
-        raise invalid_path(f"path {quoted(text)}: " + why_unknown(name, resource_type))
+    if attributes is None or (bracket and not attributes):
+        raise unknown_attribute(name, resource_type)
     if not bracket:
         return PatchPath(attributes)
-    if not attributes:
-        raise invalid_path(f"path {quoted(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
-    if tokens[position + bool(sub)][0] != "end":
+    if tokens[position + 1 if sub else position][0] != "end":
         raise invalid_path(
-            f"path {quoted(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}"
+            f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
         )
     return PatchPath(attributes, filter, sub)
 
 
-def why_unknown(name: str, resource_type: ResourceType) -> str:
-    """Return why a name is no attribute; for an extension with the names that it has."""
-    scope, rest = find_extension(name, resource_type) or (resource_type.root, name)
+def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
+    """Return the error for an unknown attribute; in an extension it lists the attributes."""
+    scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
     if scope is resource_type.root:
-        return f"{resource_type.name} has no such attribute"
-    known = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
-    return f"{scope.name} has no attribute '{rest}'; its attributes are: {known}"
+        return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
+    wrong_name = ".".join(names)
+    right_names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
+    return invalid_path(
+        f"path: {scope.name} has no attribute '{wrong_name}'; its attributes are: {right_names}",
+        reason=("link_name", wrong_name[:80], right_names) if scope.name == FACILIO else (),
+    )
 
 
 # ----------------------------------------------------------------------------
 # 4. Resources                                 RFC 7643 §2 and §3, RFC 7644 §3.9
 #
-# accept() makes a canonical resource of a client's JSON: schema spelling, no
-# nulls, no empty lists, declared types. Nothing behind this door checks again.
-# project() chooses what of a resource goes out; index_entries() what is indexed.
+# accept() makes a canonical resource from a client's JSON: names as in the schema,
+# no nulls, no empty lists, values in their declared types. All other code trusts
+# that a resource is canonical, and does not check again.
+# project() chooses what a client sees of a resource; index_entries() what is indexed.
 # Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
@@ -941,47 +923,49 @@ def why_unknown(name: str, resource_type: ResourceType) -> str:
 def lowercase_keys(
     value: Json, expected: str = "the body must be a JSON object"
 ) -> dict[str, Json]:
-    """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
+    """Return a JSON object with its names in lower case; ScimError 400 if it is not an object."""
     if not isinstance(value, dict):
         raise invalid_syntax(f"{expected}, got {quoted(value)}")
     return {name.lower(): item for name, item in value.items()}
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
+    """Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid."""
     if not isinstance(body, dict):
         raise invalid_syntax(f"the body must be a JSON object, got {quoted(body)}")
     return accept_complex(resource_type.root, body)
 
 
 def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
-    """Return a complex value (or a resource) with canonical names, in the order of the schema."""
-    given: dict[str, Json] = {}
+    """Return the canonical form of a complex value (or a resource); ScimError 400 invalidValue."""
+    sent: dict[str, Json] = {}
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
-        # What is read-only is left out, and what no schema knows, as Entra and Okta need.
+        # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
         if sub and sub.mutability == "readWrite" and item is not None:
-            if sub.name in given:
-                raise invalid_value(f"{sub.path}: given twice")
-            given[sub.name] = item
+            if sub.name in sent:
+                raise invalid_value(f"{sub.path}: sent twice")
+            sent[sub.name] = item
     accepted = {
         sub.name: item
         for sub in attribute.sub_attributes
-        if sub.name in given
-        if (item := accept_value(sub, given[sub.name])) is not None
+        if sub.name in sent
+        if (item := accept_value(sub, sent[sub.name])) is not None
     }
     require(attribute, accepted)
     return accepted
 
 
 def accept_value(attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
+    """Return the canonical value of an attribute; ScimError 400 invalidValue.
+
+    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5).
+    """
     if not attribute.multi_valued:
-        if (
-            value == [] and FACILIO not in attribute.path
-        ):  # unassigned; a custom field takes no list
+        # [] means that there is no value, except for a custom field, which must not be a list.
+        if value == [] and FACILIO not in attribute.path:
             return None
-        # Entra's tutorial sends a manager as a list of one.
+        # Entra's tutorial sends the manager as a list with one item.
         if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
             value = value[0]
         return accept_single(attribute, value)
@@ -995,22 +979,19 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
-    """Return one canonical value, or None if it is empty."""
+    """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
     if value is None:
         return None
-    if attribute.type != "complex":
-        return attribute.convert(value)
-    # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
-    if not isinstance(value, (dict, list)) and attribute.value_attribute:
-        value = {"value": value}
-    if not isinstance(value, dict):
-        attribute.convert(value)
-    accepted = accept_complex(attribute, value)
-    # Entra clears a manager with "", which refers to nobody.
-    nobody = (
-        accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
-    )
-    return None if nobody else accepted or None
+    if attribute.type == "complex":
+        # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
+        if not isinstance(value, (dict, list)) and attribute.value_attribute:
+            value = {"value": value}
+        if isinstance(value, dict):
+            accepted = accept_complex(attribute, value)
+            # Entra sends "" to remove the manager.
+            no_manager = accepted.get("value") == "" and not attribute.multi_valued
+            return None if no_manager and attribute.value_attribute else accepted or None
+    return attribute.convert(value)  # refuses a complex value that is not an object
 
 
 def is_primary(value: Json) -> bool:
@@ -1018,19 +999,24 @@ def is_primary(value: Json) -> bool:
     return isinstance(value, dict) and value.get("primary") is True
 
 
-def keep_one_primary(values: list[Json], earlier: Json = None) -> None:
-    """Leave but one value primary: the last that became so, else the earlier one (RFC 7644 §3.5.2)."""
-    winners = [value for value in values if is_primary(value) and value is not earlier]
-    for value in values:
-        if winners and value is not winners[-1] and is_primary(value):
+def keep_one_primary(values: list[Json], previous: Json = None) -> None:
+    """Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2)."""
+    new = [value for value in values if is_primary(value) and value is not previous]
+    for value in filter(is_primary, values):
+        if new and value is not new[-1]:
             value["primary"] = False
 
 
 def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
-    """Raise ScimError 400 invalidValue unless a complex value (or a resource) has what it must."""
+    """Check the required attributes, and the number of values, of a complex value (or a resource).
+
+    Raise ScimError 400 invalidValue.
+    """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            raise invalid_value(f"{sub.path} is required and must not be empty")
+            raise invalid_value(
+                f"{sub.path} is required and must not be empty", reason=("required", sub.path)
+            )
         if sub.is_membership:
             for item in value.get(sub.name, ()):
                 require(sub, item)
@@ -1039,7 +1025,7 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
 
 
 def defaults(resource_type: ResourceType) -> Resource:
-    """Return what a new resource has where its client says nothing."""
+    """Return the attributes that a new resource gets if the client does not send them."""
     return {
         sub.name: sub.default
         for sub in resource_type.root.sub_attributes
@@ -1048,7 +1034,7 @@ def defaults(resource_type: ResourceType) -> Resource:
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
-    """Return a resource in the order of the schema, its "schemas" made anew."""
+    """Return a resource in the order of the schema, with its "schemas" up to date."""
     resource = {**resource, "schemas": schemas_of(resource_type, resource)}
     return {
         sub.name: resource[sub.name]
@@ -1061,64 +1047,59 @@ def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> lis
     """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
     return [
         resource_type.schema.id,
-        *(one.id for one in resource_type.extensions if one.id in resource),
+        *(schema.id for schema in resource_type.extensions if schema.id in resource),
     ]
 
 
 # -- Projection ------------------------------------------------------------------
 
-Tree = dict[str, Any]  # names to the trees of what is meant below; None means all of it
-
-
-def name_tree(names: str, resource_type: ResourceType) -> Tree:
-    """Return the attributes of a comma-separated list as a tree; unknown ones are left out."""
-    found = [resolve(name.strip(), resource_type) for name in names.split(",")]
-    tree: Tree = {}
-    for attributes in sorted(filter(None, found), key=len, reverse=True):
-        node = tree
-        for attribute in attributes[:-1]:
-            node = node.setdefault(attribute.name, {})
-        node[attributes[-1].name] = None  # shorter names come last and put the whole for a part
-    return tree
-
 
 @dataclass(frozen=True)
 class Selection:
-    """What a client wants to see of a resource: the trees of attributes and excludedAttributes."""
+    """Which attributes a client wants to see: those of attributes, without excludedAttributes."""
 
-    wanted: Tree | None = None
-    unwanted: Tree = field(default_factory=dict)
+    wanted: frozenset[Attribute] | None = None  # None means all
+    unwanted: frozenset[Attribute] = frozenset()
+    parents: frozenset[Attribute] = frozenset()  # complex attributes that contain one of these
 
     def includes(self, attribute: Attribute) -> bool:
-        """Return whether an attribute of the root is asked for, as a whole or in part."""
-        asked = self.wanted is None or attribute.name in self.wanted
-        return asked and self.unwanted.get(attribute.name, {}) is not None
+        """Return whether any part of a top-level attribute is selected."""
+        return attribute not in self.unwanted and (
+            self.wanted is None or attribute in self.wanted or attribute in self.parents
+        )
 
 
 @lru_cache(1024)
 def parse_selection(attributes: str, excluded: str, resource_type: ResourceType) -> Selection:
-    """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty."""
+    """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty.
+
+    Each is a list of names with commas between them. Unknown names are ignored.
+    """
+    wanted, unwanted = (
+        [path for name in names.split(",") if (path := resolve(name.strip(), resource_type))]
+        for names in (attributes, excluded)
+    )
     return Selection(
-        name_tree(attributes, resource_type) if attributes.strip() else None,
-        name_tree(excluded, resource_type),
+        frozenset(path[-1] for path in wanted) if attributes.strip() else None,
+        frozenset(path[-1] for path in unwanted),
+        frozenset(parent for path in (*wanted, *unwanted) for parent in path[:-1]),
     )
 
 
-def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted: Tree) -> Resource:
-    """Return the part of a complex value (or a resource) that trees of names leave."""
+def select(attribute: Attribute, value: Resource, selection: Selection, whole: bool) -> Resource:
+    """Return the selected part of a complex value (or a resource); whole means all is wanted."""
     selected = {}
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
-        if sub.returned != "always":
-            inner, outer = (wanted or {}).get(name), unwanted.get(name, {})
-            if outer is None or (wanted is not None and name not in wanted):
-                continue
-            if sub.type == "complex" and (inner or outer):
-                items = [select(sub, one, inner, outer) for one in sub.values(value)]
-                if not any(items):
-                    continue
-                item = list(filter(None, items)) if sub.multi_valued else items[0]
-        selected[name] = item
+        sub_whole = whole or sub in (selection.wanted or ())
+        if sub.returned == "always":
+            selected[name] = item
+        elif sub in selection.parents and sub not in selection.unwanted:
+            parts = [select(sub, part, selection, sub_whole) for part in sub.values(value)]
+            if any(parts):
+                selected[name] = list(filter(None, parts)) if sub.multi_valued else parts[0]
+        elif sub_whole and sub not in selection.unwanted:
+            selected[name] = item
     return selected
 
 
@@ -1134,7 +1115,7 @@ def memberships(resource: Resource, base_url: str) -> Resource:
 def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
-    """Return what a client gets to see of a resource, with absolute URLs below base_url."""
+    """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
     location = resource_type.location(base_url, resource["id"])
     resource = {
         **resource,
@@ -1143,7 +1124,7 @@ def project(
     }
     if selection.wanted is None and not selection.unwanted:
         return resource
-    return select(resource_type.root, resource, selection.wanted, selection.unwanted)
+    return select(resource_type.root, resource, selection, whole=selection.wanted is None)
 
 
 # -- The index -------------------------------------------------------------------
@@ -1154,169 +1135,210 @@ Entry = tuple[str, str, int]  # path, key, element
 def index_entries(
     attribute: Attribute, value: Mapping[str, Json], element: int = 0
 ) -> Iterator[Entry]:
-    """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
+    """Yield an entry for each value in a resource (or complex value), simple or complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
-        items: Iterable[tuple[int, Json]] = [(element, item)]
-        if sub.multi_valued:  # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
-            items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
-        for number, one in items:
-            yield sub.index, sub.key(one), number
+        # The primary value is number 0: sorting uses it (RFC 7644 §3.4.2.3).
+        items: Iterable[tuple[int, Json]] = (
+            enumerate(sorted(item, key=is_primary, reverse=True))
+            if sub.multi_valued
+            else [(element, item)]
+        )
+        for number, part in items:
+            yield sub.index, sub.key(part), number
             if sub.type == "complex":
-                yield from index_entries(sub, one, number)
+                yield from index_entries(sub, part, number)
 
 
 # ----------------------------------------------------------------------------
 # 5. PATCH                                                      RFC 7644 §3.5.2
 #
-# A request's operations are read at once, paths bound and values accepted; then
-# apply_patch() makes a new resource of an old one, whole or not at all.
+# parse_operations() reads all operations of a request first: it finds the
+# attributes of their paths and accepts their values. Then apply_patch() makes a
+# new resource from the old one, with all operations or, after an error, none.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: add, replace or remove, its target, its accepted value, and if one was given."""
+    """One PATCH operation: add, replace or remove.
+
+    value is the accepted value; sent is the JSON value as the client sent it, None if it sent none.
+    """
 
     op: str
     path: PatchPath
     value: Json = None
-    given: bool = False
+    sent: Json = None
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
-    """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
+    """Return the operations of a PATCH body; ScimError 400.
+
+    An object that is merged becomes one operation for each of its attributes. Operations in a row
+    that change the same list become one operation.
+    """
     if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
     return list(
-        joined(operation for item in items for operation in parse_operation(resource_type, item))
+        merge_consecutive(step for item in items for step in parse_operation(resource_type, item))
     )
 
 
-def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations, those as one that add to or remove from the same attribute one after the other."""
-    # Okta and Entra name members one by one: thousands of steps through all of a group.
-    for (op, path, many), run in itertools.groupby(
+def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Yield operations; those in a row that add to, or remove from, the same list become one."""
+    # Okta and Entra send one operation per member, with thousands in a request. If they were not
+    # merged, each of them would go through all those members.
+    for (op, path, is_list), run in itertools.groupby(
         operations,
-        lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list)),
+        lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
     ):
         steps = list(run)
-        yield from (
-            [Operation(op, path, [value for one in steps for value in one.value], True)]
-            if many
-            else steps
-        )
+        if is_list and len(steps) > 1:
+            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
+            values = itertools.chain.from_iterable(step.value for step in steps)
+            yield Operation(op, path, list(values), list(itertools.chain.from_iterable(sent)))
+        else:
+            yield from steps
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
-    """Yield what one item of Operations asks for; its names and op go without regard to case."""
+    """Yield the operations that an item of Operations stands for; ScimError 400.
+
+    The names in the item and its op may be in any case.
+    """
     item = lowercase_keys(item, "Operations: expected objects")
     op, text, value = str(item.get("op")).lower(), item.get("path"), item.get("value")
     if op not in ("add", "replace", "remove"):
         raise invalid_syntax(f"op: expected add, replace or remove, got {quoted(item.get('op'))}")
     if op != "remove" and "value" not in item:
-        raise invalid_value(f"{op} {text or ''}: value is missing")
+        raise invalid_value(f"{op} {text or 'without path'}: value is missing")
     if text is not None and not isinstance(text, str):
         raise invalid_path(f"path: expected text, got {quoted(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
-    if path.attributes:
-        yield from bind_operation(op, path, value, merge=op == "add")
-    elif op == "remove":
-        raise ScimError(400, "noTarget", "remove: a path is needed to say what to remove")
-    else:
-        yield from parse_members(resource_type, op, value)
+    yield from (
+        bind_operation(op, path, value, merge=op == "add")
+        if path.attributes
+        else parse_pathless(resource_type, op, value)
+    )
 
 
-def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    """Yield the operations that the members of a path-less operation's value stand for."""
+def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
+    """Yield an operation for each name in the value of an operation without path; ScimError 400."""
+    if op == "remove":
+        raise ScimError(400, "noTarget", "remove without path: the path of an attribute is needed")
     if not isinstance(value, dict):
         raise invalid_value(f"{op} without path: expected an object, got {quoted(value)}")
-    # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
-    # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
-    # A misspelt custom field is an error as in a path, so that the administrator sees it.
-    for name, one in value.items():
+    # With aadOptscim062020 Entra sends paths as names: "name.familyName", "URN:department".
+    # Names that a body may not set (id, meta, unknown names) are ignored, as in a body: Okta sends
+    # "id" when it renames a group. A misspelt custom field is an error, so that the administrator
+    # sees it.
+    for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
+        if resolve(plain, resource_type) is None and not split_urn(plain, resource_type):
             continue
         path = parse_path(name, resource_type)
         if not path.attributes:
-            yield from parse_members(resource_type, op, one)
-        elif not path.read_only:
-            yield from bind_operation(op, path, one, merge=True)
+            yield from parse_pathless(resource_type, op, item)
+        elif not path.read_only_attribute:
+            yield from bind_operation(op, path, item, merge=True)
 
 
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
-    """Yield the operation on a path, its value accepted; one for each sub-attribute to merge."""
-    if read_only := path.read_only:
-        raise ScimError(400, "mutability", f"{read_only.path} is read-only")
+    """Yield the operation on a path, with its value accepted; ScimError 400.
+
+    With merge, an object becomes one operation for each of its sub-attributes, so that the other
+    sub-attributes keep their values.
+    """
+    if attribute := path.read_only_attribute:
+        raise ScimError(400, "mutability", f"{attribute.path} is read-only")
+    path, value = normal_form(op, path, value)
     attribute = path.sub_attribute or path.attributes[-1]
-    match path:
-        case PatchPath((_,), Compare(AttributePath((by,)), "eq", _, id), None) if (
-            op == "remove" and attribute.is_membership and by is attribute.value_attribute
-        ):
-            path, value = PatchPath(path.attributes), [{"value": id}]
-    holder = path.attributes[-2:][0]
-    if (
-        attribute is holder.value_attribute and not holder.multi_valued
-    ):  # stands for the whole manager
-        path, attribute, value = PatchPath(path.attributes[:-1]), holder, {"value": value}
-    # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
-    if (
-        merge
-        and attribute.type == "complex"
-        and not attribute.value_attribute
-        and not attribute.multi_valued
-        and isinstance(value, dict)
-    ):
-        for name, one in value.items():
+    # An object with a "value", such as a manager, is replaced as a whole: its $ref would be wrong.
+    mergeable = not (attribute.multi_valued or attribute.value_attribute)
+    if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
+        for name, item in value.items():
             sub = attribute.sub_attribute(name)
             if sub and sub.mutability != "readOnly":
-                yield from bind_operation(op, PatchPath((*path.attributes, sub)), one, merge)
-        return
-    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
-        accepted = None
-    elif path.filter and not path.sub_attribute:
-        one = value[0] if isinstance(value, list) and len(value) == 1 else value
-        terms = lowercase_keys(equal_terms(path.filter)) if isinstance(one, dict) and one else {}
-        accepted = accept_single(attribute, terms | lowercase_keys(one) if terms else one)
+                yield from bind_operation(op, PatchPath((*path.attributes, sub)), item, merge)
     else:
-        accepted = accept_value(attribute, value)
-    yield Operation(op, path, accepted, value is not None)
+        yield Operation(op, path, accept_operand(op, path, attribute, value), value)
+
+
+def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
+    """Return the path and value of an operation in the form that apply_operation() expects.
+
+    Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
+    from members. To change manager.value is to change manager to {"value": …}.
+    """
+    match path.attributes, path.filter, path.sub_attribute:
+        case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
+            op == "remove" and members.is_membership and sub is members.value_attribute
+        ):
+            return PatchPath((members,)), [{"value": id}]
+        case (*above, holder, sub), None, None if (
+            sub is holder.value_attribute and not holder.multi_valued
+        ):
+            return PatchPath((*above, holder)), {"value": value}
+    return path, value
+
+
+def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
+    """Return the canonical value of an operation on an attribute, or None; ScimError 400."""
+    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
+        return None
+    if not path.filter or path.sub_attribute:
+        return accept_value(attribute, value)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    terms = lowercase_keys(equal_terms(path.filter))
+    if terms and value and isinstance(value, dict):  # emails[type eq "work"] makes it a work e-mail
+        value = terms | lowercase_keys(value)
+    return accept_single(attribute, value)
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids of the members that operations can touch; None where it may be any."""
-    # With them a change of membership costs what it changes, however large the group is.
-    asked = [one for one in operations if one.path.attributes[0].is_membership]
-    plain = all(
-        one.path == PatchPath(one.path.attributes[:1]) and one.op != "replace" and one.given
-        for one in asked
+    """Return the ids of the members that operations can change; None means any member.
+
+    The directory reads these members only, so that a change costs the same in a large group.
+    """
+    changes = [step for step in operations if step.path.attributes[0].is_membership]
+    listed = all(
+        step.path == PatchPath(step.path.attributes[:1])
+        and step.op != "replace"
+        and step.sent is not None
+        for step in changes
     )
-    return {value["value"] for one in asked for value in one.value or ()} if plain else None
+    return {item["value"] for step in changes for item in step.value or ()} if listed else None
 
 
 def apply_patch(
     resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
 ) -> Resource:
-    """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
+    """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
     patched = pruned(patched)
     for sub in resource_type.root.sub_attributes:
         if sub.required and sub.name not in patched:
-            raise ScimError(400, "mutability", f"{sub.path} is required and cannot be removed")
+            raise ScimError(
+                400,
+                "mutability",
+                f"{sub.path} is required and cannot be removed",
+                reason=("required", sub.path),
+            )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
-    """Change a resource by one operation."""
+    """Change a resource by one operation; ScimError 400 noTarget."""
     path = operation.path
     first, attribute = path.attributes[0], path.attributes[-1]
     primary = next(filter(is_primary, first.values(resource)), None)
-    holders = [resource]
+    holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
     for container in path.attributes[:-1]:
         for holder in holders:
             if operation.op != "remove" and not holder.get(container.name):
@@ -1332,42 +1354,51 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
     """Add, replace or remove an attribute in a resource or complex value."""
-    value = operation.value
-    if operation.op == "remove" and attribute.multi_valued and operation.given:
-        # Entra's default dialect lists the values to remove, for members by their ids.
-        unwanted = {identity(attribute, one) for one in value or ()} - {frozenset()}
-        holder[attribute.name] = [
-            one
-            for one in attribute.values(holder)
-            if (known := identity(attribute, one)) not in unwanted
-            and (attribute.is_membership or not any(given <= known for given in unwanted))
-        ]  # or parts of it
-    elif value is None:
+    if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
+        # Entra without aadOptscim062020 sends the values to remove, members by their ids.
+        holder[attribute.name] = without_values(
+            attribute, attribute.values(holder), operation.value or []
+        )
+    elif operation.value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
-        add_values(attribute, holder.setdefault(attribute.name, []), value)
+        add_values(attribute, holder.setdefault(attribute.name, []), operation.value)
     else:
-        holder[attribute.name] = copy.deepcopy(value)
+        holder[attribute.name] = copy.deepcopy(operation.value)
+
+
+def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
+    """Return the values of an attribute that are not among the removed ones.
+
+    A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
+    """
+    removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
+    return [
+        value
+        for value in values
+        if (key := identity_key(attribute, value)) not in removed_keys
+        and (attribute.is_membership or not any(part <= key for part in removed_keys))
+    ]
 
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
-    """Append the values that are not there yet; one that is there takes over what else was sent."""
-    same = partial(identity, attribute, adding=True)
-    present: dict[Any, Resource] = {same(value): value for value in values}
+    """Append new values to a list; a value that is in the list already is updated instead."""
+    key = partial(identity_key, attribute, adding=True)
+    present: dict[Any, Resource] = {key(value): value for value in values}
     for value in copy.deepcopy(added):
-        known = present.setdefault(same(value), value)
-        known.update(value)
-        if known is value:
+        same = present.setdefault(key(value), value)
+        same.update(value)
+        if same is value:
             values.append(value)
 
 
-def identity(
+def identity_key(
     attribute: Attribute, value: Resource, adding: bool = False
 ) -> frozenset[tuple[str, str]]:
-    """Return by what a complex value is the same as another: a member by its value alone."""
+    """Return a key that two values share if they count as the same, such as members by their id."""
     names = ["value"] if attribute.is_membership else [name for name in value if name != "primary"]
-    if adding and "value" in value:  # RFC 7643 §2.4: none twice with the same type and value
+    if adding and "value" in value:  # RFC 7643 §2.4: one value for each type and value
         names = [name for name in names if name in ("type", "value")]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
 
@@ -1375,32 +1406,45 @@ def identity(
 def change_selected(
     attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
-    no_target = ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
-    values, created = attribute.values(holder), None
+    """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
+    values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
-    if not selected and operation.op != "remove" and operation.value is not None:
-        # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
-        # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
-        if not (created := equal_terms(filter)) or (values and not attribute.multi_valued):
-            raise no_target
-        selected, values = [created], [*values, created]
     for value in selected:
-        if operation.path.sub_attribute:
-            change(operation.path.sub_attribute, value, operation)
-            continue
-        if operation.op != "add":
-            value.clear()
-        if operation.op != "remove":
-            value.update(operation.value or {})
-    if created and not matches(filter, created):  # each repetition would make another one
-        raise no_target
+        change_value(value, operation)
+    if not selected and operation.op != "remove" and operation.value is not None:
+        values = [*values, new_value(attribute, values, operation, filter)]
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
 
+def new_value(
+    attribute: Attribute, values: list[Json], operation: Operation, filter: Filter
+) -> Resource:
+    """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
+    # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
+    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value.
+    value = equal_terms(filter)
+    possible = bool(value) and (attribute.multi_valued or not values)
+    change_value(value, operation)
+    # A value that does not match the filter would be added again at each retry.
+    if not possible or not matches(filter, value):
+        raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+    return value
+
+
+def change_value(value: Resource, operation: Operation) -> None:
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
+    if operation.path.sub_attribute:
+        change(operation.path.sub_attribute, value, operation)
+    else:
+        if operation.op != "add":
+            value.clear()
+        if operation.op != "remove":
+            value.update(operation.value or {})
+
+
 def equal_terms(filter: Filter) -> Resource:
-    """Return the sub-attributes that a filter says are equal to a value."""
+    """Return the sub-attributes that a filter requires to be equal to a value."""
     match filter:
         case Compare(AttributePath((sub,)), "eq", _, value):
             return {sub.name: value}
@@ -1411,7 +1455,7 @@ def equal_terms(filter: Filter) -> Resource:
 
 
 def pruned(value: Json) -> Json:
-    """Return a JSON value without the empty objects and lists that removals left."""
+    """Return a JSON value without its empty objects and lists, which removals leave."""
     if isinstance(value, dict):
         return {
             name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])
@@ -4276,7 +4320,7 @@ EXPLANATIONS = (
         "Correct the name in Entra's attribute list for customappsso; this tenant has {1}.",
     ),
     (
-        r"400 (\S+): expected an Integer, got (.*)",
+        r"400 (\S+): expected a 64-bit Integer, got (.*)",
         "mapping",
         "The field “{0}” takes a whole number, and {1} was sent.",
         "Map it from an attribute that holds digits alone, or make the custom field a String.",
@@ -4457,7 +4501,7 @@ def findings(session: Session, call: LoggedCall, sent: Sequence[Sent]) -> Iterat
         elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
             yield f"externalId: {quoted(value)}"
         elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield why_unknown(path, user_type)
+            yield unknown_attribute(path, user_type).detail
         elif name in ("emails", "username"):
             for mail in user.get("emails", []):
                 differs = str(mail.get("value")).casefold() != user.get("userName", "").casefold()

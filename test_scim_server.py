@@ -462,6 +462,33 @@ def test_a_wrong_value_is_refused_by_name_and_leaves_nothing(
     assert scim.get("/Users")["totalResults"] == 0
 
 
+REASONS = [  # name, a body, the reason of its error
+    ("no digits", {FAC: {"locker_no": "A7"}}, ("integer", f"{FAC}:locker_no", '"A7"')),
+    ("too many bits", {FAC: {"locker_no": 2**63}}, ("integer", f"{FAC}:locker_no", str(2**63))),
+    ("neither true nor false", {"active": "maybe"}, ("boolean", "active", '"maybe"')),
+    ("a number for text", {"title": 7}, ("type", "title", "a String", "7")),
+    ("text for an object", {"name": "Ada"}, ("type", "name", "an object", '"Ada"')),
+    ("no userName", {"userName": " "}, ("required", "userName")),
+    ("one name twice", {"Title": "a", "title": "b"}, ()),
+]
+
+
+@pytest.mark.parametrize("name, body, reason", REASONS, ids=[row[0] for row in REASONS])
+def test_an_error_carries_its_reason_for_the_log(
+    name: str, body: Any, reason: tuple[str, ...]
+) -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.accept(USER_TYPE, {"userName": "ada"} | body)
+    assert caught.value.reason == reason
+
+
+def test_the_error_of_a_filter_hands_on_the_reason_of_its_value() -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.parse_filter('active eq "maybe"', USER_TYPE)
+    assert caught.value.scim_type == "invalidFilter"
+    assert caught.value.reason == ("boolean", "active", '"maybe"')
+
+
 def test_schemas_of_other_makers_are_neither_refused_nor_echoed(scim: Scim) -> None:
     foreign = [
         "http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group",
@@ -736,6 +763,48 @@ def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any)
         schemas = [USER, *(urn for urn in (ENT, FAC) if urn in after)]
         assert patched == {"schemas": schemas, "userName": "tom", **after}
     assert json.dumps(resource) == original
+
+
+def test_an_unknown_custom_field_in_a_path_carries_the_names_of_those_that_exist() -> None:
+    for operation in (put(f"{FAC}:costcenter", "x"), pathless({f"{FAC}:costcenter": "x"})):
+        with pytest.raises(scim_server.ScimError) as caught:
+            scim_server.parse_operations(USER_TYPE, {"Operations": [operation]})
+        key, name, known_names = caught.value.reason
+        assert (key, name) == ("link_name", "costcenter")
+        assert known_names.split(", ") == ["union_code", "locker_no", "night_shift"]
+
+
+def test_removing_a_required_attribute_is_an_error_with_its_reason() -> None:
+    operations = scim_server.parse_operations(USER_TYPE, {"Operations": [remove("userName")]})
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.apply_patch(USER_TYPE, {"userName": "ada"}, operations)
+    assert caught.value.reason == ("required", "userName")
+
+
+SENT = [  # name, resource type, an operation, what the client sent for each operation
+    ("text for a Boolean", "User", put("active", "True"), ["True"]),
+    ("an object that is merged", "User", pathless({"active": "True", "title": "x"}), ["True", "x"]),
+    ("a remove without value", "User", remove("title"), [None]),
+    ("a list", "Group", add("members", [{"value": "a"}]), [[{"value": "a"}]]),
+    ("a member in the path", "Group", remove('members[value eq "a"]'), [[{"value": "a"}]]),
+]
+
+
+@pytest.mark.parametrize("name, type, operation, sent", SENT, ids=[row[0] for row in SENT])
+def test_an_operation_keeps_what_the_client_sent(
+    name: str, type: str, operation: Any, sent: Any
+) -> None:
+    parsed = scim_server.parse_operations(
+        {"User": USER_TYPE, "Group": GROUP_TYPE}[type], {"Operations": [operation]}
+    )
+    assert [step.sent for step in parsed] == sent
+
+
+def test_operations_that_become_one_keep_what_the_client_sent_for_each() -> None:
+    sent = [add("members", {"value": "a"}), add("members", ["b", {"value": "c"}])]
+    (merged,) = scim_server.parse_operations(GROUP_TYPE, {"Operations": sent})
+    assert merged.value == [{"value": id} for id in "abc"]
+    assert merged.sent == [{"value": "a"}, "b", {"value": "c"}]
 
 
 def test_names_of_any_length_are_refused_in_few_words_and_kept_nowhere(
