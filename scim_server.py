@@ -3209,9 +3209,12 @@ class ConfigError(Exception):
 
 # -- Rules: what a JSON value may be -------------------------------------------------
 
-
-Kind = tuple[Callable[[Any], Any], str]  # converts a value or refuses it; what it must be
-Rule = Kind | list[Any] | dict[str, Any] | type  # a list's kind and items; settings; a dataclass
+# A kind is a function that converts a value, and the words for what the value must be. The
+# function refuses a wrong value with None, TypeError or ValueError. A dict sets several fields.
+Kind = tuple[Callable[[Any], Any], str]
+# A rule is a kind, or [kind of the list, rule of its items], or settings by key for an object
+# that becomes a tuple, or the dataclass that an object becomes.
+Rule = Kind | list[Any] | dict[str, Any] | type
 
 
 def text_of(pattern: str, expected: str) -> Kind:
@@ -3231,8 +3234,6 @@ def digest(secret: str) -> str:
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
-# A conversion that fails raises TypeError or ValueError, or returns None. One that returns a
-# dict sets several fields.
 # fmt: off
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
 TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
@@ -3306,10 +3307,8 @@ class Token:
 CUSTOM_FIELD = {  # CustomField itself stands in chapter 2, which has no rules
     "link_name": setting(LINK_NAME, unique=str.lower),
     "type": setting(FIELD_TYPE),
-    "display_name": setting(TEXT, ""),
+    "display_name": setting(TEXT, ""),  # the link name if the file has none
 }
-
-
 TLS_FILES = {"certificate": setting(TEXT), "key": setting(TEXT)}
 
 
@@ -3348,7 +3347,7 @@ class Config:
 
 
 def settings_of(record: type) -> dict[str, Any]:
-    """Return the fields of a dataclass by their JSON keys, those of a section in a dict."""
+    """Return the fields of a dataclass by their JSON keys; a section has a dict of its own."""
     if record is CustomField:
         return CUSTOM_FIELD
     settings: dict[str, Any] = {}
@@ -3361,8 +3360,8 @@ def settings_of(record: type) -> dict[str, Any]:
 
 # -- The reader ------------------------------------------------------------------------
 
-
-Unique = tuple[str, str, str]  # the path of a list or "", a label, and the value
+# The path of the list in which a value must be unique, "" for anywhere; its label; the value.
+Unique = tuple[str, str, str]
 
 
 @dataclass
@@ -3506,8 +3505,14 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
     if isinstance(source, Config):
         return source
     if source is None or isinstance(source, Mapping):
-        embedded = {"listen": "127.0.0.1:0", "data_dir": ":memory:", "access_log": "off"}
-        return parse_config({**embedded, **(DEMO if source is None else source)})
+        return parse_config(
+            {
+                "listen": "127.0.0.1:0",
+                "data_dir": ":memory:",
+                "access_log": "off",
+                **(DEMO if source is None else source),
+            }
+        )
     return load_config(source)
 
 
@@ -6757,9 +6762,12 @@ def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication
     file = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
     signature = file_signature(file)  # before the file is read
     application = Application(to_config(config), authenticate, page=CONSOLE_PAGE)
-    arguments = weakref.ref(application), file, partial(load_config, file), signature
     if file:
-        threading.Thread(target=follow_file, args=arguments, daemon=True).start()
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(load_config, file), signature),
+            daemon=True,
+        ).start()
     return WsgiApplication(application)
 
 
@@ -6767,17 +6775,17 @@ def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication
 
 
 def follow_file(
-    application: weakref.ref[Application], file: str, load: Callable[[], Config], signature: Stamp
+    reference: weakref.ref[Application], file: str, load: Callable[[], Config], signature: Stamp
 ) -> None:
-    """Reload the configuration whenever its file differs from a signature, that of its last state.
+    """Reload the configuration whenever its file no longer has the signature.
 
-    This runs in a daemon thread, and ends when nobody else keeps the application.
+    This is for a daemon thread. It ends when nothing else refers to the application.
     """
-    while current := application():
+    while application := reference():
         if (latest := file_signature(file)) != signature:
             signature[:] = latest
-            log_line(f"{file}: {reload_config(current, load)}")
-        del current
+            log_line(f"{file}: {reload_config(application, load)}")
+        del application
         time.sleep(RELOAD_SECONDS)
 
 
@@ -6798,7 +6806,7 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    later = f"; {', '.join(pending)} take effect after a restart" if pending else ""
+    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
     return f"loaded, {len(config.tenants)} tenant(s){later}"
 
 
@@ -6838,8 +6846,12 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 def chosen_store(options: argparse.Namespace) -> Store:
     """Return the store of --tenant, which a running server may be using; UsageError, StoreError."""
     path = store_path(*chosen_tenant(options))
-    if not os.path.exists(path):
-        raise UsageError(f"{path}: does not exist, tenant {options.tenant} has no data there yet")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise UsageError(
+            f"{path}: does not exist, tenant {options.tenant} has no data there yet"
+        ) from None
     return Store(path)
 
 
@@ -6860,8 +6872,11 @@ def serve(options: argparse.Namespace) -> None:
             # A false signature makes the next check reload the file. An Event would not do: a
             # second signal during its set() would wait for the lock that the first one holds.
             signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
-        arguments = weakref.ref(application), file, partial(chosen_config, options), signature
-        threading.Thread(target=follow_file, args=arguments, daemon=True).start()
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(chosen_config, options), signature),
+            daemon=True,
+        ).start()
         print(greeting(server.url, config), flush=True)
         server.serve_forever()
         server.stopped.wait()
@@ -6923,7 +6938,7 @@ def greeting(url: str, config: Config) -> str:
             f"({token.name}{', expired' * token.expired(utc_now())})"
             for token in tenant.tokens
         ]
-        # This link signs in to the console. It is for demos, so only for this machine.
+        # This link signs in to the console. On loopback nobody else can use it.
         if config.console and is_loopback(config.host):
             console = f"  Console       {url.removesuffix(BASE_PATH)}/#token="
             lines += [console + quote(secret) for secret in usable_secrets(tenant)[:1]]
@@ -6960,11 +6975,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def token_uses(path: str, tenant: Tenant) -> dict[Token, str]:
-    """Return when the tokens of a tenant were last used, as far as its file knows."""
-    if not os.path.exists(path):
-        return {}
-    with closing(Store(path)) as store, store.reading() as session:
-        return {token: session.setting(f"used {token.name}") for token in tenant.tokens}
+    """Return when the tokens of a tenant were last used, {} if it has no data yet."""
+    with suppress(FileNotFoundError):
+        os.stat(path)
+        with closing(Store(path)) as store, store.reading() as session:
+            return {token: session.setting(f"used {token.name}") for token in tenant.tokens}
+    return {}
 
 
 def back_up(options: argparse.Namespace) -> None:
@@ -7039,7 +7055,6 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
-
 DEMO_USER = {
     "schemas": [USER, ENTERPRISE],
     "userName": "{email}",
@@ -7057,8 +7072,9 @@ DEMO_GROUP = {
     "members": [{"value": "{ada}"}],
 }
 LOOK_UP = "/Users?filter=userName%20eq%20%22"
-# Title, request, expected status and values, and a label. {label} stands for the id in the answer
-# to the step with the label. A PATCH of a user has the changed values for its body.
+# A step: title, method, path, body, then the expected status and values of the answer. A label at
+# the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
+# is a list of operations, or the values to change, which each dialect sends in its own way.
 # fmt: off
 DEMO_STEPS: list[tuple[Any, ...]] = [
     ("Test Connection: look up a user who does not exist",

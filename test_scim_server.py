@@ -3668,7 +3668,7 @@ def test_wsgi_follows_changes_of_its_file_while_somebody_keeps_the_application(
         printed: list[str] = []
         wait_until(lambda: printed.append(capfd.readouterr().err) or "not loaded" in str(printed))
         assert scim.get("/Users")["totalResults"] == 1
-    assert "loaded, 2 tenant(s); data_dir take effect after a restart" in "".join(printed)
+    assert "loaded, 2 tenant(s); take effect after a restart: data_dir" in "".join(printed)
     assert sorted(one.name for one in tmp_path.iterdir()) == ["config.json", "data"]
     application.application.close()
     del application
