@@ -3210,7 +3210,7 @@ class ConfigError(Exception):
 # -- Rules: what a JSON value may be -------------------------------------------------
 
 # A kind is a function that converts a value, and the words for what the value must be. The
-# function refuses a wrong value with None, TypeError or ValueError. A dict sets several fields.
+# function returns None or raises an error for a wrong value. A dict sets several fields.
 Kind = tuple[Callable[[Any], Any], str]
 # A rule is a kind, or [kind of the list, rule of its items], or settings by key for an object
 # that becomes a tuple, or the dataclass that an object becomes.
@@ -3224,9 +3224,9 @@ def text_of(pattern: str, expected: str) -> Kind:
 
 def host_and_port(value: Json) -> dict[str, Any] | None:
     """Return the parts of HOST:PORT, None for another text."""
-    match = re.fullmatch(r"(.+):(\d{1,5})", value)
-    port = int(match[2]) if match else 65_536
-    return {"host": match[1].strip("[]"), "port": port} if match and port < 65_536 else None
+    host, _, port = value.rpartition(":")
+    valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
+    return {"host": host.strip("[]"), "port": int(port)} if valid else None
 
 
 def digest(secret: str) -> str:
@@ -3347,15 +3347,12 @@ class Config:
 
 
 def settings_of(record: type) -> dict[str, Any]:
-    """Return the fields of a dataclass by their JSON keys; a section has a dict of its own."""
+    """Return the fields of a dataclass by their paths in JSON."""
     if record is CustomField:
         return CUSTOM_FIELD
-    settings: dict[str, Any] = {}
-    for item in fields(record):
-        if item.metadata["rule"]:
-            section, _, key = (item.metadata["key"] or item.name).rpartition(".")
-            (settings.setdefault(section, {}) if section else settings)[key] = item
-    return settings
+    return {
+        item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
+    }
 
 
 # -- The reader ------------------------------------------------------------------------
@@ -3388,7 +3385,7 @@ class ConfigReader:
         if isinstance(rule, type):
             return self._read_record(path, value, rule)
         convert, expected = rule
-        with suppress(TypeError, ValueError):
+        with suppress(AttributeError, TypeError, ValueError):
             if (converted := convert(value)) is not None:
                 return converted
         # A wrong value near a token may be a secret, and is not repeated.
@@ -3419,25 +3416,31 @@ class ConfigReader:
         """Return an object's values by field; report unknown keys and missing ones."""
         if self.read(path, value, OBJECT) is None:
             return {}
-        prefix = path and path + "."
+        prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
+        self.problems += [
+            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys))}"
+            for key in sorted(value.keys() - keys.keys())
+        ]
         values: dict[str, Any] = {}
-        for key in sorted(value.keys() - settings.keys()):
-            self.problems.append(
-                f"{prefix}{key}: unknown key; known are {', '.join(sorted(settings))}"
-            )
-        for key, option in settings.items():
-            if isinstance(option, dict):  # a section
-                values |= self._read_members(prefix + key, value.get(key, {}), option)
+        for key in keys:
+            option, place = settings.get(key), prefix + key
+            if not option:  # an object whose members have settings such as changes.keep
+                inner = {
+                    name.removeprefix(f"{key}."): settings[name]
+                    for name in settings
+                    if name.startswith(f"{key}.")
+                }
+                values |= self._read_members(place, value.get(key, {}), inner)
             elif key in value:
-                converted = self.read(prefix + key, value[key], option.metadata["rule"])
+                converted = self.read(place, value[key], option.metadata["rule"])
                 values |= (
                     converted if isinstance(converted, dict) else {option.name or key: converted}
                 )
                 if converted and (fold := option.metadata["unique"]):
                     unique = path.rpartition("[")[0], key.replace("_", " "), fold(value[key])
-                    self.require_unique(prefix + key, unique)
+                    self.require_unique(place, unique)
             elif option.default is MISSING:
-                self.problems.append(f"{prefix}{key}: is missing")
+                self.problems.append(f"{place}: is missing")
         return values
 
 
@@ -3482,9 +3485,11 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config, folder = parse_config(document), Path(path).resolve().parent
-    tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
-    data_dir = config.data_dir if config.data_dir == ":memory:" else str(folder / config.data_dir)
-    return replace(config, tls=tls, data_dir=data_dir)
+    return replace(
+        config,
+        tls=config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1])),
+        data_dir=":memory:" if config.data_dir == ":memory:" else str(folder / config.data_dir),
+    )
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -3518,8 +3523,8 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 def store_path(config: Config, tenant: Tenant) -> str:
     """Return the file that holds a tenant's data."""
-    file = os.path.join(config.data_dir, f"{tenant.name.lower()}.sqlite3")
-    return ":memory:" if config.data_dir == ":memory:" else file
+    folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
+    return folder if folder == ":memory:" else os.path.join(folder, file)
 
 
 def make_data_dir(config: Config) -> None:
@@ -6924,24 +6929,31 @@ def warn_about_setup(application: Application) -> None:
 
 def usable_secrets(tenant: Tenant) -> list[str]:
     """Return the secrets of a tenant that the configuration holds and that have not expired."""
-    now = utc_now()
-    return [token.secret for token in tenant.tokens if token.secret and not token.expired(now)]
+    return [
+        token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())
+    ]
 
 
 def greeting(url: str, config: Config) -> str:
     """Return what to paste into Entra ID: Tenant URL, and Secret Token if the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
-        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
         lines += [
-            f"  Secret Token  {token.secret or 'kept as a hash'}  "
-            f"({token.name}{', expired' * token.expired(utc_now())})"
-            for token in tenant.tokens
+            "",
+            f"tenant {tenant.name}",
+            f"  Tenant URL    {url}",
+            *(
+                f"  Secret Token  {token.secret or 'kept as a hash'}  "
+                f"({token.name}{', expired' * token.expired(utc_now())})"
+                for token in tenant.tokens
+            ),
         ]
         # This link signs in to the console. On loopback nobody else can use it.
         if config.console and is_loopback(config.host):
-            console = f"  Console       {url.removesuffix(BASE_PATH)}/#token="
-            lines += [console + quote(secret) for secret in usable_secrets(tenant)[:1]]
+            lines += [
+                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}"
+                for secret in usable_secrets(tenant)[:1]
+            ]
     return "\n".join(lines)
 
 
@@ -6962,13 +6974,15 @@ def check(options: argparse.Namespace) -> None:
         Tls(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
-        counts = f"{len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)"
-        print(f"\ntenant {tenant.name}: {counts}")
+        print(
+            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
+            f"{len(tenant.custom_fields)} custom field(s)"
+        )
         last_uses = token_uses(store_path(config, tenant), tenant)
         for token in tenant.tokens:  # an unused token can be withdrawn
             used = f"last used {last_uses[token]}" if last_uses.get(token) else "never used"
-            verb = "expired" if token.expired(utc_now()) else "expires"
-            expiry = f", {verb} {time_text(token.expires)}" if token.expires else ""
+            ends = "expired" if token.expired(utc_now()) else "expires"
+            expiry = f", {ends} {time_text(token.expires)}" if token.expires else ""
             print(f"  token    {token.name}, {used}{expiry}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
@@ -7066,11 +7080,6 @@ DEMO_USER = {
     ENTERPRISE: {"department": "Lifts"},
 }
 DEMO_BOB = {**DEMO_USER, "userName": "bob.{email}", "externalId": "bob.{entra_id}"}
-DEMO_GROUP = {
-    "schemas": [GROUP],
-    "displayName": "Night Crew {email}",
-    "members": [{"value": "{ada}"}],
-}
 LOOK_UP = "/Users?filter=userName%20eq%20%22"
 # A step: title, method, path, body, then the expected status and values of the answer. A label at
 # the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
@@ -7090,7 +7099,9 @@ DEMO_STEPS: list[tuple[Any, ...]] = [
      "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200),
     ("A mapping mistake, no such custom field: refused",
      "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400),
-    ("The group Night Crew, with Ada", "POST", "/Groups", DEMO_GROUP, 201, {}, "crew"),
+    ("The group Night Crew, with Ada", "POST", "/Groups",
+     {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
+     201, {}, "crew"),
     ("Bob joins the crew", "PATCH", "/Groups/{crew}",
      [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200),
     ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
@@ -7193,8 +7204,10 @@ def demo(options: argparse.Namespace) -> int:
             print(f"\n{url}, dialect {dialect}")
             player.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
-        remedy = "start the server in another terminal: python3 scim_server.py"
-        raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
+        raise UsageError(
+            f"{url}: no answer ({error}); start the server in another terminal: "
+            "python3 scim_server.py"
+        ) from error
     print(f"\n{player.wrong or 'no'} step(s) went wrong")
     return 1 if player.wrong else 0
 

@@ -4251,7 +4251,7 @@ def test_a_console_that_is_switched_off_is_not_there(tmp_path: Path) -> None:
 def test_no_way_leads_from_one_tenant_into_the_file_of_another(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
-        with pytest.raises(scim_server.ConfigError, match="case"):
+        with pytest.raises(scim_server.ConfigError, match="the same name as tenant acme"):
             server.application.add_tenant(
                 {"name": "ACME", "tokens": [{"name": "e", "secret": "z"}]}
             )
