@@ -7069,17 +7069,23 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
-DEMO_USER = {
+DEMO_ADA = {
     "schemas": [USER, ENTERPRISE],
     "userName": "{email}",
-    "externalId": "{entra_id}",
+    "externalId": "{ada_object_id}",
     "displayName": "Ada Demo",
     "title": "Engineer",
     "active": True,
     "emails": [{"type": "work", "value": "{email}", "primary": True}],
     ENTERPRISE: {"department": "Lifts"},
 }
-DEMO_BOB = {**DEMO_USER, "userName": "bob.{email}", "externalId": "bob.{entra_id}"}
+DEMO_BOB = {
+    **DEMO_ADA,
+    "userName": "bob.{email}",
+    "externalId": "{bob_object_id}",
+    "displayName": "Bob Demo",
+    "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
+}
 LOOK_UP = "/Users?filter=userName%20eq%20%22"
 # A step: title, method, path, body, then the expected status and values of the answer. A label at
 # the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
@@ -7087,10 +7093,10 @@ LOOK_UP = "/Users?filter=userName%20eq%20%22"
 # fmt: off
 DEMO_STEPS: list[tuple[Any, ...]] = [
     ("Test Connection: look up a user who does not exist",
-     "GET", LOOK_UP + "{entra_id}%22", None, 200, {"totalResults": 0}),
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}),
     ("Ada is assigned: look her up", "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}),
-    ("Create Ada, an engineer", "POST", "/Users", DEMO_USER, 201, {"title": "Engineer"}, "ada"),
-    ("Create her again: refused", "POST", "/Users", DEMO_USER, 409, {"scimType": "uniqueness"}),
+    ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
+    ("Create her again: refused", "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}),
     ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
     ("Her job title changes", "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}),
     ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
@@ -7149,7 +7155,7 @@ class Demo:
         """Play the steps in a dialect of PATCH; custom is a custom field of /Schemas, or {}."""
         self.names = {
             "email": f"ada.{secrets.token_hex(4)}@demo.example",
-            "entra_id": str(uuid.uuid4()),
+            **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
             "custom": custom.get("name", ""),
             "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
         }
