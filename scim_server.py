@@ -3280,8 +3280,9 @@ def setting(
 ) -> Any:
     """Return a dataclass field with the rule for its JSON value; without a default it is required.
 
-    key is the path in JSON if it is not the field's name. unique returns the form in which no two
-    objects of a list may have the same value. A live setting can change without a restart.
+    key is the path in JSON if it is not the field's name. unique is for a value that no two objects
+    of a list may share: it returns the form in which they compare. A live setting takes effect
+    without a restart. A secret is left out of the repr.
     """
     return field(
         default=default,
@@ -3331,11 +3332,12 @@ class Config:
     host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
     port: int = setting(None, 8080, key="listen")
     data_dir: str = setting(TEXT, "scim-data")
-    tls: tuple[str, str] | None = setting(TLS_FILES, None)
-    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())
+    tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
+    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
     max_connections: int = setting(COUNT, 512)
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
     access_log: str = setting(LOG_FORMAT, "text")
+    # The metrics token is for reading /metrics from another machine.
     metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
     keep_changes: int = setting(COUNT, KEEP_CHANGES, key="changes.keep", live=True)
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
