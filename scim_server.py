@@ -6850,16 +6850,19 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     return config, tenants[options.tenant]
 
 
-def chosen_store(options: argparse.Namespace) -> Store:
-    """Return the store of --tenant, which a running server may be using; UsageError, StoreError."""
-    path = store_path(*chosen_tenant(options))
+def existing_store(config: Config, tenant: Tenant) -> Store:
+    """Return a tenant's store, which a running server may be using; UsageError if there is none."""
+    path = store_path(config, tenant)
     try:
         os.stat(path)
     except FileNotFoundError:
-        raise UsageError(
-            f"{path}: does not exist, tenant {options.tenant} has no data there yet"
-        ) from None
+        raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
     return Store(path)
+
+
+def chosen_store(options: argparse.Namespace) -> Store:
+    """Return the store of --tenant; UsageError, StoreError."""
+    return existing_store(*chosen_tenant(options))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -6980,7 +6983,13 @@ def check(options: argparse.Namespace) -> None:
             f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
             f"{len(tenant.custom_fields)} custom field(s)"
         )
-        last_uses = token_uses(store_path(config, tenant), tenant)
+        last_uses: dict[Token, str] = {}
+        with (
+            suppress(UsageError),  # there is no store yet
+            closing(existing_store(config, tenant)) as store,
+            store.reading() as session,
+        ):
+            last_uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
         for token in tenant.tokens:  # an unused token can be withdrawn
             used = f"last used {last_uses[token]}" if last_uses.get(token) else "never used"
             ends = "expired" if token.expired(utc_now()) else "expires"
@@ -6988,15 +6997,6 @@ def check(options: argparse.Namespace) -> None:
             print(f"  token    {token.name}, {used}{expiry}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
-
-
-def token_uses(path: str, tenant: Tenant) -> dict[Token, str]:
-    """Return when the tokens of a tenant were last used, {} if it has no data yet."""
-    with suppress(FileNotFoundError):
-        os.stat(path)
-        with closing(Store(path)) as store, store.reading() as session:
-            return {token: session.setting(f"used {token.name}") for token in tenant.tokens}
-    return {}
 
 
 def back_up(options: argparse.Namespace) -> None:
