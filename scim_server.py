@@ -81,18 +81,19 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -3234,59 +3235,264 @@ def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
 # ----------------------------------------------------------------------------
 # 10. Configuration
 #
-# A JSON file of tenants, tokens and custom fields becomes frozen data. Every
-# mistake of a file is found in one go and named by its JSON path.
-# Uses chapters 1, 2 and 8. Knows nothing of HTTP or SQL.
+# A JSON file of tenants, tokens and custom fields becomes frozen dataclasses. Each of
+# their fields carries the rule for its JSON value, and one reader applies the rules. It
+# reports every mistake in a file by its JSON path.
+# Uses chapters 1, 2, 7 and 9. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Kind = tuple[Callable[[Any], Any], str]  # reads a JSON value or refuses it, and what is expected
-Rule = Kind | Callable[[str, Json], Any]  # or what takes a JSON path and the value there
+
+
+class ConfigError(Exception):
+    """An unusable configuration; problems has a line for each mistake, its JSON path first."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# -- Rules: what a JSON value may be -------------------------------------------------
+
+# A kind is a function that converts a value, and the words for what the value must be. The
+# function returns None or raises an error for a wrong value. A dict sets several fields.
+Kind = tuple[Callable[[Any], Any], str]
+# A rule is a kind, or [kind of the list, rule of its items], or settings by key for an object
+# that becomes a tuple, or the dataclass that an object becomes.
+Rule = Kind | list[Any] | dict[str, Any] | type
 
 
 def text_of(pattern: str, expected: str) -> Kind:
-    """Return the kind of the texts that match a pattern as a whole."""
+    """Return the rule for texts that match a pattern as a whole."""
     return lambda value: value if re.fullmatch(pattern, value) else None, expected
 
 
-def host_and_port(value: Json) -> tuple[str, int] | None:
-    """Return the parts of an address, None for another text."""
-    found = re.fullmatch(r"(.+):(\d{1,5})", value)
-    return (found[1].strip("[]"), int(found[2])) if found and int(found[2]) < 65536 else None
+def host_and_port(value: Json) -> dict[str, Any] | None:
+    """Return the parts of HOST:PORT, None for another text."""
+    host, _, port = value.rpartition(":")
+    valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
+    return {"host": host.strip("[]"), "port": int(port)} if valid else None
 
 
+def digest(secret: str) -> str:
+    """Return the SHA-256 of a token's secret as hex. Secrets are only compared in this form."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+# fmt: off
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
-TENANT_NAME = text_of(
-    "[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
-    "letters, digits, - and _ (the name is that of the tenant's file)",
-)
-LINK_NAME = text_of(
-    "[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _"
-)  # RFC 7643 §2.1
+TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+                      "letters, digits, - and _ (it names the tenant's file)")
+LINK_NAME = (lambda value: {"link_name": value, "display_name": value}
+             if re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) else None,  # RFC 7643 §2.1
+             "a letter, then letters, digits, - and _")
 FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
-TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
-TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
-LOG_FORM = text_of("text|json|off", "text, json or off")
+TOKEN_SECRET = (lambda value: {"secret": value, "sha256": digest(value)}
+                if re.fullmatch("[!-~]+", value) else None,
+                "visible ASCII characters without blanks")
+TOKEN_HASH = (lambda value: value.lower() if re.fullmatch("[0-9A-Fa-f]{64}", value) else None,
+              "64 hexadecimal digits")
+METRICS_TOKEN = (lambda value: digest(value) if TEXT[0](value) else None, TEXT[1])
+LOG_FORMAT = text_of("text|json|off", "text, json or off")
 OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
 LIST = (lambda value: value if isinstance(value, list) else None, "a list")
+FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
+             "a list with at least one item")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
-NUMBER = (
-    lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
-    "a whole number of 1 or more",
-)
-DAYS = (
-    lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
-    "1 to 36500 days",
-)
+COUNT = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
+         "a whole number of 1 or more")
+DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
+        "1 to 36500 days")
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
-NETWORK = (
-    lambda value: ipaddress.ip_network(str(value)),
-    "an address such as 10.0.0.1 or 10.0.0.0/8",
-)
-TIME = (
-    lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
-    "a time such as 2027-01-31T00:00:00Z",
-)
+NETWORK = (lambda value: ipaddress.ip_network(str(value)),
+           "an address such as 10.0.0.1 or 10.0.0.0/8")
+TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
+        "a time such as 2027-01-31T00:00:00Z")
+# fmt: on
+
+
+# -- Settings: each key of the file is a field of one of these dataclasses ----------------------
+
+
+def setting(
+    rule: Rule | None,
+    default: Any = MISSING,
+    *,
+    key: str = "",
+    unique: Callable[[str], str] | None = None,
+    live: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Return a dataclass field with the rule for its JSON value; without a default it is required.
+
+    key is the path in JSON if it is not the field's name. unique is for a value that no two objects
+    of a list may share: it returns the form in which they compare. A live setting takes effect
+    without a restart. A secret is left out of the repr.
+    """
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={"rule": rule, "key": key, "unique": unique, "live": live},
+    )
+
+
+@dataclass(frozen=True)
+class Token:
+    """A bearer token: its SHA-256 as hex, when it expires, and its secret if the file has it."""
+
+    name: str = setting(TEXT, "", unique=str)
+    sha256: str = setting(TOKEN_HASH, "")
+    expires: datetime | None = setting(TIME, None)  # noqa: RUF009
+    secret: str = setting(TOKEN_SECRET, "", secret=True)
+
+    def expired(self, now: datetime) -> bool:
+        """Return whether the token has expired at a given time."""
+        return self.expires is not None and self.expires <= now
+
+
+CUSTOM_FIELD = {  # CustomField itself stands in chapter 2, which has no rules
+    "link_name": setting(LINK_NAME, unique=str.lower),
+    "type": setting(FIELD_TYPE),
+    "display_name": setting(TEXT, ""),  # the link name if the file has none
+}
+TLS_FILES = {"certificate": setting(TEXT), "key": setting(TEXT)}
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A customer with users and groups of its own; each of its tokens selects it."""
+
+    name: str = setting(TENANT_NAME, unique=str.lower)
+    tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
+    custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
+    keep_log: int = setting(COUNT, KEEP_LOG, key="log.keep")
+    log_bodies: bool = setting(FLAG, False, key="log.bodies")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The server's configuration."""
+
+    tenants: tuple[Tenant, ...] = setting([FULL_LIST, Tenant], live=True)
+    host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
+    port: int = setting(None, 8080, key="listen")
+    data_dir: str = setting(TEXT, "scim-data")
+    tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
+    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
+    max_connections: int = setting(COUNT, 512)
+    reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
+    access_log: str = setting(LOG_FORMAT, "text")
+    # The metrics token is for reading /metrics from another machine.
+    metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
+    keep_changes: int = setting(COUNT, KEEP_CHANGES, key="changes.keep", live=True)
+    keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
+    console: bool = setting(FLAG, True)
+
+    def __post_init__(self) -> None:
+        if self.reuse_port and self.data_dir == ":memory:":
+            raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
+
+
+def settings_of(record: type) -> dict[str, Any]:
+    """Return the fields of a dataclass by their paths in JSON."""
+    if record is CustomField:
+        return CUSTOM_FIELD
+    return {
+        item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
+    }
+
+
+# -- The reader ------------------------------------------------------------------------
+
+# The path of the list in which a value must be unique, "" for anywhere; its label; the value.
+Unique = tuple[str, str, str]
+
+
+@dataclass
+class ConfigReader:
+    """Converts JSON values by rules and collects a problem, path first, for every mistake."""
+
+    paths: dict[Unique, str] = field(default_factory=dict)  # where each unique value stands
+    problems: list[str] = field(default_factory=list)
+
+    def result(self, path: str, value: Json, rule: Rule) -> Any:
+        """Return a JSON value as its rule converts it; ConfigError with every mistake."""
+        converted = self.read(path, value, rule)
+        if self.problems:
+            raise ConfigError(self.problems)
+        return converted
+
+    def read(self, path: str, value: Json, rule: Rule) -> Any:
+        """Return a JSON value as its rule converts it, None for a wrong one."""
+        if isinstance(rule, list):
+            items = self.read(path, value, rule[0]) or ()
+            return tuple(self.read(f"{path}[{n}]", item, rule[1]) for n, item in enumerate(items))
+        if isinstance(rule, dict):
+            return tuple(self._read_members(path, value, rule).values())
+        if isinstance(rule, type):
+            return self._read_record(path, value, rule)
+        convert, expected = rule
+        with suppress(AttributeError, TypeError, ValueError):
+            if (converted := convert(value)) is not None:
+                return converted
+        # A wrong value near a token may be a secret, and is not repeated.
+        excerpt = "" if "token" in path else f", got {quoted(value)}"
+        self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
+        return None
+
+    def require_unique(self, path: str, unique: Unique) -> None:
+        """Report a unique value that stands at another path already."""
+        if (earlier := self.paths.setdefault(unique, path)) != path:
+            self.problems.append(f"{path}: the same {unique[1]} as {earlier}")
+
+    def _read_record(self, path: str, value: Json, record: type) -> Any:
+        """Return an object as a dataclass, None if there is a mistake anywhere."""
+        values = self._read_members(path, value, settings_of(record))
+        if record is Token:
+            if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
+                self.problems.append(
+                    f"{path}: expected either secret or sha256; "
+                    "`python scim_server.py token` makes both"
+                )
+            if sha256 := values.get("sha256"):
+                self.require_unique(path, ("", "token", sha256))
+            values.setdefault("name", path)
+        return None if self.problems else record(**values)
+
+    def _read_members(self, path: str, value: Json, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return an object's values by field; report unknown keys and missing ones."""
+        if self.read(path, value, OBJECT) is None:
+            return {}
+        prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
+        self.problems += [
+            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys))}"
+            for key in sorted(value.keys() - keys.keys())
+        ]
+        values: dict[str, Any] = {}
+        for key in keys:
+            option, place = settings.get(key), prefix + key
+            if not option:  # an object whose members have settings such as changes.keep
+                inner = {
+                    name.removeprefix(f"{key}."): settings[name]
+                    for name in settings
+                    if name.startswith(f"{key}.")
+                }
+                values |= self._read_members(place, value.get(key, {}), inner)
+            elif key in value:
+                converted = self.read(place, value[key], option.metadata["rule"])
+                values |= (
+                    converted if isinstance(converted, dict) else {option.name or key: converted}
+                )
+                if converted and (fold := option.metadata["unique"]):
+                    unique = path.rpartition("[")[0], key.replace("_", " "), fold(value[key])
+                    self.require_unique(place, unique)
+            elif option.default is MISSING:
+                self.problems.append(f"{place}: is missing")
+        return values
+
+
+# -- Whole configurations ------------------------------------------------------------------
+
 DEMO = {
     "tenants": [
         {
@@ -3298,65 +3504,27 @@ DEMO = {
 }
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used; problems has a line for each mistake, its path first."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+def parse_config(document: Json) -> Config:
+    """Return the configuration that a JSON document describes; ConfigError with every mistake."""
+    return cast(Config, ConfigReader().result("", document, Config))
 
 
-@dataclass(frozen=True)
-class Token:
-    """A bearer token: its SHA-256 as hex, when it ends, and the secret where the file holds it."""
+def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
+    """Return the tenant that a JSON document describes; ConfigError with every mistake.
 
-    name: str
-    sha256: str
-    expires: datetime | None = None
-    secret: str = field(default="", repr=False)
-
-    def expired(self, now: datetime) -> bool:
-        """Return whether it is over by a time."""
-        return self.expires is not None and self.expires <= now
-
-
-@dataclass(frozen=True)
-class Tenant:
-    """A customer: people of its own, selected by any of its tokens."""
-
-    name: str
-    tokens: tuple[Token, ...]
-    custom_fields: tuple[CustomField, ...] = ()
-    keep_log: int = KEEP_LOG
-    log_bodies: bool = False
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a server serves, and where."""
-
-    tenants: tuple[Tenant, ...]
-    host: str = "127.0.0.1"
-    port: int = 8080
-    data_dir: str = "scim-data"
-    tls: tuple[str, str] | None = None  # the files of certificate and key
-    trusted_proxies: tuple[Network, ...] = ()  # whose Forwarded headers are believed
-    max_connections: int = 512
-    workers: int = 1  # processes
-    access_log: str = "text"  # or json, or off
-    metrics_sha256: str = ""  # of the token that reads /metrics from afar
-    keep_changes: int = KEEP_CHANGES
-    keep_days: int = KEEP_DAYS
-    console: bool = True
-
-
-def digest(secret: str) -> str:
-    """Return the SHA-256 of a token's secret as hex, the only form in which secrets compare."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+    It must share neither its name nor a token with other tenants, but it may replace the one of
+    exactly the same name.
+    """
+    name = document.get("name") if isinstance(document, dict) else None
+    rivals = [other for other in others if other.name != name]
+    paths = {("", "name", other.name.lower()): f"tenant {other.name}" for other in rivals}
+    for other in rivals:
+        paths |= {("", "token", token.sha256): f"tenant {other.name}" for token in other.tokens}
+    return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Return the configuration in a JSON file, beside which its relative paths lie; ConfigError."""
+    """Return the configuration in a JSON file; its relative paths start beside it. ConfigError."""
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
@@ -3364,65 +3532,28 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config, folder = parse_config(document), Path(path).resolve().parent
-    tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
-    data_dir = config.data_dir if config.data_dir == ":memory:" else str(folder / config.data_dir)
-    return replace(config, tls=tls, data_dir=data_dir)
+    return replace(
+        config,
+        tls=config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1])),
+        data_dir=":memory:" if config.data_dir == ":memory:" else str(folder / config.data_dir),
+    )
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
-    """Return the object of some members; ValueError for a name that is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        raise ValueError(f"{names.most_common(1)[0][0]}: given twice in one object")
-    return found
-
-
-def parse_config(document: Json) -> Config:
-    """Return the configuration that a JSON document describes; ConfigError with every mistake."""
-    reader = ConfigReader()
-    found = reader.members(
-        "",
-        document,
-        {
-            "listen": ADDRESS,
-            "data_dir": TEXT,
-            "access_log": LOG_FORM,
-            "metrics_token": TEXT,
-            "max_connections": NUMBER,
-            "workers": NUMBER,
-            "console": FLAG,
-            "tenants": partial(reader.items, rule=reader.tenant, least=1),
-            "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
-            "tls": partial(
-                reader.members,
-                rules={"certificate": TEXT, "key": TEXT},
-                needed={"certificate", "key"},
-            ),
-            "trusted_proxies": partial(reader.items, rule=NETWORK),
-        },
-        {"tenants"},
-    )
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    host, port = found.pop("listen", (Config.host, Config.port))
-    tls, metrics, changes = (found.pop(name, {}) for name in ("tls", "metrics_token", "changes"))
-    return Config(
-        host=host,
-        port=port,
-        tls=(tls["certificate"], tls["key"]) if tls else None,
-        metrics_sha256=digest(metrics) if metrics else "",
-        keep_changes=changes.get("keep", KEEP_CHANGES),
-        keep_days=changes.get("days", KEEP_DAYS),
-        **found,
-    )
+    """Return the members of a JSON object as a dict; ValueError if two have the same name."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name}: appears twice in one object")
+    return members
 
 
 def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
-    """Return a configuration: one as it is, that of a file, that of a document, or the demo's.
+    """Return the configuration that a program names: a Config, a file, a document, or None.
 
-    A document, for a program that embeds the server, keeps nothing on disk, listens on a free port
-    and writes no access log unless it says so. Raises ConfigError.
+    None stands for the demo tenant. A document is for a program that embeds the server: without
+    its own settings, data stays in memory, the port is a free one and there is no access log.
+    Raises ConfigError.
     """
     if isinstance(source, Config):
         return source
@@ -3439,130 +3570,21 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 
 def store_path(config: Config, tenant: Tenant) -> str:
-    """Return the file of a tenant."""
-    folder = config.data_dir
-    return (
-        folder if folder == ":memory:" else os.path.join(folder, f"{tenant.name.lower()}.sqlite3")
-    )
+    """Return the file that holds a tenant's data."""
+    folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
+    return folder if folder == ":memory:" else os.path.join(folder, file)
 
 
 def make_data_dir(config: Config) -> None:
-    """Make the directory of the tenants' files where there is none; StoreError."""
+    """Create the directory of the tenants' files if it does not exist; StoreError."""
     try:
         if config.data_dir != ":memory:":
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{config.data_dir}: cannot be made ({error.strerror}); "
-            "choose another place with --data-dir"
+            f"{config.data_dir}: cannot be created ({error.strerror}); "
+            "choose another directory with --data-dir"
         ) from error
-
-
-class ConfigReader:
-    """What reads a configuration by rules, leaves out what is wrong, and notes why by its JSON path."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self._seen: dict[tuple[str, str], str] = {}  # (what, value) to the path it stands at
-
-    def wrong(self, path: str, problem: str) -> None:
-        """Note a mistake."""
-        self.problems.append(f"{path or 'the file'}: {problem}")
-
-    def unique(self, path: str, what: str, value: str, reason: str) -> None:
-        """Note a value that stands at an earlier path already."""
-        if value and (earlier := self._seen.setdefault((what, value), path)) != path:
-            self.wrong(path, f"{reason} {earlier}")
-
-    def read(self, path: str, value: Json, rule: Rule) -> Any:
-        """Return what a rule makes of a value, None for a wrong one; what may be a secret is not shown."""
-        if callable(rule):
-            return rule(path, value)
-        convert, expected = rule
-        with suppress(TypeError, ValueError):
-            if (found := convert(value)) is not None:
-                return found
-        self.wrong(
-            path, f"expected {expected}" + ("" if "token" in path else f", got {quoted(value)}")
-        )
-        return None
-
-    def members(
-        self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()
-    ) -> dict[str, Any]:
-        """Return what rules make of an object's members; unknown and missing names are mistakes."""
-        if self.read(path, value, OBJECT) is None:
-            return {}
-        below = path and path + "."
-        for name in sorted(value.keys() - rules.keys()):
-            self.wrong(below + name, f"unknown key; known are {', '.join(sorted(rules))}")
-        for name in sorted(set(needed) - value.keys()):
-            self.wrong(below + name, "is missing")
-        return {
-            name: found
-            for name, rule in rules.items()
-            if name in value and (found := self.read(below + name, value[name], rule)) is not None
-        }
-
-    def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
-        """Return what a rule makes of the items of a list."""
-        if self.read(path, value, LIST) is None:
-            return ()
-        if len(value) < least:
-            self.wrong(path, "expected at least one")
-        return tuple(
-            self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value)
-        )
-
-    def tenant(self, path: str, value: Json) -> Tenant:
-        """Return a tenant."""
-        found = self.members(
-            path,
-            value,
-            {
-                "name": TENANT_NAME,
-                "tokens": partial(self.items, rule=self.token, least=1),
-                "custom_fields": partial(self.items, rule=self.custom_field),
-                "log": partial(self.members, rules={"keep": NUMBER, "bodies": FLAG}),
-            },
-            {"name", "tokens"},
-        )
-        name, log = found.get("name", ""), found.get("log", {})
-        self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
-        return Tenant(
-            name,
-            found.get("tokens", ()),
-            found.get("custom_fields", ()),
-            log.get("keep", KEEP_LOG),
-            log.get("bodies", False),
-        )
-
-    def token(self, path: str, value: Json) -> Token:
-        """Return a token; its hash must be the only one of its kind among all tenants."""
-        found = self.members(
-            path,
-            value,
-            {"name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME},
-        )
-        name, secret = found.get("name", path), found.get("secret", "")
-        if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
-            self.wrong(
-                path, "expected either secret or sha256; `python scim_server.py token` makes both"
-            )
-        sha256 = digest(secret) if secret else found.get("sha256", "").lower()
-        self.unique(f"{path}.name", path.rpartition("[")[0], name, "the same name as")
-        self.unique(path, "token", sha256, "the same token as")
-        return Token(name, sha256, found.get("expires"), secret)
-
-    def custom_field(self, path: str, value: Json) -> CustomField:
-        """Return a custom field; link names compare without case, as attribute names do."""
-        rules = {"link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}
-        found = self.members(path, value, rules, {"link_name", "type"})
-        name = found.get("link_name", "")
-        self.unique(
-            f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as"
-        )
-        return CustomField(name, found.get("type", ""), found.get("display_name", name))
 
 
 # ----------------------------------------------------------------------------
@@ -5165,20 +5187,10 @@ class Application:
                 gone.store.rest()  # closed after each of the requests in flight
 
     def add_tenant(self, document: Json) -> Directory:
-        """Serve a tenant, given as in a configuration, be it known; ConfigError and StoreError."""
-        reader = ConfigReader()
-        tenant = reader.tenant("tenant", document)
+        """Add or replace a tenant, given as in the configuration; ConfigError and StoreError."""
         with self._configuring:
-            others = [one for one in self.config.tenants if one.name != tenant.name]
-            if any(one.name.lower() == tenant.name.lower() for one in others):
-                reader.wrong("tenant.name", "the same name as another tenant's, but for its case")
-            for token in tenant.tokens:
-                if (
-                    other := self._tokens.get(token.sha256, (tenant, token))[0].name
-                ) != tenant.name:
-                    reader.wrong("tenant.tokens", f"the same token as that of {other}")
-            if reader.problems:
-                raise ConfigError(reader.problems)
+            tenant = parse_tenant(document, self.config.tenants)
+            others = [other for other in self.config.tenants if other.name != tenant.name]
             self.configure(replace(self.config, tenants=(*others, tenant)))
         return self.directory(tenant.name)
 
@@ -5258,6 +5270,8 @@ class Application:
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
+        if len(requests) == 1:  # needs no savepoint, and reports its own error
+            return [self.handle(requests[0])]
         started, caller = time.perf_counter(), None
         try:
             if not (caller := self.caller(requests[0])):
@@ -5858,8 +5872,9 @@ class Connection:
 def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    address = (config.host, config.port)
-    listener = socket.create_server(address, family=family, backlog=128)
+    listener = socket.create_server(
+        (config.host, config.port), family=family, backlog=128, reuse_port=config.reuse_port
+    )
     listener.setblocking(False)
     return listener
 
@@ -6712,30 +6727,13 @@ addEventListener('hashchange', route); route();
 # ----------------------------------------------------------------------------
 # 18. Interface
 #
-# running() and wsgi() for other programs, then main(): serve (the default), token, check,
-# employees, changes, backup, restore, demo. What a person must mend is one line on standard error
-# and exit status 2.
+# running() and wsgi() for other programs, then main() and its commands: serve (the
+# default), token, check, employees, changes, backup, restore and demo. A problem that the
+# user can solve is one line on standard error and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-KNOCK_SECONDS = 0.1  # how long a server may take to see that it has to end
-RELOAD_SECONDS = 1  # how often the configuration file is looked at
-FIXED = {
-    "host": "listen",
-    "port": "listen",
-    **{
-        name: name
-        for name in (
-            "data_dir",
-            "tls",
-            "trusted_proxies",
-            "max_connections",
-            "workers",
-            "access_log",
-            "console",
-        )
-    },
-}
+RELOAD_SECONDS = 1  # how often the configuration file is checked for changes
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
 
@@ -6744,27 +6742,27 @@ Hook = Callable[[str], str | None] | None
 def running(
     config: Source = None, *, authenticate: Hook = None, deterministic: bool = False
 ) -> Iterator[ScimServer]:
-    """Run a server on a free port while a with block lasts; see its url, token() and directory().
+    """Run a server on a free port during a with block; see its url, token() and directory().
 
-    config is a configuration, its file, its document, or nothing for a demo tenant in memory. deterministic
-    lets ids count up and the clock tick a millisecond at each look. Raises ConfigError, StoreError and OSError.
+    config is a Config, its file, its document, or None for a demo tenant in memory. With
+    deterministic, ids count up and the clock advances a millisecond each time it is read.
+    Raises ConfigError, StoreError and OSError.
     """
-    made = to_config(config)
+    settings = to_config(config)
     ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
-    with closing(
-        Application(
-            replace(made, port=0),
-            authenticate,
-            (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-            CONSOLE_PAGE,
-        )
-    ) as application:
-        for tenant in made.tenants:
-            application.directory(tenant.name)  # a test wants each of them
+    application = Application(
+        replace(settings, port=0),
+        authenticate,
+        (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+        CONSOLE_PAGE,
+    )
+    with closing(application):
+        for tenant in settings.tenants:
+            application.directory(tenant.name)  # raises the StoreError of an unusable file
         server = ScimServer(application)
         server.exchanges = []
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             yield server
@@ -6774,11 +6772,70 @@ def running(
 
 
 def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
-    """Return the server for gunicorn and its like, or to mount under a prefix; arguments as running()."""
-    return WsgiApplication(Application(to_config(config), authenticate, page=CONSOLE_PAGE))
+    """Return the server as a WSGI application, for gunicorn or to mount under a prefix.
+
+    The arguments are those of running(). A configuration file is reloaded when it changes. Call
+    this in each process: neither open database files nor threads survive a fork.
+    """
+    file = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
+    signature = file_signature(file)  # before the file is read
+    application = Application(to_config(config), authenticate, page=CONSOLE_PAGE)
+    if file:
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(load_config, file), signature),
+            daemon=True,
+        ).start()
+    return WsgiApplication(application)
 
 
-# -- Commands: those that return nothing end with status 0 ------------------------------
+# -- Reloading the configuration -----------------------------------------------------
+
+
+def follow_file(
+    reference: weakref.ref[Application],
+    file: str,
+    load: Callable[[], Config],
+    signature: FileSignature,
+) -> None:
+    """Reload the configuration whenever its file no longer has the signature.
+
+    This is for a daemon thread. It ends when nothing else refers to the application.
+    """
+    while application := reference():
+        if (latest := file_signature(file)) != signature:
+            signature[:] = latest
+            log_line(f"{file}: {reload_config(application, load)}")
+        del application
+        time.sleep(RELOAD_SECONDS)
+
+
+def reload_config(application: Application, load: Callable[[], Config]) -> str:
+    """Apply a changed configuration, keep the current one if it is invalid; return a log line."""
+    current = application.config
+    fixed = [option for option in fields(Config) if not option.metadata["live"]]
+    try:
+        config = load()
+        application.configure(
+            replace(config, **{option.name: getattr(current, option.name) for option in fixed})
+        )
+    except (ConfigError, StoreError, OSError, ValueError) as error:
+        return "not loaded, keeping the previous configuration: " + str(error).replace("\n", "; ")
+    warn_about_setup(application)
+    pending = dict.fromkeys(
+        option.metadata["key"] or option.name
+        for option in fixed
+        if getattr(config, option.name) != getattr(current, option.name)
+    )
+    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    return f"loaded, {len(config.tenants)} tenant(s){later}"
+
+
+# -- Commands: those that return None end with status 0 ------------------------------
+
+
+class UsageError(Exception):
+    """A command that cannot run with these options; the text says why."""
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -6788,197 +6845,116 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    """Return the configuration that the command line means; ConfigError."""
-    file, reader = chosen_file(options), ConfigReader()
+    """Return the configuration file's content with the options of the command line; ConfigError."""
+    file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
     if options.listen:
-        host, port = reader.read("--listen", options.listen, ADDRESS) or ("", 0)
-        config = replace(config, host=host, port=port)
-    workers = (
-        config.workers
-        if options.workers is None
-        else reader.read("--workers", options.workers, NUMBER)
-    )
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return replace(config, data_dir=options.data_dir or config.data_dir, workers=workers)
+        config = replace(config, **ConfigReader().result("--listen", options.listen, ADDRESS))
+    return replace(config, data_dir=options.data_dir or config.data_dir)
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
-    """Return the configuration and the tenant that --tenant names; StoreError."""
+    """Return the configuration and the tenant that --tenant names; UsageError."""
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
-        raise StoreError(
-            f"--tenant {options.tenant}: not in the configuration; there are {', '.join(tenants)}"
+        raise UsageError(
+            f"--tenant {options.tenant}: not in the configuration, which has {', '.join(tenants)}"
         )
     return config, tenants[options.tenant]
 
 
-def chosen_store(options: argparse.Namespace) -> Store:
-    """Return the store of --tenant, beside the server that may be at work on it; StoreError."""
-    path = store_path(*chosen_tenant(options))
+def existing_store(config: Config, tenant: Tenant) -> Store:
+    """Return a tenant's store, which a running server may be using; UsageError if there is none."""
+    path = store_path(config, tenant)
     try:
         os.stat(path)
     except FileNotFoundError:
-        raise StoreError(
-            f"{path}: does not exist, tenant {options.tenant} keeps no data there yet"
-        ) from None
+        raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
     return Store(path)
 
 
+def chosen_store(options: argparse.Namespace) -> Store:
+    """Return the store of --tenant; UsageError, StoreError."""
+    return existing_store(*chosen_tenant(options))
+
+
 def serve(options: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM, the configuration of the day."""
-    seen, config = file_signature(chosen_file(options)), chosen_config(options)
-    application = Application(config, page=CONSOLE_PAGE)
-    if not application.available:
-        application.directory(config.tenants[0].name)  # says why
-    warn(application)
-    if config.tls:
-        Tls(*config.tls)  # says what is wrong with it
+    """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
+    raise_file_limit()
+    file = chosen_file(options)
+    signature, config = file_signature(file), chosen_config(options)
+    with closing(Application(config, page=CONSOLE_PAGE)) as application:
+        if not application.available:
+            application.directory(config.tenants[0].name)  # raises the StoreError
+        warn_about_setup(application)
+        server = ScimServer(application, open_listener(config))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # stop() waits for the loop in this thread, so it needs another one.
+            signal.signal(number, lambda *_: threading.Thread(target=server.stop).start())
+        if hasattr(signal, "SIGHUP"):
+            # A false signature makes the next check reload the file. An Event would not do: a
+            # second signal during its set() would wait for the lock that the first one holds.
+            signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(chosen_config, options), signature),
+            daemon=True,
+        ).start()
+        print(greeting(server.url, config), flush=True)
+        server.serve_forever()
+        server.stopped.wait()
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as the system permits."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # Windows has no such module and no such limit.
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_listener(config: Config) -> socket.socket:
+    """Return a socket that listens on the configured address; UsageError."""
     try:
-        listener = listen(config)
+        return listen(config)
+    except ValueError as error:
+        raise UsageError(f"reuse_port: not available on this platform ({error})") from error
     except OSError as error:
-        raise StoreError(
+        raise UsageError(
             f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
             "choose another address with --listen HOST:PORT"
         ) from error
-    told = greeting(url_of(config, listener.getsockname()[1]), config)
-    if config.workers == 1:
-        work(options, application, listener, seen, told)
-    else:
-        application.close()  # SQLite's files do not outlive a fork
-        supervise(options, config, listener, told)
-
-
-def work(
-    options: argparse.Namespace,
-    application: Application,
-    listener: socket.socket,
-    seen: FileSignature,
-    told: str,
-) -> None:
-    """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
-    server = ScimServer(application, listener)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a thread, as stop() waits for this one's loop
-        signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
-    if hasattr(signal, "SIGHUP"):
-        # What is seen becomes another stamp; an Event's set() in set() would wait for itself.
-        signal.signal(signal.SIGHUP, lambda number, frame: seen.append((0, 0)))
-    threading.Thread(target=follow_file, args=(options, server, seen), daemon=True).start()
-    if told:
-        print(told, flush=True)
-    server.serve_forever(KNOCK_SECONDS)
-    server.stopped.wait()
-    application.close()
-
-
-def supervise(
-    options: argparse.Namespace, config: Config, listener: socket.socket, told: str
-) -> None:
-    """Run workers on one socket, and a new one for each that dies, until a signal."""
-    if not hasattr(os, "fork"):
-        raise StoreError("workers: more than one needs an operating system that forks")
-    if config.data_dir == ":memory:":
-        raise StoreError(
-            "workers: more than one needs a data_dir on disk, to share what they store"
-        )
-    # Signals are waited for, not handled: one that came just before os.wait() would wait with it.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # BSD drops what is ignored
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    print(told, flush=True)
-    workers: set[int] = set()
-    stopping = False
-    while workers or not stopping:
-        while len(workers) < config.workers and not stopping:
-            seen = file_signature(chosen_file(options))
-            with suppress(ConfigError):
-                config = replace(chosen_config(options), workers=config.workers)
-            workers.add(fork_worker(options, config, listener, seen, numbers))
-        if (number := signal.sigwait(numbers)) != signal.SIGCHLD:
-            stopping = stopping or number != signal.SIGHUP
-            for worker in workers:
-                os.kill(worker, number)
-        for worker, status in [
-            found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]
-        ]:
-            workers.discard(worker)
-            if not stopping:
-                log_line(f"worker {worker} ended with status {status}; another one takes its place")
-                time.sleep(KNOCK_SECONDS)  # one that cannot start does not spin
-
-
-def fork_worker(
-    options: argparse.Namespace,
-    config: Config,
-    listener: socket.socket,
-    seen: FileSignature,
-    numbers: Iterable[int],
-) -> int:
-    """Return the process id of a new worker, in which this never returns."""
-    supervisor = os.getpid()
-    if worker := os.fork():
-        return worker
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-    threading.Thread(target=end_after, args=(supervisor,), daemon=True).start()
-    work(options, Application(config, page=CONSOLE_PAGE), listener, seen, "")
-    os._exit(0)
-
-
-def end_after(supervisor: int) -> None:
-    """End this worker when its supervisor was killed, so that nobody is left on the address."""
-    while os.getppid() == supervisor:
-        time.sleep(KNOCK_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def follow_file(options: argparse.Namespace, server: ScimServer, seen: FileSignature) -> None:
-    """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
-    while not server.stopping.wait(RELOAD_SECONDS):
-        if (found := file_signature(chosen_file(options))) != seen:
-            seen[:] = found
-            log_line(f"{chosen_file(options)}: {take_file(options, server)}")
-
-
-def take_file(options: argparse.Namespace, server: ScimServer) -> str:
-    """Serve what the configuration file says, or go on where it has mistakes; return what came of it."""
-    try:
-        fresh = chosen_config(options)
-        server.application.configure(fresh)
-    except (ConfigError, StoreError, OSError, ValueError) as error:
-        return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
-    warn(server.application)
-    changed = dict.fromkeys(
-        key for name, key in FIXED.items() if getattr(fresh, name) != getattr(server.config, name)
-    )
-    return f"taken, {len(fresh.tenants)} tenant(s)" + (
-        f"; {', '.join(changed)} will be taken at the next start" if changed else ""
-    )
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can call a host."""
+    """Return whether only programs on this machine can reach a host."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def warn(application: Application) -> None:
-    """Tell the operator what is unsafe, and who is not served."""
-    for name, found in application.directories.items():
-        if isinstance(found, StoreError):
-            log_line(f"tenant {name} is not served, the others are: {found}")
+def warn_about_setup(application: Application) -> None:
+    """Log which tenants cannot be served, and whether tokens are sent without encryption."""
+    for name, directory in application.directories.items():
+        if isinstance(directory, StoreError):
+            log_line(f"tenant {name} is not served, the others are: {directory}")
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
         log_line(
-            f"warning: {config.host} is beyond this machine and tokens travel in clear; "
-            "configure tls, or trusted_proxies for a proxy that has it"
+            f"warning: {config.host} is reachable from other machines and tokens are sent "
+            "unencrypted; configure tls, or trusted_proxies for a proxy that provides it"
         )
 
 
+def usable_secrets(tenant: Tenant) -> list[str]:
+    """Return the secrets of a tenant that the configuration holds and that have not expired."""
+    return [
+        token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())
+    ]
+
+
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token if the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += [
@@ -6986,18 +6962,17 @@ def greeting(url: str, config: Config) -> str:
             f"tenant {tenant.name}",
             f"  Tenant URL    {url}",
             *(
-                f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name}"
-                f"{', expired' * token.expired(utc_now())})"
+                f"  Secret Token  {token.secret or 'kept as a hash'}  "
+                f"({token.name}{', expired' * token.expired(utc_now())})"
                 for token in tenant.tokens
             ),
         ]
-        # On loopback such a token, which is for demos, is also in a link that signs in to the console.
+        # This link signs in to the console. On loopback nobody else can use it.
         if config.console and is_loopback(config.host):
             lines += [
-                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
-                for token in tenant.tokens
-                if token.secret and not token.expired(utc_now())
-            ][:1]
+                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}"
+                for secret in usable_secrets(tenant)[:1]
+            ]
     return "\n".join(lines)
 
 
@@ -7005,7 +6980,7 @@ def make_token(options: argparse.Namespace) -> None:
     """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(
-        f"Secret Token, shown this once:\n\n  {secret}\n\n"
+        f"Secret Token, shown only once:\n\n  {secret}\n\n"
         'Entry for the tenant\'s "tokens" in the configuration:\n\n  '
         + json.dumps({"name": options.name, "sha256": digest(secret)})
     )
@@ -7015,31 +6990,31 @@ def check(options: argparse.Namespace) -> None:
     """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     if config.tls:
-        Tls(*config.tls)  # says what is wrong with it
+        Tls(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(
-            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)"
+            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
+            f"{len(tenant.custom_fields)} custom field(s)"
         )
-        path, uses = store_path(config, tenant), {}
-        with suppress(FileNotFoundError):
-            os.stat(path)
-            with closing(Store(path)) as store, store.reading() as session:
-                uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
-        for token in tenant.tokens:  # one that nobody uses can be withdrawn
-            used = f"last used {uses[token]}" if uses.get(token) else "never used"
-            ends = (
-                f", expire{'sd'[token.expired(utc_now())]} {time_text(token.expires)}"
-                if token.expires
-                else ""
-            )
-            print(f"  token    {token.name}, {used}{ends}")
+        last_uses: dict[Token, str] = {}
+        with (
+            suppress(UsageError),  # there is no store yet
+            closing(existing_store(config, tenant)) as store,
+            store.reading() as session,
+        ):
+            last_uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
+        for token in tenant.tokens:  # an unused token can be withdrawn
+            used = f"last used {last_uses[token]}" if last_uses.get(token) else "never used"
+            ends = "expired" if token.expired(utc_now()) else "expires"
+            expiry = f", {ends} {time_text(token.expires)}" if token.expires else ""
+            print(f"  token    {token.name}, {used}{expiry}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
 
 
 def back_up(options: argparse.Namespace) -> None:
-    """Copy a tenant's database to a new file, while the server may run."""
+    """Copy a tenant's database to a new file. The server may be running."""
     with closing(chosen_store(options)) as store:
         store.backup(options.file)
     print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
@@ -7079,18 +7054,18 @@ def show_employees(options: argparse.Namespace) -> None:
     """Print a tenant's employees."""
     directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
-    found = directory.employees(active, options.changed_since, options.id)
-    table = employee_table(found, directory.link_names)  # of what is lazy here, one form is printed
-    forms = {
+    employees = directory.employees(active, options.changed_since, options.id)
+    table = employee_table(employees, directory.link_names)
+    forms = {  # all of them are lazy, and only the chosen one is made
         "table": aligned(table),
         "csv": employee_csv(table),
-        "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found),
+        "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in employees),
     }
     sys.stdout.writelines(forms[options.format])
 
 
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
+    """Yield a table as aligned lines, without empty columns; its first row has the titles."""
     rows = list(table)
     columns = enumerate(zip(*rows, strict=True))
     widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
@@ -7110,18 +7085,74 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
+DEMO_ADA = {
+    "schemas": [USER, ENTERPRISE],
+    "userName": "{email}",
+    "externalId": "{ada_object_id}",
+    "displayName": "Ada Demo",
+    "title": "Engineer",
+    "active": True,
+    "emails": [{"type": "work", "value": "{email}", "primary": True}],
+    ENTERPRISE: {"department": "Lifts"},
+}
+DEMO_BOB = {
+    **DEMO_ADA,
+    "userName": "bob.{email}",
+    "externalId": "{bob_object_id}",
+    "displayName": "Bob Demo",
+    "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
+}
+LOOK_UP = "/Users?filter=userName%20eq%20%22"
+# A step: title, method, path, body, then the expected status and values of the answer. A label at
+# the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
+# is a list of operations, or the values to change, which each dialect sends in its own way.
+# fmt: off
+DEMO_STEPS: list[tuple[Any, ...]] = [
+    ("Test Connection: look up a user who does not exist",
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}),
+    ("Ada is assigned: look her up", "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}),
+    ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
+    ("Create her again: refused", "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}),
+    ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
+    ("Her job title changes", "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}),
+    ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
+     200, {ENTERPRISE: {"department": "Roofs"}}),
+    ("The custom field {custom} is mapped",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200),
+    ("A mapping mistake, no such custom field: refused",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400),
+    ("The group Night Crew, with Ada", "POST", "/Groups",
+     {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
+     201, {}, "crew"),
+    ("Bob joins the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200),
+    ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200),
+    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}),
+    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}),
+    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204),
+    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204),
+    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204),
+    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404),
+]
+# fmt: on
+
 
 class Demo:
-    """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
+    """Sends Entra ID's requests to a server and prints them; wrong counts unexpected answers."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url, self.token, self.wrong = url, token, 0
+        self.names: dict[str, str] = {}  # what the {names} in the steps stand for
+
+    def fill(self, text: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: self.names[match[1]], text)
 
     def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
-        """Return status and JSON of the answer to a request; OSError where nobody answers."""
+        """Return status and JSON of the answer to a request; OSError if there is no answer."""
         request = urllib.request.Request(
-            self.url + path,
-            None if body is None else to_json(body).encode(),
+            self.url + self.fill(path),
+            None if body is None else self.fill(to_json(body)).encode(),
             method=method,
             headers={
                 "Authorization": f"Bearer {self.token}",
@@ -7136,165 +7167,83 @@ class Demo:
                 return error.code, json.loads(error.read() or b"{}")
             return error.code, {}
 
+    def play(self, dialect: str, custom: Json) -> None:
+        """Play the steps in a dialect of PATCH; custom is a custom field of /Schemas, or {}."""
+        self.names = {
+            "email": f"ada.{secrets.token_hex(4)}@demo.example",
+            **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
+            "custom": custom.get("name", ""),
+            "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
+        }
+        for title, method, path, body, *expected in DEMO_STEPS:
+            if method == "PATCH":
+                operations = body if isinstance(body, list) else changes_of(dialect, body)
+                body = {"schemas": [PATCH_OP], "Operations": operations}
+            if custom or "{custom}" not in title:
+                self.step(self.fill(title), method, path, body, *expected)
+
     def step(
         self,
         title: str,
-        expected: int,
         method: str,
         path: str,
-        body: Json = None,
-        /,
-        **values: Json,
-    ) -> str:
-        """Send a request that a status and some values must answer; return the id of the answer."""
-        status, answer = self.send(method, path, body)
-        good = status == expected and values.items() <= answer.items()
-        told = answer.get("detail", "") or ("" if good else quoted(answer))
-        print(
-            f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True
-        )
-        if not good:
-            print(f"         expected {expected} {to_json(values)}")
-            self.wrong += 1
-        return str(answer.get("id", "nobody"))
+        body: Json,
+        status: int,
+        values: Json = {},  # noqa: B006  is not changed
+        label: str = "",
+    ) -> None:
+        """Send a request and print whether its answer has the expected status and values."""
+        actual, answer = self.send(method, path, body)
+        good = actual == status and values.items() <= answer.items()
+        detail = answer.get("detail", "") or ("" if good else quoted(answer))
+        line = f"  {'ok   ' if good else 'WRONG'}  {title:<52} {actual}  {detail}".rstrip()
+        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        self.wrong += not good
+        self.names[label] = str(answer.get("id", "unknown"))
 
-    def play(self, dialect: str, custom: Json) -> None:
-        """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
 
-        def patch(**operation: Json) -> Json:
-            return {"schemas": [PATCH_OP], "Operations": [operation]}
-
-        def change(path: str, value: Json) -> Json:
-            old = dialect == "default"
-            return (
-                patch(op="Replace", path=path, value=value)
-                if old
-                else patch(op="replace", value={path: value})
-            )
-
-        def named(user_name: str) -> str:
-            return f"/Users?filter={quote(f'userName eq {to_json(user_name)}')}"
-
-        step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
-        user, other = (
-            {
-                "schemas": [USER, ENTERPRISE],
-                "userName": mail,
-                "externalId": str(uuid.uuid4()),
-                "displayName": name,
-                "title": "Engineer",
-                "active": True,
-                "emails": [{"type": "work", "value": mail, "primary": True}],
-                ENTERPRISE: {"department": "Lifts"},
-            }
-            for mail, name in ((her, "Ada Demo"), (f"bob.{her}", "Bob Demo"))
-        )
-        off = "False" if dialect == "default" else False  # as Switch() and as Not() send it
-        step(
-            "Test Connection: look up somebody who is not there",
-            200,
-            "GET",
-            named(str(uuid.uuid4())),
-            totalResults=0,
-        )
-        step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
-        ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
-        step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
-        bob_id = step("Create Bob", 201, "POST", "/Users", other)
-        ada, bob = f"/Users/{ada_id}", f"/Users/{bob_id}"
-        step("Her job title changes", 200, "PATCH", ada, change("title", "Chief"), title="Chief")
-        step(
-            "Her department changes",
-            200,
-            "PATCH",
-            ada,
-            change(f"{ENTERPRISE}:department", "Roofs"),
-            **{ENTERPRISE: {"department": "Roofs"}},
-        )
-        if custom:
-            value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
-            step(
-                f"The custom field {custom['name']} is mapped",
-                200,
-                "PATCH",
-                ada,
-                change(f"{FACILIO}:{custom['name']}", value),
-            )
-        mistake = change(f"{FACILIO}:no_such_field", "1")
-        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada, mistake)
-        crew = "/Groups/" + step(
-            "The group Night Crew, with Ada",
-            201,
-            "POST",
-            "/Groups",
-            {
-                "schemas": [GROUP],
-                "displayName": f"Night Crew {her}",
-                "members": [{"value": ada_id}],
-            },
-        )
-        step(
-            "Bob joins the crew",
-            200,
-            "PATCH",
-            crew,
-            patch(op="Add", path="members", value=[{"value": bob_id}]),
-        )
-        step(
-            "Ada leaves the crew",
-            200,
-            "PATCH",
-            crew,
-            patch(op="Remove", path="members", value=[{"value": ada_id}]),
-        )
-        step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
-        step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
-        for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
-            step(f"{name} is deleted for good", 204, "DELETE", path)
-        step("Nothing is left of her", 404, "GET", ada)
+def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
+    """Return PATCH operations that replace values, as Entra sends them with or without its flag."""
+    if dialect == "aadOptscim062020":
+        return [{"op": "replace", "value": values}]
+    return [  # Switch() in a mapping makes a text of a Boolean.
+        {"op": "Replace", "path": path, "value": str(value) if isinstance(value, bool) else value}
+        for path, value in values.items()
+    ]
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
+    """Play Entra ID's cycle in both dialects against a server; return 1 if a step went wrong."""
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    known = [
-        token.secret
-        for token in config.tenants[0].tokens
-        if token.secret and not token.expired(utc_now())
-    ]
-    if not (options.token or known):
-        raise StoreError("--token is needed: the configuration has no secret that is good")
-    played = Demo(url, options.token or known[0])
+    tokens = [options.token] if options.token else usable_secrets(config.tenants[0])
+    if not tokens:
+        raise UsageError("--token is needed: the configuration has no usable secret")
+    player = Demo(url, tokens[0])
     try:
-        status, schema = played.send("GET", f"/Schemas/{FACILIO}")
+        status, schema = player.send("GET", f"/Schemas/{FACILIO}")
         for dialect in ("default", "aadOptscim062020"):
             print(f"\n{url}, dialect {dialect}")
-            played.play(dialect, schema["attributes"][0] if status == 200 else {})
+            player.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
-        raise StoreError(
+        raise UsageError(
             f"{url}: no answer ({error}); start the server in another terminal: "
             "python3 scim_server.py"
         ) from error
-    print(f"\n{played.wrong or 'no'} step(s) went wrong")
-    return 1 if played.wrong else 0
+    print(f"\n{player.wrong or 'no'} step(s) went wrong")
+    return 1 if player.wrong else 0
 
 
 # -- The command line ------------------------------------------------------------------
 
-Options = dict[str, dict[str, Any]]  # as argparse takes them
+Options = dict[str, dict[str, Any]]  # the keyword arguments of add_argument(), by option
+# fmt: off
 SERVE_OPTIONS: Options = {
-    "--config": {
-        "metavar": "FILE",
-        "help": "configuration (default: sample_config.json beside this file, "
-        "else a built-in demo tenant)",
-    },
-    "--data-dir": {
-        "metavar": "DIR",
-        "help": "where the tenants' files are; :memory: keeps nothing",
-    },
+    "--config": {"metavar": "FILE", "help": "configuration (default: sample_config.json in the "
+                 "directory of this program, otherwise a built-in demo tenant)"},
+    "--data-dir": {"metavar": "DIR", "help": "directory of the tenants' files; "
+                   ":memory: stores nothing on disk"},
     "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
-    "--workers": {"metavar": "N", "type": int, "help": "processes that share the work"},
     "--version": {"action": "version", "version": f"scim_server {__version__}"},
 }
 CONFIG, DATA_DIR = (
@@ -7304,65 +7253,38 @@ CONFIG, DATA_DIR = (
 TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
 COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
-    "token": (
-        make_token,
-        "make a secret token and its configuration entry",
-        {"--name": {"default": "entra", "help": "name of the token (default: entra)"}},
-    ),
-    "check": (
-        check,
-        "validate a configuration, list the custom fields' names for Entra ID",
-        {**CONFIG, **DATA_DIR},
-    ),
-    "employees": (
-        show_employees,
-        "print a tenant's employees",
-        {
-            "--format": {"choices": ("table", "csv", "json"), "default": "table"},
-            "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
-            "--changed-since": {
-                "default": "",
-                "metavar": "TIME",
-                "help": "such as 2026-11-24T08:00:00Z",
-            },
-            "--id": {"type": int, "help": "only this one"},
-            **TENANT,
-        },
-    ),
-    "changes": (
-        show_changes,
-        "print a tenant's changes, a line of JSON each",
-        {
-            "--after": {
-                "type": int,
-                "default": 0,
-                "metavar": "SEQ",
-                "help": "only those behind this one",
-            },
-            "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"},
-            **TENANT,
-        },
-    ),
+    "token": (make_token, "make a secret token and its configuration entry", {
+        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {
+        **CONFIG, **DATA_DIR}),
+    "employees": (show_employees, "print a tenant's employees", {
+        "--format": {"choices": ("table", "csv", "json"), "default": "table"},
+        "--active": {"choices": ("true", "false"), "help": "only active, or only inactive ones"},
+        "--changed-since": {"default": "", "metavar": "TIME",
+                            "help": "such as 2026-11-24T08:00:00Z"},
+        "--id": {"type": int, "help": "only the employee with this id"},
+        **TENANT}),
+    "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
+        "--after": {"type": int, "default": 0, "metavar": "SEQ",
+                    "help": "only changes after this number"},
+        "--follow": {"action": "store_true", "help": "keep printing new changes until Ctrl-C"},
+        **TENANT}),
     "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", COPY),
     "restore": (restore, "put a backup in the place of a tenant's database", COPY),
-    "demo": (
-        demo,
-        "play Entra ID's cycle against a running server",
-        {
-            "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
-            "--token": {"help": "its Secret Token (default: that of the first tenant)"},
-            **CONFIG,
-        },
-    ),
+    "demo": (demo, "play Entra ID's cycle against a running server", {
+        "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
+        "--token": {"help": "its Secret Token (default: that of the first tenant)"},
+        **CONFIG}),
 }
+# fmt: on
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line asks for; its run is the function to call."""
+    """Return the options of the command line; run is the function to call."""
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    commands = parser.add_subparsers(metavar="COMMAND", help="without a command: serve")
     for name, (run, purpose, options) in {"": (serve, "", SERVE_OPTIONS), **COMMANDS}.items():
         command = commands.add_parser(name, help=purpose) if name else parser
         command.set_defaults(run=run)
@@ -7372,7 +7294,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 where a person must mend something."""
+    """Run the command line and return its exit status, 2 for a problem that the user can solve."""
     options = parse_options(arguments)
     try:
         status = options.run(options) or 0
@@ -7380,10 +7302,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as behind `| head`; Python would flush once more
+    except BrokenPipeError:  # such as `| head`. Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (StoreError, ScimError, OSError) as error:
+    except (UsageError, StoreError, ScimError, OSError) as error:
         log_line(str(error))
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:

@@ -6,8 +6,8 @@ import ast
 import base64
 import csv
 import functools
+import gc
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -29,7 +29,7 @@ import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
 import zipfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -1631,6 +1631,10 @@ CONFIG_MISTAKES = [  # what a tenant has in place of the right thing, and its pa
     ({"custom_fields": {}}, "tenants[0].custom_fields"),
     ({"log": {"keep": 0}}, "tenants[0].log.keep"),
     ({"log": {"bodies": "yes"}}, "tenants[0].log.bodies"),
+    ({"log": {"colour": 1}}, "tenants[0].log.colour"),
+    ({"log": 5}, "tenants[0].log"),
+    ({"log.keep": 5}, "tenants[0].log.keep"),
+    ({"tokens": ["x"]}, "tenants[0].tokens[0]"),
     ({"custom_fields": [{"type": "String"}]}, "tenants[0].custom_fields[0].link_name"),
     (
         {"custom_fields": [{"link_name": "1x", "type": "String"}]},
@@ -1669,6 +1673,9 @@ def test_all_mistakes_of_a_configuration_are_named_in_one_go(tmp_path: Path) -> 
                 "data_dir": "",
                 "port": 1,
                 "console": 0,
+                "tls": {"certificate": "c.pem"},
+                "trusted_proxies": ["10.0.0.0/8", "x"],
+                "changes": {"days": 0},
                 "tenants": [
                     {"name": "a", "tokens": [{"secret": "s"}]},
                     {
@@ -1687,6 +1694,9 @@ def test_all_mistakes_of_a_configuration_are_named_in_one_go(tmp_path: Path) -> 
         "data_dir",
         "port",
         "console",
+        "tls.key",
+        "trusted_proxies[1]",
+        "changes.days",
         "tenants[1].name",
         "tenants[1].tokens[0]",
         "tenants[1].custom_fields[0].type",
@@ -3529,7 +3539,7 @@ def test_each_request_is_a_line_of_the_access_log_without_secrets(
         assert lines == []
 
 
-def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_loaded_and_a_broken_one_is_not(tmp_path: Path) -> None:
     file, serial = tmp_path / "config.json", iter(range(1, 9))
 
     def configure(text: str) -> None:
@@ -3562,7 +3572,7 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         Scim(url, "globex-secret").user("ada")
         file.write_text('{"tenants": [{"name": 5}]}')
         running.send_signal(signal.SIGHUP)
-        assert "tenants[0].name" in line_with(running, "not taken")
+        assert "tenants[0].name" in line_with(running, "not loaded")
         assert later.get("/Users")["totalResults"] == 1
 
 
@@ -3575,67 +3585,68 @@ def test_signals_that_come_in_a_burst_stop_nothing_but_the_server(tmp_path: Path
         assert running.wait(20) == 0
 
 
-def children_of(running: Any) -> list[str]:
-    """Return the process ids of a supervisor's workers."""
-    return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+def test_two_processes_share_an_address_and_one_goes_on_alone(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "reuse_port": True}))
+    clients: dict[str, Scim] = {}
+    with socket.socket() as reserved:  # it keeps the port, but does not listen
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        address = "--config", str(file), "--listen", f"127.0.0.1:{reserved.getsockname()[1]}"
+        with process(*address) as (first, url, _), process(*address) as (second, same_url, _):
+            assert url == same_url
+
+            def both_answer() -> bool:
+                scim = Scim(url, "acme-secret")
+                request_id = scim.call("GET", "/Users").headers["X-Request-Id"]
+                clients.setdefault(request_id.partition("-")[0], scim)
+                return len(clients) == 2
+
+            def write(number: int) -> Any:
+                return Scim(url, "acme-secret").user(f"u{number}")
+
+            wait_until(both_answer)
+            one, other = clients.values()
+            ada = one.user("ada")
+            assert other.get(f"/Users/{ada['id']}")["userName"] == "ada"
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(write, range(60)))
+            first.kill()
+            first.wait()
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(write, range(60, 119)))
+            scim = Scim(url, "acme-secret")
+            assert scim.get("/Users")["totalResults"] == 120
+            rows = changes(scim, "after=0&count=1000")
+            assert [row["seq"] for row in rows] == list(range(1, 241))
+            second.terminate()
+            assert second.wait(20) == 0
 
 
-def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
-    with logging_process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
-
-        def write(number: int) -> int:
-            return Scim(url, "acme-sample-secret-token").user(f"u{number}")["meta"]["version"] != ""
-
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(write, range(60)))
-        children = children_of(running)
-        assert len(children) == 2
-        os.kill(int(children[0]), signal.SIGKILL)
-        line_with(running, "another one takes its place")
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(write, range(60, 120)))
-        scim = Scim(url, "acme-sample-secret-token")
-        assert scim.get("/Users")["totalResults"] == 120
-        rows = changes(scim, "after=0&count=1000")
-        assert [row["seq"] for row in rows] == list(range(1, 241))
-        running.terminate()
-        assert running.wait(20) == 0
+def test_reuse_port_needs_a_directory_on_disk_and_a_platform_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "reuse_port": True}))
+    arguments = ["--config", str(file), "--listen", "127.0.0.1:0"]
+    ended = command(*arguments, "--data-dir", ":memory:")
+    assert ended.returncode == 2 and "reuse_port: needs a data_dir on disk" in ended.stderr
+    with pytest.raises(scim_server.ConfigError, match="reuse_port: needs a data_dir on disk"):
+        scim_server.to_config({**CONFIG, "reuse_port": True})  # a document is for data in memory
+    monkeypatch.delattr("_socket.SO_REUSEPORT")
+    assert scim_server.main(arguments) == 2
+    assert "reuse_port: not available on this platform" in capsys.readouterr().err
 
 
-def test_workers_have_about_as_many_connections_each(tmp_path: Path) -> None:
-    def worker(connection: http.client.HTTPConnection) -> str:
-        connection.request("GET", "/healthz")
-        answer = connection.getresponse()
-        return answer.read() and answer.headers["X-Request-Id"].partition("-")[0]
-
-    with (
-        process("--data-dir", str(tmp_path), "--workers", "2") as (_, url, _),
-        ExitStack() as stack,
-    ):
-        up: set[str] = set()
-
-        def connected() -> http.client.HTTPConnection:
-            connection = http.client.HTTPConnection(url.split("/")[2])
-            connection.connect()
-            return stack.enter_context(closing(connection))
-
-        def both() -> bool:
-            with closing(connected()) as connection:
-                up.add(worker(connection))
-            return len(up) == 2
-
-        wait_until(both)
-        shares = Counter(map(worker, [connected() for _ in range(16)]))
-    assert len(shares) == 2 and min(shares.values()) >= 3
-
-
-def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
-    with process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
-        wait_until(lambda: len(children_of(running)) == 2)
-        children = children_of(running)
-        running.kill()
-        wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-        assert not requests_accepted(int(url.split(":")[2].partition("/")[0]))
+def test_the_server_raises_its_limit_of_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        with process("--data-dir", str(tmp_path)) as (running, _, _):
+            limits = Path(f"/proc/{running.pid}/limits").read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert re.search(rf"^Max open files +{hard} +{hard} ", limits, re.MULTILINE)
 
 
 def test_the_files_of_tenants_that_rest_are_closed_and_opened_again(
@@ -3804,6 +3815,31 @@ def test_wsgi_mounted_under_a_prefix_names_it_in_every_location(tmp_path: Path) 
         assert_error(Scim(url, "wrong").call("GET", "/Users"), 401)
 
 
+def test_wsgi_follows_changes_of_its_file_while_somebody_keeps_the_application(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, file = threading.active_count(), tmp_path / "config.json"
+    acme, globex = CONFIG["tenants"]
+    file.write_text(json.dumps({"data_dir": "data", "tenants": [acme]}))
+    application = scim_server.wsgi(file)
+    with mounted(application) as url:
+        scim = Scim(url, "globex-secret")
+        assert scim.call("GET", "/Users").status_code == 401
+        document = {"data_dir": "elsewhere", "tenants": [acme, globex]}
+        file.write_text(json.dumps(document))
+        wait_until(lambda: scim.call("GET", "/Users").status_code == 200)
+        scim.user("ada")
+        file.write_text('{"tenants": [{"name": 5}]}')
+        printed: list[str] = []
+        wait_until(lambda: printed.append(capfd.readouterr().err) or "not loaded" in str(printed))
+        assert scim.get("/Users")["totalResults"] == 1
+    assert "loaded, 2 tenant(s); take effect after a restart: data_dir" in "".join(printed)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["config.json", "data"]
+    application.application.close()
+    del application
+    wait_until(lambda: gc.collect() >= 0 and threading.active_count() == before)
+
+
 def test_running_starts_empty_stops_clean_and_shares_nothing() -> None:
     before = threading.active_count()
     with scim_server.running() as one, scim_server.running() as other:
@@ -3845,6 +3881,10 @@ def test_a_hook_knows_tokens_and_tenants_come_and_go_while_the_server_runs() -> 
         assert directory.query("User").total_results == 2  # the same store
         with pytest.raises(scim_server.ConfigError, match="initech"):
             server.application.add_tenant({"name": "other", "tokens": [token]})
+        with pytest.raises(
+            scim_server.ConfigError, match="tenant.name: the same name as tenant in"
+        ):
+            server.application.add_tenant({"name": "Initech", "tokens": [{"secret": "new"}]})
         server.application.remove_tenant("initech")
         assert_error(vault.call("GET", "/Users"), 401)
         assert_error(Scim(server.url, "initech-secret").call("GET", "/Users"), 401)
@@ -4376,7 +4416,7 @@ def test_a_console_that_is_switched_off_is_not_there(tmp_path: Path) -> None:
 def test_no_way_leads_from_one_tenant_into_the_file_of_another(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
-        with pytest.raises(scim_server.ConfigError, match="case"):
+        with pytest.raises(scim_server.ConfigError, match="the same name as tenant acme"):
             server.application.add_tenant(
                 {"name": "ACME", "tokens": [{"name": "e", "secret": "z"}]}
             )
@@ -4667,29 +4707,9 @@ def test_two_managers_of_each_other_and_a_text_like_a_bulk_id_are_made_by_bulk(s
         assert found[ENT]["manager"]["value"] == ids[other] and found["title"] == "bulkId: ask me"
 
 
-def test_workers_need_a_place_on_disk_and_days_have_an_end() -> None:
-    ended = command("--workers", "2", "--data-dir", ":memory:", "--listen", "127.0.0.1:0")
-    assert ended.returncode == 2 and "data_dir" in ended.stderr
+def test_the_days_of_changes_have_an_upper_bound() -> None:
     with pytest.raises(scim_server.ConfigError, match=r"changes\.days"):
         scim_server.parse_config({**CONFIG, "changes": {"days": 100_000_000}})
-
-
-def test_a_worker_that_is_replaced_knows_the_configuration_of_the_day(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "workers": 2}))
-    with logging_process("--config", str(file)) as (running, url, _):
-        assert Scim(url, "globex-secret").get("/Users")["totalResults"] == 0
-        wait_until(
-            lambda: len(children_of(running)) == 2
-        )  # one that starts later has nothing to take
-        file.write_text(
-            json.dumps({"data_dir": "data", "workers": 2, "tenants": CONFIG["tenants"][:1]})
-        )
-        assert line_with(running, ": taken") and line_with(running, ": taken")
-        os.kill(int(children_of(running)[0]), signal.SIGKILL)
-        line_with(running, "another one takes its place")
-        for _ in range(12):
-            assert Scim(url, "globex-secret").call("GET", "/Users").status_code == 401
 
 
 # -- 13. Command line --------------------------------------------------------------
@@ -4808,12 +4828,12 @@ def test_what_a_person_must_mend_is_one_line_and_status_2(tmp_path: Path) -> Non
             (["--config", str(tmp_path / "none.json")], ["none.json", "--config"]),
             (["--config", str(wrong)], ["wrong.json", "tenants[0].tokens"]),
             (["--data-dir", str(empty / "below")], [str(empty), "--data-dir"]),
-            (["--workers", "0"], ["--workers", "1 or more"]),
+            (["employees", "--tenant", "nobody"], ["--tenant nobody", "acme, globex"]),
             (["--config", str(unsafe)], ["tls", str(tmp_path / "none.pem")]),
             (["check", "--config", str(unsafe)], ["tls", str(tmp_path / "none.pem")]),
             (
                 ["changes", "--tenant", "acme", "--data-dir", ":memory:"],
-                [":memory:", "acme keeps no data"],
+                [":memory:", "acme has no data"],
             ),
             (["check", "--config", str(wrong)], ["tenants[0].tokens: is missing"]),
         ]:
