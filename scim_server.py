@@ -1171,6 +1171,62 @@ def index_entries(
                 yield from index_entries(sub, one, number)
 
 
+# -- The stored form -----------------------------------------------------------
+
+to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+DECODER = json.JSONDecoder()
+
+
+class Encoded(str):
+    """JSON text of a resource that is sent as it is."""
+
+
+def from_json(text: str) -> Json:
+    """Return the value that to_json() made a text from."""
+    return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
+
+
+class StoredResource:
+    """A row of the table of resources, by its columns: body and hidden are JSON text."""
+
+    def __init__(self, *columns: Any) -> None:
+        self.seq, self.type, self.id, self.body, self.hidden, *others = columns
+        self.revision, self.created, self.modified, self.member_count = others
+
+    @cached_property
+    def attributes(self) -> Resource:
+        """The body, parsed once: the resource without what is computed. It is never changed."""
+        return from_json(self.body)  # type: ignore[no-any-return]
+
+    def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
+        """Return the next revision, with other attributes and other values of some columns."""
+        row = copy.copy(self)
+        vars(row).update(columns, attributes=attributes, body=to_json(attributes))
+        row.revision += 1
+        return row
+
+    def entries(self, resource_type: ResourceType) -> set[Entry]:
+        """Return the index entries."""
+        return {
+            *index_entries(resource_type.root, self.attributes),
+            ("meta.created", date_time_key(self.created), 0),
+            ("meta.lastmodified", date_time_key(self.modified), 0),
+        }
+
+
+def stored(resource: Resource) -> Resource:
+    """Return the attributes of a resource that are stored in its body."""
+    computed = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
+    return {name: value for name, value in resource.items() if name not in computed}
+
+
+def offset_of_member(body: str, name: str) -> int:
+    """Return the offset of a member's value in a body's JSON text; 0 if there is no such member."""
+    # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
+    offset = body.rfind(f'"{name}":')
+    return offset + len(name) + 3 if offset > 0 else 0
+
+
 # ----------------------------------------------------------------------------
 # 5. PATCH                                                      RFC 7644 §3.5.2
 #
@@ -1471,7 +1527,7 @@ COLUMNS = {"resource": "seq", "entry": "seq, element"}  # that identify a row in
 
 
 def compile_filter(filter: Filter, row: str = "resource") -> Sql:
-    """Return a filter as an SQL condition on a row: a resource or, in a value path, an index entry."""
+    """Return a filter as an SQL condition on a row: a resource or an index entry (value paths)."""
     match filter:
         case And(filters):
             return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
@@ -1491,7 +1547,7 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And: the most selective one as a set of rows, equalities as probes into it."""
+    """Return the terms of And: the most selective as a set of rows, equalities as probes of it."""
     # SQLite would materialise a second set completely, even one of a million rows.
     terms = sorted(filters, key=selectivity)
     narrow = bool(terms) and selectivity(terms[0]) < 2
@@ -1519,7 +1575,7 @@ def selectivity(filter: Filter) -> int:
 
 
 def all_in_index(filter: Filter) -> bool:
-    """Return whether all matches are in sets that the index yields: no Not stands outside of one."""
+    """Return whether all matches are in sets from the index: no Not stands outside of one."""
     match filter:
         case And(filters):
             return any(map(all_in_index, filters))
@@ -1589,6 +1645,16 @@ class Window:
     backward: bool = False  # towards the first resource; the page keeps the order of the query
 
 
+class Page(NamedTuple):
+    """The answer to a query: how many resources match in all, and those in the window."""
+
+    total_results: int | None  # None after a position: only the first page is worth a count
+    resources: list[Any]
+    first: Position | None = None  # of the first resource of the page
+    last: Position | None = None
+    more: bool = False  # whether there are more resources in the direction of the window
+
+
 def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return the condition that a row of one half of a query comes after a position."""
     if after is None or missing != after.missing:
@@ -1599,7 +1665,7 @@ def after_position_sql(missing: int, columns: str, after: Position | None, desce
 
 
 def compile_filters(filters: Filters) -> Sql:
-    """Return the condition that a resource is of one of some types and matches that type's filter."""
+    """Return the condition that a resource is of a type in filters and matches its filter."""
     # The + hides the column from SQLite, which would walk the index of types instead of the set.
     terms = [
         (f"({'+' * all_in_index(filter)}type = ? AND {sql})", [type, *parameters])
@@ -1610,7 +1676,7 @@ def compile_filters(filters: Filters) -> Sql:
 
 
 def compile_page(filters: Filters, sorting: Sorting | None, window: Window) -> Sql:
-    """Return the query of a page and one row more, each row preceded by the first of its position."""
+    """Return the query of a page and one row more; missing and key precede each resource."""
     descending = (sorting is not None and sorting.descending) != window.backward
     limits = [window.count + 1, window.offset]
     if not sorting and not window.offset:
@@ -1674,14 +1740,15 @@ def compile_positions(
 MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """
     CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
-        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
+    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL,
+        element INTEGER NOT NULL, PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
     CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
         display TEXT, display_key TEXT,         -- as its client sent it, and the key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
@@ -1689,17 +1756,15 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """,
     """
     CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
-        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
+        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one if it was deleted
         provisioned INTEGER NOT NULL, -- 0 when that user was deleted
-        external_id TEXT NOT NULL,
-        user_name TEXT NOT NULL,      -- as its key
-        active INTEGER NOT NULL,
-        manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
+        external_id TEXT NOT NULL, user_name TEXT NOT NULL,          -- the userName as its key
+        active INTEGER NOT NULL, manager_id TEXT NOT NULL,           -- the manager's SCIM id, or ''
         changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
-        id TEXT NOT NULL,             -- of the user or group, or the number of the employee
+    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL,
+        kind TEXT NOT NULL, id TEXT NOT NULL,   -- of the user or group, or the employee's number
         member TEXT NOT NULL,         -- of a membership
         token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
     CREATE INDEX change_at ON change (at);
@@ -1728,17 +1793,6 @@ WRITER_CACHE = 8000  # KiB of pages in memory: the entries of one user are all o
 WAL_PAGES = 4000  # before a checkpoint, so that pages which every create changes are copied once
 READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
-to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
-DECODER = json.JSONDecoder()
-
-
-class Encoded(str):
-    """JSON text of a resource that is sent as it is."""
-
-
-def from_json(text: str) -> Json:
-    """Return the value that to_json() made a text from."""
-    return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
 
 
 class StoreError(Exception):
@@ -1761,46 +1815,6 @@ def store_error(path: str, error: sqlite3.Error) -> StoreError:
     return StoreError(f"{path}: {text}", str(error))
 
 
-class StoredResource:
-    """A row of the table of resources, by its columns: body and hidden are JSON text."""
-
-    def __init__(
-        self,
-        seq: int,
-        type: str,
-        id: str,
-        body: str,
-        hidden: str,
-        revision: int,
-        created: str,
-        modified: str,
-        member_count: int,
-    ) -> None:
-        self.seq, self.type, self.id, self.created = seq, type, id, created
-        self.body, self.hidden, self.revision = body, hidden, revision
-        self.modified, self.member_count = modified, member_count
-
-    @cached_property
-    def attributes(self) -> Resource:
-        """The body, parsed once: the resource without what is computed. It is never changed."""
-        return from_json(self.body)  # type: ignore[no-any-return]
-
-    def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
-        """Return the next revision, with other attributes and other values of some columns."""
-        row = copy.copy(self)
-        vars(row).update(columns, attributes=attributes, body=to_json(attributes))
-        row.revision += 1
-        return row
-
-    def entries(self, resource_type: ResourceType) -> set[Entry]:
-        """Return the index entries."""
-        return {
-            *index_entries(resource_type.root, self.attributes),
-            ("meta.created", date_time_key(self.created), 0),
-            ("meta.lastmodified", date_time_key(self.modified), 0),
-        }
-
-
 class EmployeeRow(NamedTuple):
     """A stored employee, by the columns of its table, and the manager's employee id if known."""
 
@@ -1821,7 +1835,7 @@ NO_EMPLOYEE = EmployeeRow(0, "", False, "", "", False, "", "", {})  # before a u
 
 @dataclass(frozen=True)
 class Change:
-    """A row of the change feed; seq counts the changes of a tenant in the order of their commits."""
+    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
 
     seq: int
     at: str
@@ -1852,7 +1866,7 @@ class Session:
         return [StoredResource(*row) for row in self.run(sql, [text])]
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
-        """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
+        """Return whether a resource of a type, other than number seq, has a key at a path."""
         sql = (
             "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
             "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?"
@@ -1989,14 +2003,11 @@ class Session:
 
     def put_employee(self, row: EmployeeRow) -> int:
         """Store an employee, a new one if its id is 0; return the id."""
-        written = self.run(
-            "INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE "
-            "SET user_id = excluded.user_id, provisioned = excluded.provisioned, "
-            "external_id = excluded.external_id, user_name = excluded.user_name, "
-            "active = excluded.active, manager_id = excluded.manager_id, "
-            "changed = excluded.changed, record = excluded.record",
-            [row.id or None, *row[1:-2], to_json(row.record)],
-        )
+        columns = EmployeeRow._fields[1:-1]
+        changes = ", ".join(f"{name} = excluded.{name}" for name in columns)
+        sql = f"INSERT INTO employee VALUES (?{', ?' * len(columns)}) ON CONFLICT (id) DO UPDATE"
+        values = [row.id or None, *row[1:-2], to_json(row.record)]
+        written = self.run(f"{sql} SET {changes}", values)
         return row.id or written.lastrowid or 0
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
@@ -2042,7 +2053,7 @@ class Session:
     # -- Changes --
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
-        """Append rows to the change feed and trim it to keep rows, none of them older than a time."""
+        """Append rows to the change feed; trim it to keep rows that are not older than a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
@@ -2094,14 +2105,13 @@ class Session:
     ) -> list[Json]:
         """Return entries between two numbers with a minimum level, newest first."""
         sql = (
-            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
-            "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
+            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
+            "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
+        rows = self.run(sql, [after, before, level, subject, text, count])
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in self.run(
-                sql, [after, before, level, subject, text, count]
-            )
+            for seq, level, subject, entry in rows
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
@@ -2148,11 +2158,7 @@ SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE ste
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     """Return a connection to a database whose commits are on the disk when they return."""
     connection = sqlite3.connect(
-        path,
-        timeout=BUSY_SECONDS,
-        isolation_level=None,
-        check_same_thread=False,
-        cached_statements=64,
+        path, BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
     )
     for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
@@ -2161,7 +2167,7 @@ def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
-    """Yield a session in a new transaction, or in a savepoint of the open one; undo it on errors."""
+    """Yield a session in a new transaction, or a savepoint of the open one; undo it on errors."""
     begin, end, undo = SAVEPOINT if connection.in_transaction else TRANSACTION
     connection.execute(begin)
     try:
@@ -2228,7 +2234,7 @@ class Store:
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
-        """Yield a session whose changes are on the disk when the block ends, or undone if it raises.
+        """Yield a session; its changes are on the disk when the block ends, or undone if it raises.
 
         A block inside a block of the same thread is a savepoint: it is undone alone if it raises.
         If SQLite rolls back the whole transaction in it, all later steps and the commit fail.
@@ -2262,30 +2268,23 @@ class Store:
             return
         with self._readers:
             try:
-                connection = self._reader()
+                if self._closed:
+                    raise sqlite3.ProgrammingError("the store is closed")
+                try:
+                    connection = self._idle.pop()
+                except IndexError:  # checking first would not help: other threads pop, too
+                    connection = connect(self.path)
                 try:
                     connection.execute("BEGIN")
                     yield Session(connection)
                 finally:
                     connection.rollback()
-                    self._idle.append(connection)
                     if self._closed:
-                        self._close_readers()
+                        connection.close()
+                    else:
+                        self._idle.append(connection)
             except sqlite3.DatabaseError as error:
                 raise store_error(self.path, error) from error
-
-    def _reader(self) -> sqlite3.Connection:
-        """Return an idle connection to read from, or a new one."""
-        if self._closed:
-            raise sqlite3.ProgrammingError("the store is closed")
-        with suppress(IndexError):  # checking first would not help: other threads pop, too
-            return self._idle.pop()
-        return connect(self.path)
-
-    def _close_readers(self) -> None:
-        with suppress(IndexError):
-            while True:
-                self._idle.pop().close()
 
     def wait(self, seconds: float) -> bool:
         """Wait for a write, at most POLL_SECONDS; return False if the store was interrupted.
@@ -2308,8 +2307,8 @@ class Store:
         self.interrupt()
         with self._writing:
             self._closed = True
-            self._close_readers()
-            self._writer.close()
+            for connection in (*self._idle, self._writer):
+                connection.close()
 
     def backup(self, path: str) -> None:
         """Write a copy of one commit to a new file, while others read and write; StoreError."""
@@ -2341,10 +2340,12 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
             except sqlite3.DatabaseError as error:
                 if type(error) is not sqlite3.DatabaseError:
                     raise
+                # The damaged database stays in its place until there is a better one.
+                replace_content(f"{path}.restored", restored)
                 moved = f"{path}.damaged-{now}"
                 for file in filter(os.path.exists, (path, f"{path}-wal")):
                     os.replace(file, f"{file}.damaged-{now}")
-                replace_content(path, restored)
+                os.replace(f"{path}.restored", path)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"{path}: cannot be replaced ({error}); stop the server that uses it"
@@ -2506,6 +2507,24 @@ def change_kind(before: Resource, after: Resource) -> str:
     return "reactivated" if new else "deactivated"
 
 
+def changed_names(attribute: Attribute, before: Resource, after: Resource) -> list[str]:
+    """Return the paths of the attributes that differ; those of an extension one by one."""
+    names = []
+    for sub in attribute.sub_attributes:
+        old, new = before.get(sub.name, {}), after.get(sub.name, {})
+        if old != new and sub.mutability == "readWrite" and not sub.is_membership:
+            names += (
+                [sub.path]
+                if ":" not in sub.name
+                else [
+                    f"{sub.path}:{name}"
+                    for name in {**old, **new}
+                    if old.get(name) != new.get(name)
+                ]
+            )
+    return names
+
+
 def update_employee(
     session: Session, user_id: str, user: Resource, now: str
 ) -> tuple[str, str, list[str]] | None:
@@ -2513,8 +2532,14 @@ def update_employee(
 
     Returns the kind of the change, the employee's id and the fields' names; None for no change.
     """
-    before = employee_before(session, user_id, user)
-    after = employee_after(before, user_id, user)
+    columns = employee_columns(user_id, user)
+    before = session.employee_of(user_id)
+    if user and not before:
+        before = session.former_employee(columns["external_id"], columns["user_name"])
+    # A new employee is active; if active was removed from the user, the employee keeps its state.
+    active = before.active if before else True
+    before = before or NO_EMPLOYEE
+    after = before._replace(**{"active": active, **columns})
     if before == after:
         return None
     id = session.put_employee(after._replace(changed=now))
@@ -2526,33 +2551,19 @@ def update_employee(
     return (kind, str(id), names) if names else None
 
 
-def employee_before(session: Session, user_id: str, user: Resource) -> EmployeeRow:
-    """Return the employee that a user is, or was before it was deleted; else NO_EMPLOYEE."""
-    employee = session.employee_of(user_id)
-    if not employee and user:
-        employee = session.former_employee(user.get("externalId", ""), user_name_key(user))
-    return employee or NO_EMPLOYEE
-
-
-def employee_after(before: EmployeeRow, user_id: str, user: Resource) -> EmployeeRow:
-    """Return the employee that a user makes of the one before; without a user it stays, inactive."""
+def employee_columns(user_id: str, user: Resource) -> Resource:
+    """Return the columns of EmployeeRow that a user decides; without a user it stays, inactive."""
     if not user:
-        return before._replace(provisioned=False, active=False)
-    return before._replace(
-        user_id=user_id,
-        provisioned=True,
-        external_id=user.get("externalId", ""),
-        user_name=user_name_key(user),
-        # If active was removed from the user, the employee keeps its state.
-        active=user.get("active", before.active or before is NO_EMPLOYEE),
-        manager_id=user.get(ENTERPRISE, {}).get("manager", {}).get("value", ""),
-        record=employee_record(user),
-    )
-
-
-def user_name_key(user: Resource) -> str:
-    """Return the key of a user's userName."""
-    return USER_TYPE.root.by_name["username"].key(user["userName"])
+        return {"provisioned": False, "active": False}
+    return {
+        "user_id": user_id,
+        "provisioned": True,
+        "external_id": user.get("externalId", ""),
+        "user_name": USER_TYPE.root.by_name["username"].key(user["userName"]),
+        "manager_id": user.get(ENTERPRISE, {}).get("manager", {}).get("value", ""),
+        "record": employee_record(user),
+        **({"active": user["active"]} if "active" in user else {}),
+    }
 
 
 def compared_fields(row: EmployeeRow) -> Resource:
@@ -2586,7 +2597,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
     """Yield the lines of a table as CSV (RFC 4180)."""
     for row in table:
         line = io.StringIO()
-        # A spreadsheet runs a cell that starts like a formula; an apostrophe in front makes it text.
+        # A spreadsheet would run a cell that looks like a formula; an apostrophe makes it text.
         csv.writer(line).writerow(
             f"'{cell}"
             if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?\d+", cell)
@@ -2612,18 +2623,8 @@ CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
 
 
-class Page(NamedTuple):
-    """The answer to a query: how many resources match in all, and those in the window."""
-
-    total_results: int | None  # None after a position: only the first page is worth a count
-    resources: list[Any]
-    first: Position | None = None  # of the first resource of the page
-    last: Position | None = None
-    more: bool = False  # whether there are more resources in the direction of the window
-
-
 class Precondition(NamedTuple):
-    """A client's conditions on a version (RFC 7644 §3.14): If-Match, If-None-Match, "" if absent."""
+    """A client's conditions on a version (RFC 7644 §3.14); a header that is absent is ""."""
 
     if_match: str = ""
     if_none_match: str = ""
@@ -2719,9 +2720,8 @@ class Directory:
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
         id, now, attributes = self.new_id(), time_text(self.clock()), stored(resource)
-        row = StoredResource(
-            0, resource_type.name, id, to_json(attributes), "{}", 1, now, now, member_count=0
-        )
+        body = to_json(attributes)
+        row = StoredResource(0, resource_type.name, id, body, "{}", 1, now, now, 0)
         row.attributes = attributes
         with self.store.writing() as session:
             self._check_unique(session, row, {}, resource)
@@ -2764,7 +2764,7 @@ class Directory:
         window: Window,
         base_url: str = "",
     ) -> Page:
-        """Return a window on the matches of several types, each with its filter (RFC 7644 §3.4.2.1).
+        """Return a window on the matches of several types, each with a filter (RFC 7644 §3.4.2.1).
 
         With a base_url, resources that are selected as a whole are Encoded.
         """
@@ -2839,7 +2839,7 @@ class Directory:
             self._record(session, row, before, {})
 
     def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
-        """Create the users and groups of {"Users": [body, …], "Groups": [body, …]}, or of a file.
+        """Create users and groups from {"Users": [body, …], "Groups": [body, …]}, or such a file.
 
         A member may be given by userName or displayName, as {"value": name} or the name alone.
         Returns the ids by name.
@@ -2945,7 +2945,7 @@ class Directory:
         )
 
     def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
-        """Return what a function reads; while that is empty, try again until wait seconds are over."""
+        """Return what a function reads; if that is empty, try again for wait seconds."""
         end = time.monotonic() + wait
         while True:
             with self.store.reading() as session:
@@ -2975,7 +2975,8 @@ class Directory:
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; return the thread.
 
-        Exceptions of the callback are printed and otherwise ignored. The thread ends with the store.
+        Exceptions of the callback are printed and otherwise ignored. The thread ends with
+        the store.
         """
 
         def run(after: int) -> None:
@@ -3053,7 +3054,18 @@ class Directory:
     ) -> Resource:
         """Return a stored resource with its version, its groups, and all its members or some."""
         version, links = self._links(session, row, selection, only_members, groups)
-        return {**from_json(self._head(row, version) + "}"), **row.attributes, **links}
+        return {
+            "schemas": schemas_of(self.resource_types[row.type], row.attributes),
+            "id": row.id,
+            **row.attributes,
+            "meta": {
+                "resourceType": row.type,
+                "created": row.created,
+                "lastModified": row.modified,
+                "version": version,
+            },
+            **links,
+        }
 
     def _encoded(
         self,
@@ -3065,23 +3077,16 @@ class Directory:
         """Return a whole resource as project() shows it; the stored text is inserted as it is."""
         # Building a dict only to serialise it made a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
-        text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
-        return Encoded(f"{self._head(row, version, base_url)},{text}{row.body[1:]}")
-
-    def _head(self, row: StoredResource, version: str, base_url: str = "") -> str:
-        """Return the JSON text of schemas, id and meta, without the brace that closes it."""
         resource_type = self.resource_types[row.type]
-        extensions = (one.id for one in resource_type.extensions)
-        schemas = [urn for urn in extensions if offset_of_member(row.body, urn)]
-        urns, url = (
-            '","'.join([resource_type.schema.id, *schemas]),
-            resource_type.location(base_url, row.id),
-        )
-        location = f',"location":{to_json(url)}' if base_url else ""
-        return (
-            f'{{"schemas":["{urns}"],"id":{to_json(row.id)},"meta":{{"resourceType":"{row.type}",'
-            f'"created":"{row.created}","lastModified":"{row.modified}",'
-            f'"version":{to_json(version)}{location}}}'
+        extensions = (extension.id for extension in resource_type.extensions)
+        urns = [urn for urn in extensions if offset_of_member(row.body, urn)]
+        schemas = '","'.join([resource_type.schema.id, *urns])
+        location = resource_type.location(base_url, row.id)
+        text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
+        return Encoded(
+            f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":'
+            f'"{row.type}","created":"{row.created}","lastModified":"{row.modified}","version":'
+            f'{to_json(version)},"location":{to_json(location)}}},{text}{row.body[1:]}'
         )
 
     def _links(
@@ -3251,37 +3256,6 @@ def split_custom_fields(
         else:
             unknown.setdefault(name, value)
     return known, unknown
-
-
-def changed_names(attribute: Attribute, before: Resource, after: Resource) -> list[str]:
-    """Return the paths of the attributes that differ; those of an extension one by one."""
-    names = []
-    for sub in attribute.sub_attributes:
-        old, new = before.get(sub.name, {}), after.get(sub.name, {})
-        if old != new and sub.mutability == "readWrite" and not sub.is_membership:
-            names += (
-                [sub.path]
-                if ":" not in sub.name
-                else [
-                    f"{sub.path}:{name}"
-                    for name in {**old, **new}
-                    if old.get(name) != new.get(name)
-                ]
-            )
-    return names
-
-
-def stored(resource: Resource) -> Resource:
-    """Return the attributes of a resource that are stored in its body."""
-    computed = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
-    return {name: value for name, value in resource.items() if name not in computed}
-
-
-def offset_of_member(body: str, name: str) -> int:
-    """Return the offset of a member's value in a body's JSON text; 0 if there is no such member."""
-    # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
-    offset = body.rfind(f'"{name}":')
-    return offset + len(name) + 3 if offset > 0 else 0
 
 
 # ----------------------------------------------------------------------------
