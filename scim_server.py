@@ -91,7 +91,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, TypeVar
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -1526,8 +1526,11 @@ Filters = Mapping[str, Filter]  # by the types of the resources that they select
 COLUMNS = {"resource": "seq", "entry": "seq, element"}  # that identify a row in a condition
 
 
-def compile_filter(filter: Filter, row: str = "resource") -> Sql:
-    """Return a filter as an SQL condition on a row: a resource or an index entry (value paths)."""
+def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -> Sql:
+    """Return a filter as an SQL condition on a row: a resource or an index entry (value paths).
+
+    A probe is a look-up for one row, in place of a set of rows. Only equalities can be probes.
+    """
     match filter:
         case And(filters):
             return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
@@ -1541,19 +1544,22 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
             return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
         case Present(target):
             return row_in_index(target, row, "key > ''", [])
+        case Compare(target, "eq", key) if probe and target.attribute.index not in DERIVED_ENTRIES:
+            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
+            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
+            return sql, [target.attribute.index, key]
         case Compare(target, op, key):
             condition = COMPARISONS[op]
             return row_in_index(target, row, condition, [key] * condition.count("?"))
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And: the most selective as a set of rows, equalities as probes of it."""
+    """Return the terms of And, the most selective first; after a narrow one come probes."""
     # SQLite would materialise a second set completely, even one of a million rows.
     terms = sorted(filters, key=selectivity)
     narrow = bool(terms) and selectivity(terms[0]) < 2
     return [
-        compile_probe(term, row) if narrow and number else compile_filter(term, row)
-        for number, term in enumerate(terms)
+        compile_filter(term, row, probe=narrow and number > 0) for number, term in enumerate(terms)
     ]
 
 
@@ -1583,19 +1589,6 @@ def all_in_index(filter: Filter) -> bool:
             return all(map(all_in_index, filters))
         case _:
             return not isinstance(filter, Not)
-
-
-def compile_probe(filter: Filter, row: str) -> Sql:
-    """Return an equality as a look-up for one row; compile any other filter as usual."""
-    match filter:
-        case Compare(AttributePath((*_, attribute)), "eq", key) if (
-            attribute.index not in DERIVED_ENTRIES
-        ):
-            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [attribute.index, key]
-        case _:
-            return compile_filter(filter, row)
 
 
 def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
@@ -1846,6 +1839,9 @@ class Change:
     attributes: list[str]  # the names changed
 
 
+COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+
+
 class Session:
     """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
 
@@ -1889,7 +1885,7 @@ class Session:
                 [*changing, row.type, row.id, row.created],
             )
             row.seq = new.lastrowid or 0
-            self._count(row.type, 1)
+            self.run(COUNT, [row.type, 1])
         self._update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
@@ -1897,11 +1893,7 @@ class Session:
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._update_index(row.seq, entries, set())
-        self._count(row.type, -1)
-
-    def _count(self, type: str, difference: int) -> None:
-        sql = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + ?"
-        self.run(sql, [type, difference, difference])
+        self.run(COUNT, [row.type, -1])
 
     def _update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
         self.run_many(
@@ -1925,10 +1917,7 @@ class Session:
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
     ) -> list[tuple[int, str, StoredResource]]:
-        """Return the matches in a window, and one more if there is one.
-
-        Each is preceded by missing and key, the first parts of its Position.
-        """
+        """Return a window's matches and one more; the missing and key of its Position precede each."""
         try:
             rows = self.run(*compile_page(filters, sorting, window)).fetchall()
         except sqlite3.OperationalError as error:
@@ -1943,10 +1932,8 @@ class Session:
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
-        sql = (
-            "SELECT id, type, display FROM member JOIN resource ON seq = member_seq "
-            "WHERE group_seq = ?"
-        )
+        columns = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq"
+        sql = f"{columns} WHERE group_seq = ?"
         if ids is None:
             rows = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
         else:
@@ -1983,13 +1970,11 @@ class Session:
             "INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
             "UPDATE SET display = excluded.display, display_key = excluded.display_key"
         )
-        return [
-            id
+        rows = [
+            (group_seq, text, None if text is None else display.key(text), id)
             for id, text in members
-            if self.run(
-                sql, [group_seq, text, None if text is None else display.key(text), id]
-            ).rowcount
         ]
+        return [row[-1] for row in rows if self.run(sql, row).rowcount]
 
     def remove_members(self, group_seq: int, ids: Iterable[str]) -> list[str]:
         """Remove members from a group; return the ids of those that were members."""
@@ -2116,9 +2101,8 @@ class Session:
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
-        return [
-            id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()
-        ]
+        sql = "SELECT 1 FROM resource WHERE id = ?"
+        return [id for id in ids if not self.run(sql, [id]).fetchone()]
 
     # -- Settings --
 
@@ -2526,11 +2510,11 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
 
 
 def update_employee(
-    session: Session, user_id: str, user: Resource, now: str
-) -> tuple[str, str, list[str]] | None:
+    session: Session, user_id: str, user: Resource, now: str, log: Callable[..., None]
+) -> None:
     """Make the employee of a user follow a write; {} means the user was deleted.
 
-    Returns the kind of the change, the employee's id and the fields' names; None for no change.
+    log is called with the kind of the change, the employee's id and the names of the fields.
     """
     columns = employee_columns(user_id, user)
     before = session.employee_of(user_id)
@@ -2541,14 +2525,15 @@ def update_employee(
     before = before or NO_EMPLOYEE
     after = before._replace(**{"active": active, **columns})
     if before == after:
-        return None
+        return
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
     old, new = compared_fields(before), compared_fields(after)
     names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
-    kind = f"employee.{change_kind(old if before.id else {}, new)}"
-    return (kind, str(id), names) if names else None
+    if names:
+        kind = change_kind(old if before.id else {}, new)
+        log(f"employee.{kind}", str(id), attributes=names)
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
@@ -2649,6 +2634,7 @@ class Precondition(NamedTuple):
 ALWAYS = Precondition()
 Clock = Callable[[], datetime]
 utc_now: Clock = partial(datetime.now, UTC)
+Result = TypeVar("Result")
 
 
 def random_id() -> str:
@@ -2936,15 +2922,14 @@ class Directory:
     ) -> list[Json]:
         """Return entries of the provisioning log, newest first; wait seconds if there is none.
 
-        before is 0 for the end; level is 0 for all, 1 for warnings and refusals, 2 for refusals;
-        text is a text that the entries contain.
+        before 0 is the end; level 1 is warnings and refusals, 2 refusals; each entry contains text.
         """
         return self._read(
             lambda session: session.requests(after, before or 2**62, count, level, subject, text),
             wait,
         )
 
-    def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
+    def _read(self, read: Callable[[Session], Result], wait: float = 0) -> Result:
         """Return what a function reads; if that is empty, try again for wait seconds."""
         end = time.monotonic() + wait
         while True:
@@ -2975,15 +2960,14 @@ class Directory:
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; return the thread.
 
-        Exceptions of the callback are printed and otherwise ignored. The thread ends with
-        the store.
+        Exceptions of the callback are printed, then ignored. The thread ends with the store.
         """
 
         def run(after: int) -> None:
             while self.store.wait(0):
                 try:
                     # If the callback was slow, the feed may no longer have the next changes.
-                    after = max(after, self._change_bounds()[0])
+                    after = max(after, self._read(Session.change_bounds)[0])
                     for change in self.follow(after):
                         after = change.seq
                         callback(change)
@@ -2993,13 +2977,11 @@ class Directory:
                 except Exception:  # noqa: BLE001  code of others
                     traceback.print_exc()
 
-        thread = threading.Thread(target=run, args=(self._change_bounds()[1],), daemon=True)
+        thread = threading.Thread(
+            target=run, args=(self._read(Session.change_bounds)[1],), daemon=True
+        )
         thread.start()
         return thread
-
-    def _change_bounds(self) -> tuple[int, int]:
-        with self.store.reading() as session:
-            return session.change_bounds()
 
     # -- Reading: from a stored resource to what is shown --
 
@@ -3116,12 +3098,17 @@ class Directory:
         for sub in self.resource_types[row.type].root.sub_attributes:
             value = after.get(sub.name)
             unique = sub.uniqueness == "server" and sub.mutability != "readOnly"
-            if not unique or value in (None, before.get(sub.name)):
-                continue
-            if session.is_in_use(row.type, sub.index, sub.key(value), row.seq):
-                detail = f"{sub.name} {quoted(value)} is already in use by another {row.type}"
-                reason = ("taken", sub.name, value, row.type)
-                raise ScimError(409, "uniqueness", detail, reason=reason)
+            if (
+                unique
+                and value not in (None, before.get(sub.name))
+                and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
+            ):
+                raise ScimError(
+                    409,
+                    "uniqueness",
+                    f"{sub.name} {quoted(value)} is already in use by another {row.type}",
+                    reason=("taken", sub.name, str(value), row.type),
+                )
 
     def _save(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
@@ -3175,12 +3162,8 @@ class Directory:
         kind = f"{row.type.lower()}.{change_kind(before, after)}"
         self._log(session, kind, row.id, attributes=names)
         if row.type == "User":
-            self._update_employee(session, row.id, after)
-
-    def _update_employee(self, session: Session, user_id: str, user: Resource) -> None:
-        if change := update_employee(session, user_id, user, time_text(self.clock())):
-            kind, id, names = change
-            self._log(session, kind, id, attributes=names)
+            log = partial(self._log, session)
+            update_employee(session, row.id, after, time_text(self.clock()), log)
 
     def _log(
         self,
@@ -3217,16 +3200,16 @@ class Directory:
         With a session that writes, a resource that differs is stored.
         """
         offset = offset_of_member(row.body, FACILIO)
-        shown: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
-        types = {name: FIELD_TYPES[type(value)] for name, value in shown.items()}
+        present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
+        types = {name: FIELD_TYPES[type(value)] for name, value in present.items()}
         if row.hidden == "{}" and types.items() <= self._field_types.items():
             return row
         user_type, hidden = self.resource_types["User"], from_json(row.hidden)
-        known, unknown = split_custom_fields(user_type, (*shown.items(), *hidden.items()))
-        if (known, unknown) == (shown, hidden):
+        visible, others = split_custom_fields(user_type, (*present.items(), *hidden.items()))
+        if (visible, others) == (present, hidden):
             return row
-        attributes = pruned(row.attributes | {FACILIO: known})
-        changed = row.changed(attributes, hidden=to_json(unknown))
+        attributes = pruned(row.attributes | {FACILIO: visible})
+        changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
             other_fields = tuple(CustomField(*pair) for pair in types.items())
@@ -3238,8 +3221,9 @@ class Directory:
     def _adopt_users(self, session: Session) -> None:
         """Make the employees of users that an older version stored without them."""
         if not session.setting("employees"):
+            now, log = time_text(self.clock()), partial(self._log, session)
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62)):
-                self._update_employee(session, row.id, row.attributes)
+                update_employee(session, row.id, row.attributes, now, log)
             session.set_setting("employees", "made")
 
 
@@ -3248,14 +3232,14 @@ def split_custom_fields(
 ) -> tuple[Resource, Resource]:
     """Return the custom fields that a type of user has, and the others; earlier values win."""
     extension = user_type.root.by_name[FACILIO.lower()]
-    known, unknown = Resource(), Resource()
+    visible, others = Resource(), Resource()
     for name, value in values:
         sub = extension.sub_attribute(name)
-        if sub and sub.name not in known and sub.type == FIELD_TYPES[type(value)]:
-            known[sub.name] = value
+        if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
+            visible[sub.name] = value
         else:
-            unknown.setdefault(name, value)
-    return known, unknown
+            others.setdefault(name, value)
+    return visible, others
 
 
 # ----------------------------------------------------------------------------
