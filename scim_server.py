@@ -1554,7 +1554,7 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the most selective first; after a narrow one come probes."""
+    """Return the terms of And, the most selective first; if it matches few rows, then probes."""
     # SQLite would materialise a second set completely, even one of a million rows.
     terms = sorted(filters, key=selectivity)
     narrow = bool(terms) and selectivity(terms[0]) < 2
@@ -1911,8 +1911,8 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = compile_filters(filters)
-        row = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()
-        return int(row[0])
+        sql = f"SELECT count(*) FROM resource WHERE {condition}"
+        return int(self.run(sql, parameters).fetchone()[0])
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
@@ -2112,8 +2112,8 @@ class Session:
 
     def continue_numbering(self, numbers: Mapping[str, int]) -> None:
         """After a restore, reuse no number and end the feed for all its readers (410)."""
-        restored = self.numbers()
-        last = {name: max(seq, restored.get(name, 0)) for name, seq in numbers.items()}
+        last = self.numbers()
+        last |= {name: max(seq, last.get(name, 0)) for name, seq in numbers.items()}
         last["change"] = last.get("change", 0) + 1  # also for readers that had read all changes
         self.run_many("DELETE FROM sqlite_sequence WHERE name = ?", [(name,) for name in last])
         self.run_many("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", last.items())
@@ -2377,9 +2377,10 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
 # Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-# Each SCIM path that Entra ID sends or an employee is made from: the source in Entra ID, the path,
-# what to change in Entra's default mapping, and the employee's fields that the path fills. A field
-# takes its first choice that has a value; paths that are the same choice are joined by a blank.
+# The SCIM paths that Entra ID sends or that an employee is made from: the source in Entra ID, the
+# path, what to change in Entra's default mapping, and the employee's fields that it is for.
+# "name:4" is the fourth choice for the name: the first choice that has a value counts. Paths that
+# are the same choice are joined by a space.
 # fmt: off
 EMPLOYEE_FIELDS = (
     ("userPrincipalName", "userName", "make it required, matching precedence 1", "name:4 email:3"),
@@ -2437,12 +2438,15 @@ class Employee:
 
 def source_paths(name: str) -> list[list[PatchPath]]:
     """Return the choices of paths in a user that a field of an employee is made from."""
-    choices: dict[str, list[PatchPath]] = {}
-    for _, path, _, targets in EMPLOYEE_FIELDS:
-        for target, _, rank in (text.partition(":") for text in targets.split()):
-            if target == name:
-                choices.setdefault(rank, []).append(parse_path(path, USER_TYPE))
-    return [paths for _, paths in sorted(choices.items())]
+    choice = operator.itemgetter(0)
+    rows = [
+        (target, parse_path(path, USER_TYPE))
+        for _, path, _, targets in EMPLOYEE_FIELDS
+        for target in targets.split()
+        if target.partition(":")[0] == name
+    ]
+    groups = itertools.groupby(sorted(rows, key=choice), choice)
+    return [[path for _, path in group] for _, group in groups]
 
 
 STORED_APART = ("id", "user_id", "external_id", "active", "manager", "changed", "custom_fields")
@@ -2972,8 +2976,8 @@ class Directory:
                         after = change.seq
                         callback(change)
                 except StoreError:  # such as a file that is locked for a while
-                    traceback.print_exc()
-                    self.store.wait(POLL_SECONDS)
+                    if self.store.wait(POLL_SECONDS):
+                        traceback.print_exc()
                 except Exception:  # noqa: BLE001  code of others
                     traceback.print_exc()
 
@@ -5149,6 +5153,7 @@ class Application:
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(gone := before[name], Directory):
+                self.log.close()  # its calls belong to the tenant's log
                 gone.store.close()  # after the write that is in progress
 
     def add_tenant(self, document: Json) -> Directory:

@@ -4371,6 +4371,23 @@ def test_numbers_that_were_given_out_before_a_restore_are_not_given_out_again(
     assert [one.seq for one in directory.changes(5)] == [6, 7]
 
 
+def test_after_the_restore_of_a_damaged_file_readers_of_changes_start_again(tmp_path: Path) -> None:
+    path, backup = str(tmp_path / "a.sqlite3"), str(tmp_path / "backup")
+    directory = scim_server.Directory(scim_server.Store(path))
+    directory.create("User", {"userName": "ada"})
+    directory.store.backup(backup)
+    directory.store.close()
+    Path(path).write_bytes(b"rubbish" * 999)
+    assert scim_server.restore_file(path, backup, "a", "now") == f"{path}.damaged-now"
+    directory = scim_server.Directory(scim_server.Store(path))
+    with pytest.raises(scim_server.ScimError, match="after=3"):
+        directory.changes(2)
+    directory.create("User", {"userName": "zoe"})
+    assert [change.seq for change in directory.changes(3)] == [4, 5]
+    assert [employee.id for employee in directory.employees()] == [1, 2]
+    directory.store.close()
+
+
 def test_a_manager_who_comes_back_has_the_same_reports() -> None:
     directory = scim_server.Directory(scim_server.Store(":memory:"))
     ada = directory.create("User", {"userName": "ada", "externalId": "a"})["id"]
