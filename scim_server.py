@@ -2896,7 +2896,7 @@ class Directory:
             after = rows[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
-        """Return at most count changes after a number; wait up to so many seconds if there is none.
+        """Return at most count changes after a number; wait for seconds if there is none.
 
         Raises ScimError 410 if the feed no longer has them: its detail says where to start.
         """
@@ -2971,7 +2971,8 @@ class Directory:
             while self.store.wait(0):
                 try:
                     # If the callback was slow, the feed may no longer have the next changes.
-                    after = max(after, self._read(Session.change_bounds)[0])
+                    first, last = self._read(Session.change_bounds)
+                    after = min(max(after, first), last)
                     for change in self.follow(after):
                         after = change.seq
                         callback(change)
@@ -2981,9 +2982,8 @@ class Directory:
                 except Exception:  # noqa: BLE001  code of others
                     traceback.print_exc()
 
-        thread = threading.Thread(
-            target=run, args=(self._read(Session.change_bounds)[1],), daemon=True
-        )
+        newest = self._read(Session.change_bounds)[1]
+        thread = threading.Thread(target=run, args=(newest,), daemon=True)
         thread.start()
         return thread
 
@@ -3234,7 +3234,7 @@ class Directory:
 def split_custom_fields(
     user_type: ResourceType, values: Iterable[tuple[str, Json]]
 ) -> tuple[Resource, Resource]:
-    """Return the custom fields that a type of user has, and the others; earlier values win."""
+    """Return the values of custom fields that a user type has, and the others; the first wins."""
     extension = user_type.root.by_name[FACILIO.lower()]
     visible, others = Resource(), Resource()
     for name, value in values:
