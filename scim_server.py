@@ -93,7 +93,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO, cast
+from typing import Any, NamedTuple, TextIO, TypeVar, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -1151,6 +1151,62 @@ def index_entries(
                 yield from index_entries(sub, part, number)
 
 
+# -- The stored form -----------------------------------------------------------
+
+to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
+DECODER = json.JSONDecoder()
+
+
+class Encoded(str):
+    """JSON text of a resource that is sent as it is."""
+
+
+def from_json(text: str) -> Json:
+    """Return the value that to_json() made a text from."""
+    return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
+
+
+class StoredResource:
+    """A row of the table of resources, by its columns: body and hidden are JSON text."""
+
+    def __init__(self, *columns: Any) -> None:
+        self.seq, self.type, self.id, self.body, self.hidden, *others = columns
+        self.revision, self.created, self.modified, self.member_count = others
+
+    @cached_property
+    def attributes(self) -> Resource:
+        """The body, parsed once: the resource without what is computed. It is never changed."""
+        return from_json(self.body)  # type: ignore[no-any-return]
+
+    def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
+        """Return the next revision, with other attributes and other values of some columns."""
+        row = copy.copy(self)
+        vars(row).update(columns, attributes=attributes, body=to_json(attributes))
+        row.revision += 1
+        return row
+
+    def entries(self, resource_type: ResourceType) -> set[Entry]:
+        """Return the index entries."""
+        return {
+            *index_entries(resource_type.root, self.attributes),
+            ("meta.created", date_time_key(self.created), 0),
+            ("meta.lastmodified", date_time_key(self.modified), 0),
+        }
+
+
+def stored(resource: Resource) -> Resource:
+    """Return the attributes of a resource that are stored in its body."""
+    computed = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
+    return {name: value for name, value in resource.items() if name not in computed}
+
+
+def offset_of_member(body: str, name: str) -> int:
+    """Return the offset of a member's value in a body's JSON text; 0 if there is no such member."""
+    # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
+    offset = body.rfind(f'"{name}":')
+    return offset + len(name) + 3 if offset > 0 else 0
+
+
 # ----------------------------------------------------------------------------
 # 5. PATCH                                                      RFC 7644 §3.5.2
 #
@@ -1469,12 +1525,12 @@ def pruned(value: Json) -> Json:
 # ----------------------------------------------------------------------------
 # 6. Queries                                                   RFC 7644 §3.4.2
 #
-# The filter tree as SQL: conditions, sorted halves and positions. Every filter
-# uses the index: each term is a set of rows, `seq IN (SELECT …)`, one range of it.
+# The filter tree as SQL: conditions, the two halves of a sorted query, positions.
+# Every term is one range of the index: `seq IN (SELECT …)`, or a probe for one row.
 # Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
 
-# What other rows tell is not stored as index entries: these make them, under the attributes' paths.
+# Entries that are not stored, because other tables have the values, by their attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
 MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
 GROUPS = "member_seq AS seq, group_seq AS element FROM member"
@@ -1495,7 +1551,7 @@ DERIVED_ENTRIES = {
     "groups.display": f"key, {GROUPS} JOIN value ON value.seq = group_seq AND path = 'displayname'",
 }
 ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")  # of positions
-COMPARISONS = {  # with a key for each mark; all but co and ew are one range of the index
+COMPARISONS = {  # each ? is the key; all but co and ew are one range of the index
     "eq": "key = ?",
     "gt": "key > ?",
     "ge": "key >= ?",
@@ -1503,15 +1559,18 @@ COMPARISONS = {  # with a key for each mark; all but co and ew are one range of 
     "le": "key <= ?",
     "co": "instr(key, ?) > 0",
     "ew": "substr(key, -length(?), length(?)) = ?",
-    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # no octet of UTF-8 is as great as FF
+    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # FF is greater than any byte of UTF-8
 }
 Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
-COLUMNS = {"resource": "seq", "entry": "seq, element"}  # by which a condition knows its rows
+COLUMNS = {"resource": "seq", "entry": "seq, element"}  # that identify a row in a condition
 
 
-def compile_filter(filter: Filter, row: str = "resource") -> Sql:
-    """Return a filter as an SQL condition on a row: a resource or, in a value path, an index entry."""
+def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -> Sql:
+    """Return a filter as an SQL condition on a row: a resource or an index entry (value paths).
+
+    A probe is a look-up for one row, in place of a set of rows. Only equalities can be probes.
+    """
     match filter:
         case And(filters):
             return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
@@ -1522,86 +1581,75 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
             return f"NOT ({sql})", parameters
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
-            return rows(target, row, f"key = '1' AND {sql}", parameters)
+            return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
         case Present(target):
-            return rows(target, row, "key > ''", [])
+            return row_in_index(target, row, "key > ''", [])
+        case Compare(target, "eq", key) if probe and target.attribute.index not in DERIVED_ENTRIES:
+            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
+            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
+            return sql, [target.attribute.index, key]
         case Compare(target, op, key):
-            return rows(target, row, COMPARISONS[op], [key] * COMPARISONS[op].count("?"))
+            condition = COMPARISONS[op]
+            return row_in_index(target, row, condition, [key] * condition.count("?"))
 
 
 def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the narrowest first: a set of rows, in which equalities are probed."""
-    # Another set would be made whole, be it of a million rows, before SQLite looks into it.
-    terms = sorted(filters, key=width)
-    narrow = bool(terms) and width(terms[0]) < 2
+    """Return the terms of And, the most selective first; if it matches few rows, then probes."""
+    # SQLite would materialise a second set completely, even one of a million rows.
+    terms = sorted(filters, key=selectivity)
+    narrow = bool(terms) and selectivity(terms[0]) < 2
     return [
-        probe(term, row) if narrow and number else compile_filter(term, row)
-        for number, term in enumerate(terms)
+        compile_filter(term, row, probe=narrow and number > 0) for number, term in enumerate(terms)
     ]
 
 
-def width(filter: Filter) -> int:
-    """Return a guess at how many rows a filter finds: 0 a few, 1 a range of them, 2 most of them."""
+def selectivity(filter: Filter) -> int:
+    """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
     match filter:
         case Compare(AttributePath((*_, attribute)), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare():
             return 1
         case ValuePath(_, inner):
-            return width(inner)
+            return selectivity(inner)
         case And(filters):
-            return min(map(width, filters), default=2)
+            return min(map(selectivity, filters), default=2)
         case Or(filters):
-            return max(map(width, filters), default=0)
+            return max(map(selectivity, filters), default=0)
         case _:
             return 2
 
 
-def is_set(filter: Filter) -> bool:
-    """Return whether all that a filter finds is in sets of rows, which no Not goes beyond."""
+def all_in_index(filter: Filter) -> bool:
+    """Return whether all matches are in sets from the index: no Not stands outside of one."""
     match filter:
         case And(filters):
-            return any(map(is_set, filters))
+            return any(map(all_in_index, filters))
         case Or(filters):
-            return all(map(is_set, filters))
+            return all(map(all_in_index, filters))
         case _:
             return not isinstance(filter, Not)
 
 
-def probe(filter: Filter, row: str) -> Sql:
-    """Return an equality as a look-up for one row, another filter as it is."""
-    match filter:
-        case Compare(AttributePath((*_, attribute)), "eq", key) if (
-            attribute.index not in DERIVED_ENTRIES
-        ):
-            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [attribute.index, key]
-        case _:
-            return compile_filter(filter, row)
-
-
-def join_sql(word: str, compiled: Sequence[Sql], empty: str) -> Sql:
-    """Return conditions joined by AND or OR, or what stands for none of them."""
+def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
+    """Return conditions joined by AND or OR; empty is the condition if there are none."""
     return (
-        f"({word.join(sql for sql, _ in compiled) or empty})",
-        [parameter for _, parameters in compiled for parameter in parameters],
+        f"({word.join(sql for sql, _ in conditions) or empty})",
+        [parameter for _, parameters in conditions for parameter in parameters],
     )
 
 
-def rows(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    """Return that a row is among the index entries of a target that meet a condition."""
-    source, values = entries_of(target.attribute)
-    return f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {source} AND {condition})", [
-        *values,
-        *parameters,
-    ]
+def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
+    """Return the condition that a row is among a target's index entries that meet a condition."""
+    entries, values = entries_of(target.attribute)
+    sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
+    return sql, [*values, *parameters]
 
 
 def entries_of(attribute: Attribute) -> Sql:
-    """Return the index entries of an attribute as what follows FROM, to which conditions are added."""
-    if linked := DERIVED_ENTRIES.get(attribute.index):
-        return f"(SELECT {linked}) AS entry WHERE 1 = 1", []
+    """Return what follows FROM to read an attribute's index entries; conditions can be appended."""
+    if derived := DERIVED_ENTRIES.get(attribute.index):
+        return f"(SELECT {derived}) AS entry WHERE 1 = 1", []
     return "value AS entry WHERE path = ?", [attribute.index]
 
 
@@ -1613,7 +1661,7 @@ class Sorting(NamedTuple):
 
 
 class Position(NamedTuple):
-    """Where a resource stands in a sorted query: those without a value (missing 1) come last."""
+    """The place of a resource in a sorted query: those without a value (missing 1) come last."""
 
     missing: int
     key: str
@@ -1622,7 +1670,7 @@ class Position(NamedTuple):
 
 @dataclass(frozen=True)
 class Window:
-    """The part of a query's resources to read: count, behind an offset or behind a position."""
+    """The part of a query's resources to read: count of them, after an offset or a position."""
 
     count: int
     offset: int = 0
@@ -1630,8 +1678,18 @@ class Window:
     backward: bool = False  # towards the first resource; the page keeps the order of the query
 
 
-def bound_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
-    """Return what keeps one half of a query, in the order of columns, behind a position."""
+class Page(NamedTuple):
+    """The answer to a query: how many resources match in all, and those in the window."""
+
+    total_results: int | None  # None after a position: only the first page is worth a count
+    resources: list[Any]
+    first: Position | None = None  # of the first resource of the page
+    last: Position | None = None
+    more: bool = False  # whether there are more resources in the direction of the window
+
+
+def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
+    """Return the condition that a row of one half of a query comes after a position."""
     if after is None or missing != after.missing:
         whole = after is None or (missing > after.missing) != descending
         return "1 = 1" if whole else "1 = 0", []
@@ -1639,25 +1697,91 @@ def bound_sql(missing: int, columns: str, after: Position | None, descending: bo
     return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
 
 
+def compile_filters(filters: Filters) -> Sql:
+    """Return the condition that a resource is of a type in filters and matches its filter."""
+    # The + hides the column from SQLite, which would walk the index of types instead of the set.
+    terms = [
+        (f"({'+' * all_in_index(filter)}type = ? AND {sql})", [type, *parameters])
+        for type, filter in filters.items()
+        for sql, parameters in [compile_filter(filter)]
+    ]
+    return join_sql(" OR ", terms, "1 = 0")
+
+
+def compile_page(filters: Filters, sorting: Sorting | None, window: Window) -> Sql:
+    """Return the query of a page and one row more; missing and key precede each resource."""
+    descending = (sorting is not None and sorting.descending) != window.backward
+    limits = [window.count + 1, window.offset]
+    if not sorting and not window.offset:
+        sql, parameters = compile_positions(sorting, window, descending, filters, "resource.*")
+        return f"{sql} LIMIT ? OFFSET ?", [*parameters, *limits]
+    # The positions come first, so that the bodies of skipped resources are not read.
+    sql, parameters = compile_positions(sorting, window, descending, filters, "seq")
+    rows = f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?)"
+    return f"{rows} JOIN resource USING (seq) {ORDER[descending]}", [*parameters, *limits]
+
+
+def compile_positions(
+    sorting: Sorting | None, window: Window, descending: bool, filters: Filters, columns: str
+) -> Sql:
+    """Return the query of the positions of all matches in order, from the window's position on."""
+    # A sort walks along the index, then along the resources without a value: those come last in
+    # ascending order and first in descending order (RFC 7644 §3.4.2.3).
+    condition, parameters = compile_filters(filters)
+    missing, down = int(sorting is not None), " DESC" * descending
+    bound, bounds = after_position_sql(missing, "seq", window.after, descending)
+    keyless = (
+        f"SELECT {missing} AS missing, '' AS key, {columns} FROM resource "
+        f"WHERE {condition} AND {bound}"
+    )
+    if not sorting:
+        return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
+    entries, path = entries_of(sorting.target.attribute)
+    walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
+    # A set from the index is made once; otherwise each step tests one resource, to the page's end.
+    among = (
+        f"seq IN (SELECT seq FROM resource WHERE {condition})"
+        if all(map(all_in_index, filters.values()))
+        else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
+    )
+    limit = window.offset + window.count + 1
+    keyed = (
+        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND element = 0 "
+        f"AND {walk} AND {among} ORDER BY key{down}, seq{down} LIMIT ?)"
+    )
+    keyless = (
+        f"SELECT * FROM ({keyless} AND seq NOT IN (SELECT seq FROM {entries} "
+        f"AND element = 0) ORDER BY seq{down} LIMIT ?)"
+    )
+    halves = [
+        (keyed, [*path, *walk_bounds, *parameters, limit]),
+        (keyless, [*parameters, *bounds, *path, limit]),
+    ]
+    (first, values), (second, others) = halves[::-1] if descending else halves
+    # SQLite runs the second half only if the first has too few rows.
+    return f"{first} UNION ALL {second}", [*values, *others]
+
+
 # ----------------------------------------------------------------------------
 # 7. Store
 #
 # One tenant's resources, memberships, employees and changes in one SQLite file.
-# The only chapter that names a database module; it raises StoreError.
+# The only chapter that names a database module; its errors become StoreError.
 # Uses chapters 1 to 6. Knows nothing of HTTP and of JSON bodies.
 # ----------------------------------------------------------------------------
 
 MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """
     CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT, type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
+    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
-        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
+    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL,
+        element INTEGER NOT NULL, PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
     CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
         display TEXT, display_key TEXT,         -- as its client sent it, and the key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
@@ -1665,17 +1789,15 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """,
     """
     CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
-        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one where it was deleted
+        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one if it was deleted
         provisioned INTEGER NOT NULL, -- 0 when that user was deleted
-        external_id TEXT NOT NULL,
-        user_name TEXT NOT NULL,      -- as its key
-        active INTEGER NOT NULL,
-        manager_id TEXT NOT NULL,     -- the SCIM id of the manager, or ''
+        external_id TEXT NOT NULL, user_name TEXT NOT NULL,          -- the userName as its key
+        active INTEGER NOT NULL, manager_id TEXT NOT NULL,           -- the manager's SCIM id, or ''
         changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
     CREATE INDEX employee_external_id ON employee (external_id, provisioned);
     CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL, kind TEXT NOT NULL,
-        id TEXT NOT NULL,             -- of the user or group, or the number of the employee
+    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL,
+        kind TEXT NOT NULL, id TEXT NOT NULL,   -- of the user or group, or the employee's number
         member TEXT NOT NULL,         -- of a membership
         token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
     CREATE INDEX change_at ON change (at);
@@ -1698,94 +1820,66 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
     """,
 )
-BUSY_SECONDS = 5  # how long a write waits for that of another process
-MAX_WRITES_PER_COMMIT = 64  # writes that share a commit
-WRITER_CACHE = 8000  # KiB of pages that a writer keeps: a user is entries all over the index
-WAL_PAGES = 4000  # written before they are copied: those that all creates change but once
-READERS = 16  # connections that read at once; more would take turns anyway
-POLL_SECONDS = 0.5  # how often a waiting reader looks for what other processes wrote
-to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=(",", ":")).encode
-DECODER = json.JSONDecoder()
-
-
-class Encoded(str):
-    """JSON text of a resource, which goes out as it is."""
-
-
-def from_json(text: str) -> Json:
-    """Return what dump() made text of."""
-    return DECODER.raw_decode(text)[0]  # without a look for blanks around it
+BUSY_SECONDS = 5  # how long a write waits for another process
+MAX_WRITES_PER_COMMIT = 64  # requests that share a commit
+WRITER_CACHE = 8000  # KiB of pages in memory: the entries of one user are all over the index
+WAL_PAGES = 4000  # before a checkpoint, so that pages which every create changes are copied once
+READERS = 16  # maximum of concurrent read connections
+POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 
 
 class StoreError(Exception):
-    """A tenant's file cannot be used; the text says why and what to do."""
+    """A tenant's database cannot be used; the text says why and what to do.
+
+    reason is the database's own text, without the path. status is that of the HTTP answer.
+    """
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason or text
+        self.status = 507 if "full" in reason else 503
 
 
-class Damaged(StoreError):
-    """A file that SQLite cannot trust."""
-
-    def __init__(self, path: str, finding: str) -> None:
-        super().__init__(
-            f"{path}: damaged ({finding}); put a backup in its place: "
-            "python scim_server.py restore --tenant NAME FILE"
-        )
-
-
-def store_error(path: str, error: sqlite3.DatabaseError) -> StoreError:
-    """Return the error of a file that SQLite cannot use now, or not at all."""
-    if isinstance(error, sqlite3.OperationalError):
-        return StoreError(f"{path}: cannot be used ({error})")
-    return Damaged(path, str(error))
-
-
-class Row(NamedTuple):
-    """A stored resource, by the columns of its table: body and hidden are JSON text."""
-
-    seq: int
-    type: str
-    id: str
-    body: str
-    hidden: str
-    revision: int
-    created: str
-    modified: str
-    member_count: int
-
-    @property
-    def attributes(self) -> Resource:
-        """The body as a resource, read anew: canonical but for what is computed."""
-        return from_json(self.body)  # type: ignore[no-any-return]
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row of the change feed; seq counts the changes of a tenant in the order of their commits."""
-
-    seq: int
-    at: str
-    kind: str
-    id: str  # of the user or group, or the number of the employee
-    member: str  # the id of who joined or left a group
-    token: str  # the name of the token that it was done with
-    attributes: list[str]  # the names changed
+def store_error(path: str, error: sqlite3.Error) -> StoreError:
+    """Return the StoreError for an error of SQLite."""
+    damaged = type(error) is sqlite3.DatabaseError  # the subclasses mean something else
+    remedy = "put a backup in its place: python scim_server.py restore --tenant NAME FILE"
+    text = f"damaged ({error}); {remedy}" if damaged else f"cannot be used ({error})"
+    return StoreError(f"{path}: {text}", str(error))
 
 
 class EmployeeRow(NamedTuple):
-    """A stored employee, by the columns of its table, and the manager's employee id where known."""
+    """A stored employee, by the columns of its table, and the manager's employee id if known."""
 
     id: int
     user_id: str
-    provisioned: bool  # as the database has it, 0 or 1
+    provisioned: bool  # 0 or 1 when read from the database
     external_id: str
     user_name: str
-    active: bool  # this too
+    active: bool  # likewise
     manager_id: str
     changed: str
     record: Resource
     manager: int | None = None
 
 
-NOBODY = EmployeeRow(0, "", False, "", "", False, "", "", {})  # of whom an employee is made
+NO_EMPLOYEE = EmployeeRow(0, "", False, "", "", False, "", "", {})  # before a user's first write
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
+
+    seq: int
+    at: str
+    kind: str
+    id: str  # of the user or group, or the number of the employee
+    member: str  # the id of the resource that joined or left a group
+    token: str  # the name of the token that made the change
+    attributes: list[str]  # the names changed
+
+
+COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
 
 
 class Session:
@@ -1795,226 +1889,159 @@ class Session:
         self.run = connection.execute
         self.run_many = connection.executemany
 
-    def put(self, row: Row | EmployeeRow) -> int:
-        """Store a row of its table, a new one where its number (the first column) is 0; return the number."""
-        table = "resource" if isinstance(row, Row) else "employee"
-        (key, number), *columns = [
-            column for column in row._asdict().items() if column[0] != "manager"
-        ]
-        values = [to_json(value) if isinstance(value, dict) else value for _, value in columns]
-        changes = ", ".join(f"{name} = excluded.{name}" for name, _ in columns)
-        sql = f"INSERT INTO {table} VALUES (?{', ?' * len(values)}) ON CONFLICT ({key}) DO UPDATE SET {changes}"
-        new = self.run(sql, [number or None, *values]).lastrowid
-        return number or new or 0
-
     # -- Resources --
 
-    def find(self, type: str, id: str) -> Row | None:
+    def find(self, type: str, id: str) -> StoredResource | None:
         """Return the resource of a type with an id, or None."""
-        found = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
-        return Row(*found) if found else None
+        row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
+        return StoredResource(*row) if row else None
 
-    def holding(self, text: str) -> list[Row]:
-        """Return the resources in whose body or hidden values a text occurs."""
+    def containing(self, text: str) -> list[StoredResource]:
+        """Return the resources that have a text in their body, or have hidden values."""
         sql = "SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'"
-        return [Row(*found) for found in self.run(sql, [text])]
+        return [StoredResource(*row) for row in self.run(sql, [text])]
 
-    def taken(self, type: str, path: str, key: str, seq: int) -> bool:
-        """Return whether a resource of a type, other than that numbered seq, has a key at a path."""
+    def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
+        """Return whether a resource of a type, other than number seq, has a key at a path."""
         sql = (
             "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
             "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?"
         )
         return self.run(sql, [path, key, type, seq]).fetchone() is not None
 
-    def save(self, row: Row, before: Iterable[Entry], after: Iterable[Entry]) -> int:
-        """Store a resource, a new one where its seq is 0, and what differs in the index; return the seq."""
-        seq = self.put(row)
-        self._index(seq, before, after)
-        if not row.seq:
-            self._tally(row.type, 1)
-        return seq
+    def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
+        """Store a resource and the differences in its index entries; a new one gets its seq."""
+        changing = [row.body, row.hidden, row.revision, row.modified, row.member_count]
+        if row.seq:
+            self.run(
+                "UPDATE resource SET body = ?, hidden = ?, revision = ?, modified = ?, "
+                "member_count = ? WHERE seq = ?",
+                [*changing, row.seq],
+            )
+        else:
+            new = self.run(
+                "INSERT INTO resource (body, hidden, revision, modified, member_count, type, id, "
+                "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+                [*changing, row.type, row.id, row.created],
+            )
+            row.seq = new.lastrowid or 0
+            self.run(COUNT, [row.type, 1])
+        self._update_index(row.seq, before, after)
 
-    def delete(self, row: Row, entries: Iterable[Entry]) -> None:
-        """Remove a resource with its members."""
+    def delete(self, row: StoredResource, entries: set[Entry]) -> None:
+        """Remove a resource with its members and its index entries."""
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
-        self._index(row.seq, entries, ())
-        self._tally(row.type, -1)
+        self._update_index(row.seq, entries, set())
+        self.run(COUNT, [row.type, -1])
 
-    def _tally(self, type: str, by: int) -> None:
-        self.run(
-            "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count",
-            [type, by],
-        )
-
-    def _index(self, seq: int, before: Iterable[Entry], after: Iterable[Entry]) -> None:
-        old, new = set(before), set(after)
+    def _update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
         self.run_many(
             "DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
-            [(*entry, seq) for entry in old - new],
+            [(*entry, seq) for entry in before - after],
         )
         self.run_many(
             "INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
-            [(*entry, seq) for entry in new - old],
+            [(*entry, seq) for entry in after - before],
         )
 
     def total(self, filters: Filters) -> int:
-        """Return how many resources match; filters has a filter for each type asked for."""
+        """Return how many resources match; filters has a filter for each type to count."""
         if all(filter == EVERYTHING for filter in filters.values()):
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
-        condition, parameters = self._condition(filters)
-        return int(
-            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
-        )
+        condition, parameters = compile_filters(filters)
+        sql = f"SELECT count(*) FROM resource WHERE {condition}"
+        return int(self.run(sql, parameters).fetchone()[0])
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
-    ) -> list[tuple[int, str, Row]]:
-        """Return a window on what matches, and one more where there is; each behind missing and key of its position."""
-        descending = (sorting is not None and sorting.descending) != window.backward
-        flat = (
-            not sorting and not window.offset
-        )  # what is skipped is not worth a look at its resource
-        sql, parameters = self._positions(
-            sorting, window, descending, filters, "resource.*" if flat else "seq"
-        )
-        sql += " LIMIT ? OFFSET ?"
-        if not flat:
-            sql = f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) {ORDER[descending]}"
+    ) -> list[tuple[int, str, StoredResource]]:
+        """Return a window's matches and one more; the missing and key of its Position precede each."""
         try:
-            found = self.run(sql, [*parameters, window.count + 1, window.offset]).fetchall()
+            rows = self.run(*compile_page(filters, sorting, window)).fetchall()
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        return [
-            (missing, key, Row(*row))
-            for missing, key, *row in (found[::-1] if window.backward else found)
-        ]
-
-    def _condition(self, filters: Filters) -> Sql:
-        # A + before a column keeps SQLite from its index: of a set it would walk the index of types instead.
-        terms = [
-            ("+" * is_set(filter), type, *compile_filter(filter))
-            for type, filter in filters.items()
-        ]
-        return join_sql(
-            " OR ",
-            [(f"({plus}type = ? AND {sql})", [type, *found]) for plus, type, sql, found in terms],
-            "1 = 0",
-        )
-
-    def _positions(
-        self,
-        sorting: Sorting | None,
-        window: Window,
-        descending: bool,
-        filters: Filters,
-        columns: str,
-    ) -> Sql:
-        # A sort is a walk along the index, then those without a value: they come last in ascending
-        # order and first in descending order (§3.4.2.3). Behind a position the walk starts there.
-        condition, parameters = self._condition(filters)
-        missing, down = int(sorting is not None), " DESC" * descending
-        bound, bounds = bound_sql(missing, "seq", window.after, descending)
-        rest = f"SELECT {missing} AS missing, '' AS key, {columns} FROM resource WHERE {condition} AND {bound}"
-        if not sorting:
-            return f"{rest} ORDER BY seq{down}", [*parameters, *bounds]
-        source, path = entries_of(sorting.target.attribute)
-        walk, walk_bounds = bound_sql(0, "key, seq", window.after, descending)
-        # A set is made once and asked at each step; of others each step asks the resource, up to the page's end.
-        among = (
-            f"seq IN (SELECT seq FROM resource WHERE {condition})"
-            if all(map(is_set, filters.values()))
-            else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
-        )
-        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} AND {among} ORDER BY key{down}"
-        keyless = (
-            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
-        )
-        limit = window.offset + window.count + 1
-        halves = [
-            (
-                f"SELECT * FROM ({keyed}, seq{down} LIMIT ?)",
-                [*path, *walk_bounds, *parameters, limit],
-            ),
-            (f"SELECT * FROM ({keyless} LIMIT ?)", [*parameters, *bounds, *path, limit]),
-        ]
-        (first, values), (second, others) = halves[::-1] if descending else halves
-        return f"{first} UNION ALL {second}", [
-            *values,
-            *others,
-        ]  # the second only where the first ends too early
+        if window.backward:
+            rows.reverse()
+        return [(row[0], row[1], StoredResource(*row[2:])) for row in rows]
 
     # -- Memberships --
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
-        sql = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq WHERE group_seq = ?"
+        columns = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq"
+        sql = f"{columns} WHERE group_seq = ?"
         if ids is None:
-            found = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
+            rows = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
         else:
-            found = [
+            rows = [
                 row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?", [group_seq, id])
             ]
         return [
             {"value": id, "$ref": f"/{type}s/{id}", "type": type}
             | ({} if display is None else {"display": display})
-            for id, type, display in found
+            for id, type, display in rows
         ]
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
         """Return the groups that each of some resources is a direct member of."""
-        found: dict[int, list[Resource]] = {seq: [] for seq in seqs}
+        groups: dict[int, list[Resource]] = {seq: [] for seq in seqs}
         sql = (
             f"SELECT member_seq, id, body FROM member JOIN resource ON resource.seq = group_seq "
             f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq"
         )
-        for seq, id, body in self.run(sql, seqs):
-            found[seq].append(
-                {
-                    "value": id,
-                    "$ref": f"/Groups/{id}",
-                    "display": from_json(body)["displayName"],
-                    "type": "direct",
-                }
+        for seq, id, body in self.run(sql, seqs) if seqs else ():
+            display = from_json(body)["displayName"]
+            groups[seq].append(
+                {"value": id, "$ref": f"/Groups/{id}", "display": display, "type": "direct"}
             )
-        return found
+        return groups
 
-    def link(
+    def add_members(
         self, group_seq: int, members: Iterable[tuple[str, str | None]], display: Attribute
     ) -> list[str]:
-        """Store members, ids with displays, that a group gained or whose display changed; return their ids."""
-        # An id that no resource of the tenant has is passed over: one stranger in a push of many
-        # must not lose the others, since Okta does not repeat a push that failed.
+        """Store new members, or new displays of members, by id and display; return their ids."""
+        # An id that no resource of the tenant has is ignored: one unknown member in a push of many
+        # must not lose the others, because Okta does not repeat a push that failed.
         sql = (
             "INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
             "UPDATE SET display = excluded.display, display_key = excluded.display_key"
         )
-        return [
-            id
+        rows = [
+            (group_seq, text, None if text is None else display.key(text), id)
             for id, text in members
-            if self.run(
-                sql, [group_seq, text, None if text is None else display.key(text), id]
-            ).rowcount
         ]
+        return [row[-1] for row in rows if self.run(sql, row).rowcount]
 
-    def unlink(self, group_seq: int, ids: Iterable[str]) -> list[str]:
-        """Remove members from a group and return the ids of those that were there."""
-        sql = "DELETE FROM member WHERE group_seq = ? AND member_seq = (SELECT seq FROM resource WHERE id = ?)"
+    def remove_members(self, group_seq: int, ids: Iterable[str]) -> list[str]:
+        """Remove members from a group; return the ids of those that were members."""
+        sql = (
+            "DELETE FROM member WHERE group_seq = ? "
+            "AND member_seq = (SELECT seq FROM resource WHERE id = ?)"
+        )
         return [id for id in ids if self.run(sql, [group_seq, id]).rowcount]
 
     # -- Employees --
+
+    def put_employee(self, row: EmployeeRow) -> int:
+        """Store an employee, a new one if its id is 0; return the id."""
+        columns = EmployeeRow._fields[1:-1]
+        changes = ", ".join(f"{name} = excluded.{name}" for name in columns)
+        sql = f"INSERT INTO employee VALUES (?{', ?' * len(columns)}) ON CONFLICT (id) DO UPDATE"
+        values = [row.id or None, *row[1:-2], to_json(row.record)]
+        written = self.run(f"{sql} SET {changes}", values)
+        return row.id or written.lastrowid or 0
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
         """Return the employee that a SCIM user is, or None."""
         return next(self._employees("user_id = ?", [user_id]), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
-        """Return the employee without a SCIM user that a person was; userName as its key."""
-        # A userName is given out again; where both have an externalId, that alone tells who is who.
+        """Return the employee, now without a SCIM user, that a person was; user_name is a key."""
+        # A userName can be given to another person: if both have an externalId, that decides.
         newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
         by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
         by_name = self._employees(
@@ -2025,7 +2052,7 @@ class Session:
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
-        """Return employees by their ids, behind one up to another, count at most; a time as its key."""
+        """Return at most count employees with ids after one and up to another; since is a key."""
         return list(
             self._employees(
                 "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
@@ -2033,11 +2060,11 @@ class Session:
             )
         )
 
-    def follow_manager(self, before: str, after: str) -> None:
-        """Let the reports of a manager have the SCIM id that is the manager's now."""
+    def reassign_reports(self, old_id: str, new_id: str) -> None:
+        """Let the reports of a manager refer to the manager's new SCIM id."""
         self.run(
             "UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
-            [after, before],
+            [new_id, old_id],
         )
 
     def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
@@ -2051,9 +2078,9 @@ class Session:
     # -- Changes --
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
-        """Append rows to the change feed, numbered here; forget those beyond so many, and those before a time."""
+        """Append rows to the change feed; trim it to keep rows that are not older than a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
-        # Two for each that comes: whatever there is to forget, no write waits for it.
+        # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
             "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
             "(seq <= (SELECT max(seq) FROM change) - ? OR at < ?)",
@@ -2061,7 +2088,7 @@ class Session:
         )
 
     def changes(self, after: int, count: int) -> list[Change]:
-        """Return the changes behind one, as many as count."""
+        """Return at most count changes after a number."""
         return self._changes("seq > ? ORDER BY seq LIMIT ?", [after, count])
 
     def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
@@ -2074,11 +2101,11 @@ class Session:
         )
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        found = self.run(f"SELECT * FROM change WHERE {condition}", values)
-        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in found]
+        rows = self.run(f"SELECT * FROM change WHERE {condition}", values)
+        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in rows]
 
     def change_bounds(self) -> tuple[int, int]:
-        """Return the number before the first change that is kept, and that of the last one made."""
+        """Return the number before the first change that is kept, and that of the newest change."""
         return self.run(
             "SELECT max(ifnull((SELECT min(seq) - 1 FROM change), seq), ifnull((SELECT "
             "CAST(value AS INTEGER) FROM setting WHERE name = 'feed_start'), 0)), seq "
@@ -2088,7 +2115,7 @@ class Session:
     # -- The provisioning log --
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
-        """Append entries, each behind its level and its subject, and keep so many of the newest."""
+        """Append entries, each preceded by its level and subject, and keep the newest."""
         self.run_many(
             "INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
             [
@@ -2101,23 +2128,21 @@ class Session:
     def requests(
         self, after: int, before: int, count: int, level: int, subject: str, text: str
     ) -> list[Json]:
-        """Return entries with their numbers, newest first: between two numbers, from a level on."""
+        """Return entries between two numbers with a minimum level, newest first."""
         sql = (
-            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= ? "
-            "AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
+            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
+            "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
+        rows = self.run(sql, [after, before, level, subject, text, count])
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in self.run(
-                sql, [after, before, level, subject, text, count]
-            )
+            for seq, level, subject, entry in rows
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
         """Return those of some ids that no resource has."""
-        return [
-            id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()
-        ]
+        sql = "SELECT 1 FROM resource WHERE id = ?"
+        return [id for id in ids if not self.run(sql, [id]).fetchone()]
 
     # -- Settings --
 
@@ -2125,65 +2150,104 @@ class Session:
         """Return the last number that each table has given out."""
         return dict(self.run("SELECT name, seq FROM sqlite_sequence").fetchall())
 
-    def number_on(self, given: Mapping[str, int]) -> None:
-        """Give out no number again, and end the feed for all who followed it, even to its end (410)."""
-        restored = self.numbers()
-        last = {name: max(seq, restored.get(name, 0)) for name, seq in given.items()}
-        last["change"] = last.get("change", 0) + 1
+    def continue_numbering(self, numbers: Mapping[str, int]) -> None:
+        """After a restore, reuse no number and end the feed for all its readers (410)."""
+        last = self.numbers()
+        last |= {name: max(seq, last.get(name, 0)) for name, seq in numbers.items()}
+        last["change"] = last.get("change", 0) + 1  # also for readers that had read all changes
         self.run_many("DELETE FROM sqlite_sequence WHERE name = ?", [(name,) for name in last])
         self.run_many("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", last.items())
         self.set_setting("feed_start", str(last["change"]))
 
     def setting(self, name: str) -> str:
         """Return a stored setting, "" if it was never set."""
-        found = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
-        return found[0] if found else ""
+        row = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
+        return row[0] if row else ""
 
     def set_setting(self, name: str, value: str) -> None:
         """Store a setting."""
         self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
 
 
-@dataclass
-class Batch:
-    """Writes that share a commit: how many, and how it ended."""
+WRITER_PRAGMAS = (
+    f"cache_size = -{WRITER_CACHE}",
+    f"wal_autocheckpoint = {WAL_PAGES}",
+    "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
+)
+# How a block begins and ends, and how it is undone.
+TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
+SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
 
-    size: int = 0
-    done: threading.Event = field(default_factory=threading.Event)
-    error: sqlite3.Error | None = None
+
+def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
+    """Return a connection to a database whose commits are on the disk when they return."""
+    connection = sqlite3.connect(
+        path, BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+    )
+    for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
+    """Yield a session in a new transaction, or a savepoint of the open one; undo it on errors."""
+    begin, end, undo = SAVEPOINT if connection.in_transaction else TRANSACTION
+    connection.execute(begin)
+    try:
+        yield Session(connection)
+        connection.execute(end)  # fails if SQLite has rolled back the transaction after an error
+    except BaseException:
+        for statement in undo if connection.in_transaction else ():
+            connection.execute(statement)
+        raise
+
+
+def check_pages(connection: sqlite3.Connection) -> None:
+    """Raise DatabaseError if SQLite finds a database damaged."""
+    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    if finding != "ok":
+        raise sqlite3.DatabaseError(finding)
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
+    with transaction(connection) as session:
+        version = session.run("PRAGMA user_version").fetchone()[0]
+        if version > len(MIGRATIONS):
+            raise StoreError(
+                f"{path}: written by a newer scim_server (format {version}, "
+                f"this one knows {len(MIGRATIONS)}); run that version"
+            )
+        for statement in ";".join(MIGRATIONS[version:]).split(";"):
+            session.run(statement)
+        session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
 class Store:
-    """One tenant's database: a file, or with ":memory:" one that is gone with the store.
+    """One tenant's database: a file, or ":memory:" for one that ends with the store.
 
-    Safe from several threads. Readers see the last commit and wait for nobody; writers take turns.
-    Raises StoreError if the file cannot be used.
+    Safe from several threads. A reader sees the last commit and waits for nothing; writers take
+    turns. Raises StoreError if the database cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._writing = threading.RLock()
-        self._owner = 0  # the thread that writes now
-        self._waiting: list[int] = []  # threads that will write next
-        self._batch = Batch()
-        self.resting = self._closed = self._interrupted = False
+        self._depth = 0  # of the open blocks of writing(): the inner ones are savepoints
         self._written = threading.Condition()
-        self._idle: list[sqlite3.Connection] = []
+        self._interrupted = self._closed = False
+        self._idle: list[sqlite3.Connection] = []  # readers
         self._readers = threading.Semaphore(READERS)
+        wal = Path(f"{self.path}-wal")
         try:
-            if self.path != ":memory:":
-                # Personal data: for the owner of the process alone (SQLite copies the mode to WAL).
-                os.close(os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600))
-            unclean = os.path.exists(f"{self.path}-wal") and os.path.getsize(
-                f"{self.path}-wal"
-            )  # none after a close
-            self._writer = self._connect(writer=True)
-            if (
-                unclean
-                and (found := self._writer.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok"
-            ):
-                raise Damaged(self.path, found)
-            self._migrate()
+            if self.path != ":memory:":  # personal data: for this user alone, as is the WAL then
+                Path(self.path).touch(0o600)
+            unclean = wal.exists() and wal.stat().st_size  # closing a database removes its WAL
+            self._writer = connect(self.path, WRITER_PRAGMAS)
+            if unclean:
+                check_pages(self._writer)
+            migrate(self._writer, self.path)
         except sqlite3.DatabaseError as error:
             raise store_error(self.path, error) from error
         except OSError as error:
@@ -2192,284 +2256,251 @@ class Store:
                 "choose a directory that this user may write to"
             ) from error
 
-    def _connect(self, writer: bool = False) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self.path,
-            timeout=BUSY_SECONDS,
-            isolation_level=None,
-            check_same_thread=False,
-            cached_statements=64,
-        )
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        if writer:
-            connection.execute(f"PRAGMA cache_size = -{WRITER_CACHE}")
-            connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
-            connection.execute(
-                "PRAGMA temp_store = MEMORY"
-            )  # a savepoint would make and remove a file
-        return connection
-
-    def _migrate(self) -> None:
-        with self._transaction() as session:
-            version = session.run("PRAGMA user_version").fetchone()[0]
-            if version > len(MIGRATIONS):
-                raise StoreError(
-                    f"{self.path}: written by a newer scim_server (format {version}, "
-                    f"this one knows {len(MIGRATIONS)}); run that version"
-                )
-            for statement in ";".join(MIGRATIONS[version:]).split(";"):
-                session.run(statement)
-            session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
-
     @contextmanager
-    def _transaction(self, end: str = "COMMIT") -> Iterator[Session]:
-        """Give a session in a transaction of its own, or in a step of the one that is open; end may be ""."""
-        connection, begin, undo = self._writer, "BEGIN IMMEDIATE", ["ROLLBACK"]
-        if connection.in_transaction:
-            begin, end, undo = (
-                "SAVEPOINT step",
-                "RELEASE step",
-                ["ROLLBACK TO step", "RELEASE step"],
-            )
-        connection.execute(begin)
-        try:
-            yield Session(connection)
-            if end:
-                connection.execute(end)
-        except BaseException:
-            if connection.in_transaction:
-                for statement in undo:
-                    connection.execute(statement)
-            raise
+    def writing(self) -> Iterator[Session]:
+        """Yield a session; its changes are on the disk when the block ends, or undone if it raises.
 
-    @contextmanager
-    def writing(self, alone: bool = False) -> Iterator[Session]:
-        """Give a session whose changes are on the disk when the block ends, or undone if it raises.
-
-        Who waits for a turn joins the transaction of the one before, in a savepoint of its own, unless
-        it comes alone: SQLite copies each page that a savepoint changes. The last one commits for all.
-        Inside a write of the same thread (Bulk) it is a step of that one.
+        A block inside a block of the same thread is a savepoint: it is undone alone if it raises.
+        If SQLite rolls back the whole transaction in it, all later steps and the commit fail.
         """
-        if self._owner == threading.get_ident():
-            self._check_open()
-            with self._transaction() as session:
-                yield session
-            return
-        self._waiting.append(threading.get_ident())
         with self._writing:
-            self._waiting.remove(threading.get_ident())
-            if alone and not self._closed and self._writer.in_transaction:
-                self._commit()  # after which a store that rests is closed
-            if self._closed:
-                self._writer, self._closed = self._connect(writer=True), False
-            self._owner = threading.get_ident()
             try:
-                if not self._writer.in_transaction:
-                    self._batch = Batch()
-                batch = self._batch
-                batch.size += 1
-                with self._transaction(end="") as session:
-                    yield session
-                    self._check_open()
-            except sqlite3.Error as error:
-                if not self._writer.in_transaction:  # SQLite gave up all of the batch
-                    self._batch.error = error
-                raise
-            finally:
-                self._owner = 0
-                if (
-                    not self._waiting
-                    or self._batch.size >= MAX_WRITES_PER_COMMIT
-                    or not self._writer.in_transaction
-                ):
-                    self._commit()
-        batch.done.wait()
-        if batch.error:
-            raise sqlite3.OperationalError(str(batch.error)) from batch.error
-
-    def _check_open(self) -> None:
-        """Raise OperationalError where SQLite gave the transaction up, with all that was in it."""
-        if not self._writer.in_transaction:
-            raise sqlite3.OperationalError("an earlier step of the same write failed")
-
-    def _commit(self) -> None:
-        """End the batch; where that fails, all of it did."""
-        try:
-            if (
-                not self._batch.error and self._writer.in_transaction
-            ):  # it is not where the only write failed
-                self._writer.execute("COMMIT")
-        except sqlite3.Error as error:
-            self._batch.error = error
-            if self._writer.in_transaction:
-                self._writer.execute("ROLLBACK")
-        finally:
-            self._batch.done.set()  # whatever happens, nobody waits for ever
-        if self.resting:
-            self._let_go()
+                changes = self._writer.total_changes
+                if self._depth and not self._writer.in_transaction:
+                    # A savepoint would begin a transaction of its own.
+                    raise sqlite3.OperationalError("an earlier step of the same write failed")
+                with transaction(self._writer) as session:
+                    self._depth += 1
+                    try:
+                        yield session
+                    finally:
+                        self._depth -= 1
+                unchanged = changes == self._writer.total_changes
+            except sqlite3.DatabaseError as error:
+                raise store_error(self.path, error) from error
+            if self._depth or unchanged:
+                return
         with self._written:
             self._written.notify_all()
 
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Yield a session that sees one commit, whatever is written meanwhile."""
+        if self.path == ":memory:":  # a database in memory has only one connection
+            with self.writing() as session:
+                yield session
+            return
+        with self._readers:
+            try:
+                if self._closed:
+                    raise sqlite3.ProgrammingError("the store is closed")
+                try:
+                    connection = self._idle.pop()
+                except IndexError:  # checking first would not help: other threads pop, too
+                    connection = connect(self.path)
+                try:
+                    connection.execute("BEGIN")
+                    yield Session(connection)
+                finally:
+                    connection.rollback()
+                    if self._closed:
+                        connection.close()
+                    else:
+                        self._idle.append(connection)
+            except sqlite3.DatabaseError as error:
+                raise store_error(self.path, error) from error
+
     def wait(self, seconds: float) -> bool:
-        """Wait for a write, or what another process may have written; return whether to go on."""
+        """Wait for a write, at most POLL_SECONDS; return False if the store was interrupted.
+
+        It may return without a write, since writes of other processes are not signalled.
+        """
         with self._written:
             if not self._interrupted:
                 self._written.wait(min(seconds, POLL_SECONDS))
             return not self._interrupted
 
     def interrupt(self) -> None:
-        """End all waiting, for good."""
+        """End all waiting, permanently."""
         with self._written:
             self._interrupted = True
             self._written.notify_all()
 
-    @contextmanager
-    def reading(self) -> Iterator[Session]:
-        """Give a session that sees one commit, whatever is written meanwhile."""
-        if self.path == ":memory:":  # a database in memory belongs to its one connection
-            with self._writing, self._transaction() as session:
-                yield session
-            return
-        with self._readers:
-            try:
-                connection = self._idle.pop()  # without a look first: others take them too
-            except IndexError:
-                connection = self._connect()
-            try:
-                connection.execute("BEGIN")
-                yield Session(connection)
-            finally:
-                connection.rollback()  # of what was only read
-                self._idle.append(connection)
-                if self.resting:
-                    self._let_go()
+    def close(self) -> None:
+        """Close the database after the present write; a read in progress closes its connection."""
+        self.interrupt()
+        with self._writing:
+            self._closed = True
+            for connection in (*self._idle, self._writer):
+                connection.close()
 
     def backup(self, path: str) -> None:
         """Write a copy of one commit to a new file, while others read and write; StoreError."""
         try:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
-            with closing(self._connect()) as source, closing(sqlite3.connect(path)) as copy_of_it:
-                source.backup(copy_of_it)
+            Path(path).touch(0o600, exist_ok=False)
+            with closing(connect(self.path)) as source, closing(sqlite3.connect(path)) as target:
+                source.backup(target)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"{path}: cannot be written ({error}); name a new file for the backup"
             ) from error
 
-    def restore(self, path: str, tenant: str) -> None:
-        """Become what a backup of a tenant holds, all or nothing; StoreError for another file."""
-        # A backup may lie where nothing can be written, which SQLite believes when told.
-        mode = "mode=ro" if os.path.exists(f"{path}-wal") else "immutable=1"
+
+# -- Restoring a backup ----------------------------------------------------------
+
+
+def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
+    """Give a tenant's database the content of a backup, all or nothing, while no server uses it.
+
+    A damaged database is moved aside to *.damaged-NOW; returns the new name, "" if it was sound.
+    StoreError for a file that is no backup of the tenant, and for a database that is in use.
+    """
+    moved = ""
+    with closing(sqlite3.connect("", isolation_level=None)) as restored:  # a temporary file
+        copy_backup(backup, restored, tenant)
         try:
-            with (
-                closing(
-                    sqlite3.connect(
-                        f"{Path(path).resolve().as_uri()}?{mode}", uri=True, isolation_level=None
-                    )
-                ) as source,
-                self._writing,
-            ):
-                if (found := source.execute("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
-                    raise StoreError(f"{path}: damaged ({found}); choose another backup")
-                if not 0 < source.execute("PRAGMA user_version").fetchone()[0] <= len(MIGRATIONS):
-                    raise StoreError(f"{path}: not a backup that this scim_server knows")
-                caller = Session(source).setting("tenant")
-                if caller not in ("", tenant):
-                    raise StoreError(f"{path}: is a backup of tenant {caller}, not of {tenant}")
-                given = Session(self._writer).numbers()
-                source.backup(self._writer)
-                self._migrate()
-                with self._transaction() as session:
-                    session.number_on(given)
-        except sqlite3.Error as error:
-            raise StoreError(f"{path}: cannot be restored to {self.path} ({error})") from error
-
-    def rest(self) -> None:
-        """Close the file's handles, now and after each use, until resting is false again."""
-        self.resting = True
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self.path != ":memory:" and self._writing.acquire(blocking=False):
             try:
-                if not self._closed and not self._writer.in_transaction:
-                    self._writer.close()
-                    self._closed = True
-                with suppress(IndexError):  # not by a look first: readers take them too
-                    while True:
-                        self._idle.pop().close()
-            finally:
-                self._writing.release()
+                replace_content(path, restored)
+            except sqlite3.DatabaseError as error:
+                if type(error) is not sqlite3.DatabaseError:
+                    raise
+                # The damaged database stays in its place until there is a better one.
+                replace_content(f"{path}.restored", restored)
+                moved = f"{path}.damaged-{now}"
+                for file in filter(os.path.exists, (path, f"{path}-wal")):
+                    os.replace(file, f"{file}.damaged-{now}")
+                os.replace(f"{path}.restored", path)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(
+                f"{path}: cannot be replaced ({error}); stop the server that uses it"
+            ) from error
+    return moved
 
-    def close(self) -> None:
-        """Close the file; nobody may use the store afterwards."""
-        with self._writing:
-            if not self._closed and self._writer.in_transaction:  # of writes that wait for company
-                self._commit()
-            for connection in (*self._idle, self._writer):
-                connection.close()
+
+def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
+    """Copy a tenant's backup to another database, in the format of this version; StoreError."""
+    # Without immutable=1, SQLite opens no database in a directory where it may not write.
+    mode = "mode=ro" if os.path.exists(f"{backup}-wal") else "immutable=1"
+    address = f"{Path(backup).resolve().as_uri()}?{mode}"
+    try:
+        with closing(sqlite3.connect(address, uri=True)) as source:
+            source.backup(target)
+        check_pages(target)
+        if not target.execute("PRAGMA user_version").fetchone()[0]:
+            raise sqlite3.DatabaseError("not made by scim_server")
+    except sqlite3.Error as error:
+        raise StoreError(f"{backup}: cannot be restored ({error}); choose another one") from error
+    migrate(target, backup)
+    owner = Session(target).setting("tenant")
+    if owner not in ("", tenant):
+        raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
+
+
+def replace_content(path: str, restored: sqlite3.Connection) -> None:
+    """Replace the content of a database in one commit; no number is given out again."""
+    Path(path).touch(0o600)
+    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as target:
+        # Nothing can be read in this mode while another process has the database open.
+        target.execute("PRAGMA locking_mode = EXCLUSIVE")
+        check_pages(target)
+        migrate(target, path)
+        with transaction(restored) as session:
+            session.continue_numbering(Session(target).numbers())
+        restored.backup(target)
 
 
 # ----------------------------------------------------------------------------
 # 8. Employees
 #
-# What the sync is for: the employee of Facilio that a SCIM user is, each field
-# with the SCIM paths that it is made of, and its table form.
-# Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
+# What the sync is for: the employee of Facilio that a SCIM user is. One table of
+# its fields, its upkeep at every write of a user, and its table form.
+# Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-
-def made_of(*choices: str) -> dict[str, list[list[PatchPath]]]:
-    """Return of which paths in a user a field is made: the first choice with a value counts, "+" puts a blank."""
-    user_type = resource_types(())["User"]
-    return {
-        "choices": [
-            [parse_path(path, user_type) for path in choice.split("+")] for choice in choices
-        ]
-    }
+# The SCIM paths that Entra ID sends or that an employee is made from: the source in Entra ID, the
+# path, what to change in Entra's default mapping, and the employee's fields that it is for.
+# "name:4" is the fourth choice for the name: the first choice that has a value counts. Paths that
+# are the same choice are joined by a space.
+# fmt: off
+EMPLOYEE_FIELDS = (
+    ("userPrincipalName", "userName", "make it required, matching precedence 1", "name:4 email:3"),
+    ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)", "active"),
+    ("objectId", "externalId", "instead of mailNickname", "external_id"),
+    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail", "email:2"),
+    ("displayName", "displayName", "", "name:1"),
+    ("jobTitle", "title", "", "designation"),
+    ("givenName", "name.givenName", "", "name:3"),
+    ("surname", "name.familyName", "", "name:3"),
+    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', "", "phone"),
+    ("mobile", 'phoneNumbers[type eq "mobile"].value', "", "mobile"),
+    ("preferredLanguage", "preferredLanguage", "", "language"),
+    ("department", f"{ENTERPRISE}:department", "", "department"),
+    ("employeeId", f"{ENTERPRISE}:employeeNumber", "", "employeeNumber"),
+    ("manager", f"{ENTERPRISE}:manager", "", "manager"),
+    ("", "name.formatted", "", "name:2"),
+    ("", "emails[primary eq true].value", "", "email:1"),
+    ("", f"{ENTERPRISE}:costCenter", "", "costCenter"),
+    ("", f"{ENTERPRISE}:organization", "", "organization"),
+    ("", f"{ENTERPRISE}:division", "", "division"),
+    ("", "locale", "", "locale"),
+    ("", "timezone", "", "timezone"),
+)
+# fmt: on
+ENTRA_MAPPING = tuple(row[:3] for row in EMPLOYEE_FIELDS if row[0])  # source, target, change
+USER_TYPE = resource_types(())["User"]
 
 
 @dataclass(frozen=True)
 class Employee:
     """An employee of Facilio; text that is unknown is ""."""
 
-    id: int  # stays the same for a person for ever
+    id: int  # never changes for a person
     user_id: str  # the SCIM id
     external_id: str
     active: bool
-    name: str = field(
-        metadata=made_of(
-            "displayName", "name.formatted", "name.givenName+name.familyName", "userName"
-        )
-    )
-    email: str = field(
-        metadata=made_of(
-            "emails[primary eq true].value", 'emails[type eq "work"].value', "userName"
-        )
-    )
-    phone: str = field(metadata=made_of('phoneNumbers[type eq "work"].value'))
-    mobile: str = field(metadata=made_of('phoneNumbers[type eq "mobile"].value'))
-    designation: str = field(metadata=made_of("title"))
-    department: str = field(metadata=made_of(f"{ENTERPRISE}:department"))
-    employeeNumber: str = field(metadata=made_of(f"{ENTERPRISE}:employeeNumber"))
-    costCenter: str = field(metadata=made_of(f"{ENTERPRISE}:costCenter"))
-    organization: str = field(metadata=made_of(f"{ENTERPRISE}:organization"))
-    division: str = field(metadata=made_of(f"{ENTERPRISE}:division"))
-    language: str = field(metadata=made_of("preferredLanguage"))
-    locale: str = field(metadata=made_of("locale"))
-    timezone: str = field(metadata=made_of("timezone"))
-    manager: int | None  # the manager's employee id where known
+    name: str
+    email: str
+    phone: str
+    mobile: str
+    designation: str
+    department: str
+    employeeNumber: str
+    costCenter: str
+    organization: str
+    division: str
+    language: str
+    locale: str
+    timezone: str
+    manager: int | None  # the manager's employee id if known
     changed: str  # time of the last change, a dateTime in UTC
     custom_fields: dict[str, Json]  # values by link name
 
 
-CHOICES = {found.name: found.metadata["choices"] for found in fields(Employee) if found.metadata}
+def source_paths(name: str) -> list[list[PatchPath]]:
+    """Return the choices of paths in a user that a field of an employee is made from."""
+    choice = operator.itemgetter(0)
+    rows = [
+        (target, parse_path(path, USER_TYPE))
+        for _, path, _, targets in EMPLOYEE_FIELDS
+        for target in targets.split()
+        if target.partition(":")[0] == name
+    ]
+    groups = itertools.groupby(sorted(rows, key=choice), choice)
+    return [[path for _, path in group] for _, group in groups]
+
+
+STORED_APART = ("id", "user_id", "external_id", "active", "manager", "changed", "custom_fields")
+EMPLOYEE_SOURCES = {
+    field.name: source_paths(field.name)
+    for field in fields(Employee)
+    if field.name not in STORED_APART
+}
 
 
 def employee_record(user: Resource) -> Resource:
-    """Return what an employee record says of a user, by the names of Employee."""
+    """Return the fields of an employee that are copied from a user, by their names in Employee."""
     record: Resource = {}
-    for name, choices in CHOICES.items():
+    for name, choices in EMPLOYEE_SOURCES.items():
         texts = (
             " ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices
         )
@@ -2486,697 +2517,7 @@ def text_at(path: PatchPath, resource: Resource) -> str:
     return ""
 
 
-def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the header and a row of texts for each employee, the custom fields as last columns."""
-    columns = [found.name for found in fields(Employee) if found.name != "custom_fields"]
-    yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
-    for employee in employees:
-        values = [getattr(employee, name) for name in columns]
-        values += [employee.custom_fields.get(name) for name in link_names]
-        yield [
-            "" if value is None else value if isinstance(value, str) else json.dumps(value)
-            for value in values
-        ]
-
-
-def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
-    """Yield the lines of a table as CSV (RFC 4180)."""
-    for row in table:
-        line = io.StringIO()
-        # A spreadsheet runs a cell that starts like a formula; behind an apostrophe it is text.
-        csv.writer(line).writerow(
-            f"'{cell}"
-            if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?\d+", cell)
-            else cell
-            for cell in row
-        )
-        yield line.getvalue()
-
-
-# ----------------------------------------------------------------------------
-# 9. Directory                                                   RFC 7644 §3
-#
-# One tenant's SCIM operations, a transaction each. Takes and gives canonical
-# resources; the clock and the maker of ids are arguments.
-# Uses chapters 1 to 7. Knows nothing of HTTP.
-# ----------------------------------------------------------------------------
-
-KEEP_CHANGES = 1_000_000
-KEEP_DAYS = 90
-KEEP_LOG = 10_000
-KINDS = {str: "string", int: "integer", bool: "boolean"}  # the types of custom fields' values
-CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
-WHOLE = Selection()
-
-
-class Page(NamedTuple):
-    """The answer to a query: how many resources match in all, and those of the window asked for."""
-
-    total_results: (
-        int | None
-    )  # None behind a position: counting again would cost more than the page
-    resources: list[Any]
-    first: Position | None = None  # where the page begins
-    last: Position | None = None  # where it ends
-    more: bool = False  # whether resources follow on its far side
-
-
-class Precondition(NamedTuple):
-    """What a client makes of a version (RFC 7644 §3.14): If-Match and If-None-Match, "" if absent."""
-
-    if_match: str = ""
-    if_none_match: str = ""
-
-    def excludes(self, version: str) -> bool:
-        """Return whether If-None-Match names a version."""
-        return self._names(self.if_none_match, version)
-
-    def check(self, version: str) -> None:
-        """Raise ScimError 412 where a write must not happen on this version."""
-        if self.if_match and not self._names(self.if_match, version):
-            raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
-        if self.excludes(version):
-            raise ScimError(412, "", f"If-None-Match: the version is {version}")
-
-    def _names(self, listed: str, version: str) -> bool:
-        # Versions are weak, and compare as such: RFC 7644 uses them with If-Match all the same.
-        tags = [tag.strip().removeprefix("W/") for tag in listed.split(",")]
-        return "*" in tags or version.removeprefix("W/") in tags
-
-
-ALWAYS = Precondition()
-Clock = Callable[[], datetime]
-utc_now: Clock = partial(datetime.now, UTC)
-
-
-def random_id() -> str:
-    """Return a new resource id."""
-    return str(uuid.uuid4())
-
-
-class Directory:
-    """One tenant's users, groups and employees, without any HTTP. Safe from several threads.
-
-    A resource type is one of resource_types or its name; bodies and resources are JSON objects. Operations
-    raise ScimError 404 for an id that no resource of the type has, 400 as accept and parse_operations do,
-    409 uniqueness for a userName or group displayName that is taken, and 412 for a condition that does not
-    hold. cursor_key is a secret of the store for signing cursors. keep is how many changes the feed holds,
-    keep_days for how long. StoreError for a store that cannot be used.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        custom_fields: Sequence[CustomField] = (),
-        clock: Clock = utc_now,
-        new_id: Callable[[], str] = random_id,
-        keep: int = KEEP_CHANGES,
-        keep_days: int = KEEP_DAYS,
-    ) -> None:
-        self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
-        self.keep, self.keep_days = keep, keep_days
-        self.custom_fields = tuple(custom_fields)
-        self.resource_types = resource_types(self.custom_fields)
-        self._kinds = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
-        self.link_names = list(self._kinds)
-        try:
-            with store.writing() as session:
-                if not session.setting("cursor_key"):
-                    session.set_setting("cursor_key", secrets.token_hex(32))
-                self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
-                self._adopt_custom_fields(session)
-                self._adopt_users(session)
-        except sqlite3.DatabaseError as error:
-            raise store_error(store.path, error) from error
-
-    @classmethod
-    def as_stored(cls, store: Store) -> Directory:
-        """Return a directory to read from, with the custom fields that its server has given it."""
-        with store.reading() as session:
-            known = json.loads(session.setting("custom_fields") or "[]")
-        return cls(store, tuple(CustomField(*one) for one in known))
-
-    def claim(self, tenant: str) -> None:
-        """Note whose store this is; StoreError where it is another tenant's."""
-        with self.store.writing() as session:
-            caller = session.setting("tenant")
-            if caller not in ("", tenant):
-                raise StoreError(
-                    f"{self.store.path}: is the file of tenant {caller}, not of {tenant}"
-                )
-            if not caller:
-                session.set_setting("tenant", tenant)
-
-    def on_behalf_of(self, token: str) -> Directory:
-        """Return this directory with the name of the token whose changes it makes."""
-        view = Directory.__new__(Directory)
-        vars(view).update(vars(self), token=token)
-        return view
-
-    def create(self, type: ResourceType | str, body: Json) -> Resource:
-        """Store a new resource and return it (RFC 7644 §3.3)."""
-        resource_type = self._type(type)
-        accepted = accept(resource_type, body)
-        accepted.update(defaults(resource_type) | accepted)
-        now = time_text(self.clock())
-        row = Row(
-            0, resource_type.name, self.new_id(), to_json(stored(accepted)), "{}", 1, now, now, 0
-        )
-        with self.store.writing() as session:
-            self._check_unique(session, row, accepted)
-            row = row._replace(seq=session.save(row, (), row_entries(resource_type, row)))
-            self._record(session, row, {}, accepted)
-            if count := self._link(session, row, {}, accepted)[0]:
-                row = row._replace(member_count=count)
-                session.put(row)
-            return self._complete(session, row)
-
-    def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
-        """Return a resource (RFC 7644 §3.4.1), with its members only where they are selected."""
-        with self.store.reading() as session:
-            return self._complete(session, self._find(session, type, id), selection)
-
-    def query(
-        self,
-        type: ResourceType | str,
-        filter: Filter | str = EVERYTHING,
-        sorting: Sorting | None = None,
-        start_index: int = 1,
-        count: int = DEFAULT_COUNT,
-        selection: Selection = WHOLE,
-    ) -> Page:
-        """Return the count resources of a type that match, from the 1-based start_index.
-
-        Without sorting the order is that of creation, so that paging sees each resource once
-        (RFC 7644 §3.4.2). A filter as text raises ScimError 400 invalidFilter.
-        """
-        resource_type = self._type(type)
-        if isinstance(filter, str):
-            filter = parse_filter(filter, resource_type)
-        window = Window(max(count, 0), max(start_index, 1) - 1)
-        return self.search({resource_type.name: (filter, selection)}, sorting, window)
-
-    def search(
-        self,
-        asked: Mapping[str, tuple[Filter, Selection]],
-        sorting: Sorting | None,
-        window: Window,
-        base_url: str = "",
-    ) -> Page:
-        """Return a window on what matches of several types, each with its filter (RFC 7644 §3.4.2.1)."""
-        # With a base_url, what is wanted whole is Encoded, as project() shows it to a client.
-        filters = {name: filter for name, (filter, _) in asked.items()}
-        as_it_lies = {
-            name for name, (_, selection) in asked.items() if base_url and selection == WHOLE
-        }
-        with self.store.reading() as session:
-            found = session.page(filters, sorting, window)
-            total = None if window.after else len(found) + window.offset
-            if more := len(found) > window.count:
-                del found[0 if window.backward else -1]
-            if total is not None and (more or (window.offset and not found)):
-                total = session.total(filters)  # where the page does not tell
-            rows = [self._fitted(row) for *_, row in found]
-            groups = session.groups([row.seq for row in rows if row.type == "User"])
-            resources = [
-                self._encoded(session, row, groups, base_url)
-                if row.type in as_it_lies
-                else self._complete(session, row, asked[row.type][1], groups=groups)
-                for row in rows
-            ]
-        ends = [Position(missing, key, row.seq) for missing, key, row in found[:1] + found[-1:]]
-        first, last = ends or (None, None)
-        return Page(total, resources, first, last, more)
-
-    def replace(
-        self, type: ResourceType | str, id: str, body: Json, condition: Precondition = ALWAYS
-    ) -> Resource:
-        """Store a resource in place of what was there and return it (RFC 7644 §3.5.1)."""
-        resource_type = self._type(type)
-        accepted = accept(resource_type, body)
-        with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._complete(session, row)
-            condition.check(before["meta"]["version"])
-            # Okta leaves out active when it changes other attributes: that must not reactivate.
-            kept = {name: before[name] for name in defaults(resource_type) if name in before}
-            accepted.update(kept | accepted)
-            return self._complete(session, self._save(session, row, before, accepted))
-
-    def patch(
-        self,
-        type: ResourceType | str,
-        id: str,
-        body: Json,
-        condition: Precondition = ALWAYS,
-        selection: Selection = WHOLE,
-    ) -> Resource | None:
-        """Store what PATCH makes of a resource (RFC 7644 §3.5.2); return it, None for a group too large to answer."""
-        resource_type = self._type(type)
-        operations = parse_operations(resource_type, body)
-        named = touched_member_ids(operations)
-        with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._complete(session, row, named=named)
-            condition.check(before["meta"]["version"])
-            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
-            # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
-            if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
-                return None
-            return self._complete(session, row, selection)
-
-    def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
-        """Remove a resource and its memberships (RFC 7644 §3.6)."""
-        with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._complete(session, row, named=())
-            condition.check(before["meta"]["version"])
-            for group in session.groups([row.seq])[row.seq]:
-                holder = self._find(session, "Group", group["value"])
-                session.unlink(holder.seq, [id])
-                self._log(session, "member.removed", holder.id, [id])
-                self._touch(session, holder, holder.body, holder.member_count - 1)
-            self._log(
-                session, "member.removed", id, [one["value"] for one in session.members(row.seq)]
-            )
-            session.delete(row, row_entries(self._type(type), row))
-            self._record(session, row, before, {})
-
-    def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
-        """Create users and groups as {"Users": [body, …], "Groups": [body, …]} lists them, or a file of it.
-
-        Members may be given by userName or displayName, as {"value": name} or the name alone. Returns
-        the ids by name.
-        """
-        document = (
-            source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
-        )
-        ids: dict[str, str] = {}
-        with self.store.writing():
-            for body in document.get("Users", ()):
-                made = self.create("User", body)
-                ids[made["userName"]] = made["id"]
-            for body in document.get("Groups", ()):
-                given = [
-                    one if isinstance(one, dict) else {"value": one}
-                    for one in body.get("members", ())
-                ]
-                members = [{**one, "value": ids.get(one["value"], one["value"])} for one in given]
-                made = self.create("Group", {**body, "members": members})
-                if len(made.get("members", ())) < len({one["value"] for one in members}):
-                    raise invalid_value(
-                        f"members of {made['displayName']}: some are nobody's names or ids"
-                    )
-                ids[made["displayName"]] = made["id"]
-        return ids
-
-    def last_use(self, token: str) -> str:
-        """Return when a token was used last, as a dateTime; "" for never."""
-        with self.store.reading() as session:
-            return session.setting(f"used {token}")
-
-    # -- Employees and changes --
-
-    def employees(
-        self,
-        active: bool | None = None,
-        changed_since: str = "",
-        id: int | None = None,
-        after: int = 0,
-    ) -> Iterator[Employee]:
-        """Yield employees by their ids, those behind one: active or not, changed since a dateTime.
-
-        Raises ScimError 400 invalidValue for a changed_since that is no dateTime.
-        """
-        since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
-        after, last = (after, 2**62) if id is None else (max(after, id - 1), id)
-        while found := self._read(
-            partial(
-                Session.employees,
-                after=after,
-                last=last,
-                count=DEFAULT_COUNT,
-                active=active,
-                since=since,
-            )
-        ):
-            for row in found:
-                yield Employee(
-                    id=row.id,
-                    user_id=row.user_id,
-                    external_id=row.external_id,
-                    active=bool(row.active),
-                    manager=row.manager,
-                    changed=row.changed,
-                    **row.record,
-                )
-            after = found[-1].id
-
-    def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
-        """Return the changes behind a number, as many as count; wait seconds where there is none.
-
-        Raises ScimError 410 where the feed no longer has them: its detail says where to start.
-        """
-
-        def read(session: Session) -> list[Change]:
-            first, last = session.change_bounds()
-            if not first <= after <= last:
-                raise ScimError(
-                    410,
-                    "",
-                    f"after={after}: the feed holds the changes behind {first}, up to "
-                    f"{last}; read all employees, then start again with after={last}",
-                )
-            return session.changes(after, count)
-
-        return self._read(read, wait)
-
-    def requests(
-        self,
-        after: int = 0,
-        before: int = 0,
-        count: int = DEFAULT_COUNT,
-        level: int = 0,
-        subject: str = "",
-        text: str = "",
-        wait: float = 0,
-    ) -> list[Json]:
-        """Return entries of the provisioning log, newest first; wait seconds where there is none.
-
-        before is 0 for the end; level 0 is all, 1 warnings and refusals, 2 refusals; text is in an entry.
-        """
-        return self._read(
-            lambda session: session.requests(after, before or 2**62, count, level, subject, text),
-            wait,
-        )
-
-    def _read(self, read: Callable[[Session], list[Any]], wait: float = 0) -> list[Any]:
-        """Return what is read, again and again for so many seconds while there is nothing."""
-        end = time.monotonic() + wait
-        while True:
-            with self.store.reading() as session:
-                found = read(session)
-            left = end - time.monotonic()
-            if found or left <= 0 or not self.store.wait(left):
-                return found
-
-    def history(self, id: str) -> tuple[Employee | None, list[Change]]:
-        """Return the employee that a user is or was, and the newest changes of a user or group."""
-        with self.store.reading() as session:
-            row = session.employee_of(id)
-            changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
-        return next(self.employees(id=row.id), None) if row else None, changes
-
-    def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
-        """Call back with each change from now on, in order, after its commit; returns the thread.
-
-        What the callback raises is printed and harms nobody. The thread ends with the store.
-        """
-
-        def follow(after: int) -> None:
-            """Hand on what comes behind a change."""
-            while self.store.wait(0):
-                try:
-                    found = self.changes(after, MAX_WAIT)
-                except ScimError:  # a slow callback: what the feed has forgotten is passed over
-                    with self.store.reading() as session:
-                        after, found = session.change_bounds()[0], []
-                except sqlite3.OperationalError:  # the file fails for a while
-                    traceback.print_exc()
-                    self.store.wait(POLL_SECONDS)
-                    continue
-                for change in found:
-                    after = change.seq
-                    try:
-                        callback(change)
-                    except Exception:  # noqa: BLE001  somebody else's code
-                        traceback.print_exc()
-
-        with self.store.reading() as session:
-            _, after = session.change_bounds()
-        thread = threading.Thread(target=follow, args=(after,), daemon=True)
-        thread.start()
-        return thread
-
-    def _record(self, session: Session, row: Row, before: Resource, after: Resource) -> None:
-        """Note that a resource became another ({} is none), and make its employee follow."""
-        self._log(
-            session,
-            f"{row.type.lower()}.{change_verb(before, after)}",
-            row.id,
-            attributes=changed_names(self.resource_types[row.type].root, before, after),
-        )
-        if row.type == "User":
-            self._employ(session, row.id, after)
-
-    def _employ(self, session: Session, user_id: str, user: Resource) -> None:
-        """Make the employee of a user follow; {} is the user that is no more, whose employee remains."""
-        now = time_text(self.clock())
-        before = session.employee_of(user_id) or NOBODY
-        after = before._replace(provisioned=False, active=False, changed=now)
-        if user:
-            external_id = user.get("externalId", "")
-            key = self.resource_types["User"].root.by_name["username"].key(user["userName"])
-            before = before if before.id else session.former_employee(external_id, key) or NOBODY
-            active = user.get(
-                "active", before.active or before is NOBODY
-            )  # taken away, it tells nothing
-            manager = user.get(ENTERPRISE, {}).get("manager", {}).get("value", "")
-            after = EmployeeRow(
-                before.id,
-                user_id,
-                True,
-                external_id,
-                key,
-                active,
-                manager,
-                now,
-                employee_record(user),
-            )
-        if before._replace(changed=now, manager=after.manager) == after:
-            return
-        id = session.put(after)
-        if before.user_id not in ("", user_id):  # who comes back has the same reports
-            session.follow_manager(before.user_id, user_id)
-        old, new = (
-            {
-                **row.record,
-                "active": row.active,
-                "external_id": row.external_id,
-                "user_id": row.user_id,
-                "manager": row.manager_id,
-            }
-            for row in (before, after)
-        )
-        if names := [name for name in new if (new[name] or "") != (old.get(name) or "")]:
-            self._log(
-                session,
-                f"employee.{change_verb(old if before.id else {}, new)}",
-                str(id),
-                attributes=names,
-            )
-
-    def _log(
-        self,
-        session: Session,
-        kind: str,
-        id: str,
-        members: Iterable[str] = ("",),
-        attributes: Sequence[str] = (),
-    ) -> None:
-        """Append to the change feed, a row for each member, and forget the oldest."""
-        now, names = self.clock(), to_json(attributes)
-        session.log(
-            [(time_text(now), kind, id, member, self.token, names) for member in members],
-            self.keep,
-            time_text(now - timedelta(days=self.keep_days)),
-        )
-
-    # -- Helpers --
-
-    def _type(self, type: ResourceType | str) -> ResourceType:
-        if isinstance(type, str) and type not in self.resource_types:
-            raise ScimError(
-                404,
-                "",
-                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
-            )
-        return self.resource_types[type] if isinstance(type, str) else type
-
-    def _find(
-        self, session: Session, type: ResourceType | str, id: str, writing: bool = False
-    ) -> Row:
-        name = self._type(type).name
-        if row := session.find(name, id):
-            return self._fitted(row, session if writing else None)
-        raise ScimError(404, "", f"{name} {quoted(id)} does not exist")
-
-    def _complete(
-        self,
-        session: Session,
-        row: Row,
-        selection: Selection = WHOLE,
-        named: Iterable[str] | None = None,
-        groups: Mapping[int, list[Resource]] | None = None,
-    ) -> Resource:
-        """Return a stored row as a resource with its version, groups, and its members or those named."""
-        version, linked = self._linked(session, row, selection, named, groups)
-        attributes = row.attributes
-        return {
-            "schemas": schemas_of(self.resource_types[row.type], attributes),
-            "id": row.id,
-            **attributes,
-            "meta": {
-                "resourceType": row.type,
-                "created": row.created,
-                "lastModified": row.modified,
-                "version": version,
-            },
-            **linked,
-        }
-
-    def _encoded(
-        self, session: Session, row: Row, groups: Mapping[int, list[Resource]], base_url: str
-    ) -> Encoded:
-        """Return what project() shows of a whole resource; what is stored goes into it as it lies."""
-        # A dict would be made only to be dumped: a page of 100 took a third longer.
-        resource_type = self.resource_types[row.type]
-        version, linked = self._linked(session, row, groups=groups)
-        schemas = '","'.join(
-            [
-                resource_type.schema.id,
-                *[one.id for one in resource_type.extensions if member_at(row.body, one.id)],
-            ]
-        )
-        joined = to_json(memberships(linked, base_url))[1:-1] + "," if linked else ""
-        return Encoded(
-            f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":"{row.type}",'
-            f'"created":"{row.created}","lastModified":"{row.modified}","version":{to_json(version)},'
-            f'"location":{to_json(resource_type.location(base_url, row.id))}}},{joined}{row.body[1:]}'
-        )
-
-    def _linked(
-        self,
-        session: Session,
-        row: Row,
-        selection: Selection = WHOLE,
-        named: Iterable[str] | None = None,
-        groups: Mapping[int, list[Resource]] | None = None,
-    ) -> tuple[str, Resource]:
-        """Return the version of a row, and its groups or its members."""
-        members = self.resource_types[row.type].root.by_name.get("members")
-        if members:
-            shows = row.member_count and selection.includes(members)
-            return f'W/"{row.revision}"', {
-                "members": session.members(row.seq, named)
-            } if shows else {}
-        if not (joined := (groups or session.groups([row.seq]))[row.seq]):
-            return f'W/"{row.revision}"', {}
-        # A group that is renamed changes its members' groups, and so their versions.
-        fingerprint = hashlib.sha256(to_json(joined).encode()).hexdigest()[:12]
-        return f'W/"{row.revision}-{fingerprint}"', {"groups": joined}
-
-    def _check_unique(self, session: Session, row: Row, resource: Resource) -> None:
-        for sub in self.resource_types[row.type].root.sub_attributes:
-            unique = (
-                sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
-            )
-            if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
-                raise ScimError(
-                    409,
-                    "uniqueness",
-                    f"{sub.name} {quoted(resource[sub.name])} is already in "
-                    f"use by another {row.type}",
-                )
-
-    def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
-        """Store a resource that a client changed; where nothing differs, nothing is written."""
-        self._check_unique(session, row, after)
-        balance, changed = self._link(session, row, before, after)
-        attributes = stored(after)
-        differs = attributes != row.attributes
-        if not differs and not changed:
-            return row
-        saved = self._touch(session, row, to_json(attributes), row.member_count + balance)
-        if differs:
-            self._record(session, row, before, after)
-        return saved
-
-    def _touch(self, session: Session, row: Row, body: str, count: int) -> Row:
-        """Store a body as the next revision of a row and return the row as it is now."""
-        resource_type, now = self.resource_types[row.type], time_text(self.clock())
-        changed = row._replace(
-            body=body, revision=row.revision + 1, modified=now, member_count=count
-        )
-        session.save(changed, row_entries(resource_type, row), row_entries(resource_type, changed))
-        return changed
-
-    def _link(
-        self, session: Session, row: Row, before: Resource, after: Resource
-    ) -> tuple[int, bool]:
-        """Store the differences in membership; return by how many it grew and if it changed."""
-        if not (members := self.resource_types[row.type].root.sub_attribute("members")):
-            return 0, False
-        old, new = (
-            {member["value"]: member.get("display") for member in resource.get("members", ())}
-            for resource in (before, after)
-        )
-        removed = session.unlink(row.seq, old.keys() - new.keys())
-        differing = [member for member in new.items() if member not in old.items()]
-        written = session.link(row.seq, differing, members.by_name["display"])
-        added = [id for id in written if id not in old]
-        updated = [id for id in written if id in old]
-        for kind, ids in (
-            ("member.removed", removed),
-            ("member.added", added),
-            ("member.updated", updated),
-        ):
-            if ids:
-                self._log(session, kind, row.id, ids)
-        return len(added) - len(removed), bool(written or removed)
-
-    def _adopt_custom_fields(self, session: Session) -> None:
-        """Fit what is stored to the custom fields of now; values of others, or other types, are hidden."""
-        configured = to_json(list(self._kinds.items()))
-        if session.setting("custom_fields") != configured:
-            for row in session.holding(FACILIO):
-                self._fitted(row, session)
-            session.set_setting("custom_fields", configured)
-
-    def _fitted(self, row: Row, session: Session | None = None) -> Row:
-        """Return a row with the custom fields of now where another view of the tenant left others in it."""
-        at = member_at(row.body, FACILIO)
-        found: Resource = DECODER.raw_decode(row.body, at)[0] if at else {}
-        kinds = {name: KINDS[type(value)] for name, value in found.items()}
-        if row.hidden == "{}" and kinds.items() <= self._kinds.items():
-            return row
-        user_type = self.resource_types["User"]
-        extension = user_type.root.by_name[FACILIO.lower()]
-        visible, hidden, earlier = Resource(), Resource(), from_json(row.hidden)
-        for name, value in (*found.items(), *earlier.items()):
-            sub = extension.sub_attribute(name)
-            if sub and sub.name not in visible and sub.type == KINDS[type(value)]:
-                visible[sub.name] = value
-            else:
-                hidden.setdefault(name, value)
-        if (visible, hidden) == (found, earlier):
-            return row
-        body = to_json(pruned(row.attributes | {FACILIO: visible}))
-        fitted = row._replace(body=body, hidden=to_json(hidden), revision=row.revision + 1)
-        if (
-            session
-        ):  # one that writes; the index holds what that view wrote, by types that the values show
-            written = resource_types(tuple(CustomField(*one) for one in kinds.items()))["User"]
-            session.save(fitted, row_entries(written, row), row_entries(user_type, fitted))
-            self._record(session, row, row.attributes, fitted.attributes)
-        return fitted
-
-    def _adopt_users(self, session: Session) -> None:
-        """Make the employees of users that an older version stored without them."""
-        if not session.setting("employees"):
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62)):
-                self._employ(session, row.id, row.attributes)
-            session.set_setting("employees", "made")
+# -- Upkeep ----------------------------------------------------------------------
 
 
 def time_text(instant: datetime) -> str:
@@ -3184,14 +2525,14 @@ def time_text(instant: datetime) -> str:
     return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def change_verb(before: Resource, after: Resource) -> str:
-    """Return what happened to a resource or employee that was one thing and is another."""
+def change_kind(before: Resource, after: Resource) -> str:
+    """Return the word of the change feed for a change of a resource or employee; {} is none."""
     if not before or not after:
         return "deleted" if before else "created"
-    was, now = before.get("active"), after.get("active")
-    if was == now or was is None or now is None:
+    old, new = before.get("active"), after.get("active")
+    if old == new or old is None or new is None:
         return "updated"
-    return "reactivated" if now else "deactivated"
+    return "reactivated" if new else "deactivated"
 
 
 def changed_names(attribute: Attribute, before: Resource, after: Resource) -> list[str]:
@@ -3212,24 +2553,737 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
     return names
 
 
-def stored(resource: Resource) -> Resource:
-    """Return the part of a resource that is kept in its row's body."""
-    made_anew = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
-    return {name: value for name, value in resource.items() if name not in made_anew}
+def update_employee(
+    session: Session, user_id: str, user: Resource, now: str, log: Callable[..., None]
+) -> None:
+    """Make the employee of a user follow a write; {} means the user was deleted.
+
+    log is called with the kind of the change, the employee's id and the names of the fields.
+    """
+    columns = employee_columns(user_id, user)
+    before = session.employee_of(user_id)
+    if user and not before:
+        before = session.former_employee(columns["external_id"], columns["user_name"])
+    # A new employee is active; if active was removed from the user, the employee keeps its state.
+    active = before.active if before else True
+    before = before or NO_EMPLOYEE
+    after = before._replace(**{"active": active, **columns})
+    if before == after:
+        return
+    id = session.put_employee(after._replace(changed=now))
+    if before.user_id not in ("", user_id):  # a returning person keeps their reports
+        session.reassign_reports(before.user_id, user_id)
+    old, new = compared_fields(before), compared_fields(after)
+    names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
+    if names:
+        kind = change_kind(old if before.id else {}, new)
+        log(f"employee.{kind}", str(id), attributes=names)
 
 
-def member_at(body: str, name: str) -> int:
-    """Return where the value of a member stands in a body's JSON text; 0 for nowhere."""
-    # In the text of a value the quotes would stand behind backslashes; no sub-attribute has the name of a URN.
-    found = body.rfind(f'"{name}":')
-    return found + len(name) + 3 if found > 0 else 0
+def employee_columns(user_id: str, user: Resource) -> Resource:
+    """Return the columns of EmployeeRow that a user decides; without a user it stays, inactive."""
+    if not user:
+        return {"provisioned": False, "active": False}
+    return {
+        "user_id": user_id,
+        "provisioned": True,
+        "external_id": user.get("externalId", ""),
+        "user_name": USER_TYPE.root.by_name["username"].key(user["userName"]),
+        "manager_id": user.get(ENTERPRISE, {}).get("manager", {}).get("value", ""),
+        "record": employee_record(user),
+        **({"active": user["active"]} if "active" in user else {}),
+    }
 
 
-def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
-    """Yield what the index holds of a row."""
-    yield from index_entries(resource_type.root, row.attributes)
-    yield "meta.created", date_time_key(row.created), 0
-    yield "meta.lastmodified", date_time_key(row.modified), 0
+def compared_fields(row: EmployeeRow) -> Resource:
+    """Return the fields of an employee whose changes the feed names."""
+    return {
+        **row.record,
+        "active": row.active,
+        "external_id": row.external_id,
+        "user_id": row.user_id,
+        "manager": row.manager_id,
+    }
+
+
+# -- Table form ------------------------------------------------------------------
+
+
+def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the header and a row of texts for each employee, the custom fields as last columns."""
+    columns = [field.name for field in fields(Employee) if field.name != "custom_fields"]
+    yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
+    for employee in employees:
+        values = [getattr(employee, name) for name in columns]
+        values += [employee.custom_fields.get(name) for name in link_names]
+        yield [
+            "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            for value in values
+        ]
+
+
+def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
+    """Yield the lines of a table as CSV (RFC 4180)."""
+    for row in table:
+        line = io.StringIO()
+        # A spreadsheet would run a cell that looks like a formula; an apostrophe makes it text.
+        csv.writer(line).writerow(
+            f"'{cell}"
+            if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?\d+", cell)
+            else cell
+            for cell in row
+        )
+        yield line.getvalue()
+
+
+# ----------------------------------------------------------------------------
+# 9. Directory                                                   RFC 7644 §3
+#
+# One tenant's SCIM operations, a transaction each. Takes and returns canonical
+# resources; the clock and the maker of ids are arguments.
+# Uses chapters 1 to 8. Knows nothing of HTTP.
+# ----------------------------------------------------------------------------
+
+KEEP_CHANGES = 1_000_000
+KEEP_DAYS = 90
+KEEP_LOG = 10_000
+FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
+CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
+WHOLE = Selection()
+
+
+class Precondition(NamedTuple):
+    """A client's conditions on a version (RFC 7644 §3.14); a header that is absent is ""."""
+
+    if_match: str = ""
+    if_none_match: str = ""
+
+    def excludes(self, version: str) -> bool:
+        """Return whether If-None-Match names a version."""
+        return self._names(self.if_none_match, version)
+
+    def check(self, version: str) -> None:
+        """Raise ScimError 412 if a write must not happen on this version."""
+        if self.if_match and not self._names(self.if_match, version):
+            raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
+        if self.excludes(version):
+            raise ScimError(412, "", f"If-None-Match: the version is {version}")
+
+    def _names(self, header: str, version: str) -> bool:
+        # Versions are weak and are compared as such, although RFC 7644 uses them with If-Match.
+        tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+        return "*" in tags or version.removeprefix("W/") in tags
+
+
+ALWAYS = Precondition()
+Clock = Callable[[], datetime]
+utc_now: Clock = partial(datetime.now, UTC)
+Result = TypeVar("Result")
+
+
+def random_id() -> str:
+    """Return a new resource id."""
+    return str(uuid.uuid4())
+
+
+class Directory:
+    """One tenant's users, groups and employees, without any HTTP. Safe from several threads.
+
+    A resource type is one of resource_types or its name; bodies and resources are JSON objects.
+    Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
+    parse_operations do, 409 uniqueness for a userName or group displayName that is in use, and 412
+    for a precondition that fails. cursor_key is a secret of the store for signing cursors. keep is
+    how many changes the feed holds, keep_days for how long. StoreError if the store fails.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        custom_fields: Sequence[CustomField] = (),
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+        keep: int = KEEP_CHANGES,
+        keep_days: int = KEEP_DAYS,
+    ) -> None:
+        self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
+        self.keep, self.keep_days = keep, keep_days
+        self.custom_fields = tuple(custom_fields)
+        self.resource_types = resource_types(self.custom_fields)
+        self._field_types = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
+        self.link_names = list(self._field_types)
+        with store.writing() as session:
+            if not session.setting("cursor_key"):
+                session.set_setting("cursor_key", secrets.token_hex(32))
+            self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
+            self._adopt_custom_fields(session)
+            self._adopt_users(session)
+
+    @classmethod
+    def as_stored(cls, store: Store) -> Directory:
+        """Return a directory to read from, with the custom fields that its server has stored."""
+        with store.reading() as session:
+            custom_fields = json.loads(session.setting("custom_fields") or "[]")
+        return cls(store, tuple(CustomField(*pair) for pair in custom_fields))
+
+    def claim(self, tenant: str) -> None:
+        """Note whose store this is; StoreError if it is another tenant's."""
+        with self.store.writing() as session:
+            owner = session.setting("tenant")
+            if owner not in ("", tenant):
+                raise StoreError(
+                    f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
+                )
+            if not owner:
+                session.set_setting("tenant", tenant)
+
+    def on_behalf_of(self, token: str) -> Directory:
+        """Return this directory with the name of the token whose changes it makes."""
+        view = Directory.__new__(Directory)
+        vars(view).update(vars(self), token=token)
+        return view
+
+    # -- SCIM operations --
+
+    def create(self, type: ResourceType | str, body: Json) -> Resource:
+        """Store a new resource and return it (RFC 7644 §3.3)."""
+        resource_type = self._type(type)
+        resource = accept(resource_type, body)
+        resource.update(defaults(resource_type) | resource)
+        id, now, attributes = self.new_id(), time_text(self.clock()), stored(resource)
+        body = to_json(attributes)
+        row = StoredResource(0, resource_type.name, id, body, "{}", 1, now, now, 0)
+        row.attributes = attributes
+        with self.store.writing() as session:
+            self._check_unique(session, row, {}, resource)
+            session.save(row, set(), row.entries(resource_type))
+            self._record(session, row, {}, resource)
+            row.member_count, changed = self._save_members(session, row, {}, resource)
+            if changed:
+                session.save(row, set(), set())
+            return self._resource(session, row)
+
+    def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
+        """Return a resource (RFC 7644 §3.4.1), with its members only if they are selected."""
+        with self.store.reading() as session:
+            return self._resource(session, self._find(session, type, id), selection)
+
+    def query(
+        self,
+        type: ResourceType | str,
+        filter: Filter | str = EVERYTHING,
+        sorting: Sorting | None = None,
+        start_index: int = 1,
+        count: int = DEFAULT_COUNT,
+        selection: Selection = WHOLE,
+    ) -> Page:
+        """Return at most count resources of a type that match, from the 1-based start_index.
+
+        Without sorting the order is that of creation, so that paging sees each resource once
+        (RFC 7644 §3.4.2). A filter as text raises ScimError 400 invalidFilter.
+        """
+        resource_type = self._type(type)
+        if isinstance(filter, str):
+            filter = parse_filter(filter, resource_type)
+        window = Window(max(count, 0), max(start_index, 1) - 1)
+        return self.search({resource_type.name: (filter, selection)}, sorting, window)
+
+    def search(
+        self,
+        queries: Mapping[str, tuple[Filter, Selection]],
+        sorting: Sorting | None,
+        window: Window,
+        base_url: str = "",
+    ) -> Page:
+        """Return a window on the matches of several types, each with a filter (RFC 7644 §3.4.2.1).
+
+        With a base_url, resources that are selected as a whole are Encoded.
+        """
+        filters = {name: filter for name, (filter, _) in queries.items()}
+        with self.store.reading() as session:
+            matches = session.page(filters, sorting, window)
+            more = len(matches) > window.count
+            if more:
+                del matches[0 if window.backward else -1]
+            total = self._total(session, filters, window, len(matches), more)
+            rows = [self._with_current_fields(row) for *_, row in matches]
+            resources = self._resources(session, rows, queries, base_url)
+        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
+        first, last = ends or (None, None)
+        return Page(total, resources, first, last, more)
+
+    def replace(
+        self, type: ResourceType | str, id: str, body: Json, condition: Precondition = ALWAYS
+    ) -> Resource:
+        """Store a resource in place of the present one and return it (RFC 7644 §3.5.1)."""
+        resource_type = self._type(type)
+        resource = accept(resource_type, body)
+        with self.store.writing() as session:
+            row = self._find(session, type, id, writing=True)
+            before = self._resource(session, row)
+            condition.check(before["meta"]["version"])
+            # Okta leaves out active when it changes other attributes: that must not reactivate.
+            kept = {name: before[name] for name in defaults(resource_type) if name in before}
+            resource.update(kept | resource)
+            return self._resource(session, self._save(session, row, before, resource))
+
+    def patch(
+        self,
+        type: ResourceType | str,
+        id: str,
+        body: Json | list[Operation],
+        condition: Precondition = ALWAYS,
+        selection: Selection = WHOLE,
+    ) -> Resource | None:
+        """Apply a PATCH body, or its operations, to a resource (RFC 7644 §3.5.2).
+
+        Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
+        """
+        resource_type = self._type(type)
+        parsed = isinstance(body, list) and body and isinstance(body[0], Operation)
+        operations = body if parsed else parse_operations(resource_type, body)
+        touched_ids = touched_member_ids(operations)
+        with self.store.writing() as session:
+            row = self._find(session, type, id, writing=True)
+            before = self._resource(session, row, only_members=touched_ids)
+            condition.check(before["meta"]["version"])
+            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            # RFC 7644 requires a body whenever attributes are selected, whatever the size.
+            if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
+                return None
+            return self._resource(session, row, selection)
+
+    def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
+        """Remove a resource and its memberships (RFC 7644 §3.6)."""
+        with self.store.writing() as session:
+            row = self._find(session, type, id, writing=True)
+            before = self._resource(session, row, only_members=())
+            condition.check(before["meta"]["version"])
+            for item in session.groups([row.seq])[row.seq]:
+                group = self._find(session, "Group", item["value"])
+                session.remove_members(group.seq, [id])
+                self._log(session, "member.removed", group.id, [id])
+                self._touch(session, group, group.attributes, group.member_count - 1)
+            remaining = [member["value"] for member in session.members(row.seq)]
+            self._log(session, "member.removed", id, remaining)
+            session.delete(row, row.entries(self._type(type)))
+            self._record(session, row, before, {})
+
+    def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
+        """Create users and groups from {"Users": [body, …], "Groups": [body, …]}, or such a file.
+
+        A member may be given by userName or displayName, as {"value": name} or the name alone.
+        Returns the ids by name.
+        """
+        document = (
+            source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
+        )
+        ids: dict[str, str] = {}
+        with self.store.writing():
+            for body in document.get("Users", ()):
+                user = self.create("User", body)
+                ids[user["userName"]] = user["id"]
+            for body in document.get("Groups", ()):
+                members = [
+                    member if isinstance(member, dict) else {"value": member}
+                    for member in body.get("members", ())
+                ]
+                members = [
+                    {**member, "value": ids.get(member["value"], member["value"])}
+                    for member in members
+                ]
+                group = self.create("Group", {**body, "members": members})
+                if len(group.get("members", ())) < len({member["value"] for member in members}):
+                    raise invalid_value(
+                        f"members of {group['displayName']}: some names or ids are unknown"
+                    )
+                ids[group["displayName"]] = group["id"]
+        return ids
+
+    def last_use(self, token: str) -> str:
+        """Return when a token was last used, as a dateTime; "" for never."""
+        with self.store.reading() as session:
+            return session.setting(f"used {token}")
+
+    # -- Employees and changes --
+
+    def employees(
+        self,
+        active: bool | None = None,
+        changed_since: str = "",
+        id: int | None = None,
+        after: int = 0,
+    ) -> Iterator[Employee]:
+        """Yield employees by their ids, those after an id: active or not, changed since a dateTime.
+
+        Raises ScimError 400 invalidValue for a changed_since that is no dateTime.
+        """
+        since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
+        after, last = (after, 2**62) if id is None else (max(after, id - 1), id)
+        read = partial(
+            Session.employees, last=last, count=DEFAULT_COUNT, active=active, since=since
+        )
+        while rows := self._read(partial(read, after=after)):
+            for row in rows:
+                yield Employee(
+                    id=row.id,
+                    user_id=row.user_id,
+                    external_id=row.external_id,
+                    active=bool(row.active),
+                    manager=row.manager,
+                    changed=row.changed,
+                    **row.record,
+                )
+            after = rows[-1].id
+
+    def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
+        """Return at most count changes after a number; wait for seconds if there is none.
+
+        Raises ScimError 410 if the feed no longer has them: its detail says where to start.
+        """
+
+        def read(session: Session) -> list[Change]:
+            first, last = session.change_bounds()
+            if not first <= after <= last:
+                raise ScimError(
+                    410,
+                    "",
+                    f"after={after}: the feed holds the changes after {first}, up to "
+                    f"{last}; read all employees, then start again with after={last}",
+                )
+            return session.changes(after, count)
+
+        return self._read(read, wait)
+
+    def requests(
+        self,
+        after: int = 0,
+        before: int = 0,
+        count: int = DEFAULT_COUNT,
+        level: int = 0,
+        subject: str = "",
+        text: str = "",
+        wait: float = 0,
+    ) -> list[Json]:
+        """Return entries of the provisioning log, newest first; wait seconds if there is none.
+
+        before 0 is the end; level 1 is warnings and refusals, 2 refusals; each entry contains text.
+        """
+        return self._read(
+            lambda session: session.requests(after, before or 2**62, count, level, subject, text),
+            wait,
+        )
+
+    def _read(self, read: Callable[[Session], Result], wait: float = 0) -> Result:
+        """Return what a function reads; if that is empty, try again for wait seconds."""
+        end = time.monotonic() + wait
+        while True:
+            with self.store.reading() as session:
+                rows = read(session)
+            remaining = end - time.monotonic()
+            if rows or remaining <= 0 or not self.store.wait(remaining):
+                return rows
+
+    def history(self, id: str) -> tuple[Employee | None, list[Change]]:
+        """Return the employee that a user is or was, and the newest changes of a user or group."""
+        with self.store.reading() as session:
+            row = session.employee_of(id)
+            changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
+        return next(self.employees(id=row.id), None) if row else None, changes
+
+    def follow(self, after: int = 0, wait: bool = True) -> Iterator[Change]:
+        """Yield the changes after a number, then each new one until the store is interrupted.
+
+        Without wait it ends with the newest change. Raises ScimError 410 as changes() does.
+        """
+        seconds = MAX_WAIT if wait else 0
+        while (changes := self.changes(after, seconds)) or (wait and self.store.wait(0)):
+            for change in changes:
+                after = change.seq
+                yield change
+
+    def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
+        """Call back with each change from now on, in order, after its commit; return the thread.
+
+        Exceptions of the callback are printed, then ignored. The thread ends with the store.
+        """
+
+        def run(after: int) -> None:
+            while self.store.wait(0):
+                try:
+                    # If the callback was slow, the feed may no longer have the next changes.
+                    first, last = self._read(Session.change_bounds)
+                    after = min(max(after, first), last)
+                    for change in self.follow(after):
+                        after = change.seq
+                        callback(change)
+                except StoreError:  # such as a file that is locked for a while
+                    if self.store.wait(POLL_SECONDS):
+                        traceback.print_exc()
+                except Exception:  # noqa: BLE001  code of others
+                    traceback.print_exc()
+
+        newest = self._read(Session.change_bounds)[1]
+        thread = threading.Thread(target=run, args=(newest,), daemon=True)
+        thread.start()
+        return thread
+
+    # -- Reading: from a stored resource to what is shown --
+
+    def _type(self, type: ResourceType | str) -> ResourceType:
+        if isinstance(type, str) and type not in self.resource_types:
+            names = ", ".join(self.resource_types)
+            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
+        return self.resource_types[type] if isinstance(type, str) else type
+
+    def _find(
+        self, session: Session, type: ResourceType | str, id: str, writing: bool = False
+    ) -> StoredResource:
+        name = self._type(type).name
+        if row := session.find(name, id):
+            return self._with_current_fields(row, session if writing else None)
+        detail = f"{name} {quoted(id)} does not exist"
+        raise ScimError(404, "", detail, reason=("missing", name, id))
+
+    def _total(
+        self, session: Session, filters: Filters, window: Window, count: int, more: bool
+    ) -> int | None:
+        """Return how many resources match in all, counted only if a page of count does not tell."""
+        if window.after:
+            return None
+        if more or (window.offset and not count):
+            return session.total(filters)
+        return window.offset + count
+
+    def _resources(
+        self,
+        session: Session,
+        rows: Sequence[StoredResource],
+        queries: Mapping[str, tuple[Filter, Selection]],
+        base_url: str,
+    ) -> list[Resource | Encoded]:
+        """Return the stored resources of a page in the form that each type's selection asks for."""
+        groups = session.groups([row.seq for row in rows if row.type == "User"])
+        return [
+            self._encoded(session, row, groups, base_url)
+            if base_url and queries[row.type][1] == WHOLE
+            else self._resource(session, row, queries[row.type][1], groups=groups)
+            for row in rows
+        ]
+
+    def _resource(
+        self,
+        session: Session,
+        row: StoredResource,
+        selection: Selection = WHOLE,
+        only_members: Iterable[str] | None = None,
+        groups: Mapping[int, list[Resource]] | None = None,
+    ) -> Resource:
+        """Return a stored resource with its version, its groups, and all its members or some."""
+        version, links = self._links(session, row, selection, only_members, groups)
+        return {
+            "schemas": schemas_of(self.resource_types[row.type], row.attributes),
+            "id": row.id,
+            **row.attributes,
+            "meta": {
+                "resourceType": row.type,
+                "created": row.created,
+                "lastModified": row.modified,
+                "version": version,
+            },
+            **links,
+        }
+
+    def _encoded(
+        self,
+        session: Session,
+        row: StoredResource,
+        groups: Mapping[int, list[Resource]],
+        base_url: str,
+    ) -> Encoded:
+        """Return a whole resource as project() shows it; the stored text is inserted as it is."""
+        # Building a dict only to serialise it made a page of 100 a third slower.
+        version, links = self._links(session, row, groups=groups)
+        resource_type = self.resource_types[row.type]
+        extensions = (extension.id for extension in resource_type.extensions)
+        urns = [urn for urn in extensions if offset_of_member(row.body, urn)]
+        schemas = '","'.join([resource_type.schema.id, *urns])
+        location = resource_type.location(base_url, row.id)
+        text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
+        return Encoded(
+            f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":'
+            f'"{row.type}","created":"{row.created}","lastModified":"{row.modified}","version":'
+            f'{to_json(version)},"location":{to_json(location)}}},{text}{row.body[1:]}'
+        )
+
+    def _links(
+        self,
+        session: Session,
+        row: StoredResource,
+        selection: Selection = WHOLE,
+        only_members: Iterable[str] | None = None,
+        groups: Mapping[int, list[Resource]] | None = None,
+    ) -> tuple[str, Resource]:
+        """Return the version of a resource, and its groups or its members."""
+        version = f'W/"{row.revision}"'
+        if members := self.resource_types[row.type].root.by_name.get("members"):
+            selected = row.member_count and selection.includes(members)
+            return version, {"members": session.members(row.seq, only_members)} if selected else {}
+        if not (own_groups := (groups or session.groups([row.seq]))[row.seq]):
+            return version, {}
+        # A group that is renamed changes its members' groups, and so their versions.
+        fingerprint = hashlib.sha256(to_json(own_groups).encode()).hexdigest()[:12]
+        return f'W/"{row.revision}-{fingerprint}"', {"groups": own_groups}
+
+    # -- Writing: what is checked, stored and logged --
+
+    def _check_unique(
+        self, session: Session, row: StoredResource, before: Resource, after: Resource
+    ) -> None:
+        for sub in self.resource_types[row.type].root.sub_attributes:
+            value = after.get(sub.name)
+            unique = sub.uniqueness == "server" and sub.mutability != "readOnly"
+            if (
+                unique
+                and value not in (None, before.get(sub.name))
+                and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
+            ):
+                raise ScimError(
+                    409,
+                    "uniqueness",
+                    f"{sub.name} {quoted(value)} is already in use by another {row.type}",
+                    reason=("taken", sub.name, str(value), row.type),
+                )
+
+    def _save(
+        self, session: Session, row: StoredResource, before: Resource, after: Resource
+    ) -> StoredResource:
+        """Store a resource that a client changed; if nothing differs, nothing is written."""
+        self._check_unique(session, row, before, after)
+        growth, members_changed = self._save_members(session, row, before, after)
+        attributes = stored(after)
+        attributes_changed = attributes != row.attributes
+        if not attributes_changed and not members_changed:
+            return row
+        saved = self._touch(session, row, attributes, row.member_count + growth)
+        if attributes_changed:
+            self._record(session, row, before, after)
+        return saved
+
+    def _touch(
+        self, session: Session, row: StoredResource, attributes: Resource, member_count: int
+    ) -> StoredResource:
+        """Store and return the next revision of a resource."""
+        resource_type, now = self.resource_types[row.type], time_text(self.clock())
+        changed = row.changed(attributes, modified=now, member_count=member_count)
+        session.save(changed, row.entries(resource_type), changed.entries(resource_type))
+        return changed
+
+    def _save_members(
+        self, session: Session, row: StoredResource, before: Resource, after: Resource
+    ) -> tuple[int, bool]:
+        """Store the differences in membership; return the growth and whether there are any."""
+        if not (members := self.resource_types[row.type].root.sub_attribute("members")):
+            return 0, False
+        old, new = (
+            {member["value"]: member.get("display") for member in resource.get("members", ())}
+            for resource in (before, after)
+        )
+        removed = session.remove_members(row.seq, old.keys() - new.keys())
+        differing = [member for member in new.items() if member not in old.items()]
+        written = session.add_members(row.seq, differing, members.by_name["display"])
+        added = [id for id in written if id not in old]
+        updated = [id for id in written if id in old]
+        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
+            if ids:
+                self._log(session, f"member.{kind}", row.id, ids)
+        return len(added) - len(removed), bool(written or removed)
+
+    def _record(
+        self, session: Session, row: StoredResource, before: Resource, after: Resource
+    ) -> None:
+        """Log that a resource changed ({} is none), and update its employee."""
+        names = changed_names(self.resource_types[row.type].root, before, after)
+        kind = f"{row.type.lower()}.{change_kind(before, after)}"
+        self._log(session, kind, row.id, attributes=names)
+        if row.type == "User":
+            log = partial(self._log, session)
+            update_employee(session, row.id, after, time_text(self.clock()), log)
+
+    def _log(
+        self,
+        session: Session,
+        kind: str,
+        id: str,
+        members: Iterable[str] = ("",),
+        attributes: Sequence[str] = (),
+    ) -> None:
+        """Append to the change feed, a row for each member, and trim it."""
+        now, names = self.clock(), to_json(attributes)
+        session.log(
+            [(time_text(now), kind, id, member, self.token, names) for member in members],
+            self.keep,
+            time_text(now - timedelta(days=self.keep_days)),
+        )
+
+    # -- What was stored under another configuration, or by an older version --
+
+    def _adopt_custom_fields(self, session: Session) -> None:
+        """Adapt stored resources if the configured custom fields have changed."""
+        configured = to_json(list(self._field_types.items()))
+        if session.setting("custom_fields") != configured:
+            for row in session.containing(FACILIO):
+                self._with_current_fields(row, session)
+            session.set_setting("custom_fields", configured)
+
+    def _with_current_fields(
+        self, row: StoredResource, session: Session | None = None
+    ) -> StoredResource:
+        """Return a resource with the custom fields of this configuration.
+
+        Values of other fields, and of other types, are hidden: they come back with their fields.
+        With a session that writes, a resource that differs is stored.
+        """
+        offset = offset_of_member(row.body, FACILIO)
+        present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
+        types = {name: FIELD_TYPES[type(value)] for name, value in present.items()}
+        if row.hidden == "{}" and types.items() <= self._field_types.items():
+            return row
+        user_type, hidden = self.resource_types["User"], from_json(row.hidden)
+        visible, others = split_custom_fields(user_type, (*present.items(), *hidden.items()))
+        if (visible, others) == (present, hidden):
+            return row
+        attributes = pruned(row.attributes | {FACILIO: visible})
+        changed = row.changed(attributes, hidden=to_json(others))
+        if session:
+            # The index has the entries of the other configuration; the values tell its types.
+            other_fields = tuple(CustomField(*pair) for pair in types.items())
+            written = row.entries(resource_types(other_fields)["User"])
+            session.save(changed, written, changed.entries(user_type))
+            self._record(session, row, row.attributes, attributes)
+        return changed
+
+    def _adopt_users(self, session: Session) -> None:
+        """Make the employees of users that an older version stored without them."""
+        if not session.setting("employees"):
+            now, log = time_text(self.clock()), partial(self._log, session)
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62)):
+                update_employee(session, row.id, row.attributes, now, log)
+            session.set_setting("employees", "made")
+
+
+def split_custom_fields(
+    user_type: ResourceType, values: Iterable[tuple[str, Json]]
+) -> tuple[Resource, Resource]:
+    """Return the values of custom fields that a user type has, and the others; the first wins."""
+    extension = user_type.root.by_name[FACILIO.lower()]
+    visible, others = Resource(), Resource()
+    for name, value in values:
+        sub = extension.sub_attribute(name)
+        if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
+            visible[sub.name] = value
+        else:
+            others.setdefault(name, value)
+    return visible, others
 
 
 # ----------------------------------------------------------------------------
@@ -3299,7 +3353,7 @@ LIST = (lambda value: value if isinstance(value, list) else None, "a list")
 FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
              "a list with at least one item")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
-COUNT = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
+POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
          "a whole number of 1 or more")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
@@ -3365,7 +3419,7 @@ class Tenant:
     name: str = setting(TENANT_NAME, unique=str.lower)
     tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
     custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
-    keep_log: int = setting(COUNT, KEEP_LOG, key="log.keep")
+    keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
     log_bodies: bool = setting(FLAG, False, key="log.bodies")
 
 
@@ -3379,12 +3433,12 @@ class Config:
     data_dir: str = setting(TEXT, "scim-data")
     tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
     trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
-    max_connections: int = setting(COUNT, 512)
+    max_connections: int = setting(POSITIVE, 512)
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
     access_log: str = setting(LOG_FORMAT, "text")
     # The metrics token is for reading /metrics from another machine.
     metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
-    keep_changes: int = setting(COUNT, KEEP_CHANGES, key="changes.keep", live=True)
+    keep_changes: int = setting(POSITIVE, KEEP_CHANGES, key="changes.keep", live=True)
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
     console: bool = setting(FLAG, True)
 
@@ -3790,12 +3844,12 @@ def response_for(error: Exception) -> Response:
         return error_response(error)
     with suppress(OSError, ValueError):  # nobody reads it
         traceback.print_exception(error)
-    if isinstance(error, sqlite3.DatabaseError):  # of the disk or the file
+    if isinstance(error, StoreError):
         return error_response(
             ScimError(
-                507 if "full" in str(error) else 503,
+                error.status,
                 "",
-                f"the tenant's database failed: {error}; nothing was changed, "
+                f"the tenant's database failed: {error.reason}; nothing was changed, "
                 "the request may be repeated",
                 RETRY,
             )
@@ -4291,7 +4345,7 @@ def run_bulk(call: Call) -> Response:
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    with call.directory.store.writing(alone=True):
+    with call.directory.store.writing():
         answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
@@ -4814,23 +4868,6 @@ def list_changes(call: Call) -> Response:
 
 # -- The console's API ---------------------------------------------------------------
 
-MAPPING = (  # source in Entra ID, customappsso attribute, what is to be changed
-    ("userPrincipalName", "userName", "make it required, matching precedence 1"),
-    ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)"),
-    ("objectId", "externalId", "instead of mailNickname"),
-    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail"),
-    ("displayName", "displayName", ""),
-    ("jobTitle", "title", ""),
-    ("givenName", "name.givenName", ""),
-    ("surname", "name.familyName", ""),
-    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', ""),
-    ("mobile", 'phoneNumbers[type eq "mobile"].value', ""),
-    ("preferredLanguage", "preferredLanguage", ""),
-    ("department", f"{ENTERPRISE}:department", ""),
-    ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
-    ("manager", f"{ENTERPRISE}:manager", ""),
-)
-
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
@@ -4863,7 +4900,7 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
         ("", f"{FACILIO}:{name}", "custom field: choose its source")
         for name in directory.link_names
     )
-    for source, target, change in (*MAPPING, *fields):
+    for source, target, change in (*ENTRA_MAPPING, *fields):
         path = parse_path(target, directory.resource_types["User"])
         type = (path.sub_attribute or path.attributes[-1]).type
         rows.append([source, target, types.get(type, "String"), change])
@@ -5014,7 +5051,7 @@ class Metrics:
 def get_readiness(application: Any, request: Request) -> Response:
     """Answer GET /readyz: the database of each tenant answers."""
     served = application.available
-    with suppress(sqlite3.Error):
+    with suppress(StoreError):
         for directory in served:
             directory.last_use("")
         if len(served) == len(application.directories):
@@ -5047,8 +5084,6 @@ def get_metrics(application: Any, request: Request) -> Response:
 # to a SCIM error.
 # Uses chapters 1 to 14. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
-
-OPEN_TENANTS = 64  # whose files are kept open
 
 
 # -- Routes ------------------------------------------------------------------------
@@ -5150,10 +5185,8 @@ class Application:
         self.metrics = Metrics()
         self.directories: dict[str, Directory | StoreError] = {}
         self._ask, self._clock, self._new_id = authenticate, clock, new_id
-        self._awake: dict[str, Store] = {}  # whose files are open, oldest use first
-        self._latest: Store | None = None
         self._tried = clock()
-        self._configuring, self._waking = threading.RLock(), threading.Lock()
+        self._configuring = threading.RLock()
         self.configure(config)
 
     # -- Tenants --
@@ -5183,8 +5216,8 @@ class Application:
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(gone := before[name], Directory):
-                gone.store.interrupt()
-                gone.store.rest()  # closed after each of the requests in flight
+                self.log.close()  # its calls belong to the tenant's log
+                gone.store.close()  # after the write that is in progress
 
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, given as in the configuration; ConfigError and StoreError."""
@@ -5255,7 +5288,6 @@ class Application:
             directory.claim(tenant.name)
         except StoreError as error:
             return error
-        self._wake(tenant.name, directory)
         return directory
 
     # -- Requests --
@@ -5415,7 +5447,6 @@ class Application:
         tenant, token, directory = caller
         if isinstance(directory, StoreError):
             directory = self._retried(tenant, now)
-        self._wake(tenant.name, directory)
         return directory.on_behalf_of(token.name)
 
     def _retried(self, tenant: Tenant, now: datetime) -> Directory:
@@ -5431,17 +5462,6 @@ class Application:
                 503, "", "the tenant's database cannot be used; the server's log says why", RETRY
             )
         return found
-
-    def _wake(self, tenant: str, directory: Directory) -> None:
-        """Note the use of a tenant; of more than OPEN_TENANTS the one not used longest rests."""
-        if self._latest is not directory.store:
-            with self._waking:  # not configuring, which may wait for who writes
-                self._latest = directory.store
-                directory.store.resting = False
-                self._awake.pop(tenant, None)
-                self._awake[tenant] = directory.store
-                if len(self._awake) > OPEN_TENANTS:
-                    self._awake.pop(next(iter(self._awake))).rest()
 
     def _dispatch(
         self,
@@ -7021,32 +7041,14 @@ def back_up(options: argparse.Namespace) -> None:
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Put a backup in the place of a tenant's database."""
+    """Put a backup in the place of a tenant's database, while no server uses it."""
     config, tenant = chosen_tenant(options)
     path = store_path(config, tenant)
     if path == ":memory:":
         raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
-    if not os.path.isfile(options.file):
-        raise StoreError(f"{options.file}: is no file")
     make_data_dir(config)
-    made = path
-    try:
-        store = Store(path)
-    except Damaged:  # which stays until there is something better
-        store = Store(made := f"{path}.restored")
-    try:
-        with closing(store):
-            store.restore(options.file, tenant.name)
-        if made != path:
-            now = f"{utc_now():%Y%m%dT%H%M%S.%f}"
-            log_line(f"{path}: damaged, kept beside as *.damaged-{now}")
-            for file in (path, f"{path}-wal"):
-                if os.path.exists(file):
-                    os.replace(file, f"{file}.damaged-{now}")
-            os.replace(made, path)
-    finally:
-        if made != path and os.path.exists(made):
-            os.remove(made)
+    if moved := restore_file(path, options.file, tenant.name, f"{utc_now():%Y%m%dT%H%M%S.%f}"):
+        log_line(f"{path}: damaged, moved to {moved}")
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
 
 
@@ -7075,12 +7077,10 @@ def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
 
 def show_changes(options: argparse.Namespace) -> None:
     """Print a tenant's changes, a line of JSON each."""
-    directory, after = Directory.as_stored(chosen_store(options)), options.after
+    directory = Directory.as_stored(chosen_store(options))
     with suppress(KeyboardInterrupt):
-        while (found := directory.changes(after, MAX_WAIT * options.follow)) or options.follow:
-            for change in found:
-                after = change.seq
-                print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
+        for change in directory.follow(options.after, options.follow):
+            print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
 
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
