@@ -178,7 +178,7 @@ def function_of(thread: int | None) -> str:
 
 def is_answering(server: scim_server.ScimServer) -> bool:
     """Return whether a request is at work."""
-    return any(peer.state == "answering" for peer in server.connections.copy())
+    return any(peer.state in ("answering", "sending") for peer in server.connections.copy())
 
 
 # -- 2. Schemas ----------------------------------------------------------------
@@ -5781,7 +5781,7 @@ CHAPTERS = [
 ]
 AT_HOME = {  # modules that few chapters may use
     "sqlite3": {7},
-    "socket": {16},
+    "socket": {16, 18},
     "ssl": {16, 18},
     "queue": {13, 16},
     "http": {16},
