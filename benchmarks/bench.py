@@ -30,6 +30,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -547,6 +548,23 @@ def report_soak(people: People, server: Server, minutes: float, report: Report) 
         report.add(Result("rss-soak", what, 8, server.rss(), "MiB"))
 
 
+def report_crowded(people: People, report: Report, options: argparse.Namespace) -> None:
+    """Report look-ups over 8 connections while 20 other connections loop a costly filter."""
+    lookup = next(row for row in lookup_rows(people) if row.names[0] == "lookup")
+    costly = next(row for row in filter_rows(people) if row.names[0] == "filter-co")
+    loads = []
+    for _ in range(options.runs):
+        with ThreadPoolExecutor(1) as pool:
+            arguments = (people.target, costly.requests, 20, options.seconds + 1)
+            crowd = pool.submit(measure, *arguments)
+            time.sleep(0.5)
+            loads += measure(people.target, lookup.requests, 8, options.seconds)
+            crowd.result()
+    load = Load.median(loads)
+    what = "userName eq, beside 20 clients of co"
+    report.add(Result("crowded", what, 8, load.rate, "requests/s", load.p50, load.p99))
+
+
 def sync_singly(wire: Wire, users: int, groups: int, progress: Progress) -> tuple[list[float], ...]:
     """Do a first sync as Entra ID does, and return the seconds of each user and of each group."""
     target, ids, user_times, group_times = wire.target, [], [], []
@@ -783,6 +801,8 @@ def run_rows(
     for row in all_rows(people):
         if any(name.startswith(options.only) for name in row.names):
             run_row(row, people.target, server, limits, report, options)
+    if "crowded".startswith(options.only):
+        report_crowded(people, report, options)
 
 
 def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> None:
