@@ -3618,8 +3618,11 @@ class Call:
     @property
     def resource_types(self) -> tuple[ResourceType, ...]:
         """The resource type of the endpoint; all of them at the root."""
-        types = self.directory.resource_types.values()
-        return tuple(type for type in types if self.route.type in ("", type.name))
+        return tuple(
+            resource_type
+            for name, resource_type in self.directory.resource_types.items()
+            if self.route.type in ("", name)
+        )
 
     @property
     def base_url(self) -> str:
@@ -3918,23 +3921,24 @@ def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
     }
 
 
-def get_documents(make: Callable[[Directory, str], dict[str, Json]], call: Call) -> Response:
+DOCUMENTS = {
+    "ServiceProviderConfig": config_document,
+    "Schemas": schema_documents,
+    "ResourceTypes": resource_type_documents,
+}
+
+
+def get_documents(call: Call) -> Response:
     """Answer GET of a discovery endpoint: all documents, or one; sorting and paging are ignored."""
     if "filter" in call.parameters:  # RFC 7644 §4
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
-    documents = make(call.directory, call.base_url)
-    for name, document in documents.items():
-        if name.lower() == call.id.lower():
-            return Response(200, document)
-    if call.id:
-        names = ", ".join(documents)
-        raise ScimError(404, "", f"{quoted(call.id)} does not exist; there are {names}")
-    return list_response(documents.values(), len(documents), startIndex=1)
-
-
-get_config = partial(get_documents, config_document)
-get_schemas = partial(get_documents, schema_documents)
-get_resource_types = partial(get_documents, resource_type_documents)
+    documents = DOCUMENTS[call.route.label.split("/")[1]](call.directory, call.base_url)
+    by_name = {name.lower(): document for name, document in documents.items()}
+    if document := by_name.get(call.id.lower()):
+        return Response(200, document)
+    if not call.id:
+        return list_response(documents.values(), len(documents), startIndex=1)
+    raise ScimError(404, "", f"{quoted(call.id)} does not exist; there are {', '.join(documents)}")
 
 
 # -- Resources -------------------------------------------------------------------
@@ -3947,8 +3951,8 @@ def create_resource(call: Call) -> Response:
 
 def get_resource(call: Call) -> Response:
     """Answer GET /Users/{id}."""
-    condition, selection = call.condition, call.selection(call.resource_types[0])
-    resource = call.directory.get(call.route.type, call.id, selection)
+    resource_type, condition = call.resource_types[0], call.condition
+    resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
     if condition.if_match:
         condition._replace(if_none_match="").check(version)
@@ -4013,8 +4017,8 @@ def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in lowercase_keys(call.json()).items():
-        values = value if isinstance(value, list) else [value]
-        texts = [item for item in values if item is not None]
+        items = value if isinstance(value, list) else [value]
+        texts = [item for item in items if item is not None]
         if not all(isinstance(text, (str, int)) for text in texts):
             raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
         if texts:
@@ -4123,10 +4127,11 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
     method, path, bulk_id, version = (value or "" for value in texts.values())
     endpoint, _, id = path.strip("/").partition("/")
-    content = [id, members.get("data")]
-    strings = texts_in(content) if "bulkId:" in to_json(content) else ()  # most refer to nothing
+    data = members.get("data")
+    # Most operations refer to nothing, and need no walk through their data.
+    strings = texts_in([id, data]) if "bulkId:" in to_json([id, data]) else ()
     references = {match[1] for _, text in strings if (match := BULK_ID.fullmatch(text))}
-    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, content[1], references)
+    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, data, references)
 
 
 def with_ids(value: Json, ids: Mapping[str, str]) -> Json:
@@ -4292,8 +4297,8 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing():
-        operations = list(map(parse_bulk_operation, items))
-        answers = Bulk(call, perform, operations).run(limit or len(items))
+        bulk = Bulk(call, perform, list(map(parse_bulk_operation, items)))
+        answers = bulk.run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
@@ -4588,9 +4593,8 @@ def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
 
 def reason_of(item: LogItem) -> Reason:
     """Return why a call failed: the reason of the error, or its detail if it has none."""
-    reason, status = item.response.reason, item.response.status
-    by_detail = "failed" if status >= 500 else "refused", detail_of(item)
-    return reason if reason and reason[0] in EXPLANATIONS else by_detail
+    by_detail = "failed" if item.response.status >= 500 else "refused", detail_of(item)
+    return item.response.reason or by_detail
 
 
 def detail_of(item: LogItem) -> str:
@@ -4836,8 +4840,9 @@ ENTRA_MAPPING = (  # source in Entra ID, customappsso attribute, the change to m
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     """Return an answer for the console, which no cache keeps."""
-    headers = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
-    return plain_response(body, type, **headers)
+    return plain_response(
+        body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
+    )
 
 
 def page_response(page: str) -> Response:
@@ -4929,8 +4934,8 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
 def get_mapping(call: Call) -> Response:
     """Answer GET /console/api/mapping: the attribute mapping as CSV."""
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    lines = employee_csv([header, *entra_mapping(call.directory)])
-    return console_response("".join(lines), "text/csv; charset=utf-8")
+    table = [header, *entra_mapping(call.directory)]
+    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
 
 
 def get_history(call: Call) -> Response:
@@ -5037,9 +5042,8 @@ class Tenants:
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
         with self._configuring:
-            name = document.get("name") if isinstance(document, dict) else None
-            others = [tenant for tenant in self.config.tenants if tenant.name != name]
-            tenant = parse_tenant(document, others)
+            tenant = parse_tenant(document, self.config.tenants)
+            others = tuple(other for other in self.config.tenants if other.name != tenant.name)
             self.configure(replace(self.config, tenants=(*others, tenant)))
         return self.directory(tenant.name)
 
@@ -5155,9 +5159,10 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
 
 def labelled(call: Call, response: Response) -> Response:
     """Return a response with the tenant and the route of its call, for the logs."""
-    tenant, route = call.caller.tenant.name if call.caller else "", call.route.label
-    labels = ("", "") if response.status == 401 else (tenant, route)
-    return Response(*response[:3], *labels, response.reason)
+    if response.status == 401:
+        return response
+    tenant = call.caller.tenant.name if call.caller else ""
+    return Response(*response[:3], tenant, call.route.label, response.reason)
 
 
 class Application(Tenants):
@@ -5189,11 +5194,11 @@ class Application(Tenants):
             ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
             ("GET",    "/metrics",                       OPERATOR, READ,  partial(get_metrics, self.metrics)),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
-            ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_config),
-            ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_schemas),
-            ("GET",    "/scim/v2/Schemas/{id}",          BEARER,   QUICK, get_schemas),
-            ("GET",    "/scim/v2/ResourceTypes",         BEARER,   QUICK, get_resource_types),
-            ("GET",    "/scim/v2/ResourceTypes/{id}",    BEARER,   QUICK, get_resource_types),
+            ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/Schemas/{id}",          BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/ResourceTypes",         BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/ResourceTypes/{id}",    BEARER,   QUICK, get_documents),
             ("GET POST PUT PATCH DELETE", "/scim/v2/Me", BEARER,   QUICK, refuse_me),
             ("POST",   "/scim/v2/Bulk",                  BEARER,   WRITE, partial(run_bulk, self.handle)),
             ("POST",   "/scim/v2/.search",               BEARER,   READ,  search_resources),
@@ -5301,8 +5306,7 @@ class Application(Tenants):
             return route, ""
         if route := self._routes.get((*segments[:-1], "{id}")):
             return route, segments[-1]
-        is_scim = "/".join(segments[:2]) == BASE_PATH[1:]
-        return UNKNOWN_SCIM_PATH if is_scim else UNKNOWN_PATH, ""
+        return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
 
     def _answer(self, call: Call) -> Response:
         """Return the answer to a call: check who calls, then perform the operation."""
@@ -5321,13 +5325,11 @@ class Application(Tenants):
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
         """Return a caller's directory, in the name of its token; ScimError 401 or 503."""
-        now = self._clock()
         if not caller:
             raise unauthorized()
         tenant, token, directory = caller
-        if token.expired(now):
-            expires = time_text(token.expires or now)[:16]
-            raise unauthorized(reason=("expired", token.name, expires))
+        if token.expired(now := self._clock()):
+            raise unauthorized(reason=("expired", token.name, time_text(token.expires or now)[:16]))
         if credentials_of(request)[0].lower() != "bearer":
             raise unauthorized(reason=("scheme", token.name))
         if isinstance(directory, StoreError):
@@ -5393,9 +5395,9 @@ class Application(Tenants):
             if not caller or isinstance(directory := caller.directory, StoreError):
                 return  # there is no log
             if self.log.has_room(request, response):
+                # The headers hold the secret.
                 call.request, call.directory = request._replace(headers={}, caller=None), directory
-                item = LogItem(call, caller, response, self._clock(), seconds, logged)
-                self.log.add(item)
+                self.log.add(LogItem(call, caller, response, self._clock(), seconds, logged))
             else:
                 self.log.lost += logged
 
