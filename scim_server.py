@@ -917,7 +917,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
         names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
         raise invalid_path(
             f"path {quoted(text)}: " + why_unknown(name, resource_type),
-            reason=("link_name", rest, names) if scope.name == FACILIO else (),
+            reason=("link_name", rest[:80], names) if scope.name == FACILIO else (),
         )
     if not bracket:
         return PatchPath(attributes)
@@ -3664,12 +3664,6 @@ class Call:
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
 
-    def search(self, queries: Queries, sorting: Sorting | None, window: Window) -> Page:
-        """Return a window on the matches, Encoded where the edge serialises them."""
-        return self.directory.search(
-            queries, sorting, window, self.base_url if self.request.encoded else ""
-        )
-
     def projected(self, resource: Resource | Encoded) -> Json:
         """Return the part of a resource that the client selected."""
         if isinstance(resource, Encoded):
@@ -3707,8 +3701,8 @@ def parse_body(request: Request) -> Json:
         value = json.loads(
             body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names
         )
-        # Text that no store takes needs an escape: other bodies are not searched for it.
-        if b"\\u" in body or is_deep(value):
+        # Only a body with escapes or many brackets can hold what the walk is for.
+        if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
             for path, text in texts_in(value):
                 if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
@@ -3717,21 +3711,6 @@ def parse_body(request: Request) -> Json:
         why = "nested too deeply" if isinstance(error, RecursionError) else error
         detail = f"the body is not JSON: {why}"
         raise invalid_syntax(detail, reason=("body", detail)) from None
-
-
-def is_deep(value: Json) -> bool:
-    """Return whether a JSON value is nested deeper than MAX_DEPTH, without recursion."""
-    level: list[Any] = [[value]]
-    depth = 0
-    while level and depth <= MAX_DEPTH:
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, (dict, list))
-        ]
-        depth += 1
-    return bool(level)
 
 
 def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
@@ -4007,7 +3986,12 @@ def list_resources(call: Call) -> Response:
         return list_by_cursor(call, queries, sorting)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.search(queries, sorting, Window(count, start_index - 1))
+    page = call.directory.search(
+        queries,
+        sorting,
+        Window(count, start_index - 1),
+        call.base_url if call.request.encoded else "",
+    )
     return list_response(
         map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
     )
@@ -4047,7 +4031,12 @@ def list_by_cursor(call: Call, queries: Queries, sorting: Sorting | None) -> Res
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.search(queries, sorting, Window(count, 0, after, backward))
+    page = call.directory.search(
+        queries,
+        sorting,
+        Window(count, 0, after, backward),
+        call.base_url if call.request.encoded else "",
+    )
     total = total if page.total_results is None else page.total_results
     cursors = {}
     # There is always a page in the direction that we came from; in the other, page.more tells.
@@ -4102,7 +4091,7 @@ def signature(call: Call, content: bytes) -> bytes:
 
 # -- Bulk ------------------------------------------------------------------------
 
-# In place of an id: the resource that a POST of the same request creates (RFC 7644 §3.7.2).
+# "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
 
 
@@ -4170,20 +4159,18 @@ class Bulk:
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request; stop at that number of errors."""
-        errors = 0
         for number in self._order():
             self._perform(number)
-            errors += "response" in self.answers[number]
-            if errors >= fail_on_errors:
+            fail_on_errors -= "response" in self.answers[number]
+            if not fail_on_errors:
                 break
         for number in list(self.incomplete):
             self._complete(number)
         return [self.answers[number] for number in sorted(self.answers)]
 
     def _order(self) -> Iterator[int]:
-        """Yield all numbers, each after the POSTs it refers to; a cycle is broken at its end."""
-        started: set[int] = set()
-        done: set[int] = set()
+        # Yield all numbers, each after the POSTs it refers to; a cycle is broken at its end.
+        started, done = set[int](), set[int]()
         for first in range(len(self.operations)):
             stack = [first]
             while stack:
@@ -4200,7 +4187,7 @@ class Bulk:
                     yield number
 
     def _perform(self, number: int) -> None:
-        """Perform an operation, and complete those that waited for its id."""
+        # Then complete the operations that waited for the id of this one.
         operation = self.operations[number]
         missing = operation.references - self.ids.keys()
         try:
@@ -4252,7 +4239,7 @@ class Bulk:
         )
 
     def _complete(self, number: int) -> None:
-        """Replace a resource now that its references have ids; delete it if one has none."""
+        # Replace the resource now that its references have ids; delete it if one has none.
         operation = self.operations[number]
         id = f"bulkId:{operation.bulk_id}"
         self.incomplete.remove(number)
@@ -4268,7 +4255,6 @@ class Bulk:
             self._answer(number, response)
 
     def _answer(self, number: int, response: Response) -> None:
-        """Set the answer of an operation, without the parts that it does not have."""
         operation = self.operations[number]
         id = with_ids(operation.id, self.ids) or operation.id
         answer = {
@@ -4358,7 +4344,7 @@ EXPLANATIONS = {
         "mapping",
         "name link_names",
         "No custom field has the link name “{name}”{hint}",
-        "Correct the name in Entra's attribute list for customappsso; this tenant has {link_names}.",
+        "Correct the name in Entra's attribute list for customappsso; there are {link_names}.",
     ),
     "integer": (
         "mapping",
@@ -4428,7 +4414,7 @@ EXPLANATIONS = {
     ),
 }
 # fmt: off
-STEPS = (  # of the set-up: key, operation of the log, title, how to get there
+STEPS = (  # of the set-up: key, operation in the log, title, how to get there
     ("lookup", "Look up user",    "A person is looked up",
      "In Entra: Provisioning → Provision on demand."),
     ("create", "Create user",     "A person is created",
@@ -4532,20 +4518,16 @@ def patch_name(item: LogItem) -> str:
 
 def subject_name(session: Session, item: LogItem, id: str) -> str:
     """Return the name of the user or group that a call is about, "" if it is not known."""
-
-    def candidates() -> Iterator[Mapping[str, Json]]:
-        yield item.resource
-        yield item.call.body if isinstance(item.call.body, dict) else {}
-        if row := session.find(item.call.route.type, id):
-            yield row.attributes
-        elif employee := session.employee_of(id):
-            yield employee.record
-        filter = dict(parse_qsl(item.call.request.query)).get("filter", "")
-        if not SECRET.search(filter) and (literal := re.search(r'eq "(.*?)"', filter)):
-            yield {"name": literal[1]}
-
+    call, resource = item.call, item.resource
+    filter = dict(parse_qsl(call.request.query)).get("filter", "")
+    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
+    candidates = [resource, call.body if isinstance(call.body, dict) else {}]
+    if not resource:
+        row, employee = session.find(call.route.type, id), session.employee_of(id)
+        candidates += [row.attributes if row else {}, employee.record if employee else {}]
+    candidates.append({"name": literal[1] if literal else ""})
     keys = ("displayName", "userName", "name")
-    names = (candidate.get(key) for candidate in candidates() for key in keys)
+    names = (candidate.get(key) for candidate in candidates for key in keys)
     return next((name for name in names if name and isinstance(name, str)), "")
 
 
@@ -4574,33 +4556,23 @@ def value_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
 
 def email_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     """Yield a warning about a work e-mail that is not the userName."""
-    names, user_name = {path.lower()[:6] for _, path, _ in item.sent}, item.resource.get("userName")
-    for email in item.resource.get("emails", ()) if names & {"emails", "userna"} else ():
-        value = email.get("value")
+    names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
+    for email in item.resource.get("emails", ()) if names else ():
+        value, user_name = email.get("value"), item.resource.get("userName")
         if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
             yield "emails", quoted(value), quoted(user_name)
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     """Yield a warning about members that no user or group is."""
-    added = [(path, value) for op, path, value in item.sent if op != "remove" and path == "members"]
+    ids: set[str] = set()
+    for op, path, value in item.sent if item.call.route.type == "Group" else ():
+        if path.lower() == "members" and op != "remove":
+            ids.update(member_ids(path, value))
     # The answer shows who became a member; the store may have changed since.
-    members = {member.get("value") for member in item.resource.get("members", ())}
-    ids = {id for path, value in added for id in member_ids(path, value)} - members
+    ids -= {member.get("value") for member in item.resource.get("members", ())}
     if missing := session.unknown_ids(sorted(ids)):
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
-
-
-def reason_of(item: LogItem) -> Reason:
-    """Return why a call failed: the reason of the error, or its detail if it has none."""
-    by_detail = "failed" if item.response.status >= 500 else "refused", detail_of(item)
-    return item.response.reason or by_detail
-
-
-def detail_of(item: LogItem) -> str:
-    """Return the detail of an error, redacted if the call may have held a secret."""
-    detail: str = (item.response.body or {}).get("detail", "")
-    return redacted_text(detail) if item.may_show_secret else detail
 
 
 def redacted_text(text: str) -> str:
@@ -4642,11 +4614,18 @@ def explain(reason: Reason, item: LogItem) -> Json:
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
     call, refused = item.call, item.response.status >= 400
-    reasons = [reason_of(item)] if refused else warnings_about(session, item)
+    detail = (item.response.body or {}).get("detail", "") if refused else ""
+    if refused and item.may_show_secret:
+        detail = redacted_text(detail)
+    # An error without a reason is explained by its detail.
+    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
+    reasons = [item.response.reason or fallback] if refused else warnings_about(session, item)
     id = item.resource.get("id") or (call.id if call.route.type else "")
     paths = [path for _, path, _ in item.sent]
-    if refused and call.request.method == "PATCH" and not call.operations:  # it did not parse
-        paths = [part for part in reasons[0][1:2] if "path" in EXPLANATIONS[reasons[0][0]][1]]
+    if refused and call.request.method == "PATCH" and call.route.type and not call.operations:
+        # It did not parse; the reason may name the attribute.
+        names_one = EXPLANATIONS[reasons[0][0]][1].startswith(("path", "name"))
+        paths = [*reasons[0][1:2]] if names_one else []
     entry = {
         "at": time_text(item.instant),
         "token": item.caller.token.name,
@@ -4660,7 +4639,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "path": call.request.path[:500],
         "client": call.request.client,
         "attributes": list(dict.fromkeys(paths))[:50],
-        "detail": detail_of(item) if refused else "",
+        "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
     if item.caller.tenant.log_bodies and call.body is not None:
@@ -4890,7 +4869,8 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
     directory, now = call.directory, call.directory.clock()
-    tenant, user_type = call.caller.tenant, directory.resource_types["User"]  # type: ignore[union-attr]
+    user_type = directory.resource_types["User"]
+    tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
         steps = [
             {"title": title, "hint": hint, "at": session.setting(f"first {step}")}
@@ -4979,16 +4959,6 @@ class Metrics:
                 for (tenant, method, route, status), values in counts
             ]
         return "\n".join(lines) + "\n"
-
-
-def get_health(call: Call) -> Response:
-    """Answer GET /healthz: the process is up."""
-    return plain_response("ok\n", "text/plain")
-
-
-def get_metrics(metrics: Metrics, call: Call) -> Response:
-    """Answer GET /metrics."""
-    return plain_response(metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -5085,7 +5055,7 @@ class Tenants:
         return Caller(tenant, token, directory) if directory else None
 
     def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
-        """Return the directory of a tenant, the present one if it fits, or why there is none."""
+        # Return the directory of a tenant, the present one if it fits, or why there is none.
         current = self.directories.get(tenant.name)
         if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
             current.keep, current.keep_days = config.keep_changes, config.keep_days
@@ -5107,19 +5077,19 @@ class Tenants:
         return directory
 
     def _may_reopen(self) -> bool:
-        """Return whether a database that failed may be opened again now."""
         return self._clock() - self._tried > timedelta(seconds=RETRY_SECONDS)
 
     def _reopened(self, name: str) -> Directory:
-        """Return the directory of a tenant whose database failed; ScimError 503."""
+        # Return the directory of a tenant whose database failed, or raise ScimError 503.
         if self._may_reopen():
             with self._configuring:
                 self._tried = self._clock()
                 if tenant := self.tenants.get(name):  # else it was removed meanwhile
                     self.directories[name] = self._open(self.config, tenant)
         if not isinstance(directory := self.directories.get(name), Directory):
-            detail = "the tenant's database cannot be used; the server's log says why"
-            raise ScimError(503, "", detail, RETRY)
+            raise ScimError(
+                503, "", "the tenant's database cannot be used; the server's log says why", RETRY
+            )
         return directory
 
 
@@ -5186,13 +5156,14 @@ class Application(Tenants):
         self._routes = route_table(self._rows(page if config.console else ""))
 
     def _rows(self, page: str) -> list[RouteRow]:
-        """Return the table of routes: methods, path, who may call, lane, operation."""
-        page_answer = page_response(page)
+        # Methods, path, who may call, lane, operation.
+        page_answer, bulk = page_response(page), partial(run_bulk, self.handle)
+        log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
-            ("GET",    "/healthz",                       ANYONE,   QUICK, get_health),
+            ("GET",    "/healthz",                       ANYONE,   QUICK, self._get_health),
             ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  partial(get_metrics, self.metrics)),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
@@ -5200,7 +5171,7 @@ class Application(Tenants):
             ("GET",    "/scim/v2/ResourceTypes",         BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/ResourceTypes/{id}",    BEARER,   QUICK, get_documents),
             ("GET POST PUT PATCH DELETE", "/scim/v2/Me", BEARER,   QUICK, refuse_me),
-            ("POST",   "/scim/v2/Bulk",                  BEARER,   WRITE, partial(run_bulk, self.handle)),
+            ("POST",   "/scim/v2/Bulk",                  BEARER,   WRITE, bulk),
             ("POST",   "/scim/v2/.search",               BEARER,   READ,  search_resources),
             ("POST",   "/scim/v2/{type}/.search",        BEARER,   READ,  search_resources),
             ("GET",    "/scim/v2/{type}",                BEARER,   QUICK, list_resources),
@@ -5214,8 +5185,8 @@ class Application(Tenants):
             ("GET",    "/employees/{id}",                BEARER,   READ,  get_employee),
             ("GET",    "/changes",                       BEARER,   SLOW,  list_changes),
             ("GET",    "/",                              ANYONE,   QUICK, lambda call: page_answer),
-            ("GET",    "/console/api/log",               BEARER,   SLOW,  partial(get_log, self.log)),
-            ("GET",    "/console/api/setup",             BEARER,   READ,  partial(get_setup, self.log)),
+            ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
+            ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
             ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
             ("GET",    "/console/api/history/{id}",      BEARER,   READ,  get_history),
         ]
@@ -5272,13 +5243,14 @@ class Application(Tenants):
         try:
             name = self._authenticate(secret)
         except (Exception, SystemExit) as error:  # noqa: BLE001  its text may hold the secret
-            detail = f"the authenticate hook failed ({type(error).__name__})"
-            raise ScimError(503, "", detail, RETRY) from None
+            raise ScimError(
+                503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
+            ) from None
         tenant = self.tenants.get(name) if isinstance(name, str) else None
         return self._caller(tenant, Token("authenticate", "")) if tenant else None
 
     def lane_of(self, request: Request) -> str:
-        """Return the lane that a request belongs to, QUICK, READ, WRITE or SLOW, without waiting."""
+        """Return the lane of a request: QUICK, READ, WRITE or SLOW; never waits."""
         route, id = self._find_route(request.path)
         lane, _ = route.operations.get(request.method, (QUICK, None))
         if route.access in (ANYONE, OPERATOR):
@@ -5300,7 +5272,7 @@ class Application(Tenants):
         return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
 
     def _find_route(self, path: str) -> tuple[Route, str]:
-        """Return the route of a path, literal ones first, and the id in the path."""
+        # Return the route of a path, literal ones first, and the id in the path.
         segments = [unquote(part) if "%" in part else part for part in path.split("/") if part]
         if route := self._routes.get(tuple(segments)):
             return route, ""
@@ -5309,7 +5281,6 @@ class Application(Tenants):
         return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
 
     def _answer(self, call: Call) -> Response:
-        """Return the answer to a call: check who calls, then perform the operation."""
         request, access = call.request, call.route.access
         try:
             if access in (BEARER, NOWHERE):  # the log shows calls to unknown paths, too
@@ -5324,7 +5295,7 @@ class Application(Tenants):
         return labelled(call, response)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
-        """Return a caller's directory, in the name of its token; ScimError 401 or 503."""
+        # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
         if not caller:
             raise unauthorized()
         tenant, token, directory = caller
@@ -5337,7 +5308,7 @@ class Application(Tenants):
         return directory.on_behalf_of(token.name)
 
     def _admit_operator(self, request: Request) -> None:
-        """Raise ScimError 401 unless a request comes from this machine or has the metrics token."""
+        # Raise ScimError 401 unless the request is from this machine or has the metrics token.
         is_forwarded = {"forwarded", "x-forwarded-for"} & request.headers.keys()
         is_local = request.client in ("127.0.0.1", "::1") and not is_forwarded
         if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
@@ -5349,13 +5320,13 @@ class Application(Tenants):
             )
 
     def _perform(self, call: Call) -> Response:
-        """Return the answer of the operation; ScimError 404 or 405 if there is none."""
         request, operations = call.request, call.route.operations
         if not operations:
             raise ScimError(
                 404,
                 "",
-                f"{request.path} does not exist (case matters); Users and Groups follow {BASE_PATH}",
+                f"{request.path} does not exist (case matters); "
+                f"Users and Groups follow {BASE_PATH}",
                 reason=("path", request.path, BASE_PATH),
             )
         if request.method not in operations:
@@ -5374,16 +5345,21 @@ class Application(Tenants):
             call.parameters = {name.lower(): value for name, value in query}
         return operations[request.method][1](call)
 
-    def _get_readiness(self, call: Call) -> Response:
-        """Answer GET /readyz: the database of each tenant answers."""
-        with suppress(StoreError):
-            for name in self.directories:
+    def _get_health(self, call: Call) -> Response:  # the process is up
+        return plain_response("ok\n", "text/plain")
+
+    def _get_metrics(self, call: Call) -> Response:
+        return plain_response(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
+        with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
+            for name in list(self.directories):
                 self.directory(name).last_use("")
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
     def _note(self, call: Call, response: Response, seconds: float) -> None:
-        """Pass a call to its tenant's log, or count it if no tenant has its token."""
+        # Pass a call to its tenant's log, or count it if no tenant has its token.
         request, caller = call.request, call.caller
         is_lost = response.status == 404 and not response.route
         # Reading the results in the console is not a part of the provisioning.

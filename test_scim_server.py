@@ -3989,6 +3989,27 @@ def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -
     ]
 
 
+def test_a_patch_that_is_refused_shows_the_attribute_that_is_wrong(
+    scim: Scim, console: Scim
+) -> None:
+    ada = scim.user("ada")["id"]
+    scim.try_patch(f"/Users/{ada}", put(f"{FAC}:locker_no", "A7"))
+    scim.try_patch(f"/Users/{ada}", put(f"{FAC}:lokcer_no", 7))
+    scim.try_patch(f"/Users/{ada}", pathless({'emails[type eq "work"].value': "a@b", "active": 7}))
+    scim.patch(f"/Users/{ada}", put('emails[type eq "work"].value', "ada"), put("Title", "x"))
+    assert [entry["attributes"] for entry in logged(console, 5)[:4]] == [
+        ['emails[type eq "work"].value', "title"],
+        ["active"],
+        ["lokcer_no"],
+        [f"{FAC}:locker_no"],
+    ]
+
+
+def test_every_reason_of_an_error_has_an_explanation() -> None:
+    keys = set(re.findall(r"reason=\(\s*\"(\w+)\"", SOURCE)) | {"integer", "boolean", "type"}
+    assert len(keys) > 7 and keys <= scim_server.EXPLANATIONS.keys()
+
+
 def test_a_query_by_post_is_a_look_up_and_creates_nobody(scim: Scim, console: Scim) -> None:
     scim.call("POST", "/Users/.search", {"filter": 'userName eq "ada"'})
     assert [one["operation"] for one in logged(console, 1)] == ["Look up user"]
@@ -4004,7 +4025,7 @@ def test_each_operation_of_a_bulk_request_is_an_entry(scim: Scim, console: Scim)
 
 
 def test_no_secret_enters_the_log(tmp_path: Path, scim: Scim) -> None:
-    tenant = {**CONFIG["tenants"][0], "log": {"bodies": True, "keep": 8}}
+    tenant = {**CONFIG["tenants"][0], "log": {"bodies": True, "keep": 10}}
     with serving(tmp_path / "own", {"tenants": [tenant]}) as server:
         scim = Scim(server.url, "acme-secret")
         ada = scim.user("ada", password="s3cr3t", title="Engineer")["id"]
@@ -4016,13 +4037,18 @@ def test_no_secret_enters_the_log(tmp_path: Path, scim: Scim) -> None:
         ):
             scim.try_patch(f"/Users/{ada}", operation)
         scim.call("POST", "/Users", {"userName": "x", "password": ["s3cr3t"]})
+        scim.session.post(
+            f"{scim.url}/Users", data=b'{"userName": "x", "pass\\u0077ord": ["s3cr3t"]}'
+        )
+        long = {"userName": "x", "title": "x" * 40_000, "password": ["s3cr3t"]}
+        scim.call("POST", "/Users", long)
         scim.call("GET", '/Users?filter=password eq "s3cr3t"')
         for _ in range(3):
             scim.call("GET", "/Users?filter=password eq s3cr3t")
         console = Scim(server.url.removesuffix("/scim/v2"), "acme-secret")
-        text = json.dumps(logged(console, 10))
+        text = json.dumps(logged(console, 12))
         entries = json.loads(text)
-    assert len(entries) == 8 and '"password": "\\u2022' in text
+    assert len(entries) == 10 and '"password": "\\u2022' in text
     for place in (
         text,
         *(file.read_bytes().decode("latin-1") for file in (tmp_path / "own").iterdir()),
