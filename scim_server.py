@@ -1694,7 +1694,7 @@ def from_json(text: str) -> Json:
 class StoreError(Exception):
     """A tenant's file cannot be used; the text says why and what to do."""
 
-    status = 503
+    status, reason = 503, ""
 
 
 class Damaged(StoreError):
@@ -3771,7 +3771,7 @@ def response_for(error: Exception) -> Response:
     with suppress(OSError, ValueError):  # standard error may be closed
         traceback.print_exception(error)
     if isinstance(error, StoreError):
-        detail = f"the tenant's database failed: {error}; nothing was changed, try again"
+        detail = f"the tenant's database failed: {error.reason}; nothing was changed, try again"
         return error_response(ScimError(error.status, "", detail, RETRY))
     return error_response(ScimError(500, "", "the server failed; its log says why"))
 
@@ -4103,8 +4103,8 @@ class BulkOperation(NamedTuple):
     id: str  # the rest of the path, "" for none
     bulk_id: str
     version: str
-    data: Json
-    references: set[str]  # the bulkIds that id and data refer to
+    content: Json  # its data
+    references: set[str]  # the bulkIds that id and content refer to
 
 
 def parse_bulk_operation(item: Json) -> BulkOperation:
@@ -4116,11 +4116,11 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
     method, path, bulk_id, version = (value or "" for value in texts.values())
     endpoint, _, id = path.strip("/").partition("/")
-    data = members.get("data")
-    # Most operations refer to nothing, and need no walk through their data.
-    strings = texts_in([id, data]) if "bulkId:" in to_json([id, data]) else ()
+    content = members.get("data")
+    # Most operations refer to nothing, and need no walk through their content.
+    strings = texts_in([id, content]) if "bulkId:" in to_json([id, content]) else ()
     references = {match[1] for _, text in strings if (match := BULK_ID.fullmatch(text))}
-    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, data, references)
+    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, content, references)
 
 
 def with_ids(value: Json, ids: Mapping[str, str]) -> Json:
@@ -4212,7 +4212,7 @@ class Bulk:
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
             expected = "/Users" if method == "POST" else "/Users/2819c223"
             raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
-        if method != "DELETE" and operation.data is None:
+        if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
             raise invalid_value("bulkId: POST needs one")
@@ -4234,7 +4234,9 @@ class Bulk:
                 query="",
                 headers=headers,
                 caller=self.call.caller,
-                body=with_ids(operation.data, self.ids) if operation.references else operation.data,
+                body=with_ids(operation.content, self.ids)
+                if operation.references
+                else operation.content,
             )
         )
 
@@ -4444,8 +4446,8 @@ class LogItem:
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query returned; {} for none."""
-        is_shown = self.call.route.type and self.response.status < 300
-        body = (self.response.body if is_shown else None) or {}
+        has_any = self.call.route.type and self.response.body and self.response.status < 300
+        body = self.response.body if has_any else {}
         resources = body.get("Resources", [body])
         resource: Resource = resources[0] if len(resources) == 1 else {}
         return from_json(resource) if isinstance(resource, Encoded) else resource
@@ -4475,11 +4477,11 @@ def sent_by(operation: Operation) -> Sent:
     path = operation.path
     terms = equal_terms(path.filter).items() if path.filter else ()
     filter = " and ".join(f"{name} eq {quoted(value)}" for name, value in terms) or "…"
-    text = path.attributes[-1].path + (f"[{filter}]" if path.filter else "")
-    text += f".{path.sub_attribute.name}" if path.sub_attribute else ""
+    brackets = f"[{filter}]" if path.filter else ""
+    sub = f".{path.sub_attribute.name}" if path.sub_attribute else ""
     # Members come as objects, ids or a filter; the accepted value has them in one form.
-    is_membership = path.attributes[0].is_membership
-    return operation.op, text, operation.value if is_membership else operation.sent
+    value = operation.value if path.attributes[0].is_membership else operation.sent
+    return operation.op, path.attributes[-1].path + brackets + sub, value
 
 
 def member_ids(path: str, value: Json) -> list[str]:
@@ -4597,14 +4599,13 @@ def explain(reason: Reason, item: LogItem) -> Json:
     kind, names, text, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
     if item.response.status >= 400 and item.may_show_secret:
-        parts = {name: redacted_text(part) for name, part in parts.items()}
-        parts |= {"value": REDACTED}
+        parts = {name: redacted_text(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
     similar = difflib.get_close_matches(parts.get("name", "").lower(), links, 1)
-    parts["hint"] = f": did you mean “{links[similar[0]]}”?" if similar else "."
-    parts["client"] = item.call.request.client
+    hint = f": did you mean “{links[similar[0]]}”?" if similar else "."
+    parts |= {"hint": hint, "client": item.call.request.client}
     return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
 
 
@@ -4624,8 +4625,8 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     paths = [path for _, path, _ in item.sent]
     if refused and call.request.method == "PATCH" and call.route.type and not call.operations:
         # It did not parse; the reason may name the attribute.
-        names_one = EXPLANATIONS[reasons[0][0]][1].startswith(("path", "name"))
-        paths = [*reasons[0][1:2]] if names_one else []
+        key, *parts = reasons[0]
+        paths = parts[:1] if EXPLANATIONS[key][1].startswith(("path", "name")) else []
     entry = {
         "at": time_text(item.instant),
         "token": item.caller.token.name,
@@ -5208,8 +5209,7 @@ class Application(Tenants):
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
-        started = time.perf_counter()
-        call = Call(request, *self._find_route(request.path))
+        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
         response = self._answer(call)
         self._note(call, response, time.perf_counter() - started)
         return response

@@ -3515,22 +3515,6 @@ def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
         assert not requests_accepted(int(url.split(":")[2].partition("/")[0]))
 
 
-def test_the_file_of_a_tenant_that_is_removed_is_closed(tmp_path: Path) -> None:
-    def is_open(name: str) -> bool:
-        files = [
-            os.path.realpath(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd")
-        ]
-        return str(tmp_path / f"{name}.sqlite3") in files
-
-    with serving(tmp_path) as server:
-        Scim(server.url, "globex-secret").user("ada")
-        assert is_open("acme") and is_open("globex")
-        config = server.application.config
-        server.application.configure(replace(config, tenants=config.tenants[:1]))
-        assert is_open("acme") and not is_open("globex")
-        assert_error(Scim(server.url, "globex-secret").call("GET", "/Users"), 401)
-
-
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
     def check() -> str:
         return command("check", "--config", str(file), "--data-dir", str(tmp_path / "data")).stdout
