@@ -29,8 +29,8 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              11 Messages          Request, Response, Call, bodies, lists, errors
              12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
              13 Provisioning log  what each call did, and what to do when it failed
-             14 Other endpoints   employees, changes, the console's API, health, metrics
-             15 Application       handle(Request) -> Response: tenants, tokens, routes
+             14 Other endpoints   employees, changes, the console's API, metrics
+             15 Application       handle(Request) -> Response: tenants, tokens, routes, health
              16 HTTP server       sockets
              17 Console           the page that shows why a sync works or fails
              18 Interface         running(), wsgi(), main() and the commands
@@ -4750,7 +4750,7 @@ class ProvisioningLog(BackgroundWriter):
 # ----------------------------------------------------------------------------
 # 14. Other endpoints
 #
-# Employees, changes, the console's API, health and metrics.
+# Employees, changes, the console's API and metrics.
 # Uses chapters 1 to 13. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -4965,14 +4965,15 @@ class Metrics:
 # ----------------------------------------------------------------------------
 # 15. Application                                           RFC 7644 §2, §3.12
 #
-# handle(Request) -> Response: token to tenant, path to operation, every failure
-# to a SCIM error.
+# Tenants: who is served, with which tokens, from which store. Then the one table of
+# routes, and handle(Request) -> Response: token to tenant, path to operation, every
+# failure to a SCIM error.
 # Uses chapters 1 to 14. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 
 class Tenants:
-    """The tenants of a configuration: their directories and tokens, of secrets only hashes.
+    """The tenants of a configuration, their directories and tokens; of a secret only the hash.
 
     directories has each tenant's Directory by name. If a tenant's database cannot be used, it has
     the StoreError instead: this tenant is answered 503, the others are served.
@@ -5219,7 +5220,7 @@ class Application(Tenants):
 
         The first request shows which tenant that is.
         """
-        started = time.perf_counter()
+        started, responses = time.perf_counter(), list[Response]()
         calls = [Call(request, *self._find_route(request.path)) for request in requests]
         try:
             if not (caller := self.caller_of(requests[0])):
@@ -5229,7 +5230,9 @@ class Application(Tenants):
             with directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
-            response = response_for(error)
+            # After an error such as a full disk there is nothing to commit: that error is the cause.
+            cause = next((answer for answer in responses if answer.status == 507), None)
+            response = cause or response_for(error)
             responses = [labelled(call, response) for call in calls]
         for call, response in zip(calls, responses, strict=True):
             self._note(call, response, time.perf_counter() - started)
