@@ -4612,21 +4612,29 @@ def explain(reason: Reason, item: LogItem) -> Json:
 # -- Entries -------------------------------------------------------------------------
 
 
+def failure_of(item: LogItem) -> tuple[str, Reason]:
+    """Return the detail and the reason of an error; its detail explains one without a reason."""
+    detail = (item.response.body or {}).get("detail", "")
+    detail = redacted_text(detail) if item.may_show_secret else detail
+    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
+    return detail, item.response.reason or fallback
+
+
+def attributes_of(item: LogItem, reason: Reason) -> list[str]:
+    """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
+    call, paths = item.call, dict.fromkeys(path for _, path, _ in item.sent)
+    names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
+    if not paths and names_path and call.route.type and call.request.method == "PATCH":
+        return [reason[1]]
+    return list(paths)
+
+
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
     call, refused = item.call, item.response.status >= 400
-    detail = (item.response.body or {}).get("detail", "") if refused else ""
-    if refused and item.may_show_secret:
-        detail = redacted_text(detail)
-    # An error without a reason is explained by its detail.
-    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
-    reasons = [item.response.reason or fallback] if refused else warnings_about(session, item)
+    detail, reason = failure_of(item) if refused else ("", ())
+    reasons = [reason] if refused else warnings_about(session, item)
     id = item.resource.get("id") or (call.id if call.route.type else "")
-    paths = [path for _, path, _ in item.sent]
-    if refused and call.request.method == "PATCH" and call.route.type and not call.operations:
-        # It did not parse; the reason may name the attribute.
-        key, *parts = reasons[0]
-        paths = parts[:1] if EXPLANATIONS[key][1].startswith(("path", "name")) else []
     entry = {
         "at": time_text(item.instant),
         "token": item.caller.token.name,
@@ -4639,7 +4647,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "method": call.request.method,
         "path": call.request.path[:500],
         "client": call.request.client,
-        "attributes": list(dict.fromkeys(paths))[:50],
+        "attributes": attributes_of(item, reason)[:50],
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
