@@ -74,7 +74,6 @@ import signal
 import socket
 import sqlite3
 import ssl
-import struct
 import sys
 import threading
 import time
@@ -82,23 +81,26 @@ import traceback
 import urllib.error
 import urllib.request
 import uuid
+import weakref
+from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
 #
-# The names of the protocol, the limits of this server, and its one error.
-# Knows nothing of everything else.
+# The names of the protocol, the limits of this server, and its error.
+# Uses no other chapter.
 # ----------------------------------------------------------------------------
 
 USER = "urn:ietf:params:scim:schemas:core:2.0:User"
@@ -113,55 +115,36 @@ BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
 ERROR = "urn:ietf:params:scim:api:messages:2.0:Error"
 BASE_PATH = "/scim/v2"
-DEFAULT_COUNT = 100  # resources in a page when the client names no count
-MAX_COUNT = 1_000  # and at the most
-MAX_ANSWERED_MEMBERS = 1_000  # a PATCH of a larger group answers 204: it costs what it changes
-MAX_FILTER_LENGTH = 8 * 1024  # characters
-MAX_FILTER_DEPTH = 50
-MAX_DETAIL = 4_000  # characters of an error's detail
-MAX_TEXT = 64 * 1024  # characters of a value
-MAX_VALUES = 1_000  # of an attribute; members are bounded by the body alone
-MAX_DEPTH = 50  # of objects and lists in a body
-MAX_BODY = 2 * 1024 * 1024  # octets
-MAX_BULK_BODY = 10 * 1024 * 1024
+DEFAULT_COUNT, MAX_COUNT = 100, 1_000  # default and maximum page size
+# PATCH of a group with more members answers 204: its cost depends on the change, not on the group.
+MAX_ANSWERED_MEMBERS = 1_000
+MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
+MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
+MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
+MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
-CURSOR_SECONDS = 3_600  # how long a cursor may be used
-SIGNATURE_LENGTH = 16  # octets of its HMAC
+CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
 __version__ = "1.0.0"
-__all__ = [  # the public interface; the rest may change
-    "Application",
-    "Change",
-    "Config",
-    "ConfigError",
-    "CustomField",
-    "Directory",
-    "Employee",
-    "Exchange",
-    "Fault",
-    "Page",
-    "Request",
-    "Response",
-    "ScimError",
-    "ScimServer",
-    "Store",
-    "StoreError",
-    "load_config",
-    "main",
-    "parse_config",
-    "running",
-    "wsgi",
+# fmt: off
+__all__ = [  # the public interface; everything else may change
+    "Application", "Change", "Config", "ConfigError", "CustomField", "Directory", "Employee",
+    "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
+    "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
 ]
+# fmt: on
 UTC = timezone.utc  # Python 3.10 has no datetime.UTC
 Json = Any  # what json.loads returns
 Resource = dict[str, Any]
 
 
 class ScimError(Exception):
-    """An answer other than success: HTTP status, scimType of RFC 7644 table 9 or "", and a sentence.
+    """An error response: HTTP status, scimType (RFC 7644 table 9, or "") and detail.
 
-    The detail is read by an administrator in a provisioning log: it names the attribute or option,
-    says what was found, and what would do. headers go into the HTTP answer.
+    An administrator reads the detail in a provisioning log. It names the attribute or option, and
+    says what is wrong and what would be right. headers are added to the HTTP response. reason says
+    why in a form that the provisioning log can look up: a key, then the parts of its sentence,
+    such as ("boolean", "active", '"maybe"'). Without a reason the log quotes the detail.
     """
 
     def __init__(
@@ -173,24 +156,29 @@ class ScimError(Exception):
         reason: tuple[str, ...] = (),
     ) -> None:
         super().__init__(detail)
-        self.reason = reason
-        self.status, self.scim_type, self.headers = status, scim_type, dict(headers)
+        self.status, self.scim_type = status, scim_type
         self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
+        self.headers, self.reason = dict(headers), reason
 
     def body(self) -> Json:
         """Return the Error message of RFC 7644 §3.12; its status is a string."""
-        scim_type = {"scimType": self.scim_type} if self.scim_type else {}
-        return {"schemas": [ERROR], "status": str(self.status), **scim_type, "detail": self.detail}
+        return {
+            "schemas": [ERROR],
+            "status": str(self.status),
+            **({"scimType": self.scim_type} if self.scim_type else {}),
+            "detail": self.detail,
+        }
 
 
-invalid_filter = partial(ScimError, 400, "invalidFilter")  # these take the detail alone
+# These take the detail and, by name, headers and reason.
+invalid_filter = partial(ScimError, 400, "invalidFilter")
 invalid_path = partial(ScimError, 400, "invalidPath")
 invalid_syntax = partial(ScimError, 400, "invalidSyntax")
 invalid_value = partial(ScimError, 400, "invalidValue")
 
 
 def quoted(value: Json) -> str:
-    """Return a client's value as JSON text, cut to a length that fits an error's detail."""
+    """Return a client's value as JSON text of at most 80 characters, for an error's detail."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -198,18 +186,20 @@ def quoted(value: Json) -> str:
 # ----------------------------------------------------------------------------
 # 2. Schemas                                                            RFC 7643
 #
-# What a resource is made of, as frozen data. It alone decides what is validated,
-# what type a filter compares, what is returned, what PATCH may write and what
-# /Schemas prints. Uses chapter 1. Knows nothing of HTTP or SQL.
+# The attributes of users and groups, as frozen data. This data alone decides what
+# is validated, what type a filter compares, what is returned, what PATCH may
+# write and what /Schemas prints.
+# Uses chapter 1. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-TYPE_NAMES = {
+TYPE_NAMES = {  # every other type is sent as a String
     "boolean": "a Boolean",
-    "integer": "an Integer",
+    "integer": "a 64-bit Integer",
     "dateTime": "a dateTime",
     "complex": "an object",
 }
-INTEGER_LIMIT = 2**63  # integers are 64-bit, as in the store's keys
+INTEGER_LIMIT = 2**63
+INTEGER_TEXT = re.compile(r"-?\d{1,19}", re.ASCII)
 DATE_TIME = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
     r"(?:Z|([+-])(\d\d):(\d\d))?",
@@ -218,22 +208,31 @@ DATE_TIME = re.compile(
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text whose order is that of the instants; ValueError if it is none."""
-    # Entra sends years from 0001 and seven fraction digits, which Python 3.10's fromisoformat refuses.
+    """Return a dateTime as UTC text that sorts by time; ValueError if it is not a dateTime."""
+    # Python 3.10's fromisoformat refuses "Z", and the seven fraction digits that Entra sends.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
     instant = datetime(*map(int, parts.group(1, 2, 3, 4, 5, 6)))  # type: ignore[arg-type]
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
-    try:
+    with suppress(OverflowError):  # .NET's DateTime.MinValue or MaxValue with a UTC offset
         instant += -offset if parts[8] == "+" else offset
-    except OverflowError:  # .NET's first and last instant, elsewhere than in Greenwich
-        instant = datetime.min if parts[8] == "+" else datetime.max.replace(microsecond=0)
     return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
+
+
+KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
+    "boolean": lambda value: "true" if value else "false",
+    "integer": lambda value: f"{value + INTEGER_LIMIT:020d}",
+    "dateTime": date_time_key,
+    "complex": lambda value: "1",  # marks presence: complex values have no order of their own
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Attribute:
-    """An attribute with its characteristics (RFC 7643 §2.2, §7) and, behind description, our own."""
+    """An attribute and its characteristics (RFC 7643 §2.2, §7).
+
+    The fields after description are our own.
+    """
 
     name: str
     type: str = "string"
@@ -248,50 +247,49 @@ class Attribute:
     sub_attributes: tuple[Attribute, ...] = ()
     description: str = ""
     published: bool = True  # whether /Schemas lists it
-    default: Json = None  # the value of a resource whose client never sent one
-    is_membership: bool = False  # marks membership, which is kept as rows and not in the body
+    default: Json = None  # the value of a new resource if the client sends none
+    is_membership: bool = False  # groups and members, which are stored as rows, not in the body
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
-    by_name: dict[str, Attribute] = field(init=False, repr=False)
+    by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", self.path.lower())
         object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
     def with_paths(self, prefix: str = "") -> Attribute:
-        """Return this attribute and its sub-attributes with their paths, behind a prefix."""
+        """Return a copy in which this attribute and its sub-attributes know their paths."""
         path = prefix + self.name
-        # An extension's attributes follow its URN after a colon (RFC 7644 §3.10), others after a dot.
+        # A colon separates an extension's URN from an attribute (RFC 7644 §3.10), a dot all others.
         below = path and path + (":" if ":" in self.name else ".")
-        subs = tuple(sub.with_paths(below) for sub in self.sub_attributes)
-        return replace(self, path=path, sub_attributes=subs)
+        return replace(
+            self,
+            path=path,
+            sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
+        )
 
     def sub_attribute(self, name: str) -> Attribute | None:
-        """Return the sub-attribute of that name in any case (RFC 7643 §2.1), or None."""
+        """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
         return self.by_name.get(name.lower())
 
     @property
     def value_attribute(self) -> Attribute | None:
-        """The sub-attribute "value", for which a complex attribute may stand (RFC 7643 §2.4)."""
-        return (
-            self.by_name.get("value") if ":" not in self.name else None
-        )  # a field of an extension
+        """The sub-attribute "value", which a bare value stands for (RFC 7643 §2.4), or None."""
+        # In an extension, "value" would be an ordinary attribute, such as a custom field.
+        return None if ":" in self.name else self.by_name.get("value")
 
     def convert(self, value: Json) -> Json:
-        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue."""
+        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue.
+
+        Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
+        """
         if self.type == "boolean":
-            # Text for a Boolean or an Integer is converted: Entra's Switch() mapping sends "True".
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif self.type == "integer":
-            if isinstance(value, str) and re.fullmatch(r"-?\d{1,19}", value, re.ASCII):
-                value = int(value)
-            if type(value) is int:
-                if not -INTEGER_LIMIT <= value < INTEGER_LIMIT:
-                    raise invalid_value(
-                        f"{self.path}: {quoted(value)} is beyond the 64 bits of an Integer"
-                    )
-                return value
+            digits = isinstance(value, str) and INTEGER_TEXT.fullmatch(value)
+            if (digits or type(value) is int) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+                return int(value)
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
                 raise invalid_value(
@@ -300,94 +298,84 @@ class Attribute:
             if self.type != "dateTime":
                 return value
             with suppress(ValueError):
-                return date_time_key(value) and value
-        expected = TYPE_NAMES.get(self.type, "a String")
-        parts = (self.path, quoted(value))
+                date_time_key(value)
+                return value
+        expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise invalid_value(
-            f"{self.path}: expected {expected}, got {quoted(value)}",
-            reason=(self.type, *parts)
-            if self.type in ("integer", "boolean")
-            else ("type", self.path, expected, quoted(value)),
+            f"{self.path}: expected {expected}, got {excerpt}",
+            reason=(self.type, self.path, excerpt)
+            if self.type in ("boolean", "integer")
+            else ("type", self.path, expected, excerpt),
         )
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
-        """Return the values of this attribute in a resource or complex value, none, one or many."""
+        """Return the values of this attribute in a resource or complex value: none, one or many."""
         value = holder.get(self.name, [])
         return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text by whose code points values of this attribute are equal and in order."""
-        if self.type == "boolean":
-            return "true" if value else "false"
-        if self.type == "integer":
-            return f"{value + INTEGER_LIMIT:020d}"
-        if self.type == "dateTime":
-            return date_time_key(value)
-        if self.type == "complex":
-            return "1"  # says only that it is there
+        """Return the text that decides which values are equal, and the order of values."""
+        if key := KEYS.get(self.type):
+            return key(value)
         return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
-    """Return attributes of type String with no characteristic but their names."""
+    """Return attributes of type string that have a name and no other characteristic."""
     return tuple(map(Attribute, names))
 
 
-def plural(
+# fmt: off
+def multi_valued(
     name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True
 ) -> Attribute:
-    """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4."""
-    return Attribute(
-        name,
-        "complex",
-        multi_valued=True,
-        sub_attributes=(
-            Attribute(
-                "value",
-                value_type,
-                case_exact=value_type != "string",
-                reference_types=("external",) if value_type == "reference" else (),
-            ),
-            Attribute("display", published=display),
-            Attribute("type", canonical_values=types),
-            Attribute("primary", "boolean"),
-        ),
-    )
+    """Return a multi-valued attribute with the default sub-attributes of RFC 7643 §2.4.
+
+    types are the canonical values of "type"; display says whether /Schemas lists "display".
+    """
+    return Attribute(name, "complex", multi_valued=True, sub_attributes=(
+        Attribute("value", value_type, case_exact=value_type != "string",
+                  reference_types=("external",) if value_type == "reference" else ()),
+        Attribute("display", published=display),
+        Attribute("type", canonical_values=types),
+        Attribute("primary", "boolean"),
+    ))
+
+
+read_only = partial(Attribute, mutability="readOnly")
+EXTERNAL_ID = Attribute("externalId", case_exact=True)
+COMMON = (
+    read_only("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
+    read_only("id", case_exact=True, returned="always", uniqueness="server"),
+    EXTERNAL_ID,
+)
+META = read_only("meta", "complex", sub_attributes=(
+    read_only("resourceType", case_exact=True),
+    read_only("created", "dateTime"),
+    read_only("lastModified", "dateTime"),
+    read_only("location", "reference", case_exact=True),
+    read_only("version", case_exact=True),
+))
+# fmt: on
 
 
 @dataclass(frozen=True)
 class Schema:
-    """A schema (RFC 7643 §7): URN, name, and attributes not yet placed in a resource type."""
+    """A schema (RFC 7643 §7). Its attributes have no paths yet: a resource type adds them."""
 
     id: str
     name: str
+    description: str
     attributes: tuple[Attribute, ...]
-    description: str = ""
-
-
-computed = partial(Attribute, mutability="readOnly")
-EXTERNAL_ID = Attribute("externalId", case_exact=True)
-COMMON = (
-    computed("schemas", "reference", multi_valued=True, case_exact=True, returned="always"),
-    computed("id", case_exact=True, returned="always", uniqueness="server"),
-    EXTERNAL_ID,
-)
-META = computed(
-    "meta",
-    "complex",
-    sub_attributes=(
-        computed("resourceType", case_exact=True),
-        computed("created", "dateTime"),
-        computed("lastModified", "dateTime"),
-        computed("location", "reference", case_exact=True),
-        computed("version", case_exact=True),
-    ),
-)
 
 
 @dataclass(frozen=True, eq=False)
 class ResourceType:
-    """A resource type (RFC 7643 §6) and, as root, all its attributes seen as one complex attribute."""
+    """A resource type (RFC 7643 §6): an endpoint, a core schema and its extensions.
+
+    root is the resource type seen as one complex attribute, which contains each extension as a
+    complex attribute. So the same functions walk resources, complex values and extension objects.
+    """
 
     name: str
     endpoint: str
@@ -396,144 +384,92 @@ class ResourceType:
     root: Attribute = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # With extensions as complex attributes named by their URNs, the same few lines walk
-        # resources, complex values and extension objects.
-        extensions = [
-            Attribute(one.id, "complex", sub_attributes=one.attributes) for one in self.extensions
-        ]
-        attributes = (*COMMON, *self.schema.attributes, *extensions, META)
+        attributes = (
+            *COMMON,
+            *self.schema.attributes,
+            *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
+            META,
+        )
         object.__setattr__(
             self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
         )
+
+    @cached_property
+    def scopes(self) -> dict[str, Attribute]:
+        """The complex attribute that the URN of each schema stands for: root, or an extension."""
+        return {
+            self.schema.id: self.root,
+            **{e.id: self.root.by_name[e.id.lower()] for e in self.extensions},
+        }
 
     def location(self, base_url: str, id: str) -> str:
         """Return the URL of a resource."""
         return f"{base_url}{self.endpoint}/{id}"
 
-    @property
-    def scopes(self) -> dict[str, Attribute]:
-        """What the URNs of the schemas mean: the root, and its attributes that are extensions."""
-        extensions = [self.root.by_name[extension.id.lower()] for extension in self.extensions]
-        return {self.schema.id: self.root, **{found.name: found for found in extensions}}
 
-
-USER_SCHEMA = Schema(
-    USER,
-    "User",
-    description="User Account",
-    attributes=(
-        Attribute("userName", required=True, uniqueness="server"),
-        Attribute(
-            "name",
-            "complex",
-            sub_attributes=strings(
-                "formatted",
-                "familyName",
-                "givenName",
-                "middleName",
-                "honorificPrefix",
-                "honorificSuffix",
-            ),
-        ),
-        *strings("displayName", "nickName"),
-        Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
-        Attribute("title", description="The job title; the employee's designation"),
-        *strings("userType", "preferredLanguage", "locale", "timezone"),
-        # Okta takes a user without active for a deactivated one, so a user always has it.
-        Attribute("active", "boolean", default=True),
-        # Okta always sends a password: it is accepted, and neither stored nor published.
-        Attribute("password", mutability="writeOnly", returned="never", published=False),
-        # Entra's validator makes a test for each published attribute and stops at these displays.
-        plural("emails", types=("work", "home", "other"), display=False),
-        plural(
-            "phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"), display=False
-        ),
-        plural("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
-        plural("photos", "reference", types=("photo", "thumbnail")),
-        Attribute(
-            "addresses",
-            "complex",
-            multi_valued=True,
-            sub_attributes=(
-                *strings(
-                    "formatted", "streetAddress", "locality", "region", "postalCode", "country"
-                ),
-                Attribute("type", canonical_values=("work", "home", "other")),
-                Attribute("primary", "boolean"),
-                Attribute("display", published=False),
-            ),
-        ),
-        computed(
-            "groups",
-            "complex",
-            multi_valued=True,
-            is_membership=True,
-            sub_attributes=(
-                computed("value", case_exact=True),
-                computed("$ref", "reference", case_exact=True, reference_types=("Group",)),
-                computed("display"),
-                computed("type", canonical_values=("direct",)),
-            ),
-        ),
-        plural("entitlements"),
-        plural("roles"),
-        plural("x509Certificates", "binary"),
-    ),
-)
-GROUP_SCHEMA = Schema(
-    GROUP,
-    "Group",
-    description="Group",
-    attributes=(
-        # RFC 7643 does not ask for unique names; Entra matches groups by displayName, so it needs them.
-        Attribute("displayName", required=True, uniqueness="server"),
-        Attribute(
-            "members",
-            "complex",
-            multi_valued=True,
-            is_membership=True,
-            sub_attributes=(
-                Attribute(
-                    "value", required=True, case_exact=True
-                ),  # an id of ours, and ids have a case
-                # Computed, yet published: without it scim2-tester sends ids of nobody, which are passed over.
-                Attribute(
-                    "$ref",
-                    "reference",
-                    case_exact=True,
-                    mutability="immutable",
-                    reference_types=("User", "Group"),
-                ),
-                Attribute("type", canonical_values=("User", "Group")),
-                Attribute("display"),
-            ),
-        ),
-    ),
-)
+# fmt: off
+USER_SCHEMA = Schema(USER, "User", "User Account", (
+    Attribute("userName", required=True, uniqueness="server"),
+    Attribute("name", "complex", sub_attributes=strings(
+        "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix",
+    )),
+    *strings("displayName", "nickName"),
+    Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
+    Attribute("title", description="The job title; the employee's designation"),
+    *strings("userType", "preferredLanguage", "locale", "timezone"),
+    # Okta treats a user without active as deactivated, so every user has it.
+    Attribute("active", "boolean", default=True),
+    # Okta always sends a password. It is accepted, but neither stored nor published.
+    Attribute("password", mutability="writeOnly", returned="never", published=False),
+    # Entra's validator tests each published attribute, and stops at the display of these two.
+    multi_valued("emails", types=("work", "home", "other"), display=False),
+    multi_valued("phoneNumbers", types=("work", "home", "mobile", "fax", "pager", "other"),
+                 display=False),
+    multi_valued("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
+    multi_valued("photos", "reference", types=("photo", "thumbnail")),
+    Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
+        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
+        Attribute("type", canonical_values=("work", "home", "other")),
+        Attribute("primary", "boolean"),
+        Attribute("display", published=False),
+    )),
+    read_only("groups", "complex", multi_valued=True, is_membership=True, sub_attributes=(
+        read_only("value", case_exact=True),
+        read_only("$ref", "reference", case_exact=True, reference_types=("Group",)),
+        read_only("display"),
+        read_only("type", canonical_values=("direct",)),
+    )),
+    multi_valued("entitlements"),
+    multi_valued("roles"),
+    multi_valued("x509Certificates", "binary"),
+))
+GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
+    # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
+    Attribute("displayName", required=True, uniqueness="server"),
+    Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
+        Attribute("value", required=True, case_exact=True),  # the id of a user or group
+        # The server sets $ref. If it were not published, scim2-tester would send ids that do not
+        # exist, and the server would ignore them.
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
+                  reference_types=("User", "Group")),
+        Attribute("type", canonical_values=("User", "Group")),
+        Attribute("display"),
+    )),
+))
+ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
+    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
+    Attribute("manager", "complex", sub_attributes=(
+        Attribute("value", case_exact=True),
+        Attribute("$ref", "reference", case_exact=True, published=False,
+                  reference_types=("User",)),
+        Attribute("displayName"),
+    )),
+))
+# fmt: on
 MEMBERSHIP_ATTRIBUTES = tuple(
-    found.name
-    for schema in (USER_SCHEMA, GROUP_SCHEMA)
-    for found in schema.attributes
-    if found.is_membership
-)
-ENTERPRISE_SCHEMA = Schema(
-    ENTERPRISE,
-    "EnterpriseUser",
-    description="Enterprise User",
-    attributes=(
-        *strings("employeeNumber", "costCenter", "organization", "division", "department"),
-        Attribute(
-            "manager",
-            "complex",
-            sub_attributes=(
-                Attribute("value", case_exact=True),
-                Attribute(
-                    "$ref", "reference", case_exact=True, published=False, reference_types=("User",)
-                ),
-                Attribute("displayName"),
-            ),
-        ),
-    ),
+    attribute.name
+    for attribute in (*USER_SCHEMA.attributes, *GROUP_SCHEMA.attributes)
+    if attribute.is_membership
 )
 
 
@@ -551,20 +487,20 @@ class CustomField:
         return f"{FACILIO}:{self.link_name}"
 
 
-@lru_cache(1024)  # tenants with the same custom fields share what is made of them
+@lru_cache(1024)  # tenants with the same custom fields share their resource types
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
-    """Return a tenant's resource types by name, User first (Entra's validator reads them in order)."""
-    own = Schema(
+    """Return a tenant's resource types by name; User comes first, as Entra's validator needs it."""
+    facilio = Schema(
         FACILIO,
         "FacilioUser",
-        description="Custom fields of the Employee module",
-        attributes=tuple(
+        "Custom fields of the Employee module",
+        tuple(
             Attribute(custom.link_name, custom.type.lower(), description=custom.display_name)
             for custom in custom_fields
         ),
     )
     return {
-        "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, own)),
+        "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, facilio)),
         "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA),
     }
 
@@ -572,38 +508,43 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # ----------------------------------------------------------------------------
 # 3. Filters and paths                               RFC 7644 §3.4.2.2, §3.5.2
 #
-# Text becomes a tree once, with every name bound to its Attribute; then there
-# are two readers: matches() here, compile_filter() in chapter 6.
+# The text of a filter becomes a tree, and every name in it an Attribute. The tree
+# has two readers: matches() here, compile_filter() in chapter 6.
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
+
+Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
 class AttributePath:
-    """Where a filter looks: attributes from a resource, or from one complex value, downwards."""
+    """A path from a resource, or from one complex value, down to an attribute."""
 
-    attributes: tuple[Attribute, ...]
+    attributes: Attributes
 
     @property
     def attribute(self) -> Attribute:
-        """The last attribute, the one that is looked at."""
+        """The attribute at the end of the path."""
         return self.attributes[-1]
 
     def items(self, value: Json) -> list[Json]:
-        """Return the values at this target in a resource or complex value, one by one."""
-        found = [value]
+        """Return the values at this path in a resource or complex value, as one flat list."""
+        items = [value]
         for attribute in self.attributes:
-            found = [item for holder in found for item in attribute.values(holder)]
-        return found
+            items = [item for holder in items for item in attribute.values(holder)]
+        return items
 
     def keys(self, value: Json) -> list[str]:
-        """Return the keys of the values at this target."""
+        """Return the keys of the values at this path."""
         return [self.attribute.key(item) for item in self.items(value)]
 
 
 @dataclass(frozen=True, slots=True)
 class Compare:
-    """A comparison of an attribute's keys with the key of a literal, whose JSON value it keeps."""
+    """Whether one of an attribute's values compares with a literal as op says.
+
+    value is the literal in the attribute's type, key is its key. op is one of OPERATORS.
+    """
 
     target: AttributePath
     op: str
@@ -620,28 +561,28 @@ class Present:
 
 @dataclass(frozen=True, slots=True)
 class And:
-    """All of some filters; without any, everything matches."""
+    """Whether all of some filters match; And(()) matches everything."""
 
     filters: tuple[Filter, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Or:
-    """Any of some filters; without any, nothing matches."""
+    """Whether any of some filters matches; Or(()) matches nothing."""
 
     filters: tuple[Filter, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Not:
-    """The opposite of a filter."""
+    """Whether a filter does not match."""
 
     inner: Filter
 
 
 @dataclass(frozen=True, slots=True)
 class ValuePath:
-    """Whether one and the same value of a complex attribute satisfies a filter on it."""
+    """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
     target: AttributePath
     inner: Filter
@@ -649,7 +590,7 @@ class ValuePath:
 
 Filter = Compare | Present | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
-TEST: dict[str, Callable[[str, str], bool]] = {
+OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "eq": operator.eq,
     "co": operator.contains,
     "sw": str.startswith,
@@ -673,127 +614,138 @@ def matches(filter: Filter, value: Json) -> bool:
         case ValuePath(target, inner):
             return any(matches(inner, item) for item in target.items(value))
         case Present(target):
-            return any(target.keys(value))  # the key of empty text is empty: not present
+            return any(target.keys(value))  # empty text has an empty key: it is not present
         case Compare(target, op, key):
-            return any(TEST[op](found, key) for found in target.keys(value))
+            return any(OPERATORS[op](own_key, key) for own_key in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
 
-Bound = tuple[Attribute, ...] | None  # the attributes down to what a name means; None if unknown
 
+def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, list[str]] | None:
+    """Return what the schema URN at the start of a name stands for, and the names after it.
 
-def find_extension(name: str, resource_type: ResourceType) -> tuple[Attribute, str] | None:
-    """Return the complex attribute that the schema URN at the head of a name means, and the rest."""
-    # URNs hold dots and colons themselves, and none begins with another. A dot in place of the
-    # colon behind one is the spelling that Entra used before 2018.
+    A URN stands for the root or for an extension. Return None if the name does not start with one.
+    """
+    # No URN is the start of another one. Before 2018 Entra wrote a dot instead of the colon.
     for urn, scope in resource_type.scopes.items():
         rest = name[len(urn) :]
         if name[: len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
-            return scope, rest[1:]
+            return scope, rest[1:].split(".") if rest[1:] else []
     return None
 
 
 @lru_cache(1024)
-def resolve(name: str, resource_type: ResourceType) -> Bound:
-    """Return the attributes from the root to a name in attrPath notation, () to the root by its URN."""
-    # A bare name that the core schema lacks may be an extension's, for Entra's path "manager".
-    scopes, names = list(resource_type.scopes.values()), name.split(".")
-    if extension := find_extension(name, resource_type):
-        scope, rest = extension
-        scopes, names = [scope], rest.split(".") if rest else []
-    for scope in scopes:
-        found = () if scope is resource_type.root else (scope,)
+def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
+    """Return the attributes from the root down to a name in attrPath notation; None if unknown.
+
+    The URN of the core schema stands for the root itself: the result is ().
+    """
+    # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
+    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    split = split_urn(name, resource_type)
+    for scope, names in [split] if split else all_scopes:
+        attributes = () if scope is resource_type.root else (scope,)
         for part in names:
             if not (sub := scope.sub_attribute(part)):
                 break
-            scope, found = sub, (*found, sub)
-        else:
-            return found
+            scope, attributes = sub, (*attributes, sub)
+        else:  # all names are known
+            return attributes
     return None
 
 
-def resolve_below(target: Bound, name: str, strict: bool = False) -> Bound:
-    """Return the sub-attribute of a target's last attribute as the scope of its value filter; ScimError if strict."""
-    sub = target[-1].sub_attribute(name) if target else None
-    if strict and target and not sub:
-        raise invalid_path(f"path: {target[-1].path} has no sub-attribute {quoted(name)}")
+def resolve_sub_attribute(
+    attributes: Attributes | None, name: str, strict: bool = False
+) -> Attributes | None:
+    """Return, as a path, the sub-attribute that a name means in the brackets after an attribute.
+
+    Return None if the name or the attribute is unknown. If strict, an unknown name is a ScimError
+    400 invalidPath.
+    """
+    sub = attributes[-1].sub_attribute(name) if attributes else None
+    if strict and attributes and not sub:
+        raise invalid_path(f"path: {attributes[-1].path} has no sub-attribute {quoted(name)}")
     return (sub,) if sub else None
 
 
-# -- The parser: each rule takes tokens and a position, and returns what it read and the next one ---
+# -- The parser: a rule takes tokens and a position; it returns a filter and the next position --
 
 Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
-Scope = Callable[[str], Bound]  # binds the names in a filter
-Parsed = tuple[Filter, int]  # and the position after it
+Scope = Callable[[str], Attributes | None]  # says what the names in a filter mean
+Parsed = tuple[Filter, int]  # with the position after it
 TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
           | (?P<name>   [A-Za-z$_][\w.:$-]* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
-          | (?P<mark>   [()\[\]] ) )""",
+          | (?P<mark>   [()\[\]] )
+          | (?P<error>  \S (?:.*\S)? ) )""",
     re.VERBOSE | re.ASCII | re.DOTALL,
 )
-UNSTORABLE = re.compile(
-    "[\0\ud800-\udfff]"
-)  # NUL and half a surrogate pair: no UTF-8 database takes it
-LITERAL = json.JSONDecoder(strict=False)  # which may hold control characters
+UNSTORABLE = re.compile("[\0\ud800-\udfff]")  # NUL and lone surrogates: databases refuse them
+LITERAL = json.JSONDecoder(
+    strict=False,  # text may contain control characters; 5.0 is the Integer 5
+    parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
+)
 STRING_TYPES = ("string", "reference")
 
 
-def bad_filter(column: int, expected: str, found: str) -> ScimError:
-    """Return the error of a filter that does not parse."""
-    found = quoted(found) if found else "the end"
-    return invalid_filter(f"filter, column {column}: expected {expected}, found {found}")
+def bad_filter(column: int, expected: str, text: str) -> ScimError:
+    """Return the error for a text that the syntax does not allow at a column, "" for the end."""
+    return invalid_filter(
+        f"filter, column {column}: expected {expected}, found {quoted(text) if text else 'the end'}"
+    )
 
 
 def tokens_of(text: str) -> Tokens:
-    """Return the tokens of a filter or path, an end token last; ScimError 400 invalidFilter."""
+    """Return the tokens of a filter or path, then an end token; ScimError 400 invalidFilter.
+
+    Text that is not a token becomes an error token up to the end. No rule of the parser accepts it.
+    """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens, position, end = [], 0, len(text.rstrip())
-    while position < end:
-        if not (token := TOKEN.match(text, position)):
-            rest = text[position:end].lstrip()
-            raise bad_filter(
-                end - len(rest) + 1, "a name, a value in double quotes or a bracket", rest
-            )
-        kind = token.lastgroup or ""
-        tokens.append((kind, token[kind], token.start(kind) + 1))
-        position = token.end()
-    return [*tokens, ("end", "", end + 1)]
+    tokens = [
+        (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
+        for token in TOKEN.finditer(text)
+    ]
+    return [*tokens, ("end", "", len(text.rstrip()) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
-    """Return the bound tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError invalidFilter."""
-    return parse_until("", tokens_of(text), 0, partial(resolve, resource_type=resource_type))[0]
+    """Return the tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError 400 invalidFilter."""
+    return parse_filter_tokens(
+        "", tokens_of(text), 0, partial(resolve, resource_type=resource_type)
+    )[0]
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
-def parse_until(mark: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0) -> Parsed:
-    """Return the filter that a mark closes, a bracket or "" for the end; what follows is behind it."""
+def parse_filter_tokens(
+    closing: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0
+) -> Parsed:
+    """Return the filter up to its closing bracket, or up to the end of the tokens ("")."""
     if depth > MAX_FILTER_DEPTH:
         raise invalid_filter(f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
-    choices = [[term]]
+    alternatives = [[term]]  # the terms of And, for each filter of Or
     while (word := tokens[position][1].lower()) in ("and", "or"):
         term, position = parse_term(tokens, position + 1, scope, depth)
         if word == "or":
-            choices.append([])
-        choices[-1].append(term)
+            alternatives.append([])
+        alternatives[-1].append(term)
     _, text, column = tokens[position]
-    if text != mark:
-        raise bad_filter(column, f"'{mark}'" if mark else "'and', 'or' or the end", text)
-    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in choices]
+    if text != closing:
+        raise bad_filter(column, f"'{closing}'" if closing else "'and', 'or' or the end", text)
+    filters = [And(tuple(terms)) if len(terms) > 1 else terms[0] for terms in alternatives]
     return (Or(tuple(filters)) if len(filters) > 1 else filters[0]), position + 1
 
 
 def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
-    """Return one attrExp, valuePath or bracketed filter, "not" before it or none."""
+    """Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not"."""
     kind, text, column = tokens[position]
     if text == "(":
-        return parse_until(")", tokens, position + 1, scope, depth + 1)
+        return parse_filter_tokens(")", tokens, position + 1, scope, depth + 1)
     following = tokens[position + 1][1] if kind != "end" else ""
     if text.lower() == "not" and following == "(":
         inner, position = parse_term(tokens, position + 1, scope, depth)
@@ -806,79 +758,97 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
-def parse_value_path(tokens: Tokens, position: int, target: Bound, name: str, depth: int) -> Parsed:
-    """Return a value path; with a sub-attribute after it, the comparison joins its filter."""
-    inner, position = parse_brackets(tokens, position, target, name, depth)
+def parse_value_path(
+    tokens: Tokens, position: int, attributes: Attributes | None, name: str, depth: int
+) -> Parsed:
+    """Return a value path, from its bracket on; a comparison after it is added to its filter."""
+    inner, position = parse_brackets(tokens, position, attributes, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
-        sub = resolve_below(target, text[1:])
+        sub = resolve_sub_attribute(attributes, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(AttributePath(target), inner) if target else NOTHING), position
+    return (ValuePath(AttributePath(attributes), inner) if attributes else NOTHING), position
 
 
 def parse_brackets(
-    tokens: Tokens, position: int, target: Bound, name: str, depth: int, strict: bool = False
+    tokens: Tokens,
+    position: int,
+    attributes: Attributes | None,
+    name: str,
+    depth: int,
+    strict: bool = False,
 ) -> Parsed:
     """Return the filter in square brackets on the values of a complex attribute."""
-    if target and target[-1].type != "complex":
+    if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
-            f"{name}: a filter in brackets needs a complex attribute, this one is of type "
-            f"{target[-1].type}"
+            f"{name}: only a complex attribute can have a filter in brackets, but its type is "
+            f"{attributes[-1].type}"
         )
-    return parse_until(
-        "]", tokens, position + 1, partial(resolve_below, target, strict=strict), depth + 1
+    return parse_filter_tokens(
+        "]",
+        tokens,
+        position + 1,
+        partial(resolve_sub_attribute, attributes, strict=strict),
+        depth + 1,
     )
 
 
-def parse_expression(tokens: Tokens, position: int, target: Bound, name: str) -> Parsed:
-    """Return the comparison of a named attribute, from its operator on."""
+# attrExp = attrPath SP "pr" / attrPath SP compareOp SP compValue
+def parse_expression(
+    tokens: Tokens, position: int, attributes: Attributes | None, name: str
+) -> Parsed:
+    """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
     if op == "pr":
-        return (Present(AttributePath(target)) if target else NOTHING), position + 1
-    if op != "ne" and op not in TEST:
+        return (Present(AttributePath(attributes)) if attributes else NOTHING), position + 1
+    if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
-    return bind_comparison(target, name, op, parse_literal(*tokens[position + 1])), position + 2
+    return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
-    """Return the JSON value that a comparison names."""
+    """Return the JSON value of a token; ScimError 400 invalidFilter if it is not a simple value."""
     with suppress(ValueError):
         literal = LITERAL.decode(text.lower() if kind == "name" else text)
-        if not (isinstance(literal, str) and UNSTORABLE.search(literal)):
+        # An object such as {"a": 1} is an error token.
+        if kind != "error" and not (isinstance(literal, str) and UNSTORABLE.search(literal)):
             return literal
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
-def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
-    """Return the filter that compares a target with a literal of its type."""
-    if op == "ne":  # the opposite of eq, so it also holds for a resource without the attribute
-        return Not(bind_comparison(target, name, "eq", literal))
-    if not target:  # an attribute that the schemas lack has no value (RFC 7644 §3.4.2.1)
+def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: Json) -> Filter:
+    """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
+    if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
+        return Not(bind_comparison(attributes, name, "eq", literal))
+    if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
         return NOTHING
-    if standing := target[-1].value_attribute:
-        target = (*target, standing)
-    attribute = target[-1]
+    if value_attribute := attributes[-1].value_attribute:
+        attributes = (*attributes, value_attribute)
+    target, attribute = AttributePath(attributes), attributes[-1]
+    check_comparison(attribute, name, op, literal)
+    if literal is None:
+        return Not(Present(target))
+    try:
+        value = attribute.convert(literal)
+    except ScimError as error:
+        raise invalid_filter(error.detail, reason=error.reason) from None
+    return Compare(target, op, attribute.key(value), value)
+
+
+def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
+    """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
         names = ", ".join(sub.name for sub in attribute.sub_attributes)
         raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
-    if literal is None and op == "eq":
-        return Not(Present(AttributePath(target)))
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
-    shapeless = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
-    if literal is None or unordered or shapeless:
+    not_text = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
+    if unordered or not_text or (literal is None and op != "eq"):
         raise invalid_filter(
-            f"{name}: '{op}' does not go with {quoted(literal)} and the type {attribute.type}"
+            f"{name}: '{op}' cannot compare the type {attribute.type} with {quoted(literal)}"
         )
-    if isinstance(literal, float) and literal.is_integer() and attribute.type == "integer":
-        literal = int(literal)
-    try:
-        literal = attribute.convert(literal)
-    except ScimError as error:
-        raise invalid_filter(error.detail) from None
-    return Compare(AttributePath(target), op, attribute.key(literal), literal)
 
 
 # -- Paths of PATCH ------------------------------------------------------------
@@ -886,20 +856,20 @@ def bind_comparison(target: Bound, name: str, op: str, literal: Json) -> Filter:
 
 @dataclass(frozen=True, slots=True)
 class PatchPath:
-    """The target of a PATCH operation, such as emails[type eq "work"].value."""
+    """The path of a PATCH operation, such as emails[type eq "work"].value; () means no path."""
 
-    attributes: tuple[Attribute, ...]  # (emails,)
+    attributes: Attributes  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
 
     @property
-    def read_only(self) -> Attribute | None:
-        """The first attribute on the way that no client may change, if any."""
+    def read_only_attribute(self) -> Attribute | None:
+        """The first attribute of the path that no client may change, or None."""
         return next(
             (
-                found
-                for found in (*self.attributes, self.sub_attribute)
-                if found and found.mutability in ("readOnly", "immutable")
+                attribute
+                for attribute in (*self.attributes, self.sub_attribute)
+                if attribute and attribute.mutability in ("readOnly", "immutable")
             ),
             None,
         )
@@ -907,48 +877,46 @@ class PatchPath:
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError 400 invalidPath or invalidFilter."""
-    if len(text) > MAX_FILTER_LENGTH:  # which nobody shall keep in a cache
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter."""
+    if len(text) > MAX_FILTER_LENGTH:  # before resolve(): its cache must not fill with long paths
         raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
     attributes = resolve(name, resource_type)
-    if attributes is None:
-        scope, rest = find_extension(name, resource_type) or (resource_type.root, name)
-        names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
-        raise invalid_path(
-            f"path {quoted(text)}: " + why_unknown(name, resource_type),
-            reason=("link_name", rest[:80], names) if scope.name == FACILIO else (),
-        )
+    if attributes is None or (bracket and not attributes):
+        raise unknown_attribute(name, resource_type)
     if not bracket:
         return PatchPath(attributes)
-    if not attributes:
-        raise invalid_path(f"path {quoted(text)}: a filter needs an attribute")
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
     sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
-    if tokens[position + bool(sub)][0] != "end":
+    if tokens[position + 1 if sub else position][0] != "end":
         raise invalid_path(
-            f"path {quoted(text)}: what follows ']' must be a sub-attribute of {attributes[-1].path}"
+            f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
         )
     return PatchPath(attributes, filter, sub)
 
 
-def why_unknown(name: str, resource_type: ResourceType) -> str:
-    """Return why a name is no attribute; for an extension with the names that it has."""
-    scope, rest = find_extension(name, resource_type) or (resource_type.root, name)
+def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
+    """Return the error for an unknown attribute; in an extension it lists the attributes."""
+    scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
     if scope is resource_type.root:
-        return f"{resource_type.name} has no such attribute"
-    known = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
-    return f"{scope.name} has no attribute '{rest}'; its attributes are: {known}"
+        return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
+    wrong_name = ".".join(names)
+    right_names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
+    return invalid_path(
+        f"path: {scope.name} has no attribute '{wrong_name}'; its attributes are: {right_names}",
+        reason=("link_name", wrong_name[:80], right_names) if scope.name == FACILIO else (),
+    )
 
 
 # ----------------------------------------------------------------------------
 # 4. Resources                                 RFC 7643 §2 and §3, RFC 7644 §3.9
 #
-# accept() makes a canonical resource of a client's JSON: schema spelling, no
-# nulls, no empty lists, declared types. Nothing behind this door checks again.
-# project() chooses what of a resource goes out; index_entries() what is indexed.
+# accept() makes a canonical resource from a client's JSON: names as in the schema,
+# no nulls, no empty lists, values in their declared types. All other code trusts
+# that a resource is canonical, and does not check again.
+# project() chooses what a client sees of a resource; index_entries() what is indexed.
 # Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
@@ -956,47 +924,49 @@ def why_unknown(name: str, resource_type: ResourceType) -> str:
 def lowercase_keys(
     value: Json, expected: str = "the body must be a JSON object"
 ) -> dict[str, Json]:
-    """Return the members of a message, or of a part of it, by names in lower case; ScimError 400."""
+    """Return a JSON object with its names in lower case; ScimError 400 if it is not an object."""
     if not isinstance(value, dict):
         raise invalid_syntax(f"{expected}, got {quoted(value)}")
     return {name.lower(): item for name, item in value.items()}
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource that a client's JSON body describes; ScimError 400 if none."""
+    """Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid."""
     if not isinstance(body, dict):
         raise invalid_syntax(f"the body must be a JSON object, got {quoted(body)}")
     return accept_complex(resource_type.root, body)
 
 
 def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
-    """Return a complex value (or a resource) with canonical names, in the order of the schema."""
-    given: dict[str, Json] = {}
+    """Return the canonical form of a complex value (or a resource); ScimError 400 invalidValue."""
+    sent: dict[str, Json] = {}
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
-        # What is read-only is left out, and what no schema knows, as Entra and Okta need.
+        # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
         if sub and sub.mutability == "readWrite" and item is not None:
-            if sub.name in given:
-                raise invalid_value(f"{sub.path}: given twice")
-            given[sub.name] = item
+            if sub.name in sent:
+                raise invalid_value(f"{sub.path}: sent twice")
+            sent[sub.name] = item
     accepted = {
         sub.name: item
         for sub in attribute.sub_attributes
-        if sub.name in given
-        if (item := accept_value(sub, given[sub.name])) is not None
+        if sub.name in sent
+        if (item := accept_value(sub, sent[sub.name])) is not None
     }
     require(attribute, accepted)
     return accepted
 
 
 def accept_value(attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an attribute; None for null, [] and {} (RFC 7643 §2.5)."""
+    """Return the canonical value of an attribute; ScimError 400 invalidValue.
+
+    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5).
+    """
     if not attribute.multi_valued:
-        if (
-            value == [] and FACILIO not in attribute.path
-        ):  # unassigned; a custom field takes no list
+        # [] means that there is no value, except for a custom field, which must not be a list.
+        if value == [] and FACILIO not in attribute.path:
             return None
-        # Entra's tutorial sends a manager as a list of one.
+        # Entra's tutorial sends the manager as a list with one item.
         if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
             value = value[0]
         return accept_single(attribute, value)
@@ -1010,22 +980,19 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
-    """Return one canonical value, or None if it is empty."""
+    """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
     if value is None:
         return None
-    if attribute.type != "complex":
-        return attribute.convert(value)
-    # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
-    if not isinstance(value, (dict, list)) and attribute.value_attribute:
-        value = {"value": value}
-    if not isinstance(value, dict):
-        attribute.convert(value)
-    accepted = accept_complex(attribute, value)
-    # Entra clears a manager with "", which refers to nobody.
-    nobody = (
-        accepted.get("value") == "" and attribute.value_attribute and not attribute.multi_valued
-    )
-    return None if nobody else accepted or None
+    if attribute.type == "complex":
+        # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
+        if not isinstance(value, (dict, list)) and attribute.value_attribute:
+            value = {"value": value}
+        if isinstance(value, dict):
+            accepted = accept_complex(attribute, value)
+            # Entra sends "" to remove the manager.
+            no_manager = accepted.get("value") == "" and not attribute.multi_valued
+            return None if no_manager and attribute.value_attribute else accepted or None
+    return attribute.convert(value)  # refuses a complex value that is not an object
 
 
 def is_primary(value: Json) -> bool:
@@ -1033,16 +1000,19 @@ def is_primary(value: Json) -> bool:
     return isinstance(value, dict) and value.get("primary") is True
 
 
-def keep_one_primary(values: list[Json], earlier: Json = None) -> None:
-    """Leave but one value primary: the last that became so, else the earlier one (RFC 7644 §3.5.2)."""
-    winners = [value for value in values if is_primary(value) and value is not earlier]
-    for value in values:
-        if winners and value is not winners[-1] and is_primary(value):
+def keep_one_primary(values: list[Json], previous: Json = None) -> None:
+    """Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2)."""
+    new = [value for value in values if is_primary(value) and value is not previous]
+    for value in filter(is_primary, values):
+        if new and value is not new[-1]:
             value["primary"] = False
 
 
 def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
-    """Raise ScimError 400 invalidValue unless a complex value (or a resource) has what it must."""
+    """Check the required attributes, and the number of values, of a complex value (or a resource).
+
+    Raise ScimError 400 invalidValue.
+    """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
             raise invalid_value(
@@ -1056,7 +1026,7 @@ def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
 
 
 def defaults(resource_type: ResourceType) -> Resource:
-    """Return what a new resource has where its client says nothing."""
+    """Return the attributes that a new resource gets if the client does not send them."""
     return {
         sub.name: sub.default
         for sub in resource_type.root.sub_attributes
@@ -1065,7 +1035,7 @@ def defaults(resource_type: ResourceType) -> Resource:
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
-    """Return a resource in the order of the schema, its "schemas" made anew."""
+    """Return a resource in the order of the schema, with its "schemas" up to date."""
     resource = {**resource, "schemas": schemas_of(resource_type, resource)}
     return {
         sub.name: resource[sub.name]
@@ -1078,64 +1048,59 @@ def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> lis
     """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
     return [
         resource_type.schema.id,
-        *(one.id for one in resource_type.extensions if one.id in resource),
+        *(schema.id for schema in resource_type.extensions if schema.id in resource),
     ]
 
 
 # -- Projection ------------------------------------------------------------------
 
-Tree = dict[str, Any]  # names to the trees of what is meant below; None means all of it
-
-
-def name_tree(names: str, resource_type: ResourceType) -> Tree:
-    """Return the attributes of a comma-separated list as a tree; unknown ones are left out."""
-    found = [resolve(name.strip(), resource_type) for name in names.split(",")]
-    tree: Tree = {}
-    for attributes in sorted(filter(None, found), key=len, reverse=True):
-        node = tree
-        for attribute in attributes[:-1]:
-            node = node.setdefault(attribute.name, {})
-        node[attributes[-1].name] = None  # shorter names come last and put the whole for a part
-    return tree
-
 
 @dataclass(frozen=True)
 class Selection:
-    """What a client wants to see of a resource: the trees of attributes and excludedAttributes."""
+    """Which attributes a client wants to see: those of attributes, without excludedAttributes."""
 
-    wanted: Tree | None = None
-    unwanted: Tree = field(default_factory=dict)
+    wanted: frozenset[Attribute] | None = None  # None means all
+    unwanted: frozenset[Attribute] = frozenset()
+    parents: frozenset[Attribute] = frozenset()  # complex attributes that contain one of these
 
     def includes(self, attribute: Attribute) -> bool:
-        """Return whether an attribute of the root is asked for, as a whole or in part."""
-        asked = self.wanted is None or attribute.name in self.wanted
-        return asked and self.unwanted.get(attribute.name, {}) is not None
+        """Return whether any part of a top-level attribute is selected."""
+        return attribute not in self.unwanted and (
+            self.wanted is None or attribute in self.wanted or attribute in self.parents
+        )
 
 
 @lru_cache(1024)
 def parse_selection(attributes: str, excluded: str, resource_type: ResourceType) -> Selection:
-    """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty."""
+    """Return the selection of the two query parameters (RFC 7644 §3.9); both may be empty.
+
+    Each is a list of names with commas between them. Unknown names are ignored.
+    """
+    wanted, unwanted = (
+        [path for name in names.split(",") if (path := resolve(name.strip(), resource_type))]
+        for names in (attributes, excluded)
+    )
     return Selection(
-        name_tree(attributes, resource_type) if attributes.strip() else None,
-        name_tree(excluded, resource_type),
+        frozenset(path[-1] for path in wanted) if attributes.strip() else None,
+        frozenset(path[-1] for path in unwanted),
+        frozenset(parent for path in (*wanted, *unwanted) for parent in path[:-1]),
     )
 
 
-def select(attribute: Attribute, value: Resource, wanted: Tree | None, unwanted: Tree) -> Resource:
-    """Return the part of a complex value (or a resource) that trees of names leave."""
+def select(attribute: Attribute, value: Resource, selection: Selection, whole: bool) -> Resource:
+    """Return the selected part of a complex value (or a resource); whole means all is wanted."""
     selected = {}
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
-        if sub.returned != "always":
-            inner, outer = (wanted or {}).get(name), unwanted.get(name, {})
-            if outer is None or (wanted is not None and name not in wanted):
-                continue
-            if sub.type == "complex" and (inner or outer):
-                items = [select(sub, one, inner, outer) for one in sub.values(value)]
-                if not any(items):
-                    continue
-                item = list(filter(None, items)) if sub.multi_valued else items[0]
-        selected[name] = item
+        sub_whole = whole or sub in (selection.wanted or ())
+        if sub.returned == "always":
+            selected[name] = item
+        elif sub in selection.parents and sub not in selection.unwanted:
+            parts = [select(sub, part, selection, sub_whole) for part in sub.values(value)]
+            if any(parts):
+                selected[name] = list(filter(None, parts)) if sub.multi_valued else parts[0]
+        elif sub_whole and sub not in selection.unwanted:
+            selected[name] = item
     return selected
 
 
@@ -1151,7 +1116,7 @@ def memberships(resource: Resource, base_url: str) -> Resource:
 def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
-    """Return what a client gets to see of a resource, with absolute URLs below base_url."""
+    """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
     location = resource_type.location(base_url, resource["id"])
     resource = {
         **resource,
@@ -1160,7 +1125,7 @@ def project(
     }
     if selection.wanted is None and not selection.unwanted:
         return resource
-    return select(resource_type.root, resource, selection.wanted, selection.unwanted)
+    return select(resource_type.root, resource, selection, whole=selection.wanted is None)
 
 
 # -- The index -------------------------------------------------------------------
@@ -1171,171 +1136,210 @@ Entry = tuple[str, str, int]  # path, key, element
 def index_entries(
     attribute: Attribute, value: Mapping[str, Json], element: int = 0
 ) -> Iterator[Entry]:
-    """Yield an entry for each value in a resource (or a complex value), and one for each complex."""
+    """Yield an entry for each value in a resource (or complex value), simple or complex."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
-        items: Iterable[tuple[int, Json]] = [(element, item)]
-        if sub.multi_valued:  # the primary one is number 0, the one to sort by (RFC 7644 §3.4.2.3)
-            items = enumerate(sorted(item, key=lambda one: not is_primary(one)))
-        for number, one in items:
-            yield sub.index, sub.key(one), number
+        # The primary value is number 0: sorting uses it (RFC 7644 §3.4.2.3).
+        items: Iterable[tuple[int, Json]] = (
+            enumerate(sorted(item, key=is_primary, reverse=True))
+            if sub.multi_valued
+            else [(element, item)]
+        )
+        for number, part in items:
+            yield sub.index, sub.key(part), number
             if sub.type == "complex":
-                yield from index_entries(sub, one, number)
+                yield from index_entries(sub, part, number)
 
 
 # ----------------------------------------------------------------------------
 # 5. PATCH                                                      RFC 7644 §3.5.2
 #
-# A request's operations are read at once, paths bound and values accepted; then
-# apply_patch() makes a new resource of an old one, whole or not at all.
+# parse_operations() reads all operations of a request first: it finds the
+# attributes of their paths and accepts their values. Then apply_patch() makes a
+# new resource from the old one, with all operations or, after an error, none.
 # Uses chapters 1 to 4. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: add, replace or remove, its target, its accepted value, and if one was given."""
+    """One PATCH operation: add, replace or remove.
+
+    value is the accepted value; sent is the JSON value as the client sent it, None if it sent none.
+    """
 
     op: str
     path: PatchPath
     value: Json = None
-    sent: Json = None  # the value as the client sent it
+    sent: Json = None
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
-    """Return a PATCH body's operations, objects that merge split into attributes; ScimError 400."""
+    """Return the operations of a PATCH body; ScimError 400.
+
+    An object that is merged becomes one operation for each of its attributes. Operations in a row
+    that change the same list become one operation.
+    """
     if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
         raise invalid_syntax("Operations: expected a list of PATCH operations")
     return list(
-        joined(operation for item in items for operation in parse_operation(resource_type, item))
+        merge_consecutive(step for item in items for step in parse_operation(resource_type, item))
     )
 
 
-def joined(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations, those as one that add to or remove from the same attribute one after the other."""
-    # Okta and Entra name members one by one: thousands of steps through all of a group.
-    for (op, path, many), run in itertools.groupby(
+def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Yield operations; those in a row that add to, or remove from, the same list become one."""
+    # Okta and Entra send one operation per member, with thousands in a request. If they were not
+    # merged, each of them would go through all those members.
+    for (op, path, is_list), run in itertools.groupby(
         operations,
-        lambda one: (one.op, one.path, one.op != "replace" and isinstance(one.value, list)),
+        lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
     ):
         steps = list(run)
-        yield from (
-            [Operation(op, path, *[[value for one in steps for value in one.value]] * 2)]
-            if many
-            else steps
-        )
+        if is_list and len(steps) > 1:
+            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
+            values = itertools.chain.from_iterable(step.value for step in steps)
+            yield Operation(op, path, list(values), list(itertools.chain.from_iterable(sent)))
+        else:
+            yield from steps
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
-    """Yield what one item of Operations asks for; its names and op go without regard to case."""
+    """Yield the operations that an item of Operations stands for; ScimError 400.
+
+    The names in the item and its op may be in any case.
+    """
     item = lowercase_keys(item, "Operations: expected objects")
     op, text, value = str(item.get("op")).lower(), item.get("path"), item.get("value")
     if op not in ("add", "replace", "remove"):
         raise invalid_syntax(f"op: expected add, replace or remove, got {quoted(item.get('op'))}")
     if op != "remove" and "value" not in item:
-        raise invalid_value(f"{op} {text or ''}: value is missing")
+        raise invalid_value(f"{op} {text or 'without path'}: value is missing")
     if text is not None and not isinstance(text, str):
         raise invalid_path(f"path: expected text, got {quoted(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
-    if path.attributes:
-        yield from bind_operation(op, path, value, merge=op == "add")
-    elif op == "remove":
-        raise ScimError(400, "noTarget", "remove: a path is needed to say what to remove")
-    else:
-        yield from parse_members(resource_type, op, value)
+    yield from (
+        bind_operation(op, path, value, merge=op == "add")
+        if path.attributes
+        else parse_pathless(resource_type, op, value)
+    )
 
 
-def parse_members(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    """Yield the operations that the members of a path-less operation's value stand for."""
+def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
+    """Yield an operation for each name in the value of an operation without path; ScimError 400."""
+    if op == "remove":
+        raise ScimError(400, "noTarget", "remove without path: the path of an attribute is needed")
     if not isinstance(value, dict):
         raise invalid_value(f"{op} without path: expected an object, got {quoted(value)}")
-    # Entra's flag dialect sends paths as names: "name.familyName", "URN:department". What a body may
-    # not set (id, meta, unknown names) is ignored as in a body: Okta sends "id" with each rename.
-    # A misspelt custom field is an error as in a path, so that the administrator sees it.
-    for name, one in value.items():
+    # With aadOptscim062020 Entra sends paths as names: "name.familyName", "URN:department".
+    # Names that a body may not set (id, meta, unknown names) are ignored, as in a body: Okta sends
+    # "id" when it renames a group. A misspelt custom field is an error, so that the administrator
+    # sees it.
+    for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is None and not find_extension(plain, resource_type):
+        if resolve(plain, resource_type) is None and not split_urn(plain, resource_type):
             continue
         path = parse_path(name, resource_type)
         if not path.attributes:
-            yield from parse_members(resource_type, op, one)
-        elif not path.read_only:
-            yield from bind_operation(op, path, one, merge=True)
+            yield from parse_pathless(resource_type, op, item)
+        elif not path.read_only_attribute:
+            yield from bind_operation(op, path, item, merge=True)
 
 
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
-    """Yield the operation on a path, its value accepted; one for each sub-attribute to merge."""
-    if read_only := path.read_only:
-        raise ScimError(400, "mutability", f"{read_only.path} is read-only")
+    """Yield the operation on a path, with its value accepted; ScimError 400.
+
+    With merge, an object becomes one operation for each of its sub-attributes, so that the other
+    sub-attributes keep their values.
+    """
+    if attribute := path.read_only_attribute:
+        raise ScimError(400, "mutability", f"{attribute.path} is read-only")
+    path, value = normal_form(op, path, value)
     attribute = path.sub_attribute or path.attributes[-1]
-    match path:
-        case PatchPath((_,), Compare(AttributePath((by,)), "eq", _, id), None) if (
-            op == "remove" and attribute.is_membership and by is attribute.value_attribute
-        ):
-            path, value = PatchPath(path.attributes), [{"value": id}]
-    holder = path.attributes[-2:][0]
-    if (
-        attribute is holder.value_attribute and not holder.multi_valued
-    ):  # stands for the whole manager
-        path, attribute, value = PatchPath(path.attributes[:-1]), holder, {"value": value}
-    # A complex value that names its own value (a manager) is replaced whole: an old $ref would lie.
-    if (
-        merge
-        and attribute.type == "complex"
-        and not attribute.value_attribute
-        and not attribute.multi_valued
-        and isinstance(value, dict)
-    ):
-        for name, one in value.items():
+    # An object with a "value", such as a manager, is replaced as a whole: its $ref would be wrong.
+    mergeable = not (attribute.multi_valued or attribute.value_attribute)
+    if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
+        for name, item in value.items():
             sub = attribute.sub_attribute(name)
             if sub and sub.mutability != "readOnly":
-                yield from bind_operation(op, PatchPath((*path.attributes, sub)), one, merge)
-        return
-    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
-        accepted = None
-    elif path.filter and not path.sub_attribute:
-        one = value[0] if isinstance(value, list) and len(value) == 1 else value
-        terms = lowercase_keys(equal_terms(path.filter)) if isinstance(one, dict) and one else {}
-        accepted = accept_single(attribute, terms | lowercase_keys(one) if terms else one)
+                yield from bind_operation(op, PatchPath((*path.attributes, sub)), item, merge)
     else:
-        accepted = accept_value(attribute, value)
-    yield Operation(op, path, accepted, value)
+        yield Operation(op, path, accept_operand(op, path, attribute, value), value)
+
+
+def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
+    """Return the path and value of an operation in the form that apply_operation() expects.
+
+    Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
+    from members. To change manager.value is to change manager to {"value": …}.
+    """
+    match path.attributes, path.filter, path.sub_attribute:
+        case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
+            op == "remove" and members.is_membership and sub is members.value_attribute
+        ):
+            return PatchPath((members,)), [{"value": id}]
+        case (*above, holder, sub), None, None if (
+            sub is holder.value_attribute and not holder.multi_valued
+        ):
+            return PatchPath((*above, holder)), {"value": value}
+    return path, value
+
+
+def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
+    """Return the canonical value of an operation on an attribute, or None; ScimError 400."""
+    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
+        return None
+    if not path.filter or path.sub_attribute:
+        return accept_value(attribute, value)
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    terms = lowercase_keys(equal_terms(path.filter))
+    if terms and value and isinstance(value, dict):  # emails[type eq "work"] makes it a work e-mail
+        value = terms | lowercase_keys(value)
+    return accept_single(attribute, value)
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
-    """Return the ids of the members that operations can touch; None where it may be any."""
-    # With them a change of membership costs what it changes, however large the group is.
-    asked = [one for one in operations if one.path.attributes[0].is_membership]
-    plain = all(
-        one.path == PatchPath(one.path.attributes[:1])
-        and one.op != "replace"
-        and one.sent is not None
-        for one in asked
+    """Return the ids of the members that operations can change; None means any member.
+
+    The directory reads these members only, so that a change costs the same in a large group.
+    """
+    changes = [step for step in operations if step.path.attributes[0].is_membership]
+    listed = all(
+        step.path == PatchPath(step.path.attributes[:1])
+        and step.op != "replace"
+        and step.sent is not None
+        for step in changes
     )
-    return {value["value"] for one in asked for value in one.value or ()} if plain else None
+    return {item["value"] for step in changes for item in step.value or ()} if listed else None
 
 
 def apply_patch(
     resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
 ) -> Resource:
-    """Return the resource after all operations, or ScimError 400; that handed in stays as it is."""
+    """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
     for operation in operations:
         apply_operation(patched, operation)
     patched = pruned(patched)
     for sub in resource_type.root.sub_attributes:
         if sub.required and sub.name not in patched:
-            raise ScimError(400, "mutability", f"{sub.path} is required and cannot be removed")
+            raise ScimError(
+                400,
+                "mutability",
+                f"{sub.path} is required and cannot be removed",
+                reason=("required", sub.path),
+            )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
-    """Change a resource by one operation."""
+    """Change a resource by one operation; ScimError 400 noTarget."""
     path = operation.path
     first, attribute = path.attributes[0], path.attributes[-1]
     primary = next(filter(is_primary, first.values(resource)), None)
-    holders = [resource]
+    holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
     for container in path.attributes[:-1]:
         for holder in holders:
             if operation.op != "remove" and not holder.get(container.name):
@@ -1351,42 +1355,51 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
     """Add, replace or remove an attribute in a resource or complex value."""
-    value = operation.value
     if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
-        # Entra's default dialect lists the values to remove, for members by their ids.
-        unwanted = {identity(attribute, one) for one in value or ()} - {frozenset()}
-        holder[attribute.name] = [
-            one
-            for one in attribute.values(holder)
-            if (known := identity(attribute, one)) not in unwanted
-            and (attribute.is_membership or not any(given <= known for given in unwanted))
-        ]  # or parts of it
-    elif value is None:
+        # Entra without aadOptscim062020 sends the values to remove, members by their ids.
+        holder[attribute.name] = without_values(
+            attribute, attribute.values(holder), operation.value or []
+        )
+    elif operation.value is None:
         if operation.op != "add":
             holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
-        add_values(attribute, holder.setdefault(attribute.name, []), value)
+        add_values(attribute, holder.setdefault(attribute.name, []), operation.value)
     else:
-        holder[attribute.name] = copy.deepcopy(value)
+        holder[attribute.name] = copy.deepcopy(operation.value)
+
+
+def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
+    """Return the values of an attribute that are not among the removed ones.
+
+    A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
+    """
+    removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
+    return [
+        value
+        for value in values
+        if (key := identity_key(attribute, value)) not in removed_keys
+        and (attribute.is_membership or not any(part <= key for part in removed_keys))
+    ]
 
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
-    """Append the values that are not there yet; one that is there takes over what else was sent."""
-    same = partial(identity, attribute, adding=True)
-    present: dict[Any, Resource] = {same(value): value for value in values}
+    """Append new values to a list; a value that is in the list already is updated instead."""
+    key = partial(identity_key, attribute, adding=True)
+    present: dict[Any, Resource] = {key(value): value for value in values}
     for value in copy.deepcopy(added):
-        known = present.setdefault(same(value), value)
-        known.update(value)
-        if known is value:
+        same = present.setdefault(key(value), value)
+        same.update(value)
+        if same is value:
             values.append(value)
 
 
-def identity(
+def identity_key(
     attribute: Attribute, value: Resource, adding: bool = False
 ) -> frozenset[tuple[str, str]]:
-    """Return by what a complex value is the same as another: a member by its value alone."""
+    """Return a key that two values share if they count as the same, such as members by their id."""
     names = ["value"] if attribute.is_membership else [name for name in value if name != "primary"]
-    if adding and "value" in value:  # RFC 7643 §2.4: none twice with the same type and value
+    if adding and "value" in value:  # RFC 7643 §2.4: one value for each type and value
         names = [name for name in names if name in ("type", "value")]
     return frozenset((name, attribute.by_name[name.lower()].key(value[name])) for name in names)
 
@@ -1394,32 +1407,45 @@ def identity(
 def change_selected(
     attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change the values of an attribute that a filter selects, or a sub-attribute of each."""
-    no_target = ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
-    values, created = attribute.values(holder), None
+    """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
+    values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
-    if not selected and operation.op != "remove" and operation.value is not None:
-        # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet;
-        # RFC 7644 §3.5.2.3 would answer noTarget. We create the value, as Entra's validator asks.
-        if not (created := equal_terms(filter)) or (values and not attribute.multi_valued):
-            raise no_target
-        selected, values = [created], [*values, created]
     for value in selected:
-        if operation.path.sub_attribute:
-            change(operation.path.sub_attribute, value, operation)
-            continue
-        if operation.op != "add":
-            value.clear()
-        if operation.op != "remove":
-            value.update(operation.value or {})
-    if created and not matches(filter, created):  # each repetition would make another one
-        raise no_target
+        change_value(value, operation)
+    if not selected and operation.op != "remove" and operation.value is not None:
+        values = [*values, new_value(attribute, values, operation, filter)]
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
 
+def new_value(
+    attribute: Attribute, values: list[Json], operation: Operation, filter: Filter
+) -> Resource:
+    """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
+    # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
+    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value.
+    value = equal_terms(filter)
+    possible = bool(value) and (attribute.multi_valued or not values)
+    change_value(value, operation)
+    # A value that does not match the filter would be added again at each retry.
+    if not possible or not matches(filter, value):
+        raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
+    return value
+
+
+def change_value(value: Resource, operation: Operation) -> None:
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
+    if operation.path.sub_attribute:
+        change(operation.path.sub_attribute, value, operation)
+    else:
+        if operation.op != "add":
+            value.clear()
+        if operation.op != "remove":
+            value.update(operation.value or {})
+
+
 def equal_terms(filter: Filter) -> Resource:
-    """Return the sub-attributes that a filter says are equal to a value."""
+    """Return the sub-attributes that a filter requires to be equal to a value."""
     match filter:
         case Compare(AttributePath((sub,)), "eq", _, value):
             return {sub.name: value}
@@ -1430,7 +1456,7 @@ def equal_terms(filter: Filter) -> Resource:
 
 
 def pruned(value: Json) -> Json:
-    """Return a JSON value without the empty objects and lists that removals left."""
+    """Return a JSON value without its empty objects and lists, which removals leave."""
     if isinstance(value, dict):
         return {
             name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])
@@ -3214,59 +3240,264 @@ def row_entries(resource_type: ResourceType, row: Row) -> Iterator[Entry]:
 # ----------------------------------------------------------------------------
 # 10. Configuration
 #
-# A JSON file of tenants, tokens and custom fields becomes frozen data. Every
-# mistake of a file is found in one go and named by its JSON path.
-# Uses chapters 1, 2 and 8. Knows nothing of HTTP or SQL.
+# A JSON file of tenants, tokens and custom fields becomes frozen dataclasses. Each of
+# their fields carries the rule for its JSON value, and one reader applies the rules. It
+# reports every mistake in a file by its JSON path.
+# Uses chapters 1, 2, 7 and 9. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-Kind = tuple[Callable[[Any], Any], str]  # reads a JSON value or refuses it, and what is expected
-Rule = Kind | Callable[[str, Json], Any]  # or what takes a JSON path and the value there
+
+
+class ConfigError(Exception):
+    """An unusable configuration; problems has a line for each mistake, its JSON path first."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+# -- Rules: what a JSON value may be -------------------------------------------------
+
+# A kind is a function that converts a value, and the words for what the value must be. The
+# function returns None or raises an error for a wrong value. A dict sets several fields.
+Kind = tuple[Callable[[Any], Any], str]
+# A rule is a kind, or [kind of the list, rule of its items], or settings by key for an object
+# that becomes a tuple, or the dataclass that an object becomes.
+Rule = Kind | list[Any] | dict[str, Any] | type
 
 
 def text_of(pattern: str, expected: str) -> Kind:
-    """Return the kind of the texts that match a pattern as a whole."""
+    """Return the rule for texts that match a pattern as a whole."""
     return lambda value: value if re.fullmatch(pattern, value) else None, expected
 
 
-def host_and_port(value: Json) -> tuple[str, int] | None:
-    """Return the parts of an address, None for another text."""
-    found = re.fullmatch(r"(.+):(\d{1,5})", value)
-    return (found[1].strip("[]"), int(found[2])) if found and int(found[2]) < 65536 else None
+def host_and_port(value: Json) -> dict[str, Any] | None:
+    """Return the parts of HOST:PORT, None for another text."""
+    host, _, port = value.rpartition(":")
+    valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
+    return {"host": host.strip("[]"), "port": int(port)} if valid else None
 
 
+def digest(secret: str) -> str:
+    """Return the SHA-256 of a token's secret as hex. Secrets are only compared in this form."""
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+# fmt: off
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
-TENANT_NAME = text_of(
-    "[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
-    "letters, digits, - and _ (the name is that of the tenant's file)",
-)
-LINK_NAME = text_of(
-    "[A-Za-z][A-Za-z0-9_-]*", "a letter, then letters, digits, - and _"
-)  # RFC 7643 §2.1
+TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+                      "letters, digits, - and _ (it names the tenant's file)")
+LINK_NAME = (lambda value: {"link_name": value, "display_name": value}
+             if re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) else None,  # RFC 7643 §2.1
+             "a letter, then letters, digits, - and _")
 FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
-TOKEN_SECRET = text_of("[!-~]+", "visible ASCII characters without blanks")
-TOKEN_HASH = text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits")
-LOG_FORM = text_of("text|json|off", "text, json or off")
+TOKEN_SECRET = (lambda value: {"secret": value, "sha256": digest(value)}
+                if re.fullmatch("[!-~]+", value) else None,
+                "visible ASCII characters without blanks")
+TOKEN_HASH = (lambda value: value.lower() if re.fullmatch("[0-9A-Fa-f]{64}", value) else None,
+              "64 hexadecimal digits")
+METRICS_TOKEN = (lambda value: digest(value) if TEXT[0](value) else None, TEXT[1])
+LOG_FORMAT = text_of("text|json|off", "text, json or off")
 OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
 LIST = (lambda value: value if isinstance(value, list) else None, "a list")
+FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
+             "a list with at least one item")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
-NUMBER = (
-    lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
-    "a whole number of 1 or more",
-)
-DAYS = (
-    lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
-    "1 to 36500 days",
-)
+COUNT = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
+         "a whole number of 1 or more")
+DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
+        "1 to 36500 days")
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
-NETWORK = (
-    lambda value: ipaddress.ip_network(str(value)),
-    "an address such as 10.0.0.1 or 10.0.0.0/8",
-)
-TIME = (
-    lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
-    "a time such as 2027-01-31T00:00:00Z",
-)
+NETWORK = (lambda value: ipaddress.ip_network(str(value)),
+           "an address such as 10.0.0.1 or 10.0.0.0/8")
+TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
+        "a time such as 2027-01-31T00:00:00Z")
+# fmt: on
+
+
+# -- Settings: each key of the file is a field of one of these dataclasses ----------------------
+
+
+def setting(
+    rule: Rule | None,
+    default: Any = MISSING,
+    *,
+    key: str = "",
+    unique: Callable[[str], str] | None = None,
+    live: bool = False,
+    secret: bool = False,
+) -> Any:
+    """Return a dataclass field with the rule for its JSON value; without a default it is required.
+
+    key is the path in JSON if it is not the field's name. unique is for a value that no two objects
+    of a list may share: it returns the form in which they compare. A live setting takes effect
+    without a restart. A secret is left out of the repr.
+    """
+    return field(
+        default=default,
+        repr=not secret,
+        metadata={"rule": rule, "key": key, "unique": unique, "live": live},
+    )
+
+
+@dataclass(frozen=True)
+class Token:
+    """A bearer token: its SHA-256 as hex, when it expires, and its secret if the file has it."""
+
+    name: str = setting(TEXT, "", unique=str)
+    sha256: str = setting(TOKEN_HASH, "")
+    expires: datetime | None = setting(TIME, None)  # noqa: RUF009
+    secret: str = setting(TOKEN_SECRET, "", secret=True)
+
+    def expired(self, now: datetime) -> bool:
+        """Return whether the token has expired at a given time."""
+        return self.expires is not None and self.expires <= now
+
+
+CUSTOM_FIELD = {  # CustomField itself stands in chapter 2, which has no rules
+    "link_name": setting(LINK_NAME, unique=str.lower),
+    "type": setting(FIELD_TYPE),
+    "display_name": setting(TEXT, ""),  # the link name if the file has none
+}
+TLS_FILES = {"certificate": setting(TEXT), "key": setting(TEXT)}
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """A customer with users and groups of its own; each of its tokens selects it."""
+
+    name: str = setting(TENANT_NAME, unique=str.lower)
+    tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
+    custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
+    keep_log: int = setting(COUNT, KEEP_LOG, key="log.keep")
+    log_bodies: bool = setting(FLAG, False, key="log.bodies")
+
+
+@dataclass(frozen=True)
+class Config:
+    """The server's configuration."""
+
+    tenants: tuple[Tenant, ...] = setting([FULL_LIST, Tenant], live=True)
+    host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
+    port: int = setting(None, 8080, key="listen")
+    data_dir: str = setting(TEXT, "scim-data")
+    tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
+    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
+    max_connections: int = setting(COUNT, 512)
+    reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
+    access_log: str = setting(LOG_FORMAT, "text")
+    # The metrics token is for reading /metrics from another machine.
+    metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
+    keep_changes: int = setting(COUNT, KEEP_CHANGES, key="changes.keep", live=True)
+    keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
+    console: bool = setting(FLAG, True)
+
+    def __post_init__(self) -> None:
+        if self.reuse_port and self.data_dir == ":memory:":
+            raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
+
+
+def settings_of(record: type) -> dict[str, Any]:
+    """Return the fields of a dataclass by their paths in JSON."""
+    if record is CustomField:
+        return CUSTOM_FIELD
+    return {
+        item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
+    }
+
+
+# -- The reader ------------------------------------------------------------------------
+
+# The path of the list in which a value must be unique, "" for anywhere; its label; the value.
+Unique = tuple[str, str, str]
+
+
+@dataclass
+class ConfigReader:
+    """Converts JSON values by rules and collects a problem, path first, for every mistake."""
+
+    paths: dict[Unique, str] = field(default_factory=dict)  # where each unique value stands
+    problems: list[str] = field(default_factory=list)
+
+    def result(self, path: str, value: Json, rule: Rule) -> Any:
+        """Return a JSON value as its rule converts it; ConfigError with every mistake."""
+        converted = self.read(path, value, rule)
+        if self.problems:
+            raise ConfigError(self.problems)
+        return converted
+
+    def read(self, path: str, value: Json, rule: Rule) -> Any:
+        """Return a JSON value as its rule converts it, None for a wrong one."""
+        if isinstance(rule, list):
+            items = self.read(path, value, rule[0]) or ()
+            return tuple(self.read(f"{path}[{n}]", item, rule[1]) for n, item in enumerate(items))
+        if isinstance(rule, dict):
+            return tuple(self._read_members(path, value, rule).values())
+        if isinstance(rule, type):
+            return self._read_record(path, value, rule)
+        convert, expected = rule
+        with suppress(AttributeError, TypeError, ValueError):
+            if (converted := convert(value)) is not None:
+                return converted
+        # A wrong value near a token may be a secret, and is not repeated.
+        excerpt = "" if "token" in path else f", got {quoted(value)}"
+        self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
+        return None
+
+    def require_unique(self, path: str, unique: Unique) -> None:
+        """Report a unique value that stands at another path already."""
+        if (earlier := self.paths.setdefault(unique, path)) != path:
+            self.problems.append(f"{path}: the same {unique[1]} as {earlier}")
+
+    def _read_record(self, path: str, value: Json, record: type) -> Any:
+        """Return an object as a dataclass, None if there is a mistake anywhere."""
+        values = self._read_members(path, value, settings_of(record))
+        if record is Token:
+            if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
+                self.problems.append(
+                    f"{path}: expected either secret or sha256; "
+                    "`python scim_server.py token` makes both"
+                )
+            if sha256 := values.get("sha256"):
+                self.require_unique(path, ("", "token", sha256))
+            values.setdefault("name", path)
+        return None if self.problems else record(**values)
+
+    def _read_members(self, path: str, value: Json, settings: dict[str, Any]) -> dict[str, Any]:
+        """Return an object's values by field; report unknown keys and missing ones."""
+        if self.read(path, value, OBJECT) is None:
+            return {}
+        prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
+        self.problems += [
+            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys))}"
+            for key in sorted(value.keys() - keys.keys())
+        ]
+        values: dict[str, Any] = {}
+        for key in keys:
+            option, place = settings.get(key), prefix + key
+            if not option:  # an object whose members have settings such as changes.keep
+                inner = {
+                    name.removeprefix(f"{key}."): settings[name]
+                    for name in settings
+                    if name.startswith(f"{key}.")
+                }
+                values |= self._read_members(place, value.get(key, {}), inner)
+            elif key in value:
+                converted = self.read(place, value[key], option.metadata["rule"])
+                values |= (
+                    converted if isinstance(converted, dict) else {option.name or key: converted}
+                )
+                if converted and (fold := option.metadata["unique"]):
+                    unique = path.rpartition("[")[0], key.replace("_", " "), fold(value[key])
+                    self.require_unique(place, unique)
+            elif option.default is MISSING:
+                self.problems.append(f"{place}: is missing")
+        return values
+
+
+# -- Whole configurations ------------------------------------------------------------------
+
 DEMO = {
     "tenants": [
         {
@@ -3278,65 +3509,27 @@ DEMO = {
 }
 
 
-class ConfigError(Exception):
-    """A configuration that cannot be used; problems has a line for each mistake, its path first."""
-
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = problems
+def parse_config(document: Json) -> Config:
+    """Return the configuration that a JSON document describes; ConfigError with every mistake."""
+    return cast(Config, ConfigReader().result("", document, Config))
 
 
-@dataclass(frozen=True)
-class Token:
-    """A bearer token: its SHA-256 as hex, when it ends, and the secret where the file holds it."""
+def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
+    """Return the tenant that a JSON document describes; ConfigError with every mistake.
 
-    name: str
-    sha256: str
-    expires: datetime | None = None
-    secret: str = field(default="", repr=False)
-
-    def expired(self, now: datetime) -> bool:
-        """Return whether it is over by a time."""
-        return self.expires is not None and self.expires <= now
-
-
-@dataclass(frozen=True)
-class Tenant:
-    """A customer: people of its own, selected by any of its tokens."""
-
-    name: str
-    tokens: tuple[Token, ...]
-    custom_fields: tuple[CustomField, ...] = ()
-    keep_log: int = KEEP_LOG
-    log_bodies: bool = False
-
-
-@dataclass(frozen=True)
-class Config:
-    """What a server serves, and where."""
-
-    tenants: tuple[Tenant, ...]
-    host: str = "127.0.0.1"
-    port: int = 8080
-    data_dir: str = "scim-data"
-    tls: tuple[str, str] | None = None  # the files of certificate and key
-    trusted_proxies: tuple[Network, ...] = ()  # whose Forwarded headers are believed
-    max_connections: int = 512
-    workers: int = 1  # processes
-    access_log: str = "text"  # or json, or off
-    metrics_sha256: str = ""  # of the token that reads /metrics from afar
-    keep_changes: int = KEEP_CHANGES
-    keep_days: int = KEEP_DAYS
-    console: bool = True
-
-
-def digest(secret: str) -> str:
-    """Return the SHA-256 of a token's secret as hex, the only form in which secrets compare."""
-    return hashlib.sha256(secret.encode()).hexdigest()
+    It must share neither its name nor a token with other tenants, but it may replace the one of
+    exactly the same name.
+    """
+    name = document.get("name") if isinstance(document, dict) else None
+    rivals = [other for other in others if other.name != name]
+    paths = {("", "name", other.name.lower()): f"tenant {other.name}" for other in rivals}
+    for other in rivals:
+        paths |= {("", "token", token.sha256): f"tenant {other.name}" for token in other.tokens}
+    return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
-    """Return the configuration in a JSON file, beside which its relative paths lie; ConfigError."""
+    """Return the configuration in a JSON file; its relative paths start beside it. ConfigError."""
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
@@ -3344,65 +3537,28 @@ def load_config(path: str | os.PathLike[str]) -> Config:
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
     config, folder = parse_config(document), Path(path).resolve().parent
-    tls = config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1]))
-    data_dir = config.data_dir if config.data_dir == ":memory:" else str(folder / config.data_dir)
-    return replace(config, tls=tls, data_dir=data_dir)
+    return replace(
+        config,
+        tls=config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1])),
+        data_dir=":memory:" if config.data_dir == ":memory:" else str(folder / config.data_dir),
+    )
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
-    """Return the object of some members; ValueError for a name that is given twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = Counter(name for name, _ in pairs)
-        raise ValueError(f"{names.most_common(1)[0][0]}: given twice in one object")
-    return found
-
-
-def parse_config(document: Json) -> Config:
-    """Return the configuration that a JSON document describes; ConfigError with every mistake."""
-    reader = ConfigReader()
-    found = reader.members(
-        "",
-        document,
-        {
-            "listen": ADDRESS,
-            "data_dir": TEXT,
-            "access_log": LOG_FORM,
-            "metrics_token": TEXT,
-            "max_connections": NUMBER,
-            "workers": NUMBER,
-            "console": FLAG,
-            "tenants": partial(reader.items, rule=reader.tenant, least=1),
-            "changes": partial(reader.members, rules={"keep": NUMBER, "days": DAYS}),
-            "tls": partial(
-                reader.members,
-                rules={"certificate": TEXT, "key": TEXT},
-                needed={"certificate", "key"},
-            ),
-            "trusted_proxies": partial(reader.items, rule=NETWORK),
-        },
-        {"tenants"},
-    )
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    host, port = found.pop("listen", (Config.host, Config.port))
-    tls, metrics, changes = (found.pop(name, {}) for name in ("tls", "metrics_token", "changes"))
-    return Config(
-        host=host,
-        port=port,
-        tls=(tls["certificate"], tls["key"]) if tls else None,
-        metrics_sha256=digest(metrics) if metrics else "",
-        keep_changes=changes.get("keep", KEEP_CHANGES),
-        keep_days=changes.get("days", KEEP_DAYS),
-        **found,
-    )
+    """Return the members of a JSON object as a dict; ValueError if two have the same name."""
+    members = dict(pairs)
+    if len(members) < len(pairs):
+        name = Counter(name for name, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"{name}: appears twice in one object")
+    return members
 
 
 def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
-    """Return a configuration: one as it is, that of a file, that of a document, or the demo's.
+    """Return the configuration that a program names: a Config, a file, a document, or None.
 
-    A document, for a program that embeds the server, keeps nothing on disk, listens on a free port
-    and writes no access log unless it says so. Raises ConfigError.
+    None stands for the demo tenant. A document is for a program that embeds the server: without
+    its own settings, data stays in memory, the port is a free one and there is no access log.
+    Raises ConfigError.
     """
     if isinstance(source, Config):
         return source
@@ -3419,130 +3575,21 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 
 def store_path(config: Config, tenant: Tenant) -> str:
-    """Return the file of a tenant."""
-    folder = config.data_dir
-    return (
-        folder if folder == ":memory:" else os.path.join(folder, f"{tenant.name.lower()}.sqlite3")
-    )
+    """Return the file that holds a tenant's data."""
+    folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
+    return folder if folder == ":memory:" else os.path.join(folder, file)
 
 
 def make_data_dir(config: Config) -> None:
-    """Make the directory of the tenants' files where there is none; StoreError."""
+    """Create the directory of the tenants' files if it does not exist; StoreError."""
     try:
         if config.data_dir != ":memory:":
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{config.data_dir}: cannot be made ({error.strerror}); "
-            "choose another place with --data-dir"
+            f"{config.data_dir}: cannot be created ({error.strerror}); "
+            "choose another directory with --data-dir"
         ) from error
-
-
-class ConfigReader:
-    """What reads a configuration by rules, leaves out what is wrong, and notes why by its JSON path."""
-
-    def __init__(self) -> None:
-        self.problems: list[str] = []
-        self._seen: dict[tuple[str, str], str] = {}  # (what, value) to the path it stands at
-
-    def wrong(self, path: str, problem: str) -> None:
-        """Note a mistake."""
-        self.problems.append(f"{path or 'the file'}: {problem}")
-
-    def unique(self, path: str, what: str, value: str, reason: str) -> None:
-        """Note a value that stands at an earlier path already."""
-        if value and (earlier := self._seen.setdefault((what, value), path)) != path:
-            self.wrong(path, f"{reason} {earlier}")
-
-    def read(self, path: str, value: Json, rule: Rule) -> Any:
-        """Return what a rule makes of a value, None for a wrong one; what may be a secret is not shown."""
-        if callable(rule):
-            return rule(path, value)
-        convert, expected = rule
-        with suppress(TypeError, ValueError):
-            if (found := convert(value)) is not None:
-                return found
-        self.wrong(
-            path, f"expected {expected}" + ("" if "token" in path else f", got {quoted(value)}")
-        )
-        return None
-
-    def members(
-        self, path: str, value: Json, rules: Mapping[str, Rule], needed: Iterable[str] = ()
-    ) -> dict[str, Any]:
-        """Return what rules make of an object's members; unknown and missing names are mistakes."""
-        if self.read(path, value, OBJECT) is None:
-            return {}
-        below = path and path + "."
-        for name in sorted(value.keys() - rules.keys()):
-            self.wrong(below + name, f"unknown key; known are {', '.join(sorted(rules))}")
-        for name in sorted(set(needed) - value.keys()):
-            self.wrong(below + name, "is missing")
-        return {
-            name: found
-            for name, rule in rules.items()
-            if name in value and (found := self.read(below + name, value[name], rule)) is not None
-        }
-
-    def items(self, path: str, value: Json, rule: Rule, least: int = 0) -> tuple[Any, ...]:
-        """Return what a rule makes of the items of a list."""
-        if self.read(path, value, LIST) is None:
-            return ()
-        if len(value) < least:
-            self.wrong(path, "expected at least one")
-        return tuple(
-            self.read(f"{path}[{number}]", item, rule) for number, item in enumerate(value)
-        )
-
-    def tenant(self, path: str, value: Json) -> Tenant:
-        """Return a tenant."""
-        found = self.members(
-            path,
-            value,
-            {
-                "name": TENANT_NAME,
-                "tokens": partial(self.items, rule=self.token, least=1),
-                "custom_fields": partial(self.items, rule=self.custom_field),
-                "log": partial(self.members, rules={"keep": NUMBER, "bodies": FLAG}),
-            },
-            {"name", "tokens"},
-        )
-        name, log = found.get("name", ""), found.get("log", {})
-        self.unique(f"{path}.name", "tenant", name.lower(), "the same name as")
-        return Tenant(
-            name,
-            found.get("tokens", ()),
-            found.get("custom_fields", ()),
-            log.get("keep", KEEP_LOG),
-            log.get("bodies", False),
-        )
-
-    def token(self, path: str, value: Json) -> Token:
-        """Return a token; its hash must be the only one of its kind among all tenants."""
-        found = self.members(
-            path,
-            value,
-            {"name": TEXT, "secret": TOKEN_SECRET, "sha256": TOKEN_HASH, "expires": TIME},
-        )
-        name, secret = found.get("name", path), found.get("secret", "")
-        if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
-            self.wrong(
-                path, "expected either secret or sha256; `python scim_server.py token` makes both"
-            )
-        sha256 = digest(secret) if secret else found.get("sha256", "").lower()
-        self.unique(f"{path}.name", path.rpartition("[")[0], name, "the same name as")
-        self.unique(path, "token", sha256, "the same token as")
-        return Token(name, sha256, found.get("expires"), secret)
-
-    def custom_field(self, path: str, value: Json) -> CustomField:
-        """Return a custom field; link names compare without case, as attribute names do."""
-        rules = {"link_name": LINK_NAME, "type": FIELD_TYPE, "display_name": TEXT}
-        found = self.members(path, value, rules, {"link_name", "type"})
-        name = found.get("link_name", "")
-        self.unique(
-            f"{path}.link_name", path.rpartition("[")[0], name.lower(), "the same link name as"
-        )
-        return CustomField(name, found.get("type", ""), found.get("display_name", name))
 
 
 # ----------------------------------------------------------------------------
@@ -5392,24 +5439,31 @@ class Application(Tenants):
 # ----------------------------------------------------------------------------
 # 16. HTTP server                                         RFC 9110, RFC 9112
 #
-# Bytes become a Request and a Response becomes bytes: strict framing, limits,
-# keep-alive, one write per answer. The head is read by our own parser: the stock
-# one forgives what two readers could read in two ways. One thread watches all
-# connections and answers what is quick, others do what takes time.
-# Uses chapters 1, 6, 8 to 10. Knows nothing of SCIM but the form of its errors.
+# Octets become a Request and a Response becomes octets: strict framing, limits,
+# keep-alive. One thread watches all connections and answers what is quick, reads
+# have a lane, writes have another. The parser is sans-IO: it reads a buffer and
+# knows no socket. The head has our own parser, because the one of http.server
+# accepts what two readers could frame in two ways.
+# Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
 MAX_FIELDS = 100
-HEAD_SECONDS = 10  # for a head to arrive, a handshake, the first octet of a body
-SLOWEST = 1024  # octets a second, of a body either way
+HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
+MIN_OCTETS_PER_SECOND = 1024  # of a body, in both directions
 IDLE_SECONDS = 65
-TURN_SECONDS = 1  # that a read waits for others
-COSTLY = 8  # reads without a turn at once
+LINGER_SECONDS = 1
 STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
-LOG_LINES = 10_000  # that wait for a stream
-MAX_EXCHANGES = 1_000  # that are kept for a test to look at
-LOG_SECONDS = 0.05  # that a line may wait for others
+SWEEP_SECONDS = 1  # how often deadlines are checked
+PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
+MAX_READ_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
+MAX_WRITE_THREADS = 8  # one tenant uses at most one of them
+MAX_WRITES_PER_COMMIT = 64
+CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
+RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
+LOG_LINES = 10_000  # that may wait for the access log
+LOG_SECONDS = 0.05  # how long a line of the access log waits for others
+MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
@@ -5418,22 +5472,19 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
-ANNOUNCED = re.compile(
-    rb"\r\n(authorization|content-length|transfer-encoding|expect):[ \t]*([^\r\n]*)", re.IGNORECASE
+BULK_PATH = f"{BASE_PATH}/Bulk"
+IDLE, READING, ANSWERING, SENDING, LINGERING = (
+    "idle",
+    "reading",
+    "answering",
+    "sending",
+    "lingering",
 )
-IDLE, READING, ANSWERING = "idle", "reading", "answering"
-RECEIVED = 16 * 1024  # octets at a time
-SPARE_THREADS = 4  # that wait to lead
-YIELD_SECONDS = 0.0002  # for each connection, to other workers before it takes one more
-SWEEP_SECONDS = 1  # how often those who fell silent are looked for
-DONT_WAIT = getattr(socket, "MSG_DONTWAIT", 0)
-
-
-# Whether a selector sees a connection that another thread registers while it waits.
-WATCHES = hasattr(selectors, "EpollSelector") or hasattr(selectors, "KqueueSelector")
-Listener = socket.socket
-Stamp = list[tuple[int, int]]
-http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # a second as a Date field has it
+KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+FileSignature = list[tuple[int, int]]
+Reading = Generator[bool, None, bytes]
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
 
 def log_line(text: str) -> None:
@@ -5441,133 +5492,79 @@ def log_line(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-class Connection:
-    """A client's octets, each awaited until a deadline alone (else TimeoutError); and what it is at."""
-
-    def __init__(self, socket: socket.socket) -> None:
-        self.socket, self.state, self.evicted = socket, IDLE, False
-        self.since = time.monotonic()  # accepted, or a request with a good token was here last
-        self.octets = bytearray()  # that came and were not read yet
-        socket.setblocking(True)  # BSD hands on what its listener is
-        self.allow(HEAD_SECONDS)
-
-    def allow(self, seconds: float, pace: float = 0) -> None:
-        """Set the deadline, and by how many seconds each octet that comes puts it off."""
-        self.deadline, self._pace = time.monotonic() + seconds, pace
-
-    def is_unread(self) -> bool:
-        """Return whether octets have come that nobody has read yet."""
-        with suppress(OSError):  # there are none, or it has ended
-            return bool(self.socket.recv(1, socket.MSG_PEEK | DONT_WAIT))
-        return False
-
-    def fill(self, flags: int = 0) -> None:
-        """Take in octets; EOFError at their end. With flags of recv() BlockingIOError where none have come."""
-        if not flags:
-            self._limit(socket.SO_RCVTIMEO, self.deadline)
-        try:
-            came = self.socket.recv(RECEIVED, flags)
-        except BlockingIOError as error:
-            raise error if flags else TimeoutError from error
-        if not came:
-            raise EOFError
-        self.octets += came
-        self.deadline += len(came) * self._pace
-
-    def until(self, mark: bytes, limit: int, status: int, detail: str) -> bytes:
-        """Return the octets up to a mark and with it; ScimError of that status if they are more than the limit."""
-        while (end := self.octets.find(mark, 0, limit)) < 0:
-            if len(self.octets) > limit:
-                raise ScimError(status, "", detail)
-            self.fill()
-        return self.exactly(end + len(mark))
-
-    def exactly(self, length: int) -> bytes:
-        """Return that many octets."""
-        while len(self.octets) < length:
-            self.fill()
-        found = bytes(self.octets[:length])
-        del self.octets[:length]
-        return found
-
-    def send(self, octets: bytes) -> None:
-        """Send octets, at SLOWEST or better."""
-        deadline, left = time.monotonic() + HEAD_SECONDS + len(octets) / SLOWEST, memoryview(octets)
-        while left:
-            self._limit(socket.SO_SNDTIMEO, deadline)
-            try:
-                left = left[self.socket.send(left) :]
-            except BlockingIOError as error:
-                raise TimeoutError from error
-
-    def send_now(self, octets: bytes) -> bytes:
-        """Send what can be sent without waiting, and return the rest."""
-        try:
-            return octets[self.socket.send(octets, DONT_WAIT) :]
-        except BlockingIOError:
-            return octets
-
-    def _limit(self, option: int, deadline: float) -> None:
-        """Have the next wait end at a deadline."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError
-        if os.name == "nt" or isinstance(self.socket, ssl.SSLSocket):  # which would wait again
-            self.socket.settimeout(left)
-        else:  # settimeout() costs two calls of the system more for each wait
-            self.socket.setsockopt(
-                socket.SOL_SOCKET, option, struct.pack("ll", *divmod(int(left * 1e6) + 1, 10**6))
-            )  # 0 would be no limit
-
-    def end(self, how: int) -> None:
-        """End reading, writing or both, from whatever thread."""
-        with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)  # that of ssl.SSLSocket ends encryption too
-
-    def linger(self) -> None:
-        """Read on for a moment after a refusal: closing on unread octets would take it back."""
-        self.end(socket.SHUT_WR)
-        self.allow(1)
-        while True:
-            self.fill()
-            self.octets.clear()
+# -- The parser: generators that read a buffer --
+#
+# A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
+# yields False while octets are missing, and True when it only lets other connections have a turn.
 
 
-def read_head(peer: Connection) -> tuple[str, str, int, dict[str, str]]:
-    """Return method, target, minor version, headers of a request (RFC 9112 §3, §5); ScimError 400, 414, 431, 505."""
+class Head(NamedTuple):
+    """The head of a request: its header names are in lower case."""
+
+    method: str
+    target: str
+    minor_version: int  # of HTTP/1
+    headers: dict[str, str]
+
+
+def read_exactly(buffer: bytearray, length: int) -> Reading:
+    """Read a number of octets."""
+    while len(buffer) < length:
+        yield False
+    octets = bytes(buffer[:length])
+    del buffer[:length]
+    return octets
+
+
+def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: str) -> Reading:
+    """Read up to a mark and including it; ScimError of that status beyond limit octets."""
+    while (end := buffer.find(mark, 0, limit)) < 0:
+        if len(buffer) > limit:
+            raise ScimError(status, "", detail)
+        yield False
+    return (yield from read_exactly(buffer, end + len(mark)))
+
+
+def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
+    """Read the head of a request (RFC 9112 §3, §5); ScimError 400, 414, 431 or 505."""
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
-    line = peer.until(b"\n", *limits)
-    if line == b"\r\n":  # RFC 9112 §2.2: one empty line is forgiven
-        line = peer.until(b"\n", *limits)
+    line = yield from read_until(buffer, b"\n", *limits)
+    if line == b"\r\n":  # RFC 9112 §2.2: one empty line before a request is ignored
+        line = yield from read_until(buffer, b"\n", *limits)
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
-    peer.octets[:0] = b"\r\n"  # the end of the line again: there may be no fields
-    head = peer.until(
-        b"\r\n\r\n", MAX_HEAD, 431, f"the header fields take more than {MAX_HEAD} octets"
-    )
+    # The end of the request line goes back, so that a head without fields ends like the others.
+    buffer[:0] = b"\r\n"
+    detail = f"the header fields take more than {MAX_HEAD} octets"
+    fields = yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)
+    headers = parse_fields(fields)
+    check_framing(headers, int(start[4]))
+    return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
+
+
+def parse_fields(fields: bytes) -> dict[str, str]:
+    """Return header fields, which stand between line ends, by names in lower case; ScimError."""
     headers: dict[str, str] = {}
-    position, end = 2, len(head) - 2
+    position, end = 2, len(fields) - 2
     while position < end:
-        if not (parts := FIELD_LINE.match(head, position)):
+        if not (field_line := FIELD_LINE.match(fields, position)):
             raise ScimError(400, "", "a header field is malformed")
-        position = parts.end()
-        name, value = parts[1].decode().lower(), parts[2].rstrip(b" \t").decode("latin-1")
+        position = field_line.end()
+        name = field_line[1].decode().lower()
+        value = field_line[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if head.count(b"\n") > MAX_FIELDS + 2:
+    if fields.count(b"\n") > MAX_FIELDS + 2:
         raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
-    check_framing(headers, int(start[4]))
-    return start[1].decode(), start[2].decode(), int(start[4]), headers
+    return headers
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
-    """Raise ScimError 400 for a head that two readers could frame in two ways (RFC 9112 §6)."""
-    host, length, coding = (
-        headers.get(name) for name in ("host", "content-length", "transfer-encoding")
-    )
+    """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
+    host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
     if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
     if length is not None and not LENGTH.fullmatch(length):
@@ -5579,48 +5576,35 @@ def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
 
 
 def too_large(limit: int) -> ScimError:
-    """Return the error of a body over the limit."""
+    """Return the error for a body over the limit."""
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
-def read_chunks(peer: Connection, limit: int) -> bytes:
-    """Return a chunked body (RFC 9112 §7.1), without its extensions and trailers; ScimError 400, 413."""
+def read_chunks(buffer: bytearray, limit: int) -> Reading:
+    """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
     malformed = ScimError(400, "", "the chunked body is malformed")
-    next_line = partial(peer.until, b"\n", MAX_CHUNK_LINE, malformed.status, malformed.detail)
+    read_line = partial(read_until, buffer, b"\n", MAX_CHUNK_LINE, 400, malformed.detail)
     body = bytearray()
-    while head := CHUNK_LINE.fullmatch(next_line()):
-        if not (size := int(head[1], 16)):
-            if any(next_line() == b"\r\n" for _ in range(MAX_FIELDS)):
-                return bytes(body)
+    for number in itertools.count(1):
+        if not (line := CHUNK_LINE.fullmatch((yield from read_line()))):
+            raise malformed
+        if not (size := int(line[1], 16)):
             break
         if len(body) + size > limit:
             raise too_large(limit)
-        body += peer.exactly(size)
-        if peer.exactly(2) != b"\r\n":
-            break
+        body += yield from read_exactly(buffer, size)
+        if (yield from read_exactly(buffer, 2)) != b"\r\n":
+            raise malformed
+        if number % CHUNKS_PER_ROUND == 0:
+            yield True
+    for _ in range(MAX_FIELDS):  # trailers, up to an empty line
+        if (yield from read_line()) == b"\r\n":
+            return bytes(body)
     raise malformed
 
 
-def arrived(octets: bytearray) -> tuple[bytes, bytes] | None:
-    """Return the request line and the Authorization of a request that has come with all its body, else None."""
-    if (end := octets.find(b"\r\n\r\n")) < 0:
-        return None
-    fields = ANNOUNCED.findall(octets, 0, end)
-    found = {name.lower(): value for name, value in fields}
-    length = found.get(b"content-length", b"0")
-    if (
-        len(found) < len(fields)
-        or b"transfer-encoding" in found
-        or b"expect" in found
-        or not LENGTH.fullmatch(length.decode("latin-1"))
-        or len(octets) - end - 4 < int(length)
-    ):
-        return None
-    return bytes(octets[: octets.find(b"\r\n")]), found.get(b"authorization", b"")
-
-
-def origin_form(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError 400."""
+def host_and_target(target: str, host: str) -> tuple[str, str]:
+    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError."""
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -5631,45 +5615,47 @@ def origin_form(target: str, host: str) -> tuple[str, str]:
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
     nearest = headers.get("forwarded", "").rpartition(",")[2]
-    found = {
-        name.strip().lower(): value.strip(' "')
-        for name, _, value in (pair.partition("=") for pair in nearest.split(";"))
-    }
+    pairs = (pair.partition("=") for pair in nearest.split(";"))
+    fields = {name.strip().lower(): value.strip(' "') for name, _, value in pairs}
     return {
-        name: found.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
+        name: fields.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
         for name in ("proto", "host", "for")
     }
 
 
-def file_signature(*files: str) -> Stamp:
-    """Return by what a change of files shows, [] where one is missing; half a file may have the time of the whole."""
+# -- TLS and the access log --
+
+
+def file_signature(*files: str) -> FileSignature:
+    """Return time and size of files, so that a change shows; [] if one is missing.
+
+    The size tells a half-written file from the whole one, which may have the same time.
+    """
     with suppress(OSError):
-        return [(found.st_mtime_ns, found.st_size) for found in map(os.stat, files)]
+        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
     return []
 
 
 class Tls:
-    """The TLS context of the files of a certificate and its key; OSError where it cannot be made."""
+    """The TLS context of a certificate and its key; OSError if they cannot be used."""
 
     def __init__(self, *files: str) -> None:
-        self._files, self._seen = files, file_signature(*files)
+        self._files, self._signature = files, file_signature(*files)
         try:
             self._context = self._load()
         except OSError as error:
             raise OSError(f"tls: {' and '.join(files)}: cannot be used ({error})") from error
 
     def context(self) -> ssl.SSLContext:
-        """Return the context for a new connection, made anew when the files change if they can be used."""
+        """Return the context for a new connection, loaded again if the files have changed."""
         with suppress(OSError):
-            if (found := file_signature(*self._files)) != self._seen:
+            if (signature := file_signature(*self._files)) != self._signature:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    log_line(
-                        f"{' and '.join(self._files)}: cannot be used ({error}); "
-                        "the earlier certificate serves on"
-                    )
-                self._seen = found  # so that it is said once
+                    files = " and ".join(self._files)
+                    log_line(f"{files}: cannot be used ({error}); keeping the previous certificate")
+                self._signature = signature  # also of unusable files, so that this is logged once
         return self._context
 
     def _load(self) -> ssl.SSLContext:
@@ -5679,8 +5665,8 @@ class Tls:
         return context
 
 
-def request_log(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return what writes requests, as dicts whose values hold no blank, to a stream: as text, json or not at all."""
+def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
+    """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -5688,37 +5674,40 @@ def request_log(style: str, stream: TextIO) -> BackgroundWriter:
         return json.dumps(line) if style == "json" else " ".join(values)
 
     def write(lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):  # nobody reads it, or it is closed
+        with suppress(OSError, ValueError):  # the stream is broken or closed
             stream.write("".join(f"{text(line)}\n" for line in lines))
             stream.flush()
 
     return BackgroundWriter(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
-def text_of_body(body: Json) -> str:
-    """Return the text of an answer's body; in a list, Encoded resources go out as they are."""
+# -- Answers --
+
+
+def body_text(body: Json) -> str:
+    """Return the text of an answer's body; Encoded resources of a list are JSON text already."""
     if isinstance(body, str):
         return body
     if not isinstance(body, dict) or "Resources" not in body:
         return to_json(body)
-    texts = ",".join(one if isinstance(one, Encoded) else to_json(one) for one in body["Resources"])
-    return f"{to_json({**body, 'Resources': []})[:-2]}{texts}]}}"
+    texts = (item if isinstance(item, Encoded) else to_json(item) for item in body["Resources"])
+    return f"{to_json({**body, 'Resources': []})[:-2]}{','.join(texts)}]}}"
 
 
 def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status, the header fields and the body of an answer."""
-    body = b"" if response.body is None else text_of_body(response.body).encode()
+    body = b"" if response.body is None else body_text(response.body).encode()
     fields = [("X-Request-Id", request.id), *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
-    if response.status not in (204, 304):  # RFC 9110 §8.6: never with a 204, nor 0 with a 304
+    if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
         fields.append(("Content-Length", str(len(body))))
     status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
     return status, fields, b"" if request.method == "HEAD" else body
 
 
 class Exchange(NamedTuple):
-    """A request and its answer, as a test of a client looks at them."""
+    """A request and its answer, for a test to inspect."""
 
     request: Request
     response: Response
@@ -5726,227 +5715,110 @@ class Exchange(NamedTuple):
 
 @dataclass
 class Fault:
-    """What the next requests meet, for tests of clients."""
+    """A fault to inject into the next matching requests, to test a client."""
 
-    status: int = 0  # in place of the answer; 401 as of an expired token, 412 as of ETags
+    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
     times: int = 1
-    method: str = ""  # "" is any
-    path: str = ""  # a text in the path of those that meet it
+    method: str = ""  # any if empty
+    path: str = ""  # text that the path contains
     delay: float = 0  # seconds
-    cut: bool = False  # in the middle of the answer's body
+    cut: bool = False  # close the connection in the middle of the answer's body
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def meets(self, request: Request) -> bool:
-        """Return whether a request meets this fault."""
-        return (
-            self.times > 0
-            and self.method.upper() in ("", request.method)
-            and self.path in request.path
-        )
+    def matches(self, request: Request) -> bool:
+        """Return whether this fault is for a request."""
+        method = self.method.upper()
+        return self.times > 0 and method in ("", request.method) and self.path in request.path
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        error = (
-            unauthorized()
-            if self.status == 401
-            else ScimError(
-                self.status,
-                "",
-                "If-Match: the version is another now; read it again"
-                if self.status == 412
-                else "a fault that a test asked for",
-                {"Retry-After": "1"} if self.status in (429, 503) else {},
-            )
-        )
+        conflict = "If-Match: the version has changed; read the resource again"
+        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        detail = conflict if self.status == 412 else "injected fault"
+        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail, retry)
         error.headers.update(self.headers)
         return error_response(error)
 
 
-class Handler:
-    """One connection, request after request; a step returns whether to go on, None leaves that to another thread."""
+# -- Connections and lanes --
 
-    def __init__(self, server: ScimServer, peer: Connection, client: str) -> None:
-        self.server, self.peer, self.client = server, peer, client
-        self.watched = False  # by the thread that leads, which alone takes steps then
-        self.patient = True  # whether the thread that takes steps may wait for this client
-        self._request: Request | None = None  # being read, as far as its head has come
-        self._minor_version, self._started = 1, 0.0
 
-    def run(self, step: Callable[[], bool | None]) -> None:
-        """Take a step; then let the connection rest, or close it where it ended or failed."""
-        going: bool | None = False
+class Connection:
+    """A client: its socket, the octets that arrived, the answer that is not sent yet, a deadline.
+
+    It belongs to the watching thread, except in the state ANSWERING, in which it belongs to the one
+    thread that executes its request.
+    """
+
+    def __init__(self, socket: socket.socket, client: str) -> None:
+        socket.setblocking(False)
+        self.socket, self.client = socket, client
+        self.events = 0  # what the selector watches the socket for
+        self.since = time.monotonic()  # of the connection, or of the last request with a good token
+        self.buffer = bytearray()  # arrived and not parsed yet
+        self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
+        self.request: Request | None = None  # whose head has arrived
+        self.minor_version, self.started = 1, 0.0
+        self.unsent, self.then = memoryview(b""), KEEP
+        self.authenticated = False  # whether the last request had a good token
+        self.rest()
+
+    def allow(self, seconds: float, pace: float = 0) -> None:
+        """Set the deadline; each octet that arrives moves it by pace seconds."""
+        self.deadline, self.pace = time.monotonic() + seconds, pace
+
+    def receive(self) -> bool:
+        """Move the octets that arrived to the buffer; return False if the client has closed."""
         try:
-            try:
-                going = step()
-            except ScimError as error:
-                going = self._refuse(error)
-        except (EOFError, OSError):  # the client is gone, or was silent for too long
-            pass
-        except Exception as error:  # noqa: BLE001  a bug of ours ends no more than this
-            response_for(error)
-        if going:
-            self.server.rest(self)
-        elif going is False:
-            self.server.close(self)
-
-    def serve(self) -> bool:
-        """Serve a connection that cannot be watched, in a thread of its own."""
-        if self.server.tls:
-            tls = self.server.tls.context().wrap_socket(
-                self.peer.socket, server_side=True, do_handshake_on_connect=False
-            )
-            self.peer.socket = tls  # which can be ended from here on
-            tls.settimeout(HEAD_SECONDS)  # of the whole handshake
-            tls.do_handshake()
-        going: bool | None = True
-        while going and not self.server.stopping.is_set():
-            self.peer.state = IDLE
-            self.peer.allow(IDLE_SECONDS)
-            self.peer.fill()
-            going = self.exchange()
-        return False
-
-    def take(self) -> bool | None:
-        """Take what has come, in the thread that leads: it answers what is quick, and waits for nothing."""
-        try:
-            self.peer.fill(DONT_WAIT)
-        except BlockingIOError:
+            octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
+        except WOULD_BLOCK:
             return True
-        self.peer.state = READING
-        line, key = arrived(self.peer.octets) or (b"", b"")
-        if line:
-            self.server.begin(self.peer)  # it came whole, and makes room for nobody
-        if self.server.faults:  # whose delay is for those it meets alone
-            line = b""
-        lane = self.lane(line.decode("latin-1"), key.decode("latin-1"))
-        if lane == QUICK:
-            return self.exchange()
-        if lane != WRITE:
-            return self.later(self.exchange)
-        self.server.unwatch(self)
-        self.server.gather(key, self)
-        return None
+        except OSError:
+            return False
+        self.buffer += octets
+        self.deadline += len(octets) * self.pace
+        return bool(octets)
 
-    def lane(self, line: str, authorization: str) -> str:
-        """Return the lane of a request by its first line."""
-        if line.count(" ") != 2:
-            return SLOW
-        method, target, _ = line.split(" ")
-        path, _, query = target.partition("?")
-        headers = {"authorization": authorization}
-        return self.server.application.lane_of(Request(method, path, query, headers))
-
-    def exchange(self) -> bool | None:
-        """Read a request that has come, or is coming, and have it answered; and others that follow at once."""
-        while True:
-            request = self.receive()
-            going = self.answer(request, *self.server.answer(request, in_turn=self.patient))
-            if not going or not self.patient or not self.peer.octets:
-                return going
-            self.peer.state = IDLE
-
-    def receive(self) -> Request:
-        """Return the next request; ScimError for one to refuse."""
-        if self.peer.state == IDLE:
-            self.peer.state = READING
-        self.peer.allow(HEAD_SECONDS)
-        self._request, self._started = None, time.perf_counter()
+    def send(self, octets: bytes) -> None:
+        """Send what the system takes without waiting and keep the rest in unsent."""
+        self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
-            method, target, self._minor_version, headers = read_head(self.peer)
-            self._request = request = self.server.build_request(
-                method, target, headers, self.client
-            )
-            if body := self._body(request):
-                request = request._replace(body=body)
-        except TimeoutError:
-            raise ScimError(
-                408,
-                "",
-                f"the request took too long: its head must come within {HEAD_SECONDS} s, "
-                f"its body at {SLOWEST} octets a second",
-            ) from None
-        self.server.begin(self.peer)
-        return request
+            while self.unsent:
+                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+        except WOULD_BLOCK:
+            pass
+        except OSError:  # the client is gone
+            self.unsent, self.then = memoryview(b""), CLOSE
 
-    def answer(self, request: Request, response: Response, cut: bool = False) -> bool | None:
-        """Send an answer, or half of one that is to be cut."""
-        if response.tenant:
-            self.peer.since = time.monotonic()
-        else:
-            self.peer.state = READING  # an answer to nobody makes room for others
-        options = request.headers.get("connection", "").lower()
-        last = (
-            self.server.stopping.is_set()
-            or "close" in options
-            or cut
-            or (self._minor_version == 0 and "keep-alive" not in options)
-        )
-        return self._send(request, response, last, cut)
-
-    def later(self, step: Callable[[], bool | None]) -> bool | None:
-        """Have another thread take a step, one that may wait."""
-        self.server.unwatch(self)
-        self.patient = True
-        self.server.leave(partial(self.run, step))
-        return None
-
-    def _body(self, request: Request) -> bytes:
-        """Return the body that a head announces (RFC 9112 §6.3); ScimError 413 before reading too much."""
-        limit, headers = self.server.application.body_limit(request.path), request.headers
-        length = int(headers.get("content-length", 0))
-        if length > limit:
-            raise too_large(limit)
-        if headers.get("expect", "").lower() == "100-continue" and self._minor_version > 0:
-            self.peer.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self.peer.allow(HEAD_SECONDS, 1 / SLOWEST)
-        chunked = "transfer-encoding" in headers
-        return read_chunks(self.peer, limit) if chunked else self.peer.exactly(length)
-
-    def _refuse(self, error: ScimError) -> bool | None:
-        """Answer a request that could not be read, and end."""
-        if not self.patient:
-            return self.later(partial(self._refuse, error))
-        self._send(
-            self._request or Request("", "", id=self.server.request_id("")),
-            error_response(error),
-            last=True,
-        )
-        self.peer.linger()
+    def has_unread(self) -> bool:
+        """Return whether octets have arrived that were not received yet."""
+        with suppress(OSError):  # nothing has arrived, or the connection has ended
+            return bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK))
         return False
 
-    def _send(
-        self, request: Request, response: Response, last: bool, cut: bool = False
-    ) -> bool | None:
-        status, fields, body = to_http(response, request)
-        lines = [
-            f"HTTP/1.1 {status}",
-            f"Date: {http_date(int(time.time()))}",
-            *(f"{name}: {value}" for name, value in fields),
-            *(["Connection: close"] if last else []),
-            "\r\n",
-        ]
-        octets = (
-            "\r\n".join(lines).encode("latin-1", "replace")
-            + body[: len(body) // 2 if cut else None]
-        )
-        try:
-            if not self.patient and (octets := self.peer.send_now(octets)):
-                return self.later(partial(self._send_rest, octets, not last))
-            self.peer.send(octets)
-        finally:
-            self.server.note(request, response, time.perf_counter() - self._started, len(body))
-        return not last
+    def rest(self) -> None:
+        """Wait for the next request."""
+        self.state = IDLE
+        self.allow(IDLE_SECONDS)
 
-    def _send_rest(self, octets: bytes, going: bool) -> bool:
-        self.peer.send(octets)
-        return going
+    @property
+    def evictable(self) -> bool:
+        """Whether it may be closed to make room: it is not executing, or sending to a good token."""
+        return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
+
+    def shut(self, how: int) -> None:
+        """End receiving, sending or both; SSLSocket.shutdown() would end the encryption too."""
+        with suppress(OSError):
+            socket.socket.shutdown(self.socket, how)
 
 
-def listen(config: Config) -> Listener:
+def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.create_server((config.host, config.port), family=family, backlog=128)
-    listener.setblocking(False)  # of workers that are woken one gets it
+    listener = socket.create_server(
+        (config.host, config.port), family=family, backlog=128, reuse_port=config.reuse_port
+    )
+    listener.setblocking(False)
     return listener
 
 
@@ -5956,338 +5828,428 @@ def url_of(config: Config, port: int) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
 
-class ScimServer(http.server.HTTPServer):
-    """An application on a socket. See url; running() starts and stops it.
+# -- The server --
 
-    Its configuration says where, with what TLS and for how many. For tests of clients, faults may be
-    appended to, and exchanges has what was asked and answered last where it is not None. Without a socket
-    that listens it makes one. Raises OSError where the address or the certificate cannot be had.
 
-    A crew of threads serves. One of them leads: it waits for all connections and answers what is quick;
-    what takes longer becomes a task, which it does itself while another one leads. Writes that come
-    meanwhile with one token are one task, and share a commit.
+class Watcher(http.server.HTTPServer, ABC):
+    """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
+
+    It alone uses the selector and the set of connections. A subclass reads, executes and refuses
+    requests. A request in execution gives its connection back by finish(), from any thread.
     """
 
-    def __init__(self, application: Application, listener: Listener | None = None) -> None:
-        self.application, self.config = application, application.config
-        self.tls = Tls(*self.config.tls) if self.config.tls else None
-        self.log = request_log(self.config.access_log, sys.stderr)
-        self.stopping, self.stopped = threading.Event(), threading.Event()
-        self.faults: list[Fault] = []
-        self.exchanges: list[Exchange] | None = None
-        self.connections: dict[Handler, Connection] = {}
-        self._changed, self._lead = threading.Condition(), threading.Lock()
-        self._turn, self._costly = threading.Lock(), threading.Semaphore(COSTLY)
-        self._run, self._numbers = secrets.token_hex(4), itertools.count(1)  # for request ids
-        self._tasks: deque[Callable[[], None]] = deque()  # that the one who leads has left
-        self._writes: dict[bytes, list[Handler]] = {}  # that wait, by their Authorization
-        self._free = self._leader = 0  # how many of the crew lead or wait to; who does
-        self._selector, self._swept = selectors.DefaultSelector(), 0.0
-        self._bell, self._ear = socket.socketpair()  # to wake who leads
-        self._bell.setblocking(False)
+    def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
-        self.socket = listener or listen(self.config)
-        self.server_address = self.socket.getsockname()
-        self.url = url_of(self.config, self.server_address[1])
-        self.token, self.directory = application.token, application.directory  # at hand for a test
+        self.socket, self.server_address = listener, listener.getsockname()
+        self.tls, self.max_connections = tls, max_connections
+        self.connections: set[Connection] = set()
+        self.stopping, self.stopped = threading.Event(), threading.Event()
+        self._lock = threading.Lock()  # for giving a connection back
+        self._returned: deque[Connection] = deque()  # to go on with
+        self._paused, self._swept = False, 0.0  # whether it accepts nothing now; the last sweep
+        self._selector = selectors.DefaultSelector()
+        self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
-    # -- Connections --
-
-    def serve_forever(self, poll_interval: float = 0.5) -> None:
-        """Take in connections until stop()."""
-        self._selector.register(self._ear, selectors.EVENT_READ, partial(self._ear.recv, 4096))
-        with self._changed:
-            self._hire()
-        super().serve_forever(poll_interval)
-
-    def get_request(self) -> tuple[Any, Any]:
-        """Accept a connection; of workers, the one that has the fewest is the first to."""
-        if self.config.workers > 1:
-            time.sleep(min(len(self.connections), 10) * YIELD_SECONDS)
-        return super().get_request()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection in; at the limit, the one that rests longest makes room for it."""
-        with self._changed:
-            while (
-                len(self.connections) >= self.config.max_connections and not self.stopping.is_set()
-            ):
-                resting = [
-                    handler for handler, peer in self.connections.items() if peer.state != ANSWERING
-                ]
-                resting.sort(key=lambda handler: handler.peer.since)
-                if loser := next(
-                    (one for one in resting if not (one.watched and one.peer.is_unread())), None
-                ):
-                    self.connections.pop(loser).evicted = True
-                    loser.peer.end(socket.SHUT_RDWR)
-                else:
-                    self._changed.wait(0.1)  # for one of the answers
-            handler = Handler(self, Connection(request), client_address[0])
-            self.connections[handler] = handler.peer
-        with suppress(OSError):
-            request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-        try:
-            if self.tls or not WATCHES:
-                threading.Thread(target=handler.run, args=(handler.serve,), daemon=True).start()
-            else:
-                self.rest(handler)
-        except RuntimeError:  # there can be no more threads
-            self.close(handler)
-
-    def rest(self, handler: Handler) -> None:
-        """Have a connection watched for its next request, or that answered where it has come already."""
-        if handler.peer.octets:
-            handler.peer.state = IDLE
-            handler.later(handler.exchange)
-            return
-        with self._changed:
-            if not self.stopping.is_set():
-                handler.peer.state, handler.patient = IDLE, False
-                handler.peer.allow(IDLE_SECONDS)
-                if not handler.watched:
-                    handler.watched = True
-                    ready = partial(handler.run, handler.take)
-                    self._selector.register(handler.peer.socket, selectors.EVENT_READ, ready)
-                return
-        self.close(handler)
-
-    def unwatch(self, handler: Handler) -> None:
-        """Watch a connection no more; for who leads, or where nobody does."""
-        if handler.watched:
-            self._selector.unregister(handler.peer.socket)
-            handler.watched = False
-
-    def begin(self, peer: Connection) -> None:
-        """Note that a request is answered now; EOFError if its connection had to make room."""
-        if peer.state == ANSWERING:
-            return  # and makes room for nobody
-        with self._changed:
-            if peer.evicted:
-                raise EOFError
-            peer.state = ANSWERING
-
-    def close(self, handler: Handler) -> None:
-        """Close a connection and forget it."""
-        self.unwatch(handler)
-        handler.peer.end(socket.SHUT_WR)
-        with suppress(OSError):
-            handler.peer.socket.close()
-        with self._changed:
-            self.connections.pop(handler, None)
-            self._changed.notify_all()
+    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
+        """Watch all connections until stop(), and then until the requests in flight are answered."""
+        self._alarm.setblocking(False)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+        self._selector.register(self.socket, selectors.EVENT_READ)
+        while not self.stopping.is_set():
+            self._round(poll_interval)
+        if not self._paused:
+            self._selector.unregister(self.socket)
+        self.server_close()
+        end = time.monotonic() + STOP_SECONDS
+        while self.connections and time.monotonic() < end:
+            self._round(PAUSE_SECONDS)
+            for connection in [
+                peer for peer in self.connections if peer.state in (IDLE, LINGERING)
+            ]:
+                if not connection.has_unread():
+                    self._close(connection)
+        for connection in list(self.connections):
+            self._close(connection)
+        for end_point in (self._selector, self._wakeup, self._alarm):
+            end_point.close()
 
     def stop(self) -> None:
         """Accept nothing more, wait for the requests in flight, close all connections."""
-        with self._changed:
-            if self.stopping.is_set():
-                self._changed.wait_for(self.stopped.is_set)
+        self.stopping.set()
+        self._wake()
+        self.stopped.wait()
+
+    @abstractmethod
+    def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
+        """Read the next request from the buffer of a connection; ScimError for one to refuse."""
+
+    @abstractmethod
+    def execute(self, connection: Connection, request: Request) -> None:
+        """Have a request answered, at once or by another thread; finish() ends it."""
+
+    @abstractmethod
+    def refuse(self, connection: Connection, error: ScimError) -> None:
+        """Answer a request that cannot be read, and close the connection after it."""
+
+    def give_back(self, connection: Connection) -> None:
+        """Go on with a connection whose request was answered; for the thread that answered it."""
+        with self._lock:
+            waits = connection.then == KEEP and not connection.unsent and not connection.buffer
+            if waits and connection.events and not self.stopping.is_set():
+                connection.rest()
                 return
-            self.stopping.set()
-        self.application.interrupt()
-        ending = threading.Thread(target=self.shutdown)
-        ending.start()
-        with suppress(OSError):  # a knock, which ends the wait for one
-            socket.create_connection(self.socket.getsockname()[:2], 1).close()
-        ending.join()
-        self.server_close()
-        self._ring()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._free)  # from here on nobody leads
-        for handler, peer in self.connections.copy().items():
-            if handler.watched:
-                self.close(handler)
-            elif peer.state == IDLE:
-                peer.end(socket.SHUT_RD)  # its read ends
-        with self._changed:
-            self._changed.wait_for(lambda: not self.connections, STOP_SECONDS)
-        for end in (self._selector, self._bell, self._ear):
-            end.close()
+            self._returned.append(connection)
+        self._wake()
+
+    def guarded(self, connection: Connection, action: Callable[..., None], *arguments: Any) -> None:
+        """Call a function; a bug in it ends no more than this connection."""
+        try:
+            action(*arguments)
+        except Exception as error:  # noqa: BLE001
+            response_for(error)  # prints it
+            connection.then, connection.unsent = CLOSE, memoryview(b"")
+            self.give_back(connection)
+
+    def _wake(self) -> None:
+        """Wake the watching thread."""
+        with suppress(OSError):  # many wake-ups wait already, or the thread has ended
+            self._alarm.send(b"!")
+
+    def _round(self, seconds: float) -> None:
+        """Wait for events, for some seconds at most, and do what is due."""
+        paused, newcomer = self._paused, False
+        if self._returned or paused:
+            seconds = 0 if self._returned else PAUSE_SECONDS
+        for key, _ in self._selector.select(seconds):
+            if key.fileobj is self.socket:
+                newcomer = True
+            elif key.fileobj is self._wakeup:
+                self._wakeup.recv(RECEIVE_OCTETS)
+            else:
+                self.guarded(key.data, self._on_event, key.data)
+        for _ in range(len(self._returned)):
+            if (connection := self._returned.popleft()) in self.connections:
+                self.guarded(connection, self._go_on, connection)
+        if newcomer:  # may evict a connection, so those that have sent a request come first
+            self._accept()
+        elif paused:
+            self._selector.register(self.socket, selectors.EVENT_READ)
+            self._paused = False
+        if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
+            self._swept = now
+            for connection in [peer for peer in self.connections if peer.deadline < now]:
+                self.guarded(connection, self._on_deadline, connection)
+
+    def _accept(self) -> None:
+        """Accept a connection; at the limit, another one makes room, or the newcomer waits."""
+        try:
+            if len(self.connections) >= self.max_connections:
+                self._evict()
+            client_socket, address = self.get_request()
+            with suppress(OSError):
+                client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            if self.tls:  # the handshake is part of receiving
+                client_socket = self.tls.context().wrap_socket(
+                    client_socket, server_side=True, do_handshake_on_connect=False
+                )
+            connection = Connection(client_socket, address[0])
+            if self.tls:
+                connection.allow(HEAD_SECONDS)
+        except BlockingIOError:  # another process has accepted it
+            return
+        except OSError:  # no room, no file descriptor is left, or the client has gone already
+            self._selector.unregister(self.socket)
+            self._paused = True
+            return
+        self.connections.add(connection)
+        self._watch(connection, selectors.EVENT_READ)
+
+    def _evict(self) -> None:
+        """Close the connection that was without a request with a good token longest; OSError."""
+        evictable = [peer for peer in self.connections if peer.evictable]
+        for connection in sorted(evictable, key=lambda peer: peer.since):
+            if not connection.has_unread():
+                self._close(connection)
+                return
+        raise OSError("all connections are in use")
+
+    def _watch(self, connection: Connection, events: int) -> None:
+        """Have the selector watch a connection for events, or for none."""
+        if events and connection.events:
+            self._selector.modify(connection.socket, events, connection)
+        elif events:
+            self._selector.register(connection.socket, events, connection)
+        elif connection.events:
+            self._selector.unregister(connection.socket)
+        connection.events = events
+
+    def _close(self, connection: Connection) -> None:
+        """Close a connection and forget it."""
+        self._watch(connection, 0)
+        connection.shut(socket.SHUT_WR)
+        connection.socket.close()
+        self.connections.discard(connection)
+
+    def _on_event(self, connection: Connection) -> None:
+        """Receive from a connection, or send to it what remains."""
+        if connection.state == ANSWERING:
+            with self._lock:  # it may be given back at this moment
+                if connection.state == ANSWERING:
+                    self._watch(connection, 0)
+        elif connection.state == SENDING:
+            connection.send(b"")
+            self._go_on(connection)
+        elif not connection.receive():
+            self._close(connection)
+        elif connection.state == LINGERING:
+            connection.buffer.clear()
+        elif connection.buffer:
+            self._parse(connection)
+
+    def _go_on(self, connection: Connection) -> None:
+        """Do what comes after an answer, or after a part of a body that took its time."""
+        if connection.unsent:
+            connection.state = SENDING
+            connection.allow(HEAD_SECONDS + len(connection.unsent) / MIN_OCTETS_PER_SECOND)
+            self._watch(connection, selectors.EVENT_WRITE)
+        elif connection.then == CLOSE:
+            self._close(connection)
+        elif connection.then == LINGER:
+            # Unread octets would make the system reset the connection, and the answer be lost.
+            connection.state = LINGERING
+            connection.shut(socket.SHUT_WR)
+            connection.allow(LINGER_SECONDS)
+            self._watch(connection, selectors.EVENT_READ)
+        else:
+            if connection.state != READING:
+                connection.rest()
+            self._watch(connection, selectors.EVENT_READ)
+            if connection.buffer:
+                self._parse(connection)
+
+    def _on_deadline(self, connection: Connection) -> None:
+        """Close a connection that was silent or slow for too long; answer a request that began."""
+        if connection.state == READING:
+            detail = f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
+            detail += f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
+            self.refuse(connection, ScimError(408, "", detail))
+        elif connection.state != ANSWERING:
+            self._close(connection)
+
+    def _parse(self, connection: Connection) -> None:
+        """Parse what has arrived, and execute or refuse the request that it is."""
+        if connection.state == IDLE:
+            connection.state, connection.started = READING, time.perf_counter()
+            connection.allow(HEAD_SECONDS)
+        connection.reader = connection.reader or self.read_request(connection)
+        try:
+            if next(connection.reader):
+                self._returned.append(connection)
+            return
+        except StopIteration as end:
+            request: Request | ScimError = end.value
+        except ScimError as error:
+            request = error
+        connection.reader, connection.state = None, ANSWERING
+        if isinstance(request, ScimError):
+            self.refuse(connection, request)
+        else:
+            self.execute(connection, request)
+
+
+class ScimServer(Watcher):
+    """An application on a socket. See url; running() starts and stops it.
+
+    Its configuration says where it listens, with what TLS and for how many connections. To test a
+    client, append to faults, and set exchanges to a list: it then holds the last requests and
+    answers. Raises OSError if the address or the certificate cannot be used.
+
+    Quick requests are answered by the watching thread. Other reads take turns in a lane: threads
+    that compete for the interpreter at each call of SQLite halve what all of them get done. The
+    writes that wait for one tenant share a transaction.
+    """
+
+    def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
+        self.application, self.config = application, application.config
+        tls = Tls(*self.config.tls) if self.config.tls else None
+        super().__init__(listener or listen(self.config), tls, self.config.max_connections)
+        self.url = url_of(self.config, self.server_address[1])
+        self.token, self.directory = application.token, application.directory  # for tests
+        self.faults: list[Fault] = []
+        self.exchanges: list[Exchange] | None = None
+        self.log = request_writer(self.config.access_log, sys.stderr)
+        self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
+        self._readers, self._turn = ThreadPoolExecutor(MAX_READ_THREADS), threading.Lock()
+        self._writers = ThreadPoolExecutor(MAX_WRITE_THREADS)
+        self._writes: dict[str, list[tuple[Connection, Request]]] = {}  # that wait, by tenant
+
+    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
+        """Serve until stop()."""
+        super().serve_forever(poll_interval)
+        self._readers.shutdown(wait=False)
+        self._writers.shutdown(wait=False)
         self.log.close(1)
-        with self._changed:
-            self.stopped.set()
-            self._changed.notify_all()
+        self.stopped.set()
 
-    # -- The crew --
-
-    def leave(self, task: Callable[[], None]) -> None:
-        """Have a task done by a thread of its own, which is one that leads now or will."""
-        with self._changed:
-            if self.stopping.is_set():
-                threading.Thread(target=task, daemon=True).start()
-                return
-            self._tasks.append(task)
-        if self._leader != threading.get_ident():
-            self._ring()
-
-    def gather(self, key: bytes, handler: Handler) -> None:
-        """Have a write done together with others that wait with the same Authorization."""
-        with self._changed:
-            if key in self._writes:
-                self._writes[key].append(handler)
-                return
-            self._writes[key] = [handler]
-        self.leave(partial(self._write, key))
-
-    def _ring(self) -> None:
-        """Wake who leads."""
-        with suppress(BlockingIOError):  # it was rung so often already
-            self._bell.send(b"!")
-
-    def _hire(self) -> None:
-        """Take one more into the crew, under the lock of what changes."""
-        with suppress(RuntimeError):  # of no more threads: then nobody leads for a while
-            threading.Thread(target=self._work, daemon=True).start()
-            self._free += 1
-
-    def _work(self) -> None:
-        """Lead, do a task that leading brought, and queue up to lead again."""
-        while True:
-            with self._lead:
-                self._leader = threading.get_ident()
-                task = self._await_task()
-                self._leader = 0
-            with self._changed:
-                self._free -= 1
-                if task and not self._free:
-                    self._hire()
-                self._changed.notify_all()
-            if not task:
-                return
-            task()
-            with self._changed:
-                if self._free >= SPARE_THREADS or self.stopping.is_set():
-                    return
-                self._free += 1
-
-    def _await_task(self) -> Callable[[], None] | None:
-        """Watch all connections until there is a task; None when the server stops and all that came is taken."""
-        while not self._tasks:
-            stopping = self.stopping.is_set()
-            for key, _ in self._selector.select(0 if stopping else SWEEP_SECONDS):
-                key.data()
-            if stopping:
-                break
-            if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
-                self._swept = now
-                with self._changed:
-                    for peer in self.connections.values():
-                        if peer.state == IDLE and peer.deadline < now:
-                            peer.end(socket.SHUT_RDWR)  # which who watches it sees
-        return self._tasks.popleft() if self._tasks else None
-
-    def _write(self, key: bytes) -> None:
-        """Answer the writes that wait with one Authorization, as long as there are any."""
-        asked: list[tuple[Handler, Request]] = []
-
-        def receive(handler: Handler) -> None:
-            asked.append((handler, handler.receive()))
-
-        while handlers := self._gathered(key):
-            asked.clear()
-            for handler in handlers:
-                handler.run(partial(receive, handler))
-            answers = self.answer_all([request for _, request in asked])
-            for (handler, request), answer in zip(asked, answers, strict=True):
-                handler.run(partial(handler.answer, request, *answer))
-
-    def _gathered(self, key: bytes) -> list[Handler]:
-        """Return writes to answer together; where there are none, the next one begins another task."""
-        with self._changed:
-            if handlers := self._writes.pop(key):
-                self._writes[key] = handlers[MAX_WRITES_PER_COMMIT:]
-        return handlers[:MAX_WRITES_PER_COMMIT]
+    def stop(self) -> None:
+        """Accept nothing more, end long polls, wait for the other requests, close everything."""
+        self.application.interrupt()
+        super().stop()
 
     # -- Requests --
 
-    def build_request(
-        self, method: str, target: str, headers: Mapping[str, str], client: str
-    ) -> Request:
-        """Return a request without its body: where it came from, and how it named this server."""
-        host, target = origin_form(target, headers.get("host") or "localhost")
+    def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
+        """Read the next request from the buffer of a connection; ScimError for one to refuse."""
+        connection.request = None
+        head = yield from read_head(connection.buffer)
+        connection.request = request = self.build_request(head, connection.client)
+        connection.minor_version = head.minor_version
+        limit, length = (
+            self.application.body_limit(request.path),
+            head.headers.get("content-length"),
+        )
+        if length and int(length) > limit:
+            raise too_large(limit)
+        if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
+            connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+        connection.allow(HEAD_SECONDS, 1 / MIN_OCTETS_PER_SECOND)
+        if "transfer-encoding" in head.headers:
+            return request._replace(body=(yield from read_chunks(connection.buffer, limit)))
+        if length:
+            return request._replace(body=(yield from read_exactly(connection.buffer, int(length))))
+        return request
+
+    def build_request(self, head: Head, client: str) -> Request:
+        """Return a request without its body: where it is from, and how it named this server."""
+        headers = head.headers
+        host, target = host_and_target(head.target, headers.get("host") or "localhost")
         path, _, query = target.partition("?")
-        scheme = "https" if self.tls else "http"
-        if any(
-            ipaddress.ip_address(client.partition("%")[0]) in network
-            for network in self.config.trusted_proxies
-        ):
-            told = forwarded(headers)
-            client = told["for"] or client
-            scheme = told["proto"] if told["proto"] in ("http", "https") else scheme
-            host = told["host"] if AUTHORITY.fullmatch(told["host"]) else host
+        scheme, address = "https" if self.tls else "http", client.partition("%")[0]
+        proxies = self.config.trusted_proxies
+        if proxies and any(ipaddress.ip_address(address) in network for network in proxies):
+            proxied = forwarded(headers)
+            client = proxied["for"] or client
+            scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
+            host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
+        id = headers.get("x-request-id", "")
+        id = id if REQUEST_ID.fullmatch(id) else next(self._request_ids)
         return Request(
-            method,
-            path,
-            query,
-            headers,
-            b"",
-            scheme,
-            host,
-            "",
-            client,
-            self.request_id(headers.get("x-request-id", "")),
-            encoded=True,
+            head.method, path, query, headers, b"", scheme, host, "", client, id, None, True
         )
 
-    def request_id(self, given: str) -> str:
-        """Return the id of a request: that of its header where it has a good one, or a new one."""
-        return given if REQUEST_ID.fullmatch(given) else f"{self._run}-{next(self._numbers)}"
+    def execute(self, connection: Connection, request: Request) -> None:
+        """Answer a quick request; hand another one to its lane."""
+        request = request._replace(caller=self.application.known_caller(request))
+        # A fault may delay the requests that meet it, so it gives each request its own thread.
+        lane = SLOW if self.faults else self.application.lane_of(request)
+        if lane == QUICK:
+            self._answer(connection, request)
+        elif lane == READ:
+            self._readers.submit(
+                self.guarded, connection, self._answer_in_turn, connection, request
+            )
+        elif lane == WRITE:
+            self._queue_write(connection, request)
+        else:
+            arguments = (connection, self._answer, connection, request)
+            threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
 
-    def answer_all(self, requests: Sequence[Request]) -> list[tuple[Response, bool]]:
-        """Return the answers to writes with the same Authorization, in one commit unless there are faults."""
-        if len(requests) < 2 or self.faults:
-            return list(map(self.answer, requests))
-        responses = self.application.handle_all(requests)
-        for request, response in zip(requests, responses, strict=True):
-            self._keep(request, response)
-        return [(response, False) for response in responses]
+    def refuse(self, connection: Connection, error: ScimError) -> None:
+        """Answer a request that cannot be read, and close the connection after it."""
+        request = connection.request or Request("", "", id=next(self._request_ids))
+        connection.reader, connection.state = None, ANSWERING
+        self._send(connection, request, error_response(error), then=LINGER)
 
-    def answer(self, request: Request, in_turn: bool = False) -> tuple[Response, bool]:
-        """Return the answer to a request, and whether it is to be cut; faults come first."""
-        fault = self._fault(request) if self.faults else None
+    def _answer(self, connection: Connection, request: Request) -> None:
+        """Execute a request and send the answer; faults come first."""
+        fault = self._next_fault(request) if self.faults else None
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
-        response = fault.response() if fault and fault.status else self._handle(request, in_turn)
-        self._keep(request, response)
-        return response, fault is not None and fault.cut
+        injected = fault.response() if fault and fault.status else None
+        response = injected or self.application.handle(request)
+        self._send(connection, request, response, cut=fault is not None and fault.cut)
 
-    def _fault(self, request: Request) -> Fault | None:
+    def _answer_in_turn(self, connection: Connection, request: Request) -> None:
+        """Answer a read when the one before is done, or after PAUSE_SECONDS."""
+        in_turn = self._turn.acquire(timeout=PAUSE_SECONDS)
+        try:
+            self._answer(connection, request)
+        finally:
+            if in_turn:
+                self._turn.release()
+
+    def _queue_write(self, connection: Connection, request: Request) -> None:
+        """Have a write answered with the others that wait for its tenant."""
+        tenant = request.caller[0].name if request.caller else ""
+        with self._lock:
+            first = tenant not in self._writes
+            self._writes.setdefault(tenant, []).append((connection, request))
+        if first:
+            self._writers.submit(self._answer_writes, tenant)
+
+    def _answer_writes(self, tenant: str) -> None:
+        """Answer the writes that wait for a tenant until there are none."""
+        while writes := self._next_writes(tenant):
+            responses = self.application.handle_all([request for _, request in writes])
+            for (connection, request), response in zip(writes, responses, strict=True):
+                self.guarded(connection, self._send, connection, request, response)
+
+    def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
+        """Take writes of a tenant that may share a transaction; without any, forget the tenant."""
+        with self._lock:
+            waiting = self._writes[tenant]
+            # A Bulk request has a transaction of its own, so that others do not wait for its end.
+            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH]
+            size = min([MAX_WRITES_PER_COMMIT, *bulks])
+            self._writes[tenant] = waiting[size:]
+            if not waiting:
+                del self._writes[tenant]
+        return waiting[:size]
+
+    def _next_fault(self, request: Request) -> Fault | None:
         """Return the fault that a request meets, counted."""
-        with self._changed:
-            if fault := next((one for one in self.faults if one.meets(request)), None):
+        with self._lock:
+            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
                 fault.times -= 1
         return fault
+
+    # -- Answers --
+
+    def _send(
+        self,
+        connection: Connection,
+        request: Request,
+        response: Response,
+        then: str = KEEP,
+        cut: bool = False,
+    ) -> None:
+        """Send an answer, half of its body if it is to be cut, note it, give the connection back."""
+        status, fields, body = to_http(response, request)
+        options = request.headers.get("connection", "").lower()
+        keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
+        if then == KEEP and (cut or not keep or self.stopping.is_set()):
+            then = CLOSE
+        lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}"]
+        lines += [f"{name}: {value}" for name, value in fields]
+        lines += ["\r\n"] if then == KEEP else ["Connection: close", "\r\n"]
+        octets = "\r\n".join(lines).encode("latin-1", "replace")
+        connection.then, connection.authenticated = then, bool(response.tenant)
+        if response.tenant:
+            connection.since = time.monotonic()
+        connection.send(octets + body[: len(body) // 2 if cut else None])
+        self._keep(request, response)
+        self._note(request, response, time.perf_counter() - connection.started, len(body))
+        self.give_back(connection)
 
     def _keep(self, request: Request, response: Response) -> None:
         if self.exchanges is not None:
             if isinstance(response.body, dict):
-                response = response._replace(body=from_json(text_of_body(response.body)))
+                response = response._replace(body=from_json(body_text(response.body)))
             self.exchanges.append(Exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
 
-    def _handle(self, request: Request, in_turn: bool) -> Response:
-        """Have a request handled; reads that do not wait by intent take turns where they should.
-
-        Threads that compete for the interpreter at each call of SQLite halve what all of them get
-        done. Whoever has waited for TURN_SECONDS, behind a costly filter, goes on without a turn, but
-        COSTLY of them at once leave some of the READERS to who leads.
-        """
-        reads = request.method in ("GET", "HEAD") or request.path.endswith("/.search")
-        if (
-            not (in_turn and reads and "authorization" in request.headers)
-            or "wait" in request.query
-        ):
-            return self.application.handle(request)
-        mine = self._turn.acquire(timeout=TURN_SECONDS)
-        try:
-            with self._costly:
-                return self.application.handle(request)
-        finally:
-            if mine:
-                self._turn.release()
-
-    def note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
+    def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
@@ -6329,11 +6291,10 @@ class WsgiApplication:
             for name, value in environ.items()
             if name.startswith("HTTP_")
         }
-        root, path = (
+        mount_point, path = (
             quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
         )
-        host = headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}"
-        given = headers.get("x-request-id", "")
+        id = headers.get("x-request-id", "")
         return Request(
             environ["REQUEST_METHOD"],
             path,
@@ -6341,20 +6302,21 @@ class WsgiApplication:
             headers,
             b"",
             environ["wsgi.url_scheme"],
-            host,
-            root,
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            mount_point,
             environ.get("REMOTE_ADDR", ""),
-            given if REQUEST_ID.fullmatch(given) else str(uuid.uuid4()),
-            encoded=True,
+            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
+            None,
+            True,
         )
 
     def _body(self, environ: dict[str, Any], request: Request) -> bytes:
         limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
         if length and not LENGTH.fullmatch(length):
             raise ScimError(400, "", "content-length: expected a number")
-        # A server that takes chunked bodies ends the stream itself, and says so.
-        size = int(length) if length else limit + 1 if environ.get("wsgi.input_terminated") else 0
-        body: bytes = environ["wsgi.input"].read(min(size, limit + 1))
+        # A server that accepts chunked bodies ends the stream itself, and says so.
+        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
         if len(body) > limit:
             raise too_large(limit)
         return body
@@ -6363,8 +6325,9 @@ class WsgiApplication:
 # ----------------------------------------------------------------------------
 # 17. Console
 #
-# The page at / by which an administrator sees why a sync works or fails: HTML,
-# style and script in one string, that reads the API of chapter 10.
+# The page at /, which shows an administrator why provisioning works or fails:
+# HTML, style and script in one string. The script reads the API of chapter 14
+# and the SCIM endpoints.
 # Uses nothing.
 # ----------------------------------------------------------------------------
 
@@ -6372,324 +6335,334 @@ CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta na
 <title>SCIM console</title>
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><circle r='1' fill='%2325d'/></svg>">
 <style>
-:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --ink: #1b2330; --soft: #566174; --line: #e0e4ea;
-  --fill: #2f5fd0; --link: #2450b8; --ok: #12683f; --okay: #e4f3ea; --warn: #7a4b00; --warned: #fcf1d8; --bad: #a3211b; --badly: #fce9e7; }
-@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --ink: #e7ebf2; --soft: #a2aec0;
-  --line: #2b3341; --fill: #3a66cf; --link: #93b4ff; --ok: #83dcab; --okay: #15301f; --warn: #f1c76c; --warned: #332812; --bad: #ffa29a;
-  --badly: #3a1b1b; } }
-.ok { --tone: var(--ok); --ground: var(--okay); } .warn, .change { --tone: var(--warn); --ground: var(--warned); }
-.bad { --tone: var(--bad); --ground: var(--badly); } .pill, .note, .ok .mark, .change { background: var(--ground); }
-* { box-sizing: border-box; } html { overflow-y: scroll; } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-body { margin: 0; background: var(--bg); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none; } h2 { font-size: 16px; margin: 0 0 10px; } p { margin: 0 0 12px; }
-a { color: var(--link); } code, pre { font: 13px/1.5 ui-monospace, monospace; } ol, ul { list-style: none; margin: 0; padding: 0; }
-.soft, .live, .lead, summary time, dt, header span { color: var(--soft); } .soft, .live, .pill, .small, summary time { font-size: 13px; }
-header { background: var(--card); border-bottom: 1px solid var(--line); } header span { font-weight: 400; margin-right: 14px; }
-header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px; } main { padding-top: 28px; padding-bottom: 80px; }
-header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px; } header > div, .bar { flex-wrap: wrap; }
-nav { flex: 1; } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--soft); text-decoration: none; }
-nav a:hover, nav [aria-current] { color: var(--ink); } nav [aria-current] { border-color: var(--fill); }
-section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0; }
-section, .card { padding: 18px 20px; } .empty { text-align: center; padding: 48px 20px; } .sign { max-width: 420px; margin: 10vh auto; }
-.sign > * { margin-bottom: 12px; } .sign button, [type=search], [type=password] { width: 100%; } .state h2, .why { color: var(--tone); }
-.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0; }
-.grid > *, .state p, .note p, .steps p, dd { margin: 0; } .state h2::before { content: "●"; margin-right: 7px; }
-.copy { justify-content: space-between; } .bar { margin: 0 0 14px; min-height: 38px; }
-.bar [type=search] { flex: 1 1 220px; max-width: 420px; } .copy code { user-select: all; }
-input, select, button { font: inherit; color: inherit; border: 1px solid var(--soft); border-radius: 7px; background: var(--card);
-  padding: 7px 12px; min-height: 38px; } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--fill); }
-::placeholder { color: var(--soft); opacity: 1; } button { cursor: pointer; white-space: nowrap; } button:disabled { opacity: .45; }
-button:hover:enabled { background: var(--hover); } .main:enabled { background: var(--fill); border-color: var(--fill); color: #fff; }
-.small { padding: 2px 10px; min-height: 28px; } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit; }
-[aria-sort=ascending] button::after { content: " ↑"; } [aria-sort=descending] button::after { content: " ↓"; }
-.log { overflow: hidden; } .log > li + li { border-top: 1px solid var(--line); }
-.live { margin-left: auto; min-width: 8em; text-align: end; } .more { padding: 4px 18px 18px; }
+:root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --text: #1b2330; --dim: #566174; --line: #e0e4ea;
+  --accent: #2f5fd0; --link: #2450b8; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8; --bad: #a3211b;
+  --bad-bg: #fce9e7 }
+@media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --text: #e7ebf2; --dim: #a2aec0;
+  --line: #2b3341; --accent: #3a66cf; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a;
+  --bad-bg: #3a1b1b } }
+.ok { --tone: var(--ok); --tint: var(--ok-bg) } .warn, .change { --tone: var(--warn); --tint: var(--warn-bg) }
+.bad { --tone: var(--bad); --tint: var(--bad-bg) } .pill, .note, .ok .mark, .change { background: var(--tint) }
+* { box-sizing: border-box } html { overflow-y: scroll } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
+body { margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 0 0 12px }
+a { color: var(--link) } code, pre { font: 13px/1.5 ui-monospace, monospace } ol, ul { list-style: none; margin: 0; padding: 0 }
+.dim, .live, .lead, summary time, dt, header span { color: var(--dim) } .dim, .live, .pill, .small, summary time { font-size: 13px }
+header { background: var(--card); border-bottom: 1px solid var(--line) } header span { font-weight: 400; margin-right: 14px }
+header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px } main { padding-top: 28px; padding-bottom: 80px }
+header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px } header > div, .bar { flex-wrap: wrap }
+nav { flex: 1 } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--dim); text-decoration: none }
+nav a:hover, nav [aria-current] { color: var(--text) } nav [aria-current] { border-color: var(--accent) }
+section, .card, .log { background: var(--card); border: 1px solid var(--line); border-radius: 10px; margin: 0 0 18px; min-width: 0 }
+section, .card { padding: 18px 20px } .empty { text-align: center; padding: 48px 20px } form.card { max-width: 420px; margin: 10vh auto }
+form > * { margin-bottom: 12px } form button, [type=search], [type=password] { width: 100% } .health h2, .problem { color: var(--tone) }
+.grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0 }
+.grid > *, .health p, .note p, .steps p, dd { margin: 0 } .health h2::before { content: "●"; margin-right: 7px }
+.copy { justify-content: space-between } .bar { margin: 0 0 14px; min-height: 38px }
+.bar [type=search] { flex: 1 1 220px; max-width: 420px } .copy code { user-select: all }
+input, select, button { font: inherit; color: inherit; border: 1px solid var(--dim); border-radius: 7px; background: var(--card);
+  padding: 7px 12px; min-height: 38px } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--accent) }
+::placeholder { color: var(--dim); opacity: 1 } button { cursor: pointer; white-space: nowrap } button:disabled { opacity: .45 }
+button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
+.small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
+[aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
+.log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) }
+.live { margin-left: auto; min-width: 8em; text-align: end } .more { padding: 4px 18px 18px }
 summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
-  cursor: pointer; } summary:hover { background: var(--hover); } summary:focus-visible { outline-offset: -3px; }
-summary::-webkit-details-marker, [open] .why, .log:empty { display: none; } .why { grid-column: 2 / -1; font-size: 14px; }
-.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px; }
-.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap; }
-.note .soft::first-letter, .history b::first-letter { text-transform: uppercase; } .history b, .pill { display: inline-block; }
-dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0; }
-pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px; }
-.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px; }
-.steps li > * { min-width: 0; } .ok .mark { border-color: var(--tone); color: var(--tone); }
-.steps li { display: flex; gap: 12px; padding: 8px 0; } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px; }
-table { border-collapse: collapse; width: 100%; overflow-wrap: break-word; } .list table { overflow-wrap: anywhere; }
-th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-th { white-space: nowrap; } tbody tr:last-child td { border: 0; } .change { box-shadow: -20px 0 var(--ground), 20px 0 var(--ground); }
-@media (max-width: 640px) { header > div { padding: 8px 14px 0; } main { padding: 18px 14px 80px; } header b, .live { flex: 1; }
-  nav { order: 3; flex: 1 0 100%; gap: 0; } nav a { padding: 10px 8px 8px; } section, .card, .more { padding: 14px; }
-  .more { padding-top: 2px; } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px; } summary time { grid-column: 2; }
-  .scroll { margin: 0 -14px; padding: 0 14px; } thead { display: none; } table { overflow-wrap: anywhere; }
-  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); } td { display: flex; gap: 12px; border: 0; padding: 2px 0; }
-  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--soft); } td > :not(.pill) { min-width: 0; flex: 1; }
-  td:has(> span:empty) { display: none; } }
+  cursor: pointer } summary:hover { background: var(--hover) } summary:focus-visible { outline-offset: -3px }
+summary::-webkit-details-marker, [open] .problem, .log:empty { display: none } .problem { grid-column: 2 / -1; font-size: 14px }
+.note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px }
+.pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap }
+.note .dim::first-letter, .history b::first-letter { text-transform: uppercase } .history b, .pill { display: inline-block }
+dl { display: grid; grid-template-columns: minmax(90px, max-content) minmax(0, 1fr); gap: 5px 18px; margin: 0 }
+pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px; overflow: auto; max-height: 560px }
+.mark { flex: none; width: 24px; height: 24px; border-radius: 50%; border: 2px solid var(--line); text-align: center; line-height: 20px }
+.steps li > * { min-width: 0 } .ok .mark { border-color: var(--tone); color: var(--tone) }
+.steps li { display: flex; gap: 12px; padding: 8px 0 } .scroll { overflow-x: auto; margin: 0 -20px; padding: 0 20px }
+table { border-collapse: collapse; width: 100%; overflow-wrap: break-word } .list table { overflow-wrap: anywhere }
+th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top }
+th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-shadow: -20px 0 var(--tint), 20px 0 var(--tint) }
+@media (max-width: 640px) { header > div { padding: 8px 14px 0 } main { padding: 18px 14px 80px } header b, .live { flex: 1 }
+  nav { order: 3; flex: 1 0 100%; gap: 0 } nav a { padding: 10px 8px 8px } section, .card, .more { padding: 14px }
+  .more { padding-top: 2px } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px } summary time { grid-column: 2 }
+  .scroll { margin: 0 -14px; padding: 0 14px } thead { display: none } table { overflow-wrap: anywhere }
+  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
+  td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
+  td:has(> span:empty) { display: none } }
 </style>
-<header hidden><div><b>SCIM console <span id="tenant"></span></b><nav aria-label="Sections"></nav>
-<button id="out" class="small">Sign out</button></div></header><main></main>
-<form class="card sign" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token of your tenant: the one that Entra ID
- has. It stays in this tab, and what you see is read-only.</p><label for="token">Secret Token</label>
-<input type="password" id="token" autocomplete="off" required><button class="main">Sign in</button></form>
+<header hidden><div><b>SCIM console <span></span></b><nav aria-label="Sections"></nav>
+<button class="small">Sign out</button></div></header><main></main>
+<form class="card" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token that you entered in Entra ID.
+ It stays in this tab. The console changes nothing.</p><label for="token">Secret Token</label>
+<input type="password" id="token" autocomplete="off" required><button class="primary">Sign in</button></form>
 <script>
 const [ENTERPRISE, FACILIO] = ['enterprise', 'facilio'].map(name => `urn:ietf:params:scim:schemas:extension:${name}:2.0:User`);
-const LEVELS = [['ok', '✓', 'done'], ['warn', '!', 'done with a warning'], ['bad', '✕', 'refused']];
+const LEVELS = [['ok', '✓', 'success'], ['warn', '!', 'warning'], ['bad', '✕', 'error']];
 const [header, main, form] = document.body.children;
-let setup = null, view = new AbortController();        // what the server knows of the tenant; the view on show
+const [tenantName, nav, signOutButton] = header.querySelectorAll('span, nav, button');
+let setup = null;  // the answer of /console/api/setup
+let view = new AbortController();  // aborted when another view opens
 
-// -- Elements: whatever comes from the server becomes text, never HTML --
-function h(kind, ...children) {                        // h('p.soft', {title: 'x'}, 'text'): the properties may be left out
-  const [tag, ...classes] = kind.split('.'), element = document.createElement(tag);
+// -- Elements: server text becomes text nodes, never HTML --
+// h('p.dim', {title: 'x'}, 'text'): the properties are optional.
+function h(selector, ...children) {
+  const [tag, ...classes] = selector.split('.'), element = document.createElement(tag);
   const properties = children[0]?.constructor === Object ? children.shift() : {};
   for (const [name, value] of Object.entries(properties)) name in element ? element[name] = value : element.setAttribute(name, value);
   element.classList.add(...classes); element.append(...children.flat(9).filter(Boolean));
   return element;
 }
-const link = (text, ...way) => h('a', {href: ['#', ...way.map(encodeURIComponent)].join('/')}, text || way.at(-1));
-const full = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
-const when = at => h('time', {dateTime: at}, full(at));
-const words = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
-const short = names => names.join(', ').replaceAll(FACILIO + ':', '').replaceAll(ENTERPRISE + ':', '');
+const link = (text, ...path) => h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/')}, text || path.at(-1));
+const date = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
+const time = at => h('time', {dateTime: at}, date(at));
+const valueText = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
+const nameList = names => names.join(', ').replace(/urn:\S+:(facilio|enterprise):2.0:User:/g, '');
 const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn'), `${good ? '✓' : sign} ${text}`);
 const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
 const section = (title, ...content) => h('section', h('h2', title), ...content);
-const empty = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
-const pairs = rows => h('dl', rows.filter(([, ...all]) => all.some(Boolean)).map(([name, ...all]) => [h('dt', name), h('dd', all)]));
+const notice = (title, ...text) => h('div.card.empty', h('h2', title), h('p', ...text));
+const pairs = rows => h('dl', rows.filter(([, ...content]) => content.some(Boolean)).map(([name, ...content]) =>
+  [h('dt', name), h('dd', content)]));
 const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', heads)), body));
-const titled = titles => titles.map(title => h('th', {scope: 'col'}, title));
-const row = (titles, values, kind = 'tr') => h(kind, values.map((value, n) =>
-  h('td', {'data-label': titles[n]}, value instanceof Element ? value : h('span', value))));
+const headCells = titles => titles.map(title => h('th', {scope: 'col'}, title));
+const row = (titles, cells, selector = 'tr') => h(selector, cells.map((cell, index) =>
+  h('td', {'data-label': titles[index]}, cell instanceof Element ? cell : h('span', cell))));
 const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
   onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
-const searchField = (placeholder, load, typing) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
-  oninput: () => { clearTimeout(typing); typing = setTimeout(load, 250); }});
+const searchField = (placeholder, load, timer) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
+  oninput: () => { clearTimeout(timer); timer = setTimeout(load, 250); }});
 
-// -- The server: the token goes in a header, and nowhere else --
-async function ask(path, signal) {
-  const answer = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
-  if (answer.status === 401) signIn('This server does not know the token, or it has expired.');
-  if (!answer.ok) throw Error((await answer.json().catch(() => ({}))).detail || 'The server answered ' + answer.status);
-  return answer;
+// -- The server: the token is sent in a header only --
+async function request(path, signal) {
+  const response = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
+  if (response.status === 401) signIn('The token is unknown or has expired.');
+  if (!response.ok) throw Error((await response.json().catch(() => ({}))).detail || `The server answered ${response.status}.`);
+  return response;
 }
-const get = async (path, parameters) => (await ask(path + '?' + new URLSearchParams(parameters), view.signal)).json();
+const get = async (path, parameters) => (await request(path + '?' + new URLSearchParams(parameters), view.signal)).json();
 const getLog = async parameters => (await get('/console/api/log', parameters)).entries;
 const getSetup = async () => { setup = await get('/console/api/setup'); };
-const download = async (path, name) =>
-  h('a', {href: URL.createObjectURL(await (await ask('/console/api/' + path)).blob()), download: name}).click();
-async function follow(state, use) {                    // long polls while the view is on show; each failure doubles the pause
+const downloadMapping = async () => h('a', {download: 'mapping.csv',
+  href: URL.createObjectURL(await (await request('/console/api/mapping')).blob())}).click();
+// Long polls while the view is open; each failure doubles the pause.
+async function followLog(status, refresh) {
   const {signal} = view;
   for (let after = setup.last[0]?.seq || 0, pause = 1000; !signal.aborted;)
     try {
-      state.textContent ||= 'Live';
+      status.textContent ||= 'Live';
       const [newest] = await getLog({after, wait: 25, count: 100});
-      state.textContent = 'Live'; pause = 1000;
-      if (newest) { after = newest.seq; await use(); }
+      status.textContent = 'Live'; pause = 1000;
+      if (newest) { after = newest.seq; await refresh(); }
     } catch (error) {
       if (signal.aborted) return;
-      state.textContent = `No answer, next try in ${pause / 1000} s`;
-      await new Promise(wake => setTimeout(wake, pause)); pause = Math.min(2 * pause, 60000);
+      status.textContent = `Connection lost, retrying in ${pause / 1000} s`;
+      await new Promise(resolve => setTimeout(resolve, pause)); pause = Math.min(2 * pause, 60000);
     }
 }
 
 // -- The log --
-function entry(call) {
-  const [level, sign, meaning] = LEVELS[call.level], [note] = call.notes, place = {User: 'people', Group: 'groups'}[call.type];
+function logEntry(call) {
+  const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type];
   return h('li', h('details.' + level, h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`),
-    h('span', call.operation, ' ', h('b', call.name)), when(call.at), note && h('span.why', note.text)),
-  h('div.more', call.notes.map(one => h('div.note', h('p.soft', one.kind), h('p', one.text),
-    h('p', h('b', 'What to do: '), one.remedy))),
-  pairs([['About', place && call.subject && link(call.name, place, call.subject)], ['Attributes', short(call.attributes)],
-    ['Answer', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
-    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Took', `${call.milliseconds} ms`],
-    ['Request id', call.id]]), call.body && json(call.body))));
+    h('span', call.operation, ' ', h('b', call.name)), time(call.at), call.notes[0] && h('span.problem', call.notes[0].text)),
+  h('div.more', call.notes.map(note => h('div.note', h('p.dim', note.kind), h('p', note.text),
+    h('p', h('b', 'What to do: '), note.remedy))),
+  pairs([[call.type, path && call.subject && link(call.name, path, call.subject)], ['Attributes', nameList(call.attributes)],
+    ['Error', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
+    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Duration', `${call.milliseconds} ms`],
+    ['Request ID', call.id]]), call.body && json(call.body))));
 }
-function health(troubles) {
-  const {last: [last], refused, strangers} = setup, unseen = last ? setup.fields.filter(one => !one.people) : [];
-  const of = kind => troubles.filter(one => one.seq > last.seq - 100 && one.notes.some(note => note.kind === kind));
-  const [lost] = of('connection'), wrong = of('mapping'), first = ([{notes: [note]}]) => note.text;
-  const card = (level, title, ...text) => h('div.card.state.' + level, h('h2', title), h('p', text));
-  return h('div.grid', card(!last || lost ? 'warn' : 'ok', 'Connection', last ? `Last call on ${full(last.at)}, token “${last.token}”. ` :
-    ['Nobody has called yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
-  lost && `${lost.notes[0].text} ${lost.notes[0].remedy}`, setup.lost && ` ${setup.lost} calls are missing in the log.`),
+function healthCards(problems) {  // problems: the newest log entries with a note
+  const {last: [lastCall], refused, strangers} = setup, unused = lastCall ? setup.fields.filter(({people}) => !people) : [];
+  const recent = kind => problems.filter(call => call.seq > lastCall.seq - 100 && call.notes.some(note => note.kind === kind));
+  const [failure] = recent('connection'), mapping = recent('mapping');
+  const card = (level, title, ...text) => h('div.card.health.' + level, h('h2', title), h('p', text));
+  return h('div.grid', card(!lastCall || failure ? 'warn' : 'ok', 'Connection', lastCall ?
+    `Last call on ${date(lastCall.at)} with the token “${lastCall.token}”. ` :
+    ['No calls yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
+  failure && `${failure.notes[0].text} ${failure.notes[0].remedy}`, setup.lost && ` Calls missing from the log: ${setup.lost}.`),
   card(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-    `${refused.length} refused since ${full(refused.at(-1).at)}. ${first(refused)}` : strangers ? 'Calls were refused:' :
-      'No call was refused.', strangers && ` ${strangers} with an unknown token since ${full(setup.strange_since)}.`),
-  card(wrong.length ? LEVELS[wrong[0].level][0] : unseen.length ? 'warn' : 'ok', 'Attribute mapping', wrong.length ?
-    `${wrong.length} of the last 100 calls had trouble. ${first(wrong)} ` : last ? 'All that was sent fits. ' : 'Nothing was sent yet. ',
-  unseen.length && [link('Custom fields', 'setup'), ` that nobody has: ${unseen.map(one => one.display_name).join(', ')}.`]));
+    `Calls refused since ${date(refused.at(-1).at)}: ${refused.length}. ${refused[0].notes[0].text} ` :
+    !strangers && 'No calls were refused.',
+  strangers && `Calls with an unknown token since ${date(setup.strange_since)}: ${strangers}.`),
+  card(mapping.length ? LEVELS[mapping[0].level][0] : unused.length ? 'warn' : 'ok', 'Attribute mapping', mapping.length ?
+    `${mapping.length} of the last 100 calls had problems. ${mapping[0].notes[0].text} ` : lastCall ? 'No problems. ' : 'No calls yet. ',
+  unused.length && [link('Custom fields', 'setup'), ` no one has a value for: ${unused.map(field => field.display_name).join(', ')}.`]));
 }
 async function showLog() {
-  const search = searchField('Search names, attributes, answers', load), problems = h('input', {type: 'checkbox', onchange: load});
-  const list = h('div'), top = h('div'), state = h('span', {role: 'status'});
-  const fresh = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
-  const older = h('button', {onclick: async () => list.firstChild.append(...take(await page(oldest)))}, 'Show older calls');
-  const page = before => getLog({before, count: 50, level: +problems.checked, text: search.value});
-  const take = calls => { oldest = calls.at(-1)?.seq; older.hidden = calls.length < 50; return calls.map(entry); };
-  let turn = 0, oldest;
+  const search = searchField('Search names, attributes, errors', load), problemsOnly = h('input', {type: 'checkbox', onchange: load});
+  const list = h('div'), cards = h('div'), status = h('span', {role: 'status'});
+  const showNew = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
+  const showOlder = h('button', {onclick: async () => list.firstChild.append(...entries(await getCalls(oldest)))}, 'Show older calls');
+  const getCalls = before => getLog({before, count: 50, level: +problemsOnly.checked, text: search.value});
+  const entries = calls => { oldest = calls.at(-1)?.seq; showOlder.hidden = calls.length < 50; return calls.map(logEntry); };
+  let loads = 0, oldest;
   async function load() {
-    const mine = ++turn, [calls, troubles] = await Promise.all([page(0), getLog({level: 1}), getSetup()]);
-    if (mine !== turn) return;                         // another search has overtaken this answer
-    fresh.hidden = true; top.replaceChildren(health(troubles));
-    list.replaceChildren(h('ol.log', take(calls)), calls.length ? '' : problems.checked || search.value ?
-      empty('No call fits', 'Clear the search, or look at all calls.') :
-      empty('Nobody has called yet', 'As soon as Entra ID sends something it appears here, with what came of it. Go to ',
-        link('Set-up', 'setup'), ' for what to enter there.'));
+    const number = ++loads, [calls, problems] = await Promise.all([getCalls(0), getLog({level: 1}), getSetup()]);
+    if (number < loads) return;  // a newer search started
+    showNew.hidden = true; cards.replaceChildren(healthCards(problems));
+    list.replaceChildren(h('ol.log', entries(calls)), calls.length ? '' : problemsOnly.checked || search.value ?
+      notice('No matching calls', 'Clear the search or show all calls.') :
+      notice('No calls yet', 'Calls from Entra ID appear here, with their outcome. See ', link('Set-up', 'setup'),
+        ' for what to enter there.'));
   }
-  await load(); follow(state, () => scrollY < 200 && !list.querySelector('[open]') ? load() : fresh.hidden = false);
-  return ['Provisioning log', 'What identity providers asked for, what came of it, and what to do where it failed.', top,
-    h('div.bar', search, h('label', problems, 'Problems only'), h('span.live', fresh, ' ', state)), list, older];
+  await load(); followLog(status, () => scrollY < 200 && !list.querySelector('[open]') ? load() : showNew.hidden = false);
+  return ['Provisioning log', 'The calls of identity providers, their outcome, and how to fix what failed.', cards,
+    h('div.bar', search, h('label', problemsOnly, 'Problems only'), h('span.live', showNew, ' ', status)), list, showOlder];
 }
 
 // -- Set-up --
-async function testConnection(result) {                // what Entra's button does: look for somebody who is not there
-  const look = (endpoint, name) => get('/scim/v2/' + endpoint, {filter: `${name} eq "${Math.random()}"`}).then(
-    found => [!found.totalResults, `${endpoint}: the filter was understood and found nobody, as it should.`],
+async function testConnection(output) {  // like Entra's button: filters that match no one
+  const probe = (endpoint, attribute) => get('/scim/v2/' + endpoint, {filter: `${attribute} eq "${Math.random()}"`}).then(
+    page => [!page.totalResults, `${endpoint}: the filter works. It matched nothing, as expected.`],
     error => [false, `${endpoint}: ${error.message}`]);
-  const lines = await Promise.all([look('Users', 'userName'), look('Groups', 'displayName')]);
-  if (!setup.url.startsWith(location.origin + '/')) lines.push([false, `This page is at ${location.origin}, but the server takes ` +
-    `itself for ${setup.url}: let the proxy keep the Host header, or trust it (trusted_proxies).`]);
+  const results = await Promise.all([probe('Users', 'userName'), probe('Groups', 'displayName')]);
+  if (!setup.url.startsWith(location.origin + '/')) results.push([false, `This page is at ${location.origin}, but the server ` +
+    `believes its URL is ${setup.url}. Let the proxy keep the Host header, or add the proxy to trusted_proxies.`]);
   if (location.protocol !== 'https:')
-    lines.push([false, 'This page came by http. Entra ID calls by https only, on a public name: put TLS in front.']);
-  result.replaceChildren(...lines.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
+    results.push([false, 'This page was loaded over HTTP. Entra ID needs HTTPS and a public host name: set up TLS.']);
+  output.replaceChildren(...results.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
 }
 async function showSetup() {
-  const steps = h('ol.steps'), fields = h('tbody'), result = h('div', {role: 'status'}), state = h('span.soft', {role: 'status'});
-  const targets = ['Source', 'Target', 'Type', 'Change'], names = ['Field', 'Type', 'Name in Entra', 'Arrived'];
+  const steps = h('ol.steps'), fields = h('tbody'), output = h('div', {role: 'status'}), status = h('span.dim', {role: 'status'});
+  const mappingTitles = ['Source', 'Target', 'Type', 'Change'], fieldTitles = ['Field', 'Type', 'Name in Entra', 'Employees'];
   async function load() {
     await getSetup();
-    steps.replaceChildren(...setup.steps.map(one => h(one.at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'}, one.at && '✓'),
-      h('div', h('b', one.title), h('p.soft', one.at ? 'Done: first on ' + full(one.at) : one.hint)))));
-    fields.replaceChildren(...setup.fields.map(one => row(names, [one.display_name, one.type, copyable(one.urn),
-      one.people ? pill(true, `${one.people} people`) : pill(false, 'nobody has it')])));
+    steps.replaceChildren(...setup.steps.map(({at, title, hint}) => h(at ? 'li.ok' : 'li', h('span.mark', {ariaHidden: 'true'},
+      at && '✓'), h('div', h('b', title), h('p.dim', at ? 'Done on ' + date(at) : hint)))));
+    fields.replaceChildren(...setup.fields.map(({display_name, type, urn, people}) => row(fieldTitles,
+      [display_name, type, copyable(urn), pill(people, `${people || 'none'} with a value`)])));
   }
-  await load(); follow(state, load);
-  return ['Set-up', 'What to enter in the Entra admin center, and what has arrived from there so far.', h('div.grid',
-    section('Connection', h('p.soft', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
-      h('p.soft', 'Secret Token: the secret of one of these tokens, which only you have'), pairs(setup.tokens.map(one => [one.name,
-        one.expired && h('span.pill.bad', '✕ expired'), one.expires && ` ${one.expired ? 'on' : 'expires'} ${full(one.expires)}; `,
-        one.last_use ? `last used on ${full(one.last_use)}` : 'never used'])), h('p'),
-      h('button.main', {onclick: () => testConnection(result)}, 'Test Connection'), h('p'), result),
-    section(['Check list ', state], steps)),
-  section('Attribute mapping', h('p.soft', 'Mappings → Provision Microsoft Entra ID Users: from the source in Entra ID to the ' +
-    'target in customappsso. Highlighted is what differs from Entra\'s proposal.'), table(titled(targets), h('tbody',
-    setup.mapping.map(([source, target, type, change]) => row(targets, [source || '(your choice)', h('code', target), type, change],
-      change ? 'tr.change' : 'tr')))), h('p'),
-  h('button', {onclick: () => download('mapping', 'mapping.csv')}, 'Download as CSV')),
-  section('Custom fields', setup.fields.length ? [h('p.soft', 'Show advanced options → Edit attribute list for customappsso: ' +
-    'add these names with these types, then map to them.'), table(titled(names), fields)] : h('p.soft', 'This tenant has none. ' +
-    'They are “custom_fields” of the tenant in the configuration.'), h('p'),
-  h('button', {onclick: () => download('schema', 'customappsso.json')}, 'Download the schema as JSON'))];
+  await load(); followLog(status, load);
+  return ['Set-up', 'What to enter in the Entra admin center, and what the server has received.', h('div.grid',
+    section('Connection', h('p.dim', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
+      h('p.dim', 'Secret Token: the secret of one of these tokens (not shown)'), pairs(setup.tokens.map(
+        ({name, expired, expires, last_use}) => [name, expired && h('span.pill.bad', '✕ expired'),
+          expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])),
+      h('p'), h('button.primary', {onclick: () => testConnection(output)}, 'Test Connection'), h('p'), output),
+    section(['Checklist ', status], steps)),
+  section('Attribute mapping', h('p.dim', 'Mappings → Provision Microsoft Entra ID Users: sources in Entra ID, ' +
+    'targets in customappsso. Highlighted rows differ from Entra\'s default mapping.'), table(headCells(mappingTitles),
+    h('tbody', setup.mapping.map(([source, target, type, change]) => row(mappingTitles,
+      [source || '(your choice)', h('code', target), type, change], change ? 'tr.change' : 'tr')))), h('p'),
+  h('button', {onclick: downloadMapping}, 'Download as CSV')),
+  section('Custom fields', setup.fields.length ? [h('p.dim', 'Show advanced options → Edit attribute list for customappsso: ' +
+    'add these names with these types, then map to them.'), table(headCells(fieldTitles), fields)] : h('p.dim',
+    'None. Configure them as “custom_fields” of the tenant.'))];
 }
 
 // -- Employees and groups: the server filters, sorts and pages --
-const mail = user => (user.emails?.find(one => one.primary) || user.emails?.find(one => one.type === 'work'))?.value;
+const email = ({emails = [], userName}) =>
+  (emails.find(({primary}) => primary) || emails.find(({type}) => type === 'work'))?.value || userName;
 const SEARCHED = {Users: ['displayName', 'userName', 'emails.value', 'title'], Groups: ['displayName', 'externalId']};
-const COLUMNS = {                                      // title, what it sorts by, what it shows of a resource
-  Users: () => [['Name', 'displayName', one => link(one.displayName || one.userName, 'people', one.id)],
-    ['E-mail', 'emails.value', one => mail(one) || one.userName], ['Designation', 'title', one => one.title || ''],
-    ...setup.fields.map(field => [field.display_name, field.urn, one => words(one[FACILIO]?.[field.link_name])]),
-    ['Active', 'active', one => one.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
-  Groups: () => [['Name', 'displayName', one => link(one.displayName, 'groups', one.id)],
-    ['External id', 'externalId', one => one.externalId || ''], ['Changed', 'meta.lastModified', one => when(one.meta.lastModified)]],
+const COLUMNS = {  // title, attribute to sort by, content of a cell
+  Users: () => [['Name', 'displayName', user => link(user.displayName || user.userName, 'people', user.id)],
+    ['E-mail', 'emails.value', email], ['Designation', 'title', user => user.title],
+    ...setup.fields.map(field => [field.display_name, field.urn, user => valueText(user[FACILIO]?.[field.link_name])]),
+    ['Active', 'active', user => user.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
+  Groups: () => [['Name', 'displayName', group => link(group.displayName, 'groups', group.id)],
+    ['External ID', 'externalId', group => group.externalId],
+    ['Changed', 'meta.lastModified', group => time(group.meta.lastModified)]],
 };
-async function listing(endpoint, none, base) {
+async function resourceList(endpoint, ifEmpty, baseFilter) {
   const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', () => load(1));
   const state = h('select', {onchange: () => load(1)}, [['', 'All'], ['active eq true', 'Active'], ['active eq false', 'Inactive']]
     .map(([value, text]) => h('option', {value}, text)));
-  const lacking = h('div'), body = h('tbody'), count = h('span.soft', {role: 'status'});
-  let start, sort = 'displayName', order = 'ascending', turn = 0;
-  const back = h('button', {onclick: () => load(start - 25)}, 'Previous'), next = h('button', {onclick: () => load(start + 25)}, 'Next');
-  const sortBy = path => { [sort, order] = [path, sort === path && order === 'ascending' ? 'descending' : 'ascending']; load(1); };
-  const heads = titled(columns.map(([title, path]) => h('button', {onclick: () => sortBy(path)}, title)));
+  const message = h('div'), body = h('tbody'), range = h('span.dim', {role: 'status'});
+  let start, sortBy = 'displayName', sortOrder = 'ascending', loads = 0;
+  const [previous, next] = [['Previous', -25], ['Next', 25]].map(([text, step]) =>
+    h('button', {onclick: () => load(start + step)}, text));
+  const sort = path => {
+    sortOrder = sortBy === path && sortOrder === 'ascending' ? 'descending' : 'ascending'; sortBy = path; load(1); };
+  const heads = headCells(columns.map(([title, path]) => h('button', {onclick: () => sort(path)}, title)));
   const card = h('div.card.list', table(heads, body));
-  async function load(from) {
-    const text = search.value.trim(), mine = ++turn, word = JSON.stringify(text);
-    const terms = [base, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${word}`).join(' or ')})`];
-    start = Math.max(1, from);
-    const {Resources: found, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy: sort,
-      sortOrder: order, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
-    if (mine !== turn) return;                         // another search has overtaken this answer
-    columns.forEach(([, path], n) => { heads[n].ariaSort = path === sort ? order : 'none'; });
-    body.replaceChildren(...found.map(one => row(titles, columns.map(([, , show]) => show(one)))));
+  async function load(startIndex) {
+    const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads;
+    const terms = [baseFilter, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
+    start = Math.max(1, startIndex);
+    const {Resources: resources, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy,
+      sortOrder, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
+    if (number < loads) return;  // a newer search started
+    columns.forEach(([, path], index) => { heads[index].ariaSort = path === sortBy ? sortOrder : 'none'; });
+    body.replaceChildren(...resources.map(resource => row(titles, columns.map(([, , content]) => content(resource)))));
     card.hidden = !total;
-    lacking.replaceChildren(total ? '' : state.value || text ? empty('Nothing fits', 'Try another word, or show all.') : none);
-    count.textContent = total ? `${start}–${start + found.length - 1} of ${total}` : ''; back.hidden = next.hidden = total <= 25;
-    [back.disabled, next.disabled] = [start < 2, start + 25 > total];
+    message.replaceChildren(total ? '' : state.value || text ? notice('No results', 'Change the search or show all.') : ifEmpty);
+    range.textContent = total ? `${start}–${start + resources.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
+    [previous.disabled, next.disabled] = [start < 2, start + 25 > total];
   }
   await load(1);
-  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), lacking, card, h('div.bar', back, next, count)];
+  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), message, card, h('div.bar', previous, next, range)];
 }
-const showPeople = async () => ['Employees', 'People as they were provisioned; each is an employee of Facilio.', ...await listing(
-  'Users', empty('Nobody is here yet', 'People appear with the first cycle of Entra ID. ', link('See how far it is', 'setup'), '.'))];
-const showGroups = async () => ['Groups', 'Groups as they were provisioned.', ...await listing('Groups', empty('No groups yet',
-  'Assign a group to the application in Entra ID, and leave “Provision Microsoft Entra ID Groups” on.'))];
-async function about(endpoint, id) {                   // a resource, its employee if it has one, and what both kinds show of it
+const showEmployees = async () => ['Employees', 'The provisioned users. Each is a Facilio employee.', ...await resourceList('Users',
+  notice('No employees yet', 'Employees appear with the first cycle of Entra ID. ', link('See the checklist', 'setup'), '.'))];
+const showGroups = async () => ['Groups', 'The provisioned groups.', ...await resourceList('Groups', notice('No groups yet',
+  'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
+async function resourceDetails(endpoint, id) {  // resource, employee (of a user), sections of the page
   const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
     get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
     get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
-  const history = changes.map(one => h('li', h('div', h('b', one.kind.replace('.', ' ')), one.member && [': ', one.id === id ?
-    link('this person', 'people', one.member) : link('this group', 'groups', one.id)], h('p.soft', full(one.at),
-    one.token && ` by “${one.token}”`, one.attributes.length && ': ' + short(one.attributes)))));
-  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'None is left.'),
-    section('SCIM resource', resource ? json(resource) : 'It was deleted; the employee stays.')), h('h2', 'Calls'),
-  calls.length ? h('ol.log', calls.map(entry)) : empty('No calls', 'The log holds none about it.')];
+  const history = changes.map(({kind, id: changedId, member, at, token, attributes}) => h('li', h('div', h('b', kind.replace('.', ' ')),
+    member && [': ', changedId === id ? link('this user', 'people', member) : link('this group', 'groups', changedId)],
+    h('p.dim', date(at), token && ` by “${token}”`, attributes.length && ': ' + nameList(attributes)))));
+  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'No changes recorded.'),
+    section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
+  h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
 }
-async function showPerson(id) {
-  const [resource, employee, ...rest] = await about('Users', id), boss = resource?.[ENTERPRISE]?.manager;
-  if (!employee) return ['Nobody here', 'No employee has this id.', link('All employees', 'people')];
-  const manager = boss && (boss.displayName || (employee.manager ? `employee ${employee.manager}` : 'not known here yet'));
+async function showEmployee(id) {
+  const [resource, employee, ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
+  if (!employee) return ['Not found', 'No employee has this ID.', link('All employees', 'people')];
+  const managerName = manager && (manager.displayName || (employee.manager ? `employee ${employee.manager}` : 'not provisioned yet'));
   return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id}`], h('div.grid', section('Employee', pairs([
-    ['Active', words(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
-    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Number', employee.employeeNumber],
-    ['Manager', boss && link(manager, 'people', boss.value)], ['Language', employee.language], ['Changed', when(employee.changed)],
-    ['External id', employee.external_id]])),
-  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(one => [one.display_name,
-    words(employee.custom_fields[one.link_name]) || h('span.soft', 'not sent')])) : 'None', h('p'), h('h2', 'Groups'),
-  resource?.groups ? h('ul', resource.groups.map(one => h('li', link(one.display, 'groups', one.value)))) : 'None')), ...rest];
+    ['Active', valueText(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
+    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
+    ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
+    ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
+  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(field => [field.display_name,
+    valueText(employee.custom_fields[field.link_name]) || h('span.dim', 'no value')])) : 'None', h('p'), h('h2', 'Groups'),
+  resource?.groups ? h('ul', resource.groups.map(group => h('li', link(group.display, 'groups', group.value)))) : 'None')), ...sections];
 }
 async function showGroup(id) {
-  const [resource, , ...rest] = await about('Groups', id), none = empty('No members', 'Assign people to this group in Entra ID.');
-  return [resource?.displayName || 'A group that was deleted', link('Groups', 'groups'), h('p'), h('h2', 'Members'),
-    ...await listing('Users', none, `groups.value eq ${JSON.stringify(id)}`), ...rest];
+  const [resource, , ...sections] = await resourceDetails('Groups', id);
+  return [resource?.displayName || 'Deleted group', link('Groups', 'groups'), h('p'), h('h2', 'Members'), ...await resourceList('Users',
+    notice('No members', 'Assign people to this group in Entra ID.'), `groups.value eq ${JSON.stringify(id)}`), ...sections];
 }
 
-// -- Sign in, and the way from view to view --
-const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showPeople, showPerson],
+// -- Sign-in and navigation --
+const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showEmployees, showEmployee],
   groups: ['Groups', showGroups, showGroup]};
-const alarm = problem => h('div.bad', {role: 'alert'}, h('p.note', problem));
-function signIn(...problems) {
+const alertBox = text => h('div.bad', {role: 'alert'}, h('p.note', text));
+function signIn(...messages) {
   delete sessionStorage.token; setup = null; view.abort();
   header.hidden = true; form.hidden = false; form.token.value = '';
-  main.replaceChildren(...problems.map(alarm), form); form.token.focus();
+  main.replaceChildren(...messages.map(alertBox), form); form.token.focus();
 }
 form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
   view.abort();
   const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
-  const chosen = SECTIONS[name] ? name : 'log', [, all, one] = SECTIONS[chosen];
+  const current = SECTIONS[name] ? name : 'log', [, showAll, showDetails] = SECTIONS[current];
   if (!sessionStorage.token) return signIn();
-  const failed = error => ['That did not work', error.message, h('button', {onclick: show}, 'Try again')];
-  const [title, lead, ...rest] = await Promise.resolve(setup || getSetup()).then(() => (id && one || all)(id)).catch(failed);
+  const [title, lead, ...content] = await Promise.resolve(setup || getSetup()).then(() => (id && showDetails || showAll)(id))
+    .catch(error => ['Something went wrong', error.message, h('button', {onclick: show}, 'Try again')]);
   if (signal.aborted) return;
-  header.hidden = false; document.title = `${title} – SCIM console`;
-  document.querySelector('#tenant').textContent = setup?.tenant || '';
-  document.querySelector('nav').replaceChildren(...Object.entries(SECTIONS).map(([section, [text]]) =>
-    h('a', {href: '#/' + section, ...section === chosen && {ariaCurrent: 'page'}}, text)));
-  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...rest.filter(Boolean));
+  header.hidden = false; document.title = `${title} – SCIM console`; tenantName.textContent = setup?.tenant || '';
+  nav.replaceChildren(...Object.entries(SECTIONS).map(([path, [text]]) =>
+    h('a', {href: '#/' + path, ...path === current && {ariaCurrent: 'page'}}, text)));
+  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...content.filter(Boolean));
   if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
 }
-function enter(event) {
-  const [, given] = location.hash.match(/^#token=(.+)$/) || [];   // of the link that the server prints
-  if (given) { sessionStorage.token = decodeURIComponent(given); setup = null; }
-  if (given || !location.hash) history.replaceState(null, '', '#/log');
+function route(event) {
+  const token = location.hash.match(/^#token=(.+)/)?.[1];  // from the link that the server prints
+  if (token) { sessionStorage.token = decodeURIComponent(token); setup = null; }
+  if (token || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }
-document.querySelector('#out').onclick = () => signIn();
-addEventListener('unhandledrejection', event => {      // of a button or a search; where the view has gone, nobody cares
+signOutButton.onclick = () => signIn();
+addEventListener('unhandledrejection', event => {  // an error of a button or a search; ignored if its view is gone
   event.preventDefault();
-  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alarm(event.reason.message));
+  if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alertBox(event.reason.message));
 });
-addEventListener('hashchange', enter); enter();
+addEventListener('hashchange', route); route();
 </script></html>
 """
 
@@ -6697,30 +6670,13 @@ addEventListener('hashchange', enter); enter();
 # ----------------------------------------------------------------------------
 # 18. Interface
 #
-# running() and wsgi() for other programs, then main(): serve (the default), token, check,
-# employees, changes, backup, restore, demo. What a person must mend is one line on standard error
-# and exit status 2.
+# running() and wsgi() for other programs, then main() and its commands: serve (the
+# default), token, check, employees, changes, backup, restore and demo. A problem that the
+# user can solve is one line on standard error and exit status 2.
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-KNOCK_SECONDS = 0.1  # how long a server may take to see that it has to end
-RELOAD_SECONDS = 1  # how often the configuration file is looked at
-FIXED = {
-    "host": "listen",
-    "port": "listen",
-    **{
-        name: name
-        for name in (
-            "data_dir",
-            "tls",
-            "trusted_proxies",
-            "max_connections",
-            "workers",
-            "access_log",
-            "console",
-        )
-    },
-}
+RELOAD_SECONDS = 1  # how often the configuration file is checked for changes
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 Hook = Callable[[str], str | None] | None
 
@@ -6729,27 +6685,27 @@ Hook = Callable[[str], str | None] | None
 def running(
     config: Source = None, *, authenticate: Hook = None, deterministic: bool = False
 ) -> Iterator[ScimServer]:
-    """Run a server on a free port while a with block lasts; see its url, token() and directory().
+    """Run a server on a free port during a with block; see its url, token() and directory().
 
-    config is a configuration, its file, its document, or nothing for a demo tenant in memory. deterministic
-    lets ids count up and the clock tick a millisecond at each look. Raises ConfigError, StoreError and OSError.
+    config is a Config, its file, its document, or None for a demo tenant in memory. With
+    deterministic, ids count up and the clock advances a millisecond each time it is read.
+    Raises ConfigError, StoreError and OSError.
     """
-    made = to_config(config)
+    settings = to_config(config)
     ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
-    with closing(
-        Application(
-            replace(made, port=0),
-            authenticate,
-            (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-            (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-            CONSOLE_PAGE,
-        )
-    ) as application:
-        for tenant in made.tenants:
-            application.directory(tenant.name)  # a test wants each of them
+    application = Application(
+        replace(settings, port=0),
+        authenticate,
+        (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
+        CONSOLE_PAGE,
+    )
+    with closing(application):
+        for tenant in settings.tenants:
+            application.directory(tenant.name)  # raises the StoreError of an unusable file
         server = ScimServer(application)
         server.exchanges = []
-        thread = threading.Thread(target=server.serve_forever, args=(POLL_SECONDS,))
+        thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
             yield server
@@ -6759,11 +6715,70 @@ def running(
 
 
 def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
-    """Return the server for gunicorn and its like, or to mount under a prefix; arguments as running()."""
-    return WsgiApplication(Application(to_config(config), authenticate, page=CONSOLE_PAGE))
+    """Return the server as a WSGI application, for gunicorn or to mount under a prefix.
+
+    The arguments are those of running(). A configuration file is reloaded when it changes. Call
+    this in each process: neither open database files nor threads survive a fork.
+    """
+    file = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
+    signature = file_signature(file)  # before the file is read
+    application = Application(to_config(config), authenticate, page=CONSOLE_PAGE)
+    if file:
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(load_config, file), signature),
+            daemon=True,
+        ).start()
+    return WsgiApplication(application)
 
 
-# -- Commands: those that return nothing end with status 0 ------------------------------
+# -- Reloading the configuration -----------------------------------------------------
+
+
+def follow_file(
+    reference: weakref.ref[Application],
+    file: str,
+    load: Callable[[], Config],
+    signature: FileSignature,
+) -> None:
+    """Reload the configuration whenever its file no longer has the signature.
+
+    This is for a daemon thread. It ends when nothing else refers to the application.
+    """
+    while application := reference():
+        if (latest := file_signature(file)) != signature:
+            signature[:] = latest
+            log_line(f"{file}: {reload_config(application, load)}")
+        del application
+        time.sleep(RELOAD_SECONDS)
+
+
+def reload_config(application: Application, load: Callable[[], Config]) -> str:
+    """Apply a changed configuration, keep the current one if it is invalid; return a log line."""
+    current = application.config
+    fixed = [option for option in fields(Config) if not option.metadata["live"]]
+    try:
+        config = load()
+        application.configure(
+            replace(config, **{option.name: getattr(current, option.name) for option in fixed})
+        )
+    except (ConfigError, StoreError, OSError, ValueError) as error:
+        return "not loaded, keeping the previous configuration: " + str(error).replace("\n", "; ")
+    warn_about_setup(application)
+    pending = dict.fromkeys(
+        option.metadata["key"] or option.name
+        for option in fixed
+        if getattr(config, option.name) != getattr(current, option.name)
+    )
+    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    return f"loaded, {len(config.tenants)} tenant(s){later}"
+
+
+# -- Commands: those that return None end with status 0 ------------------------------
+
+
+class UsageError(Exception):
+    """A command that cannot run with these options; the text says why."""
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -6773,195 +6788,116 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    """Return the configuration that the command line means; ConfigError."""
-    file, reader = chosen_file(options), ConfigReader()
+    """Return the configuration file's content with the options of the command line; ConfigError."""
+    file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
     if options.listen:
-        host, port = reader.read("--listen", options.listen, ADDRESS) or ("", 0)
-        config = replace(config, host=host, port=port)
-    workers = (
-        config.workers
-        if options.workers is None
-        else reader.read("--workers", options.workers, NUMBER)
-    )
-    if reader.problems:
-        raise ConfigError(reader.problems)
-    return replace(config, data_dir=options.data_dir or config.data_dir, workers=workers)
+        config = replace(config, **ConfigReader().result("--listen", options.listen, ADDRESS))
+    return replace(config, data_dir=options.data_dir or config.data_dir)
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
-    """Return the configuration and the tenant that --tenant names; StoreError."""
+    """Return the configuration and the tenant that --tenant names; UsageError."""
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
-        raise StoreError(
-            f"--tenant {options.tenant}: not in the configuration; there are {', '.join(tenants)}"
+        raise UsageError(
+            f"--tenant {options.tenant}: not in the configuration, which has {', '.join(tenants)}"
         )
     return config, tenants[options.tenant]
 
 
-def chosen_store(options: argparse.Namespace) -> Store:
-    """Return the store of --tenant, beside the server that may be at work on it; StoreError."""
-    path = store_path(*chosen_tenant(options))
+def existing_store(config: Config, tenant: Tenant) -> Store:
+    """Return a tenant's store, which a running server may be using; UsageError if there is none."""
+    path = store_path(config, tenant)
     try:
         os.stat(path)
     except FileNotFoundError:
-        raise StoreError(
-            f"{path}: does not exist, tenant {options.tenant} keeps no data there yet"
-        ) from None
+        raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
     return Store(path)
 
 
+def chosen_store(options: argparse.Namespace) -> Store:
+    """Return the store of --tenant; UsageError, StoreError."""
+    return existing_store(*chosen_tenant(options))
+
+
 def serve(options: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM, the configuration of the day."""
-    seen, config = file_signature(chosen_file(options)), chosen_config(options)
-    application = Application(config, page=CONSOLE_PAGE)
-    if not application.available:
-        application.directory(config.tenants[0].name)  # says why
-    warn(application)
-    if config.tls:
-        Tls(*config.tls)  # says what is wrong with it
+    """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
+    raise_file_limit()
+    file = chosen_file(options)
+    signature, config = file_signature(file), chosen_config(options)
+    with closing(Application(config, page=CONSOLE_PAGE)) as application:
+        if not application.available:
+            application.directory(config.tenants[0].name)  # raises the StoreError
+        warn_about_setup(application)
+        server = ScimServer(application, open_listener(config))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # stop() waits for the loop in this thread, so it needs another one.
+            signal.signal(number, lambda *_: threading.Thread(target=server.stop).start())
+        if hasattr(signal, "SIGHUP"):
+            # A false signature makes the next check reload the file. An Event would not do: a
+            # second signal during its set() would wait for the lock that the first one holds.
+            signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
+        threading.Thread(
+            target=follow_file,
+            args=(weakref.ref(application), file, partial(chosen_config, options), signature),
+            daemon=True,
+        ).start()
+        print(greeting(server.url, config), flush=True)
+        server.serve_forever()
+        server.stopped.wait()
+
+
+def raise_file_limit() -> None:
+    """Allow this process as many open files as the system permits."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource  # Windows has no such module and no such limit.
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def open_listener(config: Config) -> socket.socket:
+    """Return a socket that listens on the configured address; UsageError."""
     try:
-        listener = listen(config)
+        return listen(config)
+    except ValueError as error:
+        raise UsageError(f"reuse_port: not available on this platform ({error})") from error
     except OSError as error:
-        raise StoreError(
+        raise UsageError(
             f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
             "choose another address with --listen HOST:PORT"
         ) from error
-    told = greeting(url_of(config, listener.getsockname()[1]), config)
-    if config.workers == 1:
-        work(options, application, listener, seen, told)
-    else:
-        application.close()  # SQLite's files do not outlive a fork
-        supervise(options, config, listener, told)
-
-
-def work(
-    options: argparse.Namespace,
-    application: Application,
-    listener: Listener,
-    seen: Stamp,
-    told: str,
-) -> None:
-    """Serve until a signal; told is printed when signals are heeded, seen is the stamp of the file that was read."""
-    server = ScimServer(application, listener)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a thread, as stop() waits for this one's loop
-        signal.signal(number, lambda number, frame: threading.Thread(target=server.stop).start())
-    if hasattr(signal, "SIGHUP"):
-        # What is seen becomes another stamp; an Event's set() in set() would wait for itself.
-        signal.signal(signal.SIGHUP, lambda number, frame: seen.append((0, 0)))
-    threading.Thread(target=follow_file, args=(options, server, seen), daemon=True).start()
-    if told:
-        print(told, flush=True)
-    server.serve_forever(KNOCK_SECONDS)
-    server.stopped.wait()
-    application.close()
-
-
-def supervise(options: argparse.Namespace, config: Config, listener: Listener, told: str) -> None:
-    """Run workers on one socket, and a new one for each that dies, until a signal."""
-    if not hasattr(os, "fork"):
-        raise StoreError("workers: more than one needs an operating system that forks")
-    if config.data_dir == ":memory:":
-        raise StoreError(
-            "workers: more than one needs a data_dir on disk, to share what they store"
-        )
-    # Signals are waited for, not handled: one that came just before os.wait() would wait with it.
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD)
-    signal.signal(signal.SIGCHLD, lambda number, frame: None)  # BSD drops what is ignored
-    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
-    print(told, flush=True)
-    workers: set[int] = set()
-    stopping = False
-    while workers or not stopping:
-        while len(workers) < config.workers and not stopping:
-            seen = file_signature(chosen_file(options))
-            with suppress(ConfigError):
-                config = replace(chosen_config(options), workers=config.workers)
-            workers.add(fork_worker(options, config, listener, seen, numbers))
-        if (number := signal.sigwait(numbers)) != signal.SIGCHLD:
-            stopping = stopping or number != signal.SIGHUP
-            for worker in workers:
-                os.kill(worker, number)
-        for worker, status in [
-            found for one in workers if (found := os.waitpid(one, os.WNOHANG))[0]
-        ]:
-            workers.discard(worker)
-            if not stopping:
-                log_line(f"worker {worker} ended with status {status}; another one takes its place")
-                time.sleep(KNOCK_SECONDS)  # one that cannot start does not spin
-
-
-def fork_worker(
-    options: argparse.Namespace,
-    config: Config,
-    listener: Listener,
-    seen: Stamp,
-    numbers: Iterable[int],
-) -> int:
-    """Return the process id of a new worker, in which this never returns."""
-    supervisor = os.getpid()
-    if worker := os.fork():
-        return worker
-    for number in numbers:
-        signal.signal(number, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
-    threading.Thread(target=end_after, args=(supervisor,), daemon=True).start()
-    work(options, Application(config, page=CONSOLE_PAGE), listener, seen, "")
-    os._exit(0)
-
-
-def end_after(supervisor: int) -> None:
-    """End this worker when its supervisor was killed, so that nobody is left on the address."""
-    while os.getppid() == supervisor:
-        time.sleep(KNOCK_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def follow_file(options: argparse.Namespace, server: ScimServer, seen: Stamp) -> None:
-    """Take the configuration file when it changes, or a signal asked for it, while the server runs."""
-    while not server.stopping.wait(RELOAD_SECONDS):
-        if (found := file_signature(chosen_file(options))) != seen:
-            seen[:] = found
-            log_line(f"{chosen_file(options)}: {take_file(options, server)}")
-
-
-def take_file(options: argparse.Namespace, server: ScimServer) -> str:
-    """Serve what the configuration file says, or go on where it has mistakes; return what came of it."""
-    try:
-        fresh = chosen_config(options)
-        server.application.configure(fresh)
-    except (ConfigError, StoreError, OSError, ValueError) as error:
-        return "not taken, the earlier configuration serves on: " + str(error).replace("\n", "; ")
-    warn(server.application)
-    changed = dict.fromkeys(
-        key for name, key in FIXED.items() if getattr(fresh, name) != getattr(server.config, name)
-    )
-    return f"taken, {len(fresh.tenants)} tenant(s)" + (
-        f"; {', '.join(changed)} will be taken at the next start" if changed else ""
-    )
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine can call a host."""
+    """Return whether only programs on this machine can reach a host."""
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def warn(application: Application) -> None:
-    """Tell the operator what is unsafe, and who is not served."""
-    for name, found in application.directories.items():
-        if isinstance(found, StoreError):
-            log_line(f"tenant {name} is not served, the others are: {found}")
+def warn_about_setup(application: Application) -> None:
+    """Log which tenants cannot be served, and whether tokens are sent without encryption."""
+    for name, directory in application.directories.items():
+        if isinstance(directory, StoreError):
+            log_line(f"tenant {name} is not served, the others are: {directory}")
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
         log_line(
-            f"warning: {config.host} is beyond this machine and tokens travel in clear; "
-            "configure tls, or trusted_proxies for a proxy that has it"
+            f"warning: {config.host} is reachable from other machines and tokens are sent "
+            "unencrypted; configure tls, or trusted_proxies for a proxy that provides it"
         )
 
 
+def usable_secrets(tenant: Tenant) -> list[str]:
+    """Return the secrets of a tenant that the configuration holds and that have not expired."""
+    return [
+        token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())
+    ]
+
+
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token where the file holds it."""
+    """Return what to paste into Entra ID: Tenant URL, and Secret Token if the file holds it."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += [
@@ -6969,18 +6905,17 @@ def greeting(url: str, config: Config) -> str:
             f"tenant {tenant.name}",
             f"  Tenant URL    {url}",
             *(
-                f"  Secret Token  {token.secret or 'kept as a hash'}  ({token.name}"
-                f"{', expired' * token.expired(utc_now())})"
+                f"  Secret Token  {token.secret or 'kept as a hash'}  "
+                f"({token.name}{', expired' * token.expired(utc_now())})"
                 for token in tenant.tokens
             ),
         ]
-        # On loopback such a token, which is for demos, is also in a link that signs in to the console.
+        # This link signs in to the console. On loopback nobody else can use it.
         if config.console and is_loopback(config.host):
             lines += [
-                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(token.secret)}"
-                for token in tenant.tokens
-                if token.secret and not token.expired(utc_now())
-            ][:1]
+                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}"
+                for secret in usable_secrets(tenant)[:1]
+            ]
     return "\n".join(lines)
 
 
@@ -6988,7 +6923,7 @@ def make_token(options: argparse.Namespace) -> None:
     """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(
-        f"Secret Token, shown this once:\n\n  {secret}\n\n"
+        f"Secret Token, shown only once:\n\n  {secret}\n\n"
         'Entry for the tenant\'s "tokens" in the configuration:\n\n  '
         + json.dumps({"name": options.name, "sha256": digest(secret)})
     )
@@ -6998,31 +6933,31 @@ def check(options: argparse.Namespace) -> None:
     """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     if config.tls:
-        Tls(*config.tls)  # says what is wrong with it
+        Tls(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(
-            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), {len(tenant.custom_fields)} custom field(s)"
+            f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
+            f"{len(tenant.custom_fields)} custom field(s)"
         )
-        path, uses = store_path(config, tenant), {}
-        with suppress(FileNotFoundError):
-            os.stat(path)
-            with closing(Store(path)) as store, store.reading() as session:
-                uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
-        for token in tenant.tokens:  # one that nobody uses can be withdrawn
-            used = f"last used {uses[token]}" if uses.get(token) else "never used"
-            ends = (
-                f", expire{'sd'[token.expired(utc_now())]} {time_text(token.expires)}"
-                if token.expires
-                else ""
-            )
-            print(f"  token    {token.name}, {used}{ends}")
+        last_uses: dict[Token, str] = {}
+        with (
+            suppress(UsageError),  # there is no store yet
+            closing(existing_store(config, tenant)) as store,
+            store.reading() as session,
+        ):
+            last_uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
+        for token in tenant.tokens:  # an unused token can be withdrawn
+            used = f"last used {last_uses[token]}" if last_uses.get(token) else "never used"
+            ends = "expired" if token.expired(utc_now()) else "expires"
+            expiry = f", {ends} {time_text(token.expires)}" if token.expires else ""
+            print(f"  token    {token.name}, {used}{expiry}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
 
 
 def back_up(options: argparse.Namespace) -> None:
-    """Copy a tenant's database to a new file, while the server may run."""
+    """Copy a tenant's database to a new file. The server may be running."""
     with closing(chosen_store(options)) as store:
         store.backup(options.file)
     print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
@@ -7062,18 +6997,18 @@ def show_employees(options: argparse.Namespace) -> None:
     """Print a tenant's employees."""
     directory = Directory.as_stored(chosen_store(options))
     active = None if options.active is None else options.active == "true"
-    found = directory.employees(active, options.changed_since, options.id)
-    table = employee_table(found, directory.link_names)  # of what is lazy here, one form is printed
-    forms = {
+    employees = directory.employees(active, options.changed_since, options.id)
+    table = employee_table(employees, directory.link_names)
+    forms = {  # all of them are lazy, and only the chosen one is made
         "table": aligned(table),
         "csv": employee_csv(table),
-        "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in found),
+        "json": (json.dumps(asdict(employee), ensure_ascii=False) + "\n" for employee in employees),
     }
     sys.stdout.writelines(forms[options.format])
 
 
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a table, whose first row has the titles, as lines; columns that hold nothing are left out."""
+    """Yield a table as aligned lines, without empty columns; its first row has the titles."""
     rows = list(table)
     columns = enumerate(zip(*rows, strict=True))
     widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
@@ -7093,18 +7028,74 @@ def show_changes(options: argparse.Namespace) -> None:
 
 # -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
 
+DEMO_ADA = {
+    "schemas": [USER, ENTERPRISE],
+    "userName": "{email}",
+    "externalId": "{ada_object_id}",
+    "displayName": "Ada Demo",
+    "title": "Engineer",
+    "active": True,
+    "emails": [{"type": "work", "value": "{email}", "primary": True}],
+    ENTERPRISE: {"department": "Lifts"},
+}
+DEMO_BOB = {
+    **DEMO_ADA,
+    "userName": "bob.{email}",
+    "externalId": "{bob_object_id}",
+    "displayName": "Bob Demo",
+    "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
+}
+LOOK_UP = "/Users?filter=userName%20eq%20%22"
+# A step: title, method, path, body, then the expected status and values of the answer. A label at
+# the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
+# is a list of operations, or the values to change, which each dialect sends in its own way.
+# fmt: off
+DEMO_STEPS: list[tuple[Any, ...]] = [
+    ("Test Connection: look up a user who does not exist",
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}),
+    ("Ada is assigned: look her up", "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}),
+    ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
+    ("Create her again: refused", "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}),
+    ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
+    ("Her job title changes", "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}),
+    ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
+     200, {ENTERPRISE: {"department": "Roofs"}}),
+    ("The custom field {custom} is mapped",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200),
+    ("A mapping mistake, no such custom field: refused",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400),
+    ("The group Night Crew, with Ada", "POST", "/Groups",
+     {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
+     201, {}, "crew"),
+    ("Bob joins the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200),
+    ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200),
+    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}),
+    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}),
+    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204),
+    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204),
+    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204),
+    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404),
+]
+# fmt: on
+
 
 class Demo:
-    """Requests of Entra ID to a server, each of them printed; wrong counts unexpected answers."""
+    """Sends Entra ID's requests to a server and prints them; wrong counts unexpected answers."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url, self.token, self.wrong = url, token, 0
+        self.names: dict[str, str] = {}  # what the {names} in the steps stand for
+
+    def fill(self, text: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: self.names[match[1]], text)
 
     def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
-        """Return status and JSON of the answer to a request; OSError where nobody answers."""
+        """Return status and JSON of the answer to a request; OSError if there is no answer."""
         request = urllib.request.Request(
-            self.url + path,
-            None if body is None else to_json(body).encode(),
+            self.url + self.fill(path),
+            None if body is None else self.fill(to_json(body)).encode(),
             method=method,
             headers={
                 "Authorization": f"Bearer {self.token}",
@@ -7119,165 +7110,83 @@ class Demo:
                 return error.code, json.loads(error.read() or b"{}")
             return error.code, {}
 
+    def play(self, dialect: str, custom: Json) -> None:
+        """Play the steps in a dialect of PATCH; custom is a custom field of /Schemas, or {}."""
+        self.names = {
+            "email": f"ada.{secrets.token_hex(4)}@demo.example",
+            **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
+            "custom": custom.get("name", ""),
+            "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
+        }
+        for title, method, path, body, *expected in DEMO_STEPS:
+            if method == "PATCH":
+                operations = body if isinstance(body, list) else changes_of(dialect, body)
+                body = {"schemas": [PATCH_OP], "Operations": operations}
+            if custom or "{custom}" not in title:
+                self.step(self.fill(title), method, path, body, *expected)
+
     def step(
         self,
         title: str,
-        expected: int,
         method: str,
         path: str,
-        body: Json = None,
-        /,
-        **values: Json,
-    ) -> str:
-        """Send a request that a status and some values must answer; return the id of the answer."""
-        status, answer = self.send(method, path, body)
-        good = status == expected and values.items() <= answer.items()
-        told = answer.get("detail", "") or ("" if good else quoted(answer))
-        print(
-            f"  {'ok   ' if good else 'WRONG'}  {title:<52} {status}  {told}".rstrip(), flush=True
-        )
-        if not good:
-            print(f"         expected {expected} {to_json(values)}")
-            self.wrong += 1
-        return str(answer.get("id", "nobody"))
+        body: Json,
+        status: int,
+        values: Json = {},  # noqa: B006  is not changed
+        label: str = "",
+    ) -> None:
+        """Send a request and print whether its answer has the expected status and values."""
+        actual, answer = self.send(method, path, body)
+        good = actual == status and values.items() <= answer.items()
+        detail = answer.get("detail", "") or ("" if good else quoted(answer))
+        line = f"  {'ok   ' if good else 'WRONG'}  {title:<52} {actual}  {detail}".rstrip()
+        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        self.wrong += not good
+        self.names[label] = str(answer.get("id", "unknown"))
 
-    def play(self, dialect: str, custom: Json) -> None:
-        """Play the cycle in a dialect of PATCH, "default" or of the flag; custom is of /Schemas, or {}."""
 
-        def patch(**operation: Json) -> Json:
-            return {"schemas": [PATCH_OP], "Operations": [operation]}
-
-        def change(path: str, value: Json) -> Json:
-            old = dialect == "default"
-            return (
-                patch(op="Replace", path=path, value=value)
-                if old
-                else patch(op="replace", value={path: value})
-            )
-
-        def named(user_name: str) -> str:
-            return f"/Users?filter={quote(f'userName eq {to_json(user_name)}')}"
-
-        step, her = self.step, f"ada.{secrets.token_hex(4)}@demo.example"
-        user, other = (
-            {
-                "schemas": [USER, ENTERPRISE],
-                "userName": mail,
-                "externalId": str(uuid.uuid4()),
-                "displayName": name,
-                "title": "Engineer",
-                "active": True,
-                "emails": [{"type": "work", "value": mail, "primary": True}],
-                ENTERPRISE: {"department": "Lifts"},
-            }
-            for mail, name in ((her, "Ada Demo"), (f"bob.{her}", "Bob Demo"))
-        )
-        off = "False" if dialect == "default" else False  # as Switch() and as Not() send it
-        step(
-            "Test Connection: look up somebody who is not there",
-            200,
-            "GET",
-            named(str(uuid.uuid4())),
-            totalResults=0,
-        )
-        step("Ada is assigned: look her up", 200, "GET", named(her), totalResults=0)
-        ada_id = step("Create Ada, an engineer", 201, "POST", "/Users", user, title="Engineer")
-        step("Create her once more: refused", 409, "POST", "/Users", user, scimType="uniqueness")
-        bob_id = step("Create Bob", 201, "POST", "/Users", other)
-        ada, bob = f"/Users/{ada_id}", f"/Users/{bob_id}"
-        step("Her job title changes", 200, "PATCH", ada, change("title", "Chief"), title="Chief")
-        step(
-            "Her department changes",
-            200,
-            "PATCH",
-            ada,
-            change(f"{ENTERPRISE}:department", "Roofs"),
-            **{ENTERPRISE: {"department": "Roofs"}},
-        )
-        if custom:
-            value = {"integer": 1, "boolean": True}.get(custom["type"], "one")
-            step(
-                f"The custom field {custom['name']} is mapped",
-                200,
-                "PATCH",
-                ada,
-                change(f"{FACILIO}:{custom['name']}", value),
-            )
-        mistake = change(f"{FACILIO}:no_such_field", "1")
-        step("A mapping mistake, no such custom field: refused", 400, "PATCH", ada, mistake)
-        crew = "/Groups/" + step(
-            "The group Night Crew, with Ada",
-            201,
-            "POST",
-            "/Groups",
-            {
-                "schemas": [GROUP],
-                "displayName": f"Night Crew {her}",
-                "members": [{"value": ada_id}],
-            },
-        )
-        step(
-            "Bob joins the crew",
-            200,
-            "PATCH",
-            crew,
-            patch(op="Add", path="members", value=[{"value": bob_id}]),
-        )
-        step(
-            "Ada leaves the crew",
-            200,
-            "PATCH",
-            crew,
-            patch(op="Remove", path="members", value=[{"value": ada_id}]),
-        )
-        step("Ada is disabled", 200, "PATCH", ada, change("active", off), active=False)
-        step("Ada is back", 200, "PATCH", ada, change("active", True), active=True)
-        for name, path in (("Ada", ada), ("Bob", bob), ("The crew", crew)):
-            step(f"{name} is deleted for good", 204, "DELETE", path)
-        step("Nothing is left of her", 404, "GET", ada)
+def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
+    """Return PATCH operations that replace values, as Entra sends them with or without its flag."""
+    if dialect == "aadOptscim062020":
+        return [{"op": "replace", "value": values}]
+    return [  # Switch() in a mapping makes a text of a Boolean.
+        {"op": "Replace", "path": path, "value": str(value) if isinstance(value, bool) else value}
+        for path, value in values.items()
+    ]
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; 1 where a step went wrong."""
+    """Play Entra ID's cycle in both dialects against a server; return 1 if a step went wrong."""
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    known = [
-        token.secret
-        for token in config.tenants[0].tokens
-        if token.secret and not token.expired(utc_now())
-    ]
-    if not (options.token or known):
-        raise StoreError("--token is needed: the configuration has no secret that is good")
-    played = Demo(url, options.token or known[0])
+    tokens = [options.token] if options.token else usable_secrets(config.tenants[0])
+    if not tokens:
+        raise UsageError("--token is needed: the configuration has no usable secret")
+    player = Demo(url, tokens[0])
     try:
-        status, schema = played.send("GET", f"/Schemas/{FACILIO}")
+        status, schema = player.send("GET", f"/Schemas/{FACILIO}")
         for dialect in ("default", "aadOptscim062020"):
             print(f"\n{url}, dialect {dialect}")
-            played.play(dialect, schema["attributes"][0] if status == 200 else {})
+            player.play(dialect, schema["attributes"][0] if status == 200 else {})
     except (OSError, ValueError) as error:
-        raise StoreError(
+        raise UsageError(
             f"{url}: no answer ({error}); start the server in another terminal: "
             "python3 scim_server.py"
         ) from error
-    print(f"\n{played.wrong or 'no'} step(s) went wrong")
-    return 1 if played.wrong else 0
+    print(f"\n{player.wrong or 'no'} step(s) went wrong")
+    return 1 if player.wrong else 0
 
 
 # -- The command line ------------------------------------------------------------------
 
-Options = dict[str, dict[str, Any]]  # as argparse takes them
+Options = dict[str, dict[str, Any]]  # the keyword arguments of add_argument(), by option
+# fmt: off
 SERVE_OPTIONS: Options = {
-    "--config": {
-        "metavar": "FILE",
-        "help": "configuration (default: sample_config.json beside this file, "
-        "else a built-in demo tenant)",
-    },
-    "--data-dir": {
-        "metavar": "DIR",
-        "help": "where the tenants' files are; :memory: keeps nothing",
-    },
+    "--config": {"metavar": "FILE", "help": "configuration (default: sample_config.json in the "
+                 "directory of this program, otherwise a built-in demo tenant)"},
+    "--data-dir": {"metavar": "DIR", "help": "directory of the tenants' files; "
+                   ":memory: stores nothing on disk"},
     "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
-    "--workers": {"metavar": "N", "type": int, "help": "processes that share the work"},
     "--version": {"action": "version", "version": f"scim_server {__version__}"},
 }
 CONFIG, DATA_DIR = (
@@ -7287,65 +7196,38 @@ CONFIG, DATA_DIR = (
 TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
 COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
-    "token": (
-        make_token,
-        "make a secret token and its configuration entry",
-        {"--name": {"default": "entra", "help": "name of the token (default: entra)"}},
-    ),
-    "check": (
-        check,
-        "validate a configuration, list the custom fields' names for Entra ID",
-        {**CONFIG, **DATA_DIR},
-    ),
-    "employees": (
-        show_employees,
-        "print a tenant's employees",
-        {
-            "--format": {"choices": ("table", "csv", "json"), "default": "table"},
-            "--active": {"choices": ("true", "false"), "help": "only those who are, or are not"},
-            "--changed-since": {
-                "default": "",
-                "metavar": "TIME",
-                "help": "such as 2026-11-24T08:00:00Z",
-            },
-            "--id": {"type": int, "help": "only this one"},
-            **TENANT,
-        },
-    ),
-    "changes": (
-        show_changes,
-        "print a tenant's changes, a line of JSON each",
-        {
-            "--after": {
-                "type": int,
-                "default": 0,
-                "metavar": "SEQ",
-                "help": "only those behind this one",
-            },
-            "--follow": {"action": "store_true", "help": "go on with what comes, until Ctrl-C"},
-            **TENANT,
-        },
-    ),
+    "token": (make_token, "make a secret token and its configuration entry", {
+        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
+    "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {
+        **CONFIG, **DATA_DIR}),
+    "employees": (show_employees, "print a tenant's employees", {
+        "--format": {"choices": ("table", "csv", "json"), "default": "table"},
+        "--active": {"choices": ("true", "false"), "help": "only active, or only inactive ones"},
+        "--changed-since": {"default": "", "metavar": "TIME",
+                            "help": "such as 2026-11-24T08:00:00Z"},
+        "--id": {"type": int, "help": "only the employee with this id"},
+        **TENANT}),
+    "changes": (show_changes, "print a tenant's changes, a line of JSON each", {
+        "--after": {"type": int, "default": 0, "metavar": "SEQ",
+                    "help": "only changes after this number"},
+        "--follow": {"action": "store_true", "help": "keep printing new changes until Ctrl-C"},
+        **TENANT}),
     "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", COPY),
     "restore": (restore, "put a backup in the place of a tenant's database", COPY),
-    "demo": (
-        demo,
-        "play Entra ID's cycle against a running server",
-        {
-            "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
-            "--token": {"help": "its Secret Token (default: that of the first tenant)"},
-            **CONFIG,
-        },
-    ),
+    "demo": (demo, "play Entra ID's cycle against a running server", {
+        "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
+        "--token": {"help": "its Secret Token (default: that of the first tenant)"},
+        **CONFIG}),
 }
+# fmt: on
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return what the command line asks for; its run is the function to call."""
+    """Return the options of the command line; run is the function to call."""
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file."
     )
-    commands = parser.add_subparsers(metavar="COMMAND", help="without one: serve")
+    commands = parser.add_subparsers(metavar="COMMAND", help="without a command: serve")
     for name, (run, purpose, options) in {"": (serve, "", SERVE_OPTIONS), **COMMANDS}.items():
         command = commands.add_parser(name, help=purpose) if name else parser
         command.set_defaults(run=run)
@@ -7355,7 +7237,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 2 where a person must mend something."""
+    """Run the command line and return its exit status, 2 for a problem that the user can solve."""
     options = parse_options(arguments)
     try:
         status = options.run(options) or 0
@@ -7363,10 +7245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # as behind `| head`; Python would flush once more
+    except BrokenPipeError:  # such as `| head`. Python flushes stdout again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (StoreError, ScimError, OSError) as error:
+    except (UsageError, StoreError, ScimError, OSError) as error:
         log_line(str(error))
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:

@@ -6,8 +6,8 @@ import ast
 import base64
 import csv
 import functools
+import gc
 import hashlib
-import http.client
 import io
 import itertools
 import json
@@ -16,6 +16,7 @@ import queue
 import random
 import re
 import resource
+import shlex
 import signal
 import socket
 import sqlite3
@@ -28,7 +29,7 @@ import wsgiref.simple_server
 import wsgiref.util
 import wsgiref.validate
 import zipfile
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -170,7 +171,7 @@ def wait_until(holds: Any) -> None:
 
 def is_answering(server: scim_server.ScimServer) -> bool:
     """Return whether a request is at work."""
-    return any(peer.state == "answering" for peer in server.connections.copy().values())
+    return any(peer.state == "answering" for peer in server.connections.copy())
 
 
 # -- 2. Schemas ----------------------------------------------------------------
@@ -461,6 +462,33 @@ def test_a_wrong_value_is_refused_by_name_and_leaves_nothing(
     assert scim.get("/Users")["totalResults"] == 0
 
 
+REASONS = [  # name, a body, the reason of its error
+    ("no digits", {FAC: {"locker_no": "A7"}}, ("integer", f"{FAC}:locker_no", '"A7"')),
+    ("too many bits", {FAC: {"locker_no": 2**63}}, ("integer", f"{FAC}:locker_no", str(2**63))),
+    ("neither true nor false", {"active": "maybe"}, ("boolean", "active", '"maybe"')),
+    ("a number for text", {"title": 7}, ("type", "title", "a String", "7")),
+    ("text for an object", {"name": "Ada"}, ("type", "name", "an object", '"Ada"')),
+    ("no userName", {"userName": " "}, ("required", "userName")),
+    ("one name twice", {"Title": "a", "title": "b"}, ()),
+]
+
+
+@pytest.mark.parametrize("name, body, reason", REASONS, ids=[row[0] for row in REASONS])
+def test_an_error_carries_its_reason_for_the_log(
+    name: str, body: Any, reason: tuple[str, ...]
+) -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.accept(USER_TYPE, {"userName": "ada"} | body)
+    assert caught.value.reason == reason
+
+
+def test_the_error_of_a_filter_hands_on_the_reason_of_its_value() -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.parse_filter('active eq "maybe"', USER_TYPE)
+    assert caught.value.scim_type == "invalidFilter"
+    assert caught.value.reason == ("boolean", "active", '"maybe"')
+
+
 def test_schemas_of_other_makers_are_neither_refused_nor_echoed(scim: Scim) -> None:
     foreign = [
         "http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group",
@@ -735,6 +763,48 @@ def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any)
         schemas = [USER, *(urn for urn in (ENT, FAC) if urn in after)]
         assert patched == {"schemas": schemas, "userName": "tom", **after}
     assert json.dumps(resource) == original
+
+
+def test_an_unknown_custom_field_in_a_path_carries_the_names_of_those_that_exist() -> None:
+    for operation in (put(f"{FAC}:costcenter", "x"), pathless({f"{FAC}:costcenter": "x"})):
+        with pytest.raises(scim_server.ScimError) as caught:
+            scim_server.parse_operations(USER_TYPE, {"Operations": [operation]})
+        key, name, known_names = caught.value.reason
+        assert (key, name) == ("link_name", "costcenter")
+        assert known_names.split(", ") == ["union_code", "locker_no", "night_shift"]
+
+
+def test_removing_a_required_attribute_is_an_error_with_its_reason() -> None:
+    operations = scim_server.parse_operations(USER_TYPE, {"Operations": [remove("userName")]})
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.apply_patch(USER_TYPE, {"userName": "ada"}, operations)
+    assert caught.value.reason == ("required", "userName")
+
+
+SENT = [  # name, resource type, an operation, what the client sent for each operation
+    ("text for a Boolean", "User", put("active", "True"), ["True"]),
+    ("an object that is merged", "User", pathless({"active": "True", "title": "x"}), ["True", "x"]),
+    ("a remove without value", "User", remove("title"), [None]),
+    ("a list", "Group", add("members", [{"value": "a"}]), [[{"value": "a"}]]),
+    ("a member in the path", "Group", remove('members[value eq "a"]'), [[{"value": "a"}]]),
+]
+
+
+@pytest.mark.parametrize("name, type, operation, sent", SENT, ids=[row[0] for row in SENT])
+def test_an_operation_keeps_what_the_client_sent(
+    name: str, type: str, operation: Any, sent: Any
+) -> None:
+    parsed = scim_server.parse_operations(
+        {"User": USER_TYPE, "Group": GROUP_TYPE}[type], {"Operations": [operation]}
+    )
+    assert [step.sent for step in parsed] == sent
+
+
+def test_operations_that_become_one_keep_what_the_client_sent_for_each() -> None:
+    sent = [add("members", {"value": "a"}), add("members", ["b", {"value": "c"}])]
+    (merged,) = scim_server.parse_operations(GROUP_TYPE, {"Operations": sent})
+    assert merged.value == [{"value": id} for id in "abc"]
+    assert merged.sent == [{"value": "a"}, "b", {"value": "c"}]
 
 
 def test_names_of_any_length_are_refused_in_few_words_and_kept_nowhere(
@@ -1561,6 +1631,10 @@ CONFIG_MISTAKES = [  # what a tenant has in place of the right thing, and its pa
     ({"custom_fields": {}}, "tenants[0].custom_fields"),
     ({"log": {"keep": 0}}, "tenants[0].log.keep"),
     ({"log": {"bodies": "yes"}}, "tenants[0].log.bodies"),
+    ({"log": {"colour": 1}}, "tenants[0].log.colour"),
+    ({"log": 5}, "tenants[0].log"),
+    ({"log.keep": 5}, "tenants[0].log.keep"),
+    ({"tokens": ["x"]}, "tenants[0].tokens[0]"),
     ({"custom_fields": [{"type": "String"}]}, "tenants[0].custom_fields[0].link_name"),
     (
         {"custom_fields": [{"link_name": "1x", "type": "String"}]},
@@ -1599,6 +1673,9 @@ def test_all_mistakes_of_a_configuration_are_named_in_one_go(tmp_path: Path) -> 
                 "data_dir": "",
                 "port": 1,
                 "console": 0,
+                "tls": {"certificate": "c.pem"},
+                "trusted_proxies": ["10.0.0.0/8", "x"],
+                "changes": {"days": 0},
                 "tenants": [
                     {"name": "a", "tokens": [{"secret": "s"}]},
                     {
@@ -1617,6 +1694,9 @@ def test_all_mistakes_of_a_configuration_are_named_in_one_go(tmp_path: Path) -> 
         "data_dir",
         "port",
         "console",
+        "tls.key",
+        "trusted_proxies[1]",
+        "changes.days",
         "tenants[1].name",
         "tenants[1].tokens[0]",
         "tenants[1].custom_fields[0].type",
@@ -2309,8 +2389,7 @@ def together(server: scim_server.ScimServer, *names: str) -> list[bytes]:
                 connection.sendall(posted(name))
             wait_until(
                 lambda: (
-                    len(names)
-                    == sum(peer.state != "idle" for peer in server.connections.copy().values())
+                    len(names) == sum(peer.state != "idle" for peer in server.connections.copy())
                 )
             )
         return [connection.recv(65536) for connection in connections]
@@ -2466,12 +2545,11 @@ def test_who_has_no_token_and_reads_no_answer_makes_room_at_the_limit(tmp_path: 
 def test_a_connection_knows_what_has_come_before_it_is_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        peer = scim_server.Connection(ours)
-        assert not peer.is_unread()
+        peer = scim_server.Connection(ours, "")
+        assert not peer.has_unread()
         theirs.sendall(b"GET")
-        assert peer.is_unread()  # so it does not make room for others
-        peer.fill()
-        assert not peer.is_unread() and peer.octets == b"GET"
+        assert peer.has_unread()  # so it does not make room for others
+        assert peer.receive() and not peer.has_unread() and peer.buffer == b"GET"
 
 
 def test_a_lookup_waits_for_no_write(server: scim_server.ScimServer, scim: Scim) -> None:
@@ -2626,6 +2704,105 @@ def test_a_malformed_or_too_long_head_is_refused_before_its_body_is_read(
     answer = exchange(server, octets)
     assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [status]
     assert re.search(rb"\r\nX-Request-Id: [0-9a-f]+-\d+\r\n", answer)
+
+
+WELL_FORMED = [  # requests that are read whole
+    LAST,
+    b"\r\n" + LAST,
+    posted("ada"),
+    b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+    b"3;x=y\r\nabc\r\n1\r\n.\r\n0\r\nTrailer: z\r\n\r\n",
+]
+
+
+def read_in_pieces(octets: bytes, size: int) -> Any:
+    """Return the head and the body that the parser reads from pieces of a size, or its error."""
+    buffer = bytearray()
+
+    def read() -> Any:
+        head = yield from scim_server.read_head(buffer)
+        if "transfer-encoding" in head.headers:
+            return head, (yield from scim_server.read_chunks(buffer, 99))
+        length = int(head.headers.get("content-length", 0))
+        return head, (yield from scim_server.read_exactly(buffer, length))
+
+    reader = read()
+    try:
+        for start in range(0, len(octets), size):
+            buffer += octets[start : start + size]
+            while next(reader):
+                pass
+    except StopIteration as end:
+        return end.value
+    except scim_server.ScimError as error:
+        return error.status, error.detail
+    return "incomplete"
+
+
+@pytest.mark.parametrize(
+    "octets",
+    WELL_FORMED
+    + [octets for octets, status in MALFORMED if status in (b"400", b"414", b"431", b"505")]
+    + [b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + rest for rest in SMUGGLED],
+)
+def test_a_request_is_read_alike_whole_and_in_pieces(octets: bytes) -> None:
+    whole = read_in_pieces(octets, len(octets))
+    for size in (1, 2, 3, 7, 1000):
+        assert read_in_pieces(octets, size) == whole
+
+
+@pytest.mark.parametrize("extra, status", [(0, None), (1, 431)])
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_the_limit_of_a_head_is_exact(extra: int, status: int | None, size: int) -> None:
+    start, end = b"GET / HTTP/1.1\r\n", b"Host: x\r\n\r\n"
+    room = scim_server.MAX_HEAD + extra - len(end) - len(b"\r\nX: \r\n")
+    head = start + b"X: " + b"a" * room + b"\r\n" + end
+    assert read_in_pieces(head, size)[0] == (status or head_of(head))
+
+
+def head_of(octets: bytes) -> Any:
+    """Return the head that the parser reads from octets that hold one."""
+    try:
+        next(scim_server.read_head(bytearray(octets)))
+    except StopIteration as end:
+        return end.value
+
+
+def test_many_small_chunks_are_a_body(server: scim_server.ScimServer) -> None:
+    body = b'{"userName": "%s"}' % (b"a" * 3 * scim_server.CHUNKS_PER_ROUND)
+    chunks = b"".join(b"1\r\n%c\r\n" % octet for octet in body)
+    request = b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD
+    answer = exchange(server, request + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert answer[9:12] == b"201"
+
+
+def test_a_read_that_takes_long_holds_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
+) -> None:
+    started, go_on, handle = threading.Event(), threading.Event(), server.application.handle
+
+    def slow(request: scim_server.Request) -> scim_server.Response:
+        if "startIndex" in request.query:
+            started.set()
+            go_on.wait(60)
+        return handle(request)
+
+    monkeypatch.setattr(server.application, "handle", slow)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(Scim(server.url, "acme-secret").get, "/Users", startIndex=1)
+        assert started.wait(60)
+        assert Scim(server.url, "acme-secret").get("/Groups")["totalResults"] == 0
+        go_on.set()
+        assert first.result()["totalResults"] == 0
+
+
+def test_a_tenant_that_writes_slowly_holds_up_no_other(server: scim_server.ScimServer) -> None:
+    with ThreadPoolExecutor(1) as pool, server.directory("acme").store.writing():
+        slow = pool.submit(Scim(server.url, "acme-secret").user, "ada")
+        wait_until(lambda: is_answering(server))
+        assert Scim(server.url, "globex-secret").user("bob")["userName"] == "bob"
+        assert not slow.done()
+    assert slow.result()["userName"] == "ada"
 
 
 @pytest.mark.parametrize(
@@ -2968,7 +3145,7 @@ def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
 def test_a_silent_tls_client_loses_its_connection_too(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scim_server, "IDLE_SECONDS", 0.2)
+    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)  # for the handshake and a first request
     with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
         trusting = ssl.create_default_context(cafile=str(tmp_path / "tls.pem"))
         trusting.check_hostname = False
@@ -2989,9 +3166,7 @@ def test_a_handshake_that_stalls_makes_room_at_the_limit(
         socket.create_connection(server.server_address[:2], timeout=20) as silent,
     ):
         wait_until(
-            lambda: any(
-                isinstance(peer.socket, ssl.SSLSocket) for peer in list(server.connections.values())
-            )
+            lambda: any(isinstance(peer.socket, ssl.SSLSocket) for peer in list(server.connections))
         )
         assert peer_certificate(server) in CERTIFICATES[0]
         assert silent.recv(1) == b""
@@ -3406,7 +3581,7 @@ def test_each_request_is_a_line_of_the_access_log_without_secrets(
         assert lines == []
 
 
-def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path) -> None:
+def test_a_changed_configuration_is_loaded_and_a_broken_one_is_not(tmp_path: Path) -> None:
     file, serial = tmp_path / "config.json", iter(range(1, 9))
 
     def configure(text: str) -> None:
@@ -3439,7 +3614,7 @@ def test_a_changed_configuration_is_taken_and_a_broken_one_is_not(tmp_path: Path
         Scim(url, "globex-secret").user("ada")
         file.write_text('{"tenants": [{"name": 5}]}')
         running.send_signal(signal.SIGHUP)
-        assert "tenants[0].name" in line_with(running, "not taken")
+        assert "tenants[0].name" in line_with(running, "not loaded")
         assert later.get("/Users")["totalResults"] == 1
 
 
@@ -3452,67 +3627,83 @@ def test_signals_that_come_in_a_burst_stop_nothing_but_the_server(tmp_path: Path
         assert running.wait(20) == 0
 
 
-def children_of(running: Any) -> list[str]:
-    """Return the process ids of a supervisor's workers."""
-    return Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+def test_two_processes_share_an_address_and_one_goes_on_alone(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "reuse_port": True}))
+    clients: dict[str, Scim] = {}
+    with socket.socket() as reserved:  # it keeps the port, but does not listen
+        reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        reserved.bind(("127.0.0.1", 0))
+        address = "--config", str(file), "--listen", f"127.0.0.1:{reserved.getsockname()[1]}"
+        with process(*address) as (first, url, _), process(*address) as (second, same_url, _):
+            assert url == same_url
+
+            def both_answer() -> bool:
+                scim = Scim(url, "acme-secret")
+                request_id = scim.call("GET", "/Users").headers["X-Request-Id"]
+                clients.setdefault(request_id.partition("-")[0], scim)
+                return len(clients) == 2
+
+            def write(number: int) -> Any:
+                return Scim(url, "acme-secret").user(f"u{number}")
+
+            wait_until(both_answer)
+            one, other = clients.values()
+            ada = one.user("ada")
+            assert other.get(f"/Users/{ada['id']}")["userName"] == "ada"
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(write, range(60)))
+            first.kill()
+            first.wait()
+            with ThreadPoolExecutor(8) as pool:
+                assert all(pool.map(write, range(60, 119)))
+            scim = Scim(url, "acme-secret")
+            assert scim.get("/Users")["totalResults"] == 120
+            rows = changes(scim, "after=0&count=1000")
+            assert [row["seq"] for row in rows] == list(range(1, 241))
+            second.terminate()
+            assert second.wait(20) == 0
 
 
-def test_workers_share_an_address_and_one_that_dies_is_replaced(tmp_path: Path) -> None:
-    with logging_process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
-
-        def write(number: int) -> int:
-            return Scim(url, "acme-sample-secret-token").user(f"u{number}")["meta"]["version"] != ""
-
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(write, range(60)))
-        children = children_of(running)
-        assert len(children) == 2
-        os.kill(int(children[0]), signal.SIGKILL)
-        line_with(running, "another one takes its place")
-        with ThreadPoolExecutor(8) as pool:
-            assert all(pool.map(write, range(60, 120)))
-        scim = Scim(url, "acme-sample-secret-token")
-        assert scim.get("/Users")["totalResults"] == 120
-        rows = changes(scim, "after=0&count=1000")
-        assert [row["seq"] for row in rows] == list(range(1, 241))
-        running.terminate()
-        assert running.wait(20) == 0
+def test_reuse_port_needs_a_directory_on_disk_and_a_platform_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "reuse_port": True}))
+    arguments = ["--config", str(file), "--listen", "127.0.0.1:0"]
+    ended = command(*arguments, "--data-dir", ":memory:")
+    assert ended.returncode == 2 and "reuse_port: needs a data_dir on disk" in ended.stderr
+    with pytest.raises(scim_server.ConfigError, match="reuse_port: needs a data_dir on disk"):
+        scim_server.to_config({**CONFIG, "reuse_port": True})  # a document is for data in memory
+    monkeypatch.delattr("_socket.SO_REUSEPORT")
+    assert scim_server.main(arguments) == 2
+    assert "reuse_port: not available on this platform" in capsys.readouterr().err
 
 
-def test_workers_have_about_as_many_connections_each(tmp_path: Path) -> None:
-    def worker(connection: http.client.HTTPConnection) -> str:
-        connection.request("GET", "/healthz")
-        answer = connection.getresponse()
-        return answer.read() and answer.headers["X-Request-Id"].partition("-")[0]
-
-    with (
-        process("--data-dir", str(tmp_path), "--workers", "2") as (_, url, _),
-        ExitStack() as stack,
-    ):
-        up: set[str] = set()
-
-        def connected() -> http.client.HTTPConnection:
-            connection = http.client.HTTPConnection(url.split("/")[2])
-            connection.connect()
-            return stack.enter_context(closing(connection))
-
-        def both() -> bool:
-            with closing(connected()) as connection:
-                up.add(worker(connection))
-            return len(up) == 2
-
-        wait_until(both)
-        shares = Counter(map(worker, [connected() for _ in range(16)]))
-    assert len(shares) == 2 and min(shares.values()) >= 3
+def test_the_server_raises_its_limit_of_open_files(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 512), hard))
+    try:
+        with process("--data-dir", str(tmp_path)) as (running, _, _):
+            limits = Path(f"/proc/{running.pid}/limits").read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert re.search(rf"^Max open files +{hard} +{hard} ", limits, re.MULTILINE)
 
 
-def test_workers_end_with_a_supervisor_that_was_killed(tmp_path: Path) -> None:
-    with process("--data-dir", str(tmp_path), "--workers", "2") as (running, url, _):
-        wait_until(lambda: len(children_of(running)) == 2)
-        children = children_of(running)
-        running.kill()
-        wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-        assert not requests_accepted(int(url.split(":")[2].partition("/")[0]))
+def test_the_file_of_a_tenant_that_is_removed_is_closed(tmp_path: Path) -> None:
+    def is_open(name: str) -> bool:
+        numbers = os.listdir("/proc/self/fd")
+        files = [os.path.realpath(f"/proc/self/fd/{number}") for number in numbers]
+        return str(tmp_path / f"{name}.sqlite3") in files
+
+    with serving(tmp_path) as server:
+        Scim(server.url, "globex-secret").user("ada")
+        assert is_open("acme") and is_open("globex")
+        config = server.application.config
+        server.application.configure(replace(config, tenants=config.tenants[:1]))
+        assert is_open("acme") and not is_open("globex")
+        assert_error(Scim(server.url, "globex-secret").call("GET", "/Users"), 401)
 
 
 def test_check_says_when_a_token_was_used_last(tmp_path: Path) -> None:
@@ -3606,6 +3797,31 @@ def test_wsgi_mounted_under_a_prefix_names_it_in_every_location(tmp_path: Path) 
         assert_error(Scim(url, "wrong").call("GET", "/Users"), 401)
 
 
+def test_wsgi_follows_changes_of_its_file_while_somebody_keeps_the_application(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, file = threading.active_count(), tmp_path / "config.json"
+    acme, globex = CONFIG["tenants"]
+    file.write_text(json.dumps({"data_dir": "data", "tenants": [acme]}))
+    application = scim_server.wsgi(file)
+    with mounted(application) as url:
+        scim = Scim(url, "globex-secret")
+        assert scim.call("GET", "/Users").status_code == 401
+        document = {"data_dir": "elsewhere", "tenants": [acme, globex]}
+        file.write_text(json.dumps(document))
+        wait_until(lambda: scim.call("GET", "/Users").status_code == 200)
+        scim.user("ada")
+        file.write_text('{"tenants": [{"name": 5}]}')
+        printed: list[str] = []
+        wait_until(lambda: printed.append(capfd.readouterr().err) or "not loaded" in str(printed))
+        assert scim.get("/Users")["totalResults"] == 1
+    assert "loaded, 2 tenant(s); take effect after a restart: data_dir" in "".join(printed)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["config.json", "data"]
+    application.application.close()
+    del application
+    wait_until(lambda: gc.collect() >= 0 and threading.active_count() == before)
+
+
 def test_running_starts_empty_stops_clean_and_shares_nothing() -> None:
     before = threading.active_count()
     with scim_server.running() as one, scim_server.running() as other:
@@ -3647,6 +3863,10 @@ def test_a_hook_knows_tokens_and_tenants_come_and_go_while_the_server_runs() -> 
         assert directory.query("User").total_results == 2  # the same store
         with pytest.raises(scim_server.ConfigError, match="initech"):
             server.application.add_tenant({"name": "other", "tokens": [token]})
+        with pytest.raises(
+            scim_server.ConfigError, match="tenant.name: the same name as tenant in"
+        ):
+            server.application.add_tenant({"name": "Initech", "tokens": [{"secret": "new"}]})
         server.application.remove_tenant("initech")
         assert_error(vault.call("GET", "/Users"), 401)
         assert_error(Scim(server.url, "initech-secret").call("GET", "/Users"), 401)
@@ -3752,11 +3972,11 @@ def test_a_delay_is_for_the_requests_that_it_meets_alone(
 
 
 def test_an_embedded_server_that_runs_for_long_keeps_no_more_than_the_last_exchanges() -> None:
-    with scim_server.running() as server:
+    with scim_server.running() as server, requests.Session() as session:
         for number in range(scim_server.MAX_EXCHANGES + 5):
-            server.answer(scim_server.Request("GET", f"/{number}"))
+            session.get(f"{server.url}/{number}")
         paths = [one.request.path for one in server.exchanges or ()]
-    assert paths == [f"/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
+    assert paths == [f"/scim/v2/{n}" for n in range(5, scim_server.MAX_EXCHANGES + 5)]
 
 
 def test_importing_the_file_does_nothing_and_works_from_a_zip(tmp_path: Path) -> None:
@@ -4202,7 +4422,7 @@ def test_a_console_that_is_switched_off_is_not_there(tmp_path: Path) -> None:
 def test_no_way_leads_from_one_tenant_into_the_file_of_another(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
-        with pytest.raises(scim_server.ConfigError, match="case"):
+        with pytest.raises(scim_server.ConfigError, match="the same name as tenant acme"):
             server.application.add_tenant(
                 {"name": "ACME", "tokens": [{"name": "e", "secret": "z"}]}
             )
@@ -4493,29 +4713,9 @@ def test_two_managers_of_each_other_and_a_text_like_a_bulk_id_are_made_by_bulk(s
         assert found[ENT]["manager"]["value"] == ids[other] and found["title"] == "bulkId: ask me"
 
 
-def test_workers_need_a_place_on_disk_and_days_have_an_end() -> None:
-    ended = command("--workers", "2", "--data-dir", ":memory:", "--listen", "127.0.0.1:0")
-    assert ended.returncode == 2 and "data_dir" in ended.stderr
+def test_the_days_of_changes_have_an_upper_bound() -> None:
     with pytest.raises(scim_server.ConfigError, match=r"changes\.days"):
         scim_server.parse_config({**CONFIG, "changes": {"days": 100_000_000}})
-
-
-def test_a_worker_that_is_replaced_knows_the_configuration_of_the_day(tmp_path: Path) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": "data", "workers": 2}))
-    with logging_process("--config", str(file)) as (running, url, _):
-        assert Scim(url, "globex-secret").get("/Users")["totalResults"] == 0
-        wait_until(
-            lambda: len(children_of(running)) == 2
-        )  # one that starts later has nothing to take
-        file.write_text(
-            json.dumps({"data_dir": "data", "workers": 2, "tenants": CONFIG["tenants"][:1]})
-        )
-        assert line_with(running, ": taken") and line_with(running, ": taken")
-        os.kill(int(children_of(running)[0]), signal.SIGKILL)
-        line_with(running, "another one takes its place")
-        for _ in range(12):
-            assert Scim(url, "globex-secret").call("GET", "/Users").status_code == 401
 
 
 # -- 13. Command line --------------------------------------------------------------
@@ -4634,12 +4834,12 @@ def test_what_a_person_must_mend_is_one_line_and_status_2(tmp_path: Path) -> Non
             (["--config", str(tmp_path / "none.json")], ["none.json", "--config"]),
             (["--config", str(wrong)], ["wrong.json", "tenants[0].tokens"]),
             (["--data-dir", str(empty / "below")], [str(empty), "--data-dir"]),
-            (["--workers", "0"], ["--workers", "1 or more"]),
+            (["employees", "--tenant", "nobody"], ["--tenant nobody", "acme, globex"]),
             (["--config", str(unsafe)], ["tls", str(tmp_path / "none.pem")]),
             (["check", "--config", str(unsafe)], ["tls", str(tmp_path / "none.pem")]),
             (
                 ["changes", "--tenant", "acme", "--data-dir", ":memory:"],
-                [":memory:", "acme keeps no data"],
+                [":memory:", "acme has no data"],
             ),
             (["check", "--config", str(wrong)], ["tenants[0].tokens: is missing"]),
         ]:
@@ -5434,30 +5634,55 @@ def test_each_section_of_rfc_7644_that_binds_a_server_is_held_by_a_test() -> Non
 # -- The README ----------------------------------------------------------------------
 
 README = (HERE / "README.md").read_text("utf-8")
+RANDOM = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\bada\.[0-9a-f]{8}")
 
 
 def blocks(language: str) -> list[str]:
     """Return the code blocks of the README in a language."""
-    found = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
-    return [text for name, text in found if name == language]
+    fences = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", README, re.DOTALL | re.MULTILINE)
+    return [text for name, text in fences if name == language]
+
+
+def commands() -> list[str]:
+    """Return the arguments of each command line of the README, from blocks and from sentences."""
+    lines = re.findall(r"python3 (?:scim_server\.py|-m scim_server)([^`\n#]*)", README)
+    for line in re.findall(r"^CMD (.*)", README, re.MULTILINE):
+        lines.append(" ".join(json.loads(line)[3:]))
+    return list(dict.fromkeys(re.sub(r"[\[\]]", "", line).strip() for line in lines))
+
+
+def copied_server(tmp_path: Path) -> Path:
+    """Return a copy of the server, with the sample configuration beside it."""
+    for name in ("scim_server.py", "sample_config.json"):
+        (tmp_path / name).write_bytes((HERE / name).read_bytes())
+    return tmp_path / "scim_server.py"
 
 
 def test_the_first_screen_of_the_readme_is_what_a_user_sees(tmp_path: Path) -> None:
-    for name in ("scim_server.py", "sample_config.json"):
-        (tmp_path / name).write_bytes((HERE / name).read_bytes())
-    serve, test, curl = (block.strip() for block in blocks("sh")[:3])
+    file = copied_server(tmp_path)
+    serve, demo, test, curl = (block.strip() for block in blocks("sh")[:4])
     assert serve == "python3 scim_server.py" and test.startswith("python3 -m venv .venv")
-    with process(file=tmp_path / "scim_server.py") as (running, url, lines):
+    assert demo == "python3 scim_server.py demo"
+    with process(file=file) as (running, url, lines):
         token, path = re.findall(r"Bearer (\S+)\".*8080/scim/v2(\S+)", curl)[0]
+        played = command("demo", "--url", url, "--token", token, file=file)
         assert Scim(url, token).get(path) == json.loads(blocks("json")[0])
+        stayed = command("employees", "--tenant", "acme", file=file).stdout.splitlines()[1:]
         running.terminate()
         assert running.stdout
         lines += [line.rstrip() for line in running.stdout]
         base = url.removesuffix("/scim/v2")
-        assert [line.replace(base, "URL") for line in lines] == [
-            line.replace("http://127.0.0.1:8080", "URL")
-            for line in blocks("")[0].strip().split("\n")
-        ]
+        serving, playing = (
+            block.strip().replace("http://127.0.0.1:8080", base).split("\n")
+            for block in blocks("")[:2]
+        )
+        assert lines == serving
+    assert played.returncode == 0, played.stdout
+    printed = iter([RANDOM.sub("", line) for line in played.stdout.splitlines()])
+    for line in playing:  # in the order of the demo, "…" stands for lines that are left out
+        assert line.strip() == "…" or RANDOM.sub("", line) in printed, line
+    assert "four inactive employees" in " ".join(README.split())
+    assert len(stayed) == 4 and all(" false " in line for line in stayed)
 
 
 @pytest.mark.parametrize("example", blocks("python"))
@@ -5473,26 +5698,46 @@ def test_an_example_of_the_readme_runs(tmp_path: Path, example: str) -> None:
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
-    for expected in re.findall(r"print\(.*# (\w+)$", example, re.MULTILINE):
-        assert expected in ended.stdout
+    for comment in re.findall(r"print\(.*\)  # (.+)$", example, re.MULTILINE):
+        assert comment.removesuffix(" …") in ended.stdout
 
 
-def test_the_commands_of_the_readme_show_employees_and_changes(tmp_path: Path) -> None:
-    for name in ("scim_server.py", "sample_config.json"):
-        (tmp_path / name).write_bytes((HERE / name).read_bytes())
-    with process(file=tmp_path / "scim_server.py") as (_, url, _):
+@pytest.mark.parametrize("line", commands())
+def test_the_readme_names_commands_and_options_that_exist(line: str) -> None:
+    scim_server.parse_options(shlex.split(line))
+
+
+def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
+    file = copied_server(tmp_path)
+    expected = {
+        "employees": "ada",
+        "changes": "employee.created",
+        "check": "costcode",
+        "token": "sha256",
+        "backup": "acme.backup",
+        "restore": "acme.backup",
+    }
+
+    def run(*names: str) -> None:
+        for name in names:
+            lines = [line for line in commands() if line.split(" ")[0] == name]
+            assert lines
+            for line in lines:
+                arguments = line.replace("FILE", str(tmp_path / "sample_config.json")).split()
+                ended = command(*arguments, cwd=tmp_path, file=file)
+                assert ended.returncode == 0 and expected[name] in ended.stdout, ended
+
+    with process(file=file) as (_, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         scim.user("ada", title="Engineer", **{FAC: {"costcode": "C7"}})
-        for line in "\n".join(blocks("sh")).splitlines():
-            if match := re.match(r"python3 scim_server.py (employees|changes) (.*)", line):
-                arguments = match[2].replace("--follow", "").split()
-                ended = command(match[1], *arguments, file=tmp_path / "scim_server.py")
-                assert ended.returncode == 0 and "2" in ended.stdout, ended
-            if match := re.match(r'curl .*"Authorization.*8080(/(?:employees|changes)\S*)"', line):
-                accept = "text/csv" if "text/csv" in line else "*/*"
-                assert (
-                    beside(scim, match[1].replace("wait=30", "wait=0"), accept).status_code == 200
-                )
+        run("employees", "changes", "check", "token", "backup")
+        paths = re.findall(r"curl .*8080(/(?:employees|changes)[^\s\"]*)", README)
+        assert paths
+        for path in paths:
+            for accept in ("*/*", "text/csv"):
+                answer = beside(scim, path.replace("wait=30", "wait=0"), accept)
+                assert answer.status_code == 200
+    run("restore")
 
 
 def test_the_configuration_of_the_readme_is_one() -> None:
@@ -5513,7 +5758,7 @@ CHAPTERS = [
 ]
 AT_HOME = {  # modules that few chapters may use
     "sqlite3": {7, 9},
-    "socket": {16},
+    "socket": {16, 18},
     "ssl": {16, 18},
     "queue": {13, 16},
     "http": {16},

@@ -119,7 +119,6 @@ class Server:
             if options.commit_delay is None
             else ["-c", SLOW_COMMITS, str(options.commit_delay / 1000), str(self.commits_file)]
         )
-        workers = ["--workers", str(options.workers)] if options.workers else []
         run = ["-m", SERVER.stem] if module else [*delay, str(SERVER)]
         self.command = command or [
             sys.executable,
@@ -128,7 +127,6 @@ class Server:
             "127.0.0.1:0",
             "--config",
             str(folder / "config.json"),
-            *workers,
         ]
         self.process: subprocess.Popen[str] | None = None
 
@@ -167,7 +165,7 @@ class Server:
         pending = [self.process.pid] if self.process else []
         kilobytes = 0
         for pid in pending:
-            with suppress(OSError):  # a worker that ended meanwhile
+            with suppress(OSError):  # a process that has ended meanwhile
                 status = Path(f"/proc/{pid}/status").read_text()
                 kilobytes += int(re.search(r"VmRSS:\s+(\d+)", status)[1])  # type: ignore[index]
                 for task in Path(f"/proc/{pid}/task").iterdir():
@@ -757,7 +755,6 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="MS",
         help="delay each commit, and count them (0: only count)",
     )
-    add("--workers", type=int, metavar="N", help="passed on to the server")
     add(
         "--set",
         action="append",
@@ -769,10 +766,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.users < 100 or options.users % 100:
         parser.error("--users: expected a multiple of 100")
-    if options.url and (options.commit_delay is not None or options.workers or options.against):
-        parser.error(
-            "--url: the server runs already; not with --commit-delay, --workers, --against"
-        )
+    if options.url and (options.commit_delay is not None or options.against):
+        parser.error("--url: the server runs already; not with --commit-delay, --against")
     options.only = tuple(options.only.split(","))  # every name starts with ""
     options.connections = [int(text) for text in options.connections.split(",")]
     options.sync_users = options.sync_users or min(options.users, 10_000)
