@@ -3755,9 +3755,8 @@ def parse_body(request: Request) -> Json:
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
         return value
     except (ValueError, RecursionError) as error:
-        why = "nested too deeply" if isinstance(error, RecursionError) else error
-        detail = f"the body is not JSON: {why}"
-        raise invalid_syntax(detail, reason=("body", detail)) from None
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise invalid_syntax(f"the body is not JSON: {why}", reason=("body", why)) from None
 
 
 def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
@@ -3959,8 +3958,7 @@ def get_documents(call: Call) -> Response:
     if "filter" in call.parameters:  # RFC 7644 §4
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
     documents = DOCUMENTS[call.route.label.split("/")[1]](call.directory, call.base_url)
-    by_name = {name.lower(): document for name, document in documents.items()}
-    if document := by_name.get(call.id.lower()):
+    if document := {name.lower(): item for name, item in documents.items()}.get(call.id.lower()):
         return Response(200, document)
     if not call.id:
         return list_response(documents.values(), len(documents), startIndex=1)
@@ -4272,8 +4270,7 @@ class Bulk:
     def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
         request, path_id = self.call.request, quote(with_ids(id, self.ids) or "", safe="")
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
-        if operation.version:
-            headers["if-match"] = operation.version
+        headers |= {"if-match": operation.version} if operation.version else {}
         return self.perform(
             request._replace(
                 method=method,
@@ -4380,7 +4377,7 @@ EXPLANATIONS = {
     "body": (
         "connection",
         "problem",
-        "The body could not be read: {problem}.",
+        "The body is not JSON: {problem}.",
         "Check whether a proxy in front of the server changes or truncates requests.",
     ),
     "failed": (
@@ -4849,8 +4846,9 @@ def list_changes(call: Call) -> Response:
     """Answer GET /changes: those after a number; with wait, block until there are some."""
     after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
     changes = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
-    last = changes[-1].seq if changes else after
-    return plain_response({"changes": list(map(asdict, changes)), "after": last})
+    return plain_response(
+        {"changes": list(map(asdict, changes)), "after": changes[-1].seq if changes else after}
+    )
 
 
 # -- The console's API ---------------------------------------------------------------
@@ -4890,8 +4888,11 @@ def page_response(page: str) -> Response:
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"
     )
-    headers = {"Referrer-Policy": "no-referrer", "Content-Security-Policy": policy}
-    return console_response(page, "text/html; charset=utf-8", **headers)
+    return console_response(
+        page,
+        "text/html; charset=utf-8",
+        **{"Referrer-Policy": "no-referrer", "Content-Security-Policy": policy},
+    )
 
 
 def entra_mapping(directory: Directory) -> list[list[str]]:
