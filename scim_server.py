@@ -2839,7 +2839,7 @@ class Directory:
         Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
         """
         resource_type = self._type(type)
-        parsed = isinstance(body, list) and body and isinstance(body[0], Operation)
+        parsed = isinstance(body, list) and all(isinstance(step, Operation) for step in body)
         operations = body if parsed else parse_operations(resource_type, body)
         touched_ids = touched_member_ids(operations)
         with self.store.writing() as session:
@@ -3649,9 +3649,9 @@ def make_data_dir(config: Config) -> None:
 # Uses chapters 1 to 10. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
-RETRY_SECONDS = 5  # after which a tenant whose file failed is opened again
+RETRY_SECONDS = 5  # a tenant whose database failed is opened again after this time
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
-unauthorized = partial(  # whatever is wrong with a bearer token
+unauthorized = partial(  # one answer for every problem with a bearer token
     ScimError,
     401,
     "",
@@ -3659,56 +3659,86 @@ unauthorized = partial(  # whatever is wrong with a bearer token
     "application",
     {"WWW-Authenticate": 'Bearer realm="scim"'},
 )
-Caller = tuple[Tenant, Token, Directory | StoreError]  # of a request
 NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
+class Caller(NamedTuple):
+    """Who sent a request: tenant, token, and the tenant's directory or why it cannot be opened."""
+
+    tenant: Tenant
+    token: Token
+    directory: Directory | StoreError
+
+
 class Request(NamedTuple):
-    """A request: header names in lower case; path and query as they stood in the target."""
+    """A request: header names in lower case; path and query as they were in the target."""
 
     method: str
     path: str
     query: str = ""
     headers: Mapping[str, str] = NO_HEADERS
-    body: bytes | Json = b""  # Bulk hands in JSON that was read already
-    scheme: str = "http"  # and host: how the client named this server
+    body: bytes | Json = b""  # Bulk passes JSON that is already parsed
+    scheme: str = "http"  # with host: the URL by which the client reached this server
     host: str = "localhost"
     mount_point: str = ""  # the path that the server is mounted at
-    client: str = ""  # the address that it came from
+    client: str = ""  # its IP address
     id: str = "-"  # for the logs
-    caller: Caller | None = None  # whose it is, where that is known: Bulk asks for many but once
-    encoded: bool = (
-        False  # whether resources in the answer may be Encoded, for who makes bytes of them
-    )
+    caller: Caller | None = None  # set where the token has been read already
+    encoded: bool = False  # whether resources in the answer may be Encoded
 
 
 class Response(NamedTuple):
-    """An answer; its body stays JSON, or is text such as CSV, until the edge makes bytes of it."""
+    """An answer; its body stays JSON, or text such as CSV, until the edge serialises it."""
 
     status: int
     body: Json = None  # None is no body; another is application/scim+json unless headers say
     headers: Mapping[str, str] = NO_HEADERS
-    tenant: str = ""  # for the logs: whose request it was, and for what route
+    tenant: str = ""  # for the logs, as is the route
     route: str = ""
+    reason: tuple[str, ...] = ()  # of an error, for the provisioning log
 
 
-class Call(NamedTuple):
-    """A request on its way to an operation: whose directory, what of it, and how it was asked."""
+@dataclass(slots=True)
+class Call:
+    """A request with its route; admission and the operation fill in the other fields."""
 
     request: Request
-    directory: Directory
-    resource_type: ResourceType  # of the endpoint
-    resource_types: tuple[ResourceType, ...]  # this one, at the root all
-    endpoint: str  # the first segment of the path
-    id: str  # the last, where there are others
-    parameters: Mapping[str, str]  # of the query, names in lower case
-    condition: Precondition  # on the version
-    base_url: str
-    application: Any
-    caller: Caller | None  # of the request
+    route: Route
+    id: str = ""  # the last segment of the path, where the route has {id}
+    caller: Caller | None = None
+    directory: Directory = field(init=False)  # set when the token was accepted
+    parameters: Mapping[str, str] = field(default_factory=dict)  # names in lower case
+    body: Json = None  # the parsed JSON, kept for the provisioning log
+    operations: Sequence[Operation] = ()  # of a PATCH
+
+    @property
+    def resource_types(self) -> tuple[ResourceType, ...]:
+        """The resource type of the endpoint; all of them at the root."""
+        return tuple(
+            resource_type
+            for name, resource_type in self.directory.resource_types.items()
+            if self.route.type in ("", name)
+        )
+
+    @property
+    def base_url(self) -> str:
+        """The URL of the SCIM endpoint, as this client reached it."""
+        return f"{self.request.scheme}://{self.request.host}{self.request.mount_point}{BASE_PATH}"
+
+    @property
+    def condition(self) -> Precondition:
+        """The precondition of the request's headers."""
+        return Precondition(
+            self.request.headers.get("if-match", ""), self.request.headers.get("if-none-match", "")
+        )
+
+    def json(self) -> Json:
+        """Return the JSON of the body; ScimError 400 invalidSyntax."""
+        self.body = parse_body(self.request)
+        return self.body
 
     def selection(self, resource_type: ResourceType) -> Selection:
-        """Return what the client wants to see of resources of a type."""
+        """Return which attributes of a resource type the client wants."""
         return parse_selection(
             self.parameters.get("attributes", ""),
             self.parameters.get("excludedattributes", ""),
@@ -3723,72 +3753,63 @@ class Call(NamedTuple):
         most: int = 10**18,
         scim_type: str = "invalidValue",
     ) -> int:
-        """Return an integer parameter, moved into bounds; ScimError 400 with the scimType if it is none."""
+        """Return an integer parameter, moved into its bounds; ScimError 400 for other text."""
         if not (text := self.parameters.get(name.lower(), "")):
             return default
         if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
 
-    def search(
-        self, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None, window: Window
-    ) -> Page:
-        """Return a window on what matches, Encoded for who makes bytes of it."""
-        return self.directory.search(
-            asked, sorting, window, self.base_url if self.request.encoded else ""
-        )
-
     def projected(self, resource: Resource | Encoded) -> Json:
-        """Return as much of a resource as the client selected."""
+        """Return the part of a resource that the client selected."""
         if isinstance(resource, Encoded):
             return resource
         resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        """Return the answer that shows a resource."""
+        """Return an answer with a resource."""
         headers = {"ETag": resource["meta"]["version"]}
         if status == 201:
-            headers["Location"] = self.resource_type.location(self.base_url, resource["id"])
+            headers["Location"] = self.resource_types[0].location(self.base_url, resource["id"])
         return Response(status, self.projected(resource), headers)
 
 
+Queries = Mapping[str, tuple[Filter, Selection]]  # by the names of the resource types
+Operate = Callable[[Call], Response]
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A path: who may call it, and for each method the lane and the operation."""
+
+    label: str  # the path for the logs, "" for a path that does not exist
+    access: str  # one of the constants of chapter 15
+    type: str = ""  # the resource type at this path, "" for all of them
+    operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
+
+
 def parse_body(request: Request) -> Json:
-    """Return the JSON of a body; ScimError 400 invalidSyntax names the place of what is wrong."""
+    """Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong."""
     if not isinstance(body := request.body, bytes):
         return body
     try:
         value = json.loads(
             body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names
         )
-        # Only a body with escapes or deep nesting can hold what the walk looks for.
-        if b"\\u" in body or is_deep(value):
+        # Only a body with escapes or many brackets can hold what the walk is for.
+        if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
             for path, text in texts_in(value):
                 if UNSTORABLE.search(text):
                     raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
         return value
     except (ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise invalid_syntax(f"the body is not JSON: {reason}") from None
-
-
-def is_deep(value: Json) -> bool:
-    """Return whether a JSON value is nested deeper than MAX_DEPTH, level by level."""
-    level: list[Any] = [[value]]
-    depth = 0
-    while level and depth <= MAX_DEPTH:
-        level = [
-            item
-            for outer in level
-            for item in (outer.values() if isinstance(outer, dict) else outer)
-            if isinstance(item, (dict, list))
-        ]
-        depth += 1
-    return bool(level)
+        why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise invalid_syntax(f"the body is not JSON: {why}", reason=("body", why)) from None
 
 
 def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield every text in a JSON value behind its path, names included; ValueError beyond MAX_DEPTH."""
+    """Yield (path, text) for each text in a JSON value, names too; ValueError if it is too deep."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str):
@@ -3803,12 +3824,12 @@ def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str,
 
 
 def not_json(word: str) -> Json:
-    """Refuse NaN and Infinity, which Python reads and RFC 8259 does not know."""
+    """Refuse NaN and Infinity, which json.loads accepts and RFC 8259 does not allow."""
     raise ValueError(word)
 
 
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
-    """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage is what this answer holds."""
+    """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage counts the resources in it."""
     page = list(resources)
     return Response(
         200,
@@ -3824,1755 +3845,47 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 
 def error_response(error: ScimError) -> Response:
     """Return a SCIM error as an answer."""
-    return Response(error.status, error.body(), error.headers)
+    return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is no SCIM message."""
+    """Return an answer that is not a SCIM message."""
     return Response(200, body, {"Content-Type": type, **headers})
 
 
 def credentials_of(request: Request) -> tuple[str, str]:
-    """Return the scheme and the secret of a request's Authorization, "" for what is missing."""
+    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     return scheme, secret.strip()
 
 
 def response_for(error: Exception) -> Response:
-    """Return the answer to a request that failed; what its client cannot mend is printed."""
+    """Return the answer to a request that failed; print an error that the client did not cause."""
     if isinstance(error, ScimError):
         return error_response(error)
-    with suppress(OSError, ValueError):  # nobody reads it
+    with suppress(OSError, ValueError):  # standard error may be closed
         traceback.print_exception(error)
     if isinstance(error, StoreError):
-        return error_response(
-            ScimError(
-                error.status,
-                "",
-                f"the tenant's database failed: {error.reason}; nothing was changed, "
-                "the request may be repeated",
-                RETRY,
-            )
-        )
+        detail = f"the tenant's database failed: {error.reason}; nothing was changed, try again"
+        return error_response(ScimError(error.status, "", detail, RETRY))
     return error_response(ScimError(500, "", "the server failed; its log says why"))
 
 
-# ----------------------------------------------------------------------------
-# 12. SCIM endpoints                                           RFC 7644 §3, §4
+# -- HTTP/1.1: generators that read a buffer (sans-IO) --
 #
-# Each operation takes a Call and returns a Response: resources, queries, cursors,
-# .search, discovery and Bulk.
-# Uses chapters 1 to 11. Knows nothing of sockets.
-# ----------------------------------------------------------------------------
-
-# -- Discovery -------------------------------------------------------------------
-
-
-def published_attribute(attribute: Attribute) -> Json:
-    """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
-    cased = attribute.type in STRING_TYPES or attribute.type == "binary"
-    found = {
-        "name": attribute.name,
-        "type": attribute.type,
-        "multiValued": attribute.multi_valued,
-        "required": attribute.required,
-        "mutability": attribute.mutability,
-        "returned": attribute.returned,
-        "caseExact": attribute.case_exact if cased else None,
-        "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
-        "description": attribute.description or attribute.name,
-        "canonicalValues": list(attribute.canonical_values) or None,
-        "referenceTypes": list(attribute.reference_types) or None,
-        "subAttributes": [
-            published_attribute(sub) for sub in attribute.sub_attributes if sub.published
-        ]
-        or None,
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def published_schemas(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return a tenant's schemas by URN (RFC 7643 §7); externalId is listed for Entra's validator."""
-    return {
-        schema.id: {
-            "schemas": [SCHEMA],
-            "id": schema.id,
-            "name": schema.name,
-            "description": schema.description,
-            "attributes": [
-                published_attribute(attribute)
-                for attribute in ((EXTERNAL_ID,) if schema is found.schema else ())
-                + schema.attributes
-                if attribute.published
-            ],
-            "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
-        }
-        for found in directory.resource_types.values()
-        for schema in (found.schema, *found.extensions)
-        if schema.attributes
-    }
-
-
-def published_resource_types(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return a tenant's resource types by name (RFC 7643 §6)."""
-    return {
-        found.name: {
-            "schemas": [RESOURCE_TYPE],
-            "id": found.name,
-            "name": found.name,
-            "description": found.schema.description,
-            "endpoint": found.endpoint,
-            "schema": found.schema.id,
-            "schemaExtensions": [
-                {"schema": one.id, "required": False} for one in found.extensions if one.attributes
-            ],
-            "meta": {
-                "resourceType": "ResourceType",
-                "location": f"{base_url}/ResourceTypes/{found.name}",
-            },
-        }
-        for found in directory.resource_types.values()
-    }
-
-
-def published_config(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
-    return {
-        "": {
-            "schemas": [PROVIDER_CONFIG],
-            "patch": {"supported": True},
-            # authentik takes a missing maxOperations for "no PATCH and no filter".
-            "bulk": {
-                "supported": True,
-                "maxOperations": MAX_BULK_OPERATIONS,
-                "maxPayloadSize": MAX_BULK_BODY,
-            },
-            "filter": {"supported": True, "maxResults": MAX_COUNT},
-            "changePassword": {"supported": False},
-            "sort": {"supported": True},
-            "etag": {"supported": True},
-            "pagination": {
-                "cursor": True,
-                "index": True,
-                "defaultPaginationMethod": "index",
-                "maxPageSize": MAX_COUNT,
-                "defaultPageSize": DEFAULT_COUNT,
-                "cursorTimeout": CURSOR_SECONDS,
-            },
-            "authenticationSchemes": [
-                {
-                    "type": "oauthbearertoken",
-                    "name": "Bearer token",
-                    "primary": True,
-                    "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
-                    "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
-                }
-            ],
-            "meta": {
-                "resourceType": "ServiceProviderConfig",
-                "location": f"{base_url}/ServiceProviderConfig",
-            },
-        }
-    }
-
-
-PUBLISHED = {
-    "ServiceProviderConfig": published_config,
-    "Schemas": published_schemas,
-    "ResourceTypes": published_resource_types,
-}
-
-
-def get_published(call: Call) -> Response:
-    """Answer GET of a discovery endpoint: its documents, where sort and page count for nothing, or one."""
-    if "filter" in call.parameters:  # RFC 7644 §4
-        raise ScimError(403, "", "filter: discovery endpoints take no filter")
-    found = PUBLISHED[call.endpoint](call.directory, call.base_url)
-    if document := {name.lower(): one for name, one in found.items()}.get(call.id.lower()):
-        return Response(200, document)
-    if not call.id:
-        return list_response(found.values(), len(found), startIndex=1)
-    raise ScimError(404, "", f"{quoted(call.id)} does not exist; there are {', '.join(found)}")
-
-
-# -- Operations: each takes a call and gives a response ----------------------------
-
-
-def create_resource(call: Call) -> Response:
-    """Answer POST /Users and POST /Groups."""
-    return call.answer(call.directory.create(call.resource_type, parse_body(call.request)), 201)
-
-
-def get_resource(call: Call) -> Response:
-    """Answer GET /Users/{id}."""
-    found = call.directory.get(call.resource_type, call.id, call.selection(call.resource_type))
-    version = found["meta"]["version"]
-    if call.condition.if_match:
-        call.condition._replace(if_none_match="").check(version)
-    if call.condition.excludes(version):
-        return Response(304, headers={"ETag": version})
-    return call.answer(found)
-
-
-def replace_resource(call: Call) -> Response:
-    """Answer PUT /Users/{id}."""
-    return call.answer(
-        call.directory.replace(
-            call.resource_type, call.id, parse_body(call.request), call.condition
-        )
-    )
-
-
-def patch_resource(call: Call) -> Response:
-    """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with a great many members."""
-    patched = call.directory.patch(
-        call.resource_type,
-        call.id,
-        parse_body(call.request),
-        call.condition,
-        call.selection(call.resource_type),
-    )
-    return call.answer(patched) if patched else Response(204)
-
-
-def delete_resource(call: Call) -> Response:
-    """Answer DELETE /Users/{id}."""
-    call.directory.delete(call.resource_type, call.id, call.condition)
-    return Response(204)
-
-
-def list_resources(call: Call) -> Response:
-    """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
-    text = call.parameters.get("filter", "").strip()
-    asked = {
-        found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
-        for found in call.resource_types
-    }
-    sorting = parse_sorting(call.parameters, call.resource_types)
-    if "cursor" in call.parameters:
-        return list_by_cursor(call, asked, sorting)
-    start_index = call.integer("startIndex", 1, 1)
-    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.search(asked, sorting, Window(count, start_index - 1))
-    return list_response(
-        map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
-    )
-
-
-def list_by_cursor(
-    call: Call, asked: Mapping[str, tuple[Filter, Selection]], sorting: Sorting | None
-) -> Response:
-    """Answer a query that pages by cursor (RFC 9865): an empty one asks for the first page."""
-    if "startindex" in call.parameters:
-        raise invalid_value("startIndex: not together with cursor")
-    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
-    total, after, backward = read_cursor(call)
-    page = call.search(asked, sorting, Window(count, 0, after, backward))
-    total = total if page.total_results is None else page.total_results
-    cursors = {}
-    # On the side that a walk comes from there is always something; on the other, more says.
-    if page.last and (page.more or backward):
-        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
-    if page.first and (page.more if backward else after is not None):
-        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
-    return list_response(map(call.projected, page.resources), total, **cursors)
-
-
-# A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
-# missing, key, seq). Nothing is kept on the server, and nobody can make one for another tenant.
-def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    """Return a cursor to the page behind a position."""
-    content = to_json(
-        [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
-    ).encode()
-    return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
-
-
-def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
-    """Return total, position and direction of a cursor; ScimError 400 invalidCursor or expiredCursor."""
-    if not (text := call.parameters["cursor"]):
-        return 0, None, False
-    octets = b""
-    with suppress(ValueError):
-        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
-    mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
-    again = "start again with an empty cursor"
-    if not content or not hmac.compare_digest(mac, signature(call, content)):
-        raise ScimError(400, "invalidCursor", f"cursor: not one of this server; {again}")
-    query, total, backward, issued, *position = json.loads(content)
-    if query != query_digest(call):
-        raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
-    if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
-        raise ScimError(
-            400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {again}"
-        )
-    return total, Position(*position), backward
-
-
-def query_digest(call: Call) -> str:
-    """Return what makes two requests pages of one query."""
-    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    return digest(to_json([[found.name for found in call.resource_types], terms]))[:16]
-
-
-def signature(call: Call, content: bytes) -> bytes:
-    """Return the HMAC of a cursor's content under the tenant's key."""
-    return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
-
-
-def search_resources(call: Call) -> Response:
-    """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
-    parameters = {}
-    for name, value in lowercase_keys(parse_body(call.request)).items():
-        names = [one for one in (value if isinstance(value, list) else [value]) if one is not None]
-        if not all(isinstance(one, (str, int)) for one in names):
-            raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
-        if names:
-            parameters[name] = ",".join(map(str, names))
-        if name != "filter" and len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
-            raise invalid_value(f"{name}: longer than {MAX_FILTER_LENGTH} characters")
-    return list_resources(call._replace(parameters=parameters))
-
-
-def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
-    """Return what to sort by; an attribute that nobody has sorts nothing (RFC 7644 §3.4.2.3)."""
-    order = parameters.get("sortorder", "").strip().lower() or "ascending"
-    if order not in ("ascending", "descending"):
-        raise invalid_value(f"sortOrder: expected ascending or descending, got {quoted(order)}")
-    name = parameters.get("sortby", "").strip()
-    target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
-    if target and (standing := target[-1].value_attribute):
-        target = (*target, standing)
-    return Sorting(AttributePath(target), order == "descending") if target else None
-
-
-# -- Bulk: a loop over handle ------------------------------------------------------
-
-BULK_ID = re.compile(
-    r"bulkId:(\S+)"
-)  # what stands for the id of what a POST makes (RFC 7644 §3.7.2)
-
-
-class BulkOperation(NamedTuple):
-    """One operation of a bulk request: a method, an endpoint, an id below it or "", its data."""
-
-    method: str
-    endpoint: str
-    id: str
-    bulk_id: str
-    version: str
-    data: Json
-    references: set[str]  # the bulkIds whose resources it needs the ids of
-
-
-def parse_bulk_operation(item: Json) -> BulkOperation:
-    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
-    given = {
-        name: value
-        for name, value in lowercase_keys(item, "Operations: expected objects").items()
-        if value is not None
-    }
-    for name in ("method", "path", "bulkId", "version"):
-        if not isinstance(value := given.setdefault(name.lower(), ""), str):
-            raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
-    endpoint, _, id = given["path"].strip("/").partition("/")
-    data = given.get("data")
-    texts = texts_in([id, data]) if "bulkId:" in to_json([id, data]) else ()  # few refer to others
-    references = {found[1] for _, text in texts if (found := BULK_ID.fullmatch(text))}
-    return BulkOperation(
-        given["method"].upper(), endpoint, id, given["bulkid"], given["version"], data, references
-    )
-
-
-def resolved(value: Json, ids: Mapping[str, str]) -> Json:
-    """Return JSON with ids for its bulkIds, without the objects that refer to one not yet known."""
-    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
-        return ids.get(reference[1])
-    if isinstance(value, list):
-        return [one for item in value if (one := resolved(item, ids)) is not None]
-    if isinstance(value, dict):
-        found = {name: resolved(item, ids) for name, item in value.items()}
-        if any(found[name] is None and isinstance(item, str) for name, item in value.items()):
-            return None
-        return {
-            name: item for name, item in found.items() if item is not None or value[name] is None
-        }
-    return value
-
-
-class Bulk:
-    """A bulk request at work (RFC 7644 §3.7); ScimError 400 invalidValue where two POSTs share a bulkId."""
-
-    def __init__(self, call: Call, operations: Sequence[BulkOperation]) -> None:
-        self.call, self.operations = call, operations
-        self.answers: dict[int, Json] = {}  # so far, by number
-        self.makers: dict[str, int] = {}  # a bulkId to the POST that makes its resource
-        self.ids: dict[str, str] = {}  # a bulkId to the id of what was made
-        self.incomplete: list[int] = []  # made before what they refer to, in a circle
-        for number, made in enumerate(operations):
-            if made.method == "POST" and self.makers.setdefault(made.bulk_id, number) != number:
-                raise invalid_value(
-                    f"bulkId {quoted(made.bulk_id)}: each POST needs one of its own"
-                )
-
-    def run(self, fail_on_errors: int) -> list[Json]:
-        """Return the answers in the order of the request, until there are so many errors."""
-        errors = 0
-        for number in self._order():
-            self._perform(number)
-            errors += "response" in self.answers[number]
-            if errors >= fail_on_errors:
-                break
-        for number in list(self.incomplete):
-            self._finish(number)
-        return [self.answers[number] for number in sorted(self.answers)]
-
-    def _order(self) -> Iterator[int]:
-        """Yield all numbers, each after the makers it refers to; a circle is cut where it closes."""
-        started: set[int] = set()
-        done: set[int] = set()
-        for first in range(len(self.operations)):
-            stack = [first]
-            while stack:
-                number = stack[-1]
-                if number not in started:
-                    started.add(number)
-                    makers = {
-                        self.makers.get(name, number) for name in self.operations[number].references
-                    }
-                    stack += sorted(makers - started, reverse=True)
-                elif stack.pop() not in done:
-                    done.add(number)
-                    yield number
-
-    def _perform(self, number: int) -> None:
-        operation = self.operations[number]
-        try:
-            self._check(operation)
-            missing = operation.references - self.ids.keys()
-            for name in sorted(missing):
-                if self.makers.get(name) is None or self.makers[name] in self.answers:
-                    raise ScimError(
-                        409, "", f"bulkId {quoted(name)}: no POST of this request made it"
-                    )
-            response = self._send(operation, operation.method, operation.id)
-        except ScimError as error:
-            response = error_response(error)
-        self._note(number, response)
-        if response.status == 201:
-            self.ids[operation.bulk_id] = response.body["id"]
-            self.incomplete += [number] if missing else []
-            for one in [
-                one for one in self.incomplete if self.operations[one].references <= self.ids.keys()
-            ]:
-                self._finish(one)
-
-    def _check(self, operation: BulkOperation) -> None:
-        method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
-        if method not in ("POST", "PUT", "PATCH", "DELETE"):
-            raise invalid_value(
-                f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
-            )
-        if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
-        if method != "DELETE" and operation.data is None:
-            raise invalid_value(f"data: {method} needs some")
-        if method == "POST" and not operation.bulk_id:
-            raise invalid_value("bulkId: POST needs one")
-
-    def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
-        request, path_id = self.call.request, quote(resolved(id, self.ids) or "", safe="")
-        headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
-        if operation.version:
-            headers["if-match"] = operation.version
-        return self.call.application.handle(  # type: ignore[no-any-return]
-            request._replace(
-                method=method,
-                path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
-                query="",
-                headers=headers,
-                caller=self.call.caller,
-                body=resolved(operation.data, self.ids) if operation.references else operation.data,
-            )
-        )
-
-    def _finish(self, number: int) -> None:
-        """Replace what was made without its references as they are known; undo its making where one is not."""
-        operation = self.operations[number]
-        id = f"bulkId:{operation.bulk_id}"
-        self.incomplete.remove(number)
-        response = error_response(
-            ScimError(409, "", "a bulkId that this resource refers to was not made")
-        )
-        if operation.references <= self.ids.keys():
-            response = self._send(operation, "PUT", id)
-        if response.status == 200:
-            self.answers[number]["version"] = response.headers["ETag"]
-        else:
-            self._send(operation, "DELETE", id)
-            self._note(number, response)
-
-    def _note(self, number: int, response: Response) -> None:
-        operation = self.operations[number]
-        location = (
-            response.headers.get("Location", "")
-            if operation.method == "POST"
-            else f"{self.call.base_url}/{operation.endpoint}/{resolved(operation.id, self.ids) or operation.id}"
-        )
-        answer = {
-            "location": location,
-            "method": operation.method,
-            "bulkId": operation.bulk_id,
-            "version": response.headers.get("ETag"),
-            "status": str(response.status),
-            "response": response.body if response.status >= 300 else None,
-        }
-        self.answers[number] = {name: value for name, value in answer.items() if value}
-
-
-def run_bulk(call: Call) -> Response:
-    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
-    message = lowercase_keys(parse_body(call.request))
-    items, limit = message.get("operations"), message.get("failonerrors")
-    if not isinstance(items, list) or not items:
-        raise invalid_syntax("Operations: expected a list of operations")
-    if len(items) > MAX_BULK_OPERATIONS:
-        raise ScimError(
-            413,
-            "",
-            f"Operations: {len(items)} are more than the {MAX_BULK_OPERATIONS} of maxOperations",
-        )
-    if limit is not None and (type(limit) is not int or limit < 1):
-        raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    with call.directory.store.writing():
-        answers = Bulk(call, list(map(parse_bulk_operation, items))).run(limit or len(items))
-    return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
-
-
-# ----------------------------------------------------------------------------
-# 13. Provisioning log
-#
-# What each call did, what is doubtful about it and what to do, written in the
-# background.
-# Uses chapters 1 to 12. Knows nothing of sockets.
-# ----------------------------------------------------------------------------
-
-LOG_WAITING = 5_000  # calls that wait to be written; what comes on top is lost
-LOG_READS = 50  # the same of reads that succeeded, which tell least
-LOG_PAUSE = 0.2  # seconds in which calls gather for one transaction
-LOGGED_BODY, LOGGED_PATH = 32 * 1024, 200  # octets; a longer body is not looked into; characters
-SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
-Sent = tuple[str, str, Json]  # an operation ("add" but for PATCH), a path, the value written to it
-OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
-VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
-
-
-# How "STATUS detail" or a line of findings() begins, and the kind of trouble; what it means, by its groups; what
-# to do. The first that fits counts; the last fits everything.
-EXPLANATIONS = (
-    (
-        r"401 expired",
-        "authentication",
-        "The token “{token}” expired on {expires}; a call from {client} was refused.",
-        "`python scim_server.py token` makes another: its entry goes to the tenant's tokens, its secret to Entra.",
-    ),
-    (
-        r"401 ",
-        "authentication",
-        "A call from {client} sent the token “{token}”, but not as a bearer token.",
-        "Choose bearer authentication in the client.",
-    ),
-    (
-        r"404 .* follow (/.*)",
-        "connection",
-        "The call went to {path}, where nothing is.",
-        "Let the Tenant URL end in {0}, once, with nothing behind it.",
-    ),
-    (
-        r".*facilio:2.0:User has no attribute '(.*)'; its attributes are: (.*)",
-        "mapping",
-        "No custom field has the link name “{0}”{hint}",
-        "Correct the name in Entra's attribute list for customappsso; this tenant has {1}.",
-    ),
-    (
-        r"400 (\S+): expected a 64-bit Integer, got (.*)",
-        "mapping",
-        "The field “{0}” takes a whole number, and {1} was sent.",
-        "Map it from an attribute that holds digits alone, or make the custom field a String.",
-    ),
-    (
-        r"400 (\S+): expected a Boolean, got (.*)",
-        "mapping",
-        "The field “{0}” takes true or false, and {1} was sent.",
-        "Use an expression that gives true or false; for active it is Not([IsSoftDeleted]).",
-    ),
-    (
-        r"400 (\S+): expected (.*), got (.*)",
-        "mapping",
-        "The attribute “{0}” takes {1}, and {2} was sent.",
-        "Map it from another attribute.",
-    ),
-    (
-        r"400 (\S+) is required",
-        "mapping",
-        "“{0}” was sent without a value.",
-        "Map it from an attribute that every account has; for userName that is userPrincipalName.",
-    ),
-    (
-        r"409 (\S+) (.*) is already in use by another (\w+)",
-        "mapping",
-        "Another {2} has the {0} {1} already.",
-        "Change one of the two in Entra; if they are the same, match by {0} (precedence 1).",
-    ),
-    (
-        r"404 (\w+) .* does not exist",
-        "mapping",
-        "Entra refers to a {0} that is not here any more.",
-        "Choose “Restart provisioning” in Entra, which looks everybody up anew.",
-    ),
-    (
-        r"4\d\d (the body .*)",
-        "connection",
-        "The body could not be read: {0}.",
-        "See whether a proxy in front of the server changes or cuts requests.",
-    ),
-    (
-        r"5\d\d (.*)",
-        "connection",
-        "The server could not do it: {0}.",
-        "Entra repeats the call by itself; the server's log says why it failed.",
-    ),
-    (
-        r"active: (.*)",
-        "mapping",
-        "active was sent as the text {0}: Entra's expression is still Switch(…), or its dialect the old one.",
-        "Set the expression of active to Not([IsSoftDeleted]) and add ?aadOptscim062020 to the Tenant URL.",
-    ),
-    (
-        r"emails: (.*) for (.*)",
-        "mapping",
-        "The work e-mail {0} is not the userName {1}: emails is not fed from userPrincipalName.",
-        'Map userPrincipalName to emails[type eq "work"].value.',
-    ),
-    (
-        r"externalId: (.*)",
-        "mapping",
-        "externalId is {0}, which is no objectId.",
-        "Map objectId to externalId, so that a person who is renamed stays the same employee.",
-    ),
-    (
-        r"members: (.*)",
-        "mapping",
-        "Nobody has the id {0}; such members were passed over.",
-        "Assign these people to the application too, so that Entra creates them before their group.",
-    ),
-    (
-        r"(?:\d{3} )?(.*)",
-        "mapping",
-        "The call was refused: {0}.",
-        "Compare the mapping in Entra with the table on the Set-up page.",
-    ),
-)
-STEPS = (  # of the set-up: key, operation, title, how to get there
-    (
-        "lookup",
-        "Look up user",
-        "A person is looked up",
-        "In Entra: Provisioning → Provision on demand.",
-    ),
-    (
-        "create",
-        "Create user",
-        "A person is created",
-        "Start provisioning: whoever is assigned is created.",
-    ),
-    ("custom", "", "A custom field arrives", "Add its name to the attribute list, then map to it."),
-    (
-        "update",
-        "Update user",
-        "A person is updated",
-        "Change a job title in Entra and wait for a cycle.",
-    ),
-    (
-        "off",
-        "Deactivate user",
-        "A person is deactivated",
-        "Unassign a test person and wait for a cycle.",
-    ),
-)
-
-
-@dataclass(frozen=True, eq=False)
-class LoggedCall:
-    """A call of a tenant's client on its way to the log; request and response without what it omits."""
-
-    instant: datetime
-    tenant: Tenant
-    token: Token
-    directory: Directory
-    request: Request
-    response: Response
-    seconds: float
-    logged: bool  # else it tells no more than that the token is in use
-
-    @cached_property
-    def type(self) -> str:
-        """User, Group, or "" where the call was for something else."""
-        types, endpoint = (
-            self.directory.resource_types.values(),
-            self.response.route.split("/")[1:2],
-        )
-        return next((found.name for found in types if [found.endpoint[1:]] == endpoint), "")
-
-    @cached_property
-    def resource(self) -> Resource:
-        """The user or group in the answer, or the only one that a query found; {} for none."""
-        body = (self.response.body if self.type and self.response.status < 300 else None) or {}
-        found = body.get("Resources", [body])
-        if len(found) != 1:
-            return {}
-        return from_json(found[0]) if isinstance(found[0], Encoded) else found[0]  # type: ignore[no-any-return]
-
-
-def sent_values(body: Json) -> Iterator[Sent]:
-    """Yield what the body of a write says, paths cut to LOGGED_PATH; the attributes of an extension one by one."""
-    found = {name.lower(): item for name, item in body.items()} if isinstance(body, dict) else {}
-    steps = found.get("operations", [{"op": "add", "value": body}])
-    for item in steps if isinstance(steps, list) else []:
-        step = {name.lower(): one for name, one in item.items()} if isinstance(item, dict) else {}
-        op, path, value = str(step.get("op")).lower(), step.get("path"), step.get("value")
-        pairs = [(str(path), value)] if path else value.items() if isinstance(value, dict) else []
-        for name, one in pairs:
-            if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(one, dict):
-                yield from (
-                    (op, f"{name}:{sub}"[:LOGGED_PATH], inner) for sub, inner in one.items()
-                )
-            elif name.lower() not in ("schemas", "id", "meta"):
-                yield op, name[:LOGGED_PATH], one
-
-
-def member_ids(path: str, value: Json) -> list[str]:
-    """Return the ids of the members that a path and a value mean, "" for one in another form."""
-    items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
-    return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
-
-
-def findings(session: Session, call: LoggedCall, sent: Sequence[Sent]) -> Iterator[str]:
-    """Yield what is doubtful in a call that was done, in words that EXPLANATIONS knows."""
-    user_type, user = call.directory.resource_types["User"], call.resource
-    if call.type == "Group":
-        asked = {
-            id
-            for op, path, value in sent
-            if path.lower() == "members" and op != "remove"
-            for id in member_ids(path, value)
-        } - {one.get("value") for one in call.resource.get("members", ())}
-        if missing := session.unknown_ids(sorted(asked)):
-            yield "members: " + ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
-    for _, path, value in sent if call.type == "User" else ():
-        name = path.lower().partition("[")[0]
-        if name == "active" and isinstance(value, str):
-            yield f"active: {quoted(value)}"
-        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
-            yield f"externalId: {quoted(value)}"
-        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield unknown_attribute(path, user_type).detail
-        elif name in ("emails", "username"):
-            for mail in user.get("emails", []):
-                differs = str(mail.get("value")).casefold() != user.get("userName", "").casefold()
-                if mail.get("type") == "work" and differs:
-                    yield f"emails: {quoted(mail.get('value'))} for {quoted(user.get('userName'))}"
-
-
-def explain(finding: str, call: LoggedCall) -> Json:
-    """Return the kind of a trouble, the sentence that explains it, and the remedy."""
-    match, (_, kind, text, remedy) = next(
-        (match, row)
-        for row in EXPLANATIONS
-        if (match := re.match(row[0], finding.replace(f"{FACILIO}:", ""), re.DOTALL))
-    )
-    parts = [part.strip(".") for part in match.groups()]
-    links = {name.lower(): name for name in call.directory.link_names}
-    close = difflib.get_close_matches("".join(parts[:1]).lower(), links, 1)
-    found = {
-        "hint": f": did you mean “{links[close[0]]}”?" if close else ".",
-        "token": call.token.name,
-        "path": call.request.path,
-        "client": call.request.client,
-        "expires": time_text(call.token.expires)[:16] if call.token.expires else "",
-    }
-    return {
-        "kind": kind,
-        "text": text.format(*parts, **found),
-        "remedy": remedy.format(*parts, **found),
-    }
-
-
-def refusal(call: LoggedCall, raw: str) -> str:
-    """Return status and detail of an error, without values where a secret was among what was sent."""
-    detail = (call.response.body or {}).get("detail", "")
-    if call.response.status == 401 and call.token.expired(call.instant):
-        detail = "expired"
-    if SECRET.search(raw + call.request.query):
-        detail = re.sub(r'got .*|"(\\.|[^"\\])*("|$)', "•••", detail, flags=re.DOTALL)
-    return f"{call.response.status} {detail}"
-
-
-def in_words(call: LoggedCall, sent: Sequence[Sent]) -> str:
-    """Return what a call does, such as "Update user"; the name of whom it concerns reads on."""
-    method, route, thing = call.request.method, call.response.route, call.type.lower()
-    if not thing or (
-        method in ("GET", "POST") and re.search(r"filter|\.search", call.request.query + route)
-    ):
-        return f"Look up {thing}" if thing else f"Call {route or call.request.path[:80]}"
-    if method == "GET" and "{id}" not in route:
-        return f"List {thing}s"
-    states = [str(value).lower() for _, path, value in sent if path.lower() == "active"]
-    if method == "PATCH" and thing == "user" and states:
-        return "Deactivate user" if states[-1] == "false" else "Activate user"
-    counts = {"add": 0, "remove": 0, "set": 0}
-    for op, path, value in sent if method == "PATCH" else ():
-        if path.lower().startswith("members"):
-            counts[op if op in counts else "set"] += len(member_ids(path, value))
-    parts = [f"{op} {count} member{'s' * (count > 1)}" for op, count in counts.items() if count]
-    link = "to" if parts and parts[-1].startswith("add") else "of"
-    return (
-        f"{' and '.join(parts)} {link}".capitalize()
-        if parts
-        else f"{VERBS.get(method, method)} {thing}"
-    )
-
-
-def name_of(session: Session, call: LoggedCall, id: str, body: Json) -> str:
-    """Return the name of whom a call concerns, as far as anybody knows it."""
-
-    def candidates() -> Iterator[Mapping[str, Json]]:
-        yield call.resource
-        yield body if isinstance(body, dict) else {}
-        if row := session.find(call.type, id):
-            yield row.attributes
-        elif employee := session.employee_of(id):
-            yield employee.record
-        filter = dict(parse_qsl(call.request.query)).get("filter", "")
-        if not SECRET.search(filter) and (literal := re.search(r'eq "(.*?)"', filter)):
-            yield {"name": literal[1]}
-
-    names = (
-        known.get(name) for known in candidates() for name in ("displayName", "userName", "name")
-    )
-    return next((name for name in names if name and isinstance(name, str)), "")
-
-
-def masked(value: Json) -> Json:
-    """Return a body with the values of secrets hidden, in a PATCH too."""
-    if not isinstance(value, dict):
-        return [masked(item) for item in value] if isinstance(value, list) else value
-    hidden = SECRET.search(
-        " ".join(str(item) for name, item in value.items() if name.lower() == "path")
-    )
-    return {
-        name: "•••" if SECRET.search(name) or (hidden and name.lower() == "value") else masked(item)
-        for name, item in value.items()
-    }
-
-
-def describe(session: Session, call: LoggedCall) -> tuple[int, str, Json]:
-    """Return the level (0 done, 1 doubtful, 2 refused), the id concerned and the log entry of a call."""
-    request, status, refused = call.request, call.response.status, call.response.status >= 400
-    body, raw = request.body, ""
-    if isinstance(body, bytes):
-        raw, body = body.decode("utf-8", "replace"), None
-        with suppress(ValueError, RecursionError):
-            body = json.loads(raw)
-    sent = list(sent_values(body)) if call.type else []
-    notes = (
-        [refusal(call, raw or to_json(body))] if refused else list(findings(session, call, sent))
-    )
-    in_path = unquote(request.path.rstrip("/").split("/")[-1])
-    id = call.resource.get("id") or (in_path if "{id}" in call.response.route and call.type else "")
-    entry = {
-        "at": time_text(call.instant),
-        "token": call.token.name,
-        "operation": in_words(call, sent),
-        "type": call.type,
-        "name": name_of(session, call, id, body)[:200],
-        "status": status,
-        "id": request.id,
-        "milliseconds": round(call.seconds * 1000, 1),
-        "method": request.method,
-        "path": request.path[:500],
-        "client": request.client,
-        "attributes": list(dict.fromkeys(path for _, path, _ in sent))[:50],
-        "detail": notes[0][4:] if refused else "",
-        "notes": [explain(note, call) for note in dict.fromkeys(notes)],
-    }
-    if call.tenant.log_bodies and body is not None:
-        entry["body"] = masked(body)
-    return 2 if refused else int(bool(notes)), id, entry
-
-
-def write_log(store: Store, calls: Sequence[LoggedCall]) -> None:
-    """Store calls of one tenant in its log, each token's last use, and when a step of the set-up was done first."""
-    logged = [call for call in calls if call.logged]
-    uses = {call.token.name: call.instant for call in calls if call.response.status != 401}
-    with store.reading() as session:
-        rows = [describe(session, call) for call in logged]
-    with store.writing() as session:
-        session.note_requests(rows, calls[-1].tenant.keep_log)
-        for token, instant in uses.items():
-            session.set_setting(f"used {token}", time_text(instant))
-        for call, (level, _, entry) in zip(logged, rows, strict=True):
-            done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
-            done += ["custom"] if call.resource.get(FACILIO) and entry["attributes"] else []
-            for step in done if level < 2 else ():
-                if not session.setting(f"first {step}"):
-                    session.set_setting(f"first {step}", entry["at"])
-
-
-class BackgroundWriter:
-    """Items that a daemon thread hands to write, together with what comes in a pause of seconds.
-
-    Nobody waits for it: an item that finds limit others waiting is lost; lost counts them. write must not raise.
-    """
-
-    def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
-        self._write, self._pause, self._limit = write, pause, limit
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock, self._hurry, self.lost = threading.Lock(), threading.Event(), 0
-        self._thread: threading.Thread | None = None
-
-    def add(self, item: Any) -> None:
-        """Have an item written, or count it as lost."""
-        if self._items.qsize() >= self._limit:
-            self.lost += 1
-            return
-        self._items.put(item)
-        with self._lock:
-            if not self._thread:
-                thread = threading.Thread(target=self._run, daemon=True)
-                with suppress(RuntimeError):  # of no more threads: the next item tries again
-                    thread.start()
-                    self._thread = thread
-
-    def close(self, seconds: float = 5) -> None:
-        """Write what waits, for so long at the most; a later item starts another thread."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread:
-            self._hurry.set()
-            self._items.put(None)
-            thread.join(seconds)
-            self._hurry.clear()
-
-    def _run(self) -> None:
-        batch: list[Any] = []
-        while None not in batch:
-            batch = [self._items.get()]
-            self._hurry.wait(self._pause)
-            batch += [self._items.get() for _ in range(self._items.qsize())]
-            self._write([item for item in batch if item is not None])
-
-
-class ProvisioningLog(BackgroundWriter):
-    """Calls on their way to the logs of their tenants; lost counts those that could not be written."""
-
-    def __init__(self) -> None:
-        super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
-        self.strangers, self.strange_since = 0, ""  # calls with an unknown token
-
-    def has_room(self, request: Request, response: Response) -> bool:
-        """Return whether a call may be added: of reads that succeeded, which tell least, LOG_READS wait at most."""
-        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
-
-    def add(self, call: LoggedCall) -> None:
-        """Have a call written, without long bodies and long lists."""
-        body, answer = call.request.body, call.response.body
-        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            call = replace(
-                call, response=call.response._replace(body={"Resources": answer["Resources"][:2]})
-            )
-        if isinstance(body, bytes) and len(body) > LOGGED_BODY:
-            call = replace(call, request=call.request._replace(body=b""))
-        super().add(call)
-
-    def add_stranger(self, at: str) -> None:
-        """Count a call with an unknown token, which belongs to no tenant."""
-        with self._lock:
-            self.strangers, self.strange_since = self.strangers + 1, self.strange_since or at
-
-    def _store(self, batch: list[LoggedCall]) -> None:
-        for store in dict.fromkeys(call.directory.store for call in batch):
-            calls = [call for call in batch if call.directory.store is store]
-            try:
-                write_log(store, calls)
-            except Exception:  # noqa: BLE001  trouble with the log is none of the sync
-                self.lost += len(calls)
-
-
-# ----------------------------------------------------------------------------
-# 14. Other endpoints
-#
-# Employees, changes, the console's API, health and metrics.
-# Uses chapters 1 to 13. Knows nothing of sockets.
-# ----------------------------------------------------------------------------
-
-# -- Employees and changes --
-
-
-def list_employees(call: Call) -> Response:
-    """Answer GET /employees: those behind a cursor, as JSON or, where Accept asks for it, CSV."""
-    active = call.parameters.get("active", "").lower()
-    if active not in ("", "true", "false"):
-        raise invalid_value(f"active: expected true or false, got {quoted(active)}")
-    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
-    found = list(
-        itertools.islice(
-            call.directory.employees(
-                active == "true" if active else None,
-                call.parameters.get("changed_since", ""),
-                call.integer("id", 0) if "id" in call.parameters else None,
-                call.integer("cursor", 0),
-            ),
-            count + 1,
-        )
-    )
-    headers, cursor = {}, {}
-    if len(found) > count:
-        found.pop()
-        cursor = {"nextCursor": str(found[-1].id)}
-        query = urlencode({**call.parameters, "cursor": found[-1].id})
-        headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
-    if "text/csv" in call.request.headers.get("accept", ""):
-        table = employee_table(found, call.directory.link_names)
-        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
-    return plain_response({"employees": list(map(asdict, found)), **cursor}, **headers)
-
-
-def get_employee(call: Call) -> Response:
-    """Answer GET /employees/{id}."""
-    id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
-    if not (found := next(call.directory.employees(id=id), None)):
-        raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
-    return plain_response(asdict(found))
-
-
-def list_changes(call: Call) -> Response:
-    """Answer GET /changes: what came behind a number; waits for it where nothing has."""
-    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
-    found = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
-    return plain_response(
-        {"changes": list(map(asdict, found)), "after": found[-1].seq if found else after}
-    )
-
-
-# -- The console's API ---------------------------------------------------------------
-
-
-def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer for the console, which no cache keeps."""
-    return plain_response(
-        body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
-    )
-
-
-def page_response(page: str) -> Response:
-    """Return the console; its policy lets run what is in the page and nothing else."""
-    own = "; ".join(
-        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
-    )
-    return console_response(
-        page,
-        "text/html; charset=utf-8",
-        **{
-            "Referrer-Policy": "no-referrer",
-            "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-            f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}",
-        },
-    )
-
-
-def entra_mapping(directory: Directory) -> list[list[str]]:
-    """Return rows of source, customappsso attribute, type for Entra, and what is to be changed."""
-    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
-    fields = (
-        ("", f"{FACILIO}:{name}", "custom field: choose its source")
-        for name in directory.link_names
-    )
-    for source, target, change in (*ENTRA_MAPPING, *fields):
-        path = parse_path(target, directory.resource_types["User"])
-        type = (path.sub_attribute or path.attributes[-1]).type
-        rows.append([source, target, types.get(type, "String"), change])
-    return rows
-
-
-def get_log(call: Call) -> Response:
-    """Answer GET /console/api/log: entries newest first, those after or before a number."""
-    found = call.directory.requests(
-        call.integer("after", 0),
-        call.integer("before", 0),
-        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
-        call.integer("level", 0),
-        call.parameters.get("subject", ""),
-        call.parameters.get("text", ""),
-        call.integer("wait", 0, 0, MAX_WAIT),
-    )
-    return console_response({"entries": found, "lost": call.application.log.lost})
-
-
-def get_setup(call: Call) -> Response:
-    """Answer GET /console/api/setup: what to enter in Entra ID, and what came of it so far."""
-    directory, log = call.directory, call.application.log
-    tenant = call.caller[0]  # type: ignore[index]
-    user_type, now = directory.resource_types["User"], directory.clock()
-    with directory.store.reading() as session:
-        steps = [
-            {"title": title, "hint": hint, "at": session.setting(f"first {step}")}
-            for step, _, title, hint in STEPS
-            if tenant.custom_fields or step != "custom"
-        ]
-    return console_response(
-        {
-            "tenant": tenant.name,
-            "url": call.base_url,
-            "steps": steps,
-            "lost": log.lost,
-            "tokens": [
-                {
-                    "name": token.name,
-                    "last_use": directory.last_use(token.name),
-                    "expires": time_text(token.expires) if token.expires else "",
-                    "expired": token.expired(now),
-                }
-                for token in tenant.tokens
-            ],
-            "last": directory.requests(count=1),
-            "refused": directory.requests(text='"status":401'),
-            "strangers": log.strangers,
-            "strange_since": log.strange_since,
-            "mapping": entra_mapping(directory),
-            "fields": [
-                {
-                    **asdict(custom),
-                    "urn": custom.urn,
-                    "people": directory.query(
-                        user_type, parse_filter(f"{custom.urn} pr", user_type), count=0
-                    ).total_results,
-                }
-                for custom in tenant.custom_fields
-            ],
-        }
-    )
-
-
-def get_mapping(call: Call) -> Response:
-    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
-    table = [
-        ["Entra ID source", "customappsso attribute", "type", "change"],
-        *entra_mapping(call.directory),
-    ]
-    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
-
-
-def get_entra_schema(call: Call) -> Response:
-    """Answer GET /console/api/schema: customappsso as Entra's schema editor (Microsoft Graph) has it."""
-    attributes = [
-        {
-            "name": target,
-            "type": type,
-            "required": target == "userName",
-            "anchor": False,
-            "caseExact": False,
-            "multivalued": False,
-            "mutability": "ReadWrite",
-            "defaultValue": None,
-            "flowNullValues": False,
-            "apiExpressions": [],
-            "metadata": [],
-            "referencedObjects": [{"referencedObjectName": "User", "referencedProperty": None}]
-            if type == "Reference"
-            else [],
-        }
-        for _, target, type, _ in entra_mapping(call.directory)
-    ]
-    return console_response(
-        {
-            "directories": [
-                {"name": "customappsso", "objects": [{"name": "User", "attributes": attributes}]}
-            ]
-        }
-    )
-
-
-def get_history(call: Call) -> Response:
-    """Answer GET /console/api/history/{id}: a user's employee, and the changes of a user or group."""
-    employee, changes = call.directory.history(call.id)
-    return console_response(
-        {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
-    )
-
-
-class Metrics:
-    """Counts of what was answered, as Prometheus reads them."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
-
-    def add(self, method: str, response: Response, seconds: float) -> None:
-        """Count an answer."""
-        key = (response.tenant, method, response.route, response.status)
-        with self._lock:
-            count, total = self._counts.get(key, (0, 0.0))
-            self._counts[key] = (count + 1, total + seconds)
-
-    def text(self) -> str:
-        """Return all counts in the text format of Prometheus."""
-        with self._lock:
-            counts = sorted(self._counts.items())
-        lines = []
-        for number, name, help in (
-            (0, "scim_requests_total", "Requests answered"),
-            (1, "scim_request_seconds_total", "Seconds spent on them"),
-        ):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
-            lines += [
-                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
-                f"{values[number]:g}"
-                for (tenant, method, route, status), values in counts
-            ]
-        return "\n".join(lines) + "\n"
-
-
-# -- For the operator: no tenant's token, and nothing of a tenant --------------------
-
-
-def get_readiness(application: Any, request: Request) -> Response:
-    """Answer GET /readyz: the database of each tenant answers."""
-    served = application.available
-    with suppress(StoreError):
-        for directory in served:
-            directory.last_use("")
-        if len(served) == len(application.directories):
-            return plain_response("ready\n", "text/plain")
-    return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
-
-
-def get_metrics(application: Any, request: Request) -> Response:
-    """Answer GET /metrics, for this machine or with the token that the configuration names."""
-    local = (
-        request.client in ("127.0.0.1", "::1")
-        and not {"forwarded", "x-forwarded-for"} & request.headers.keys()
-    )
-    if not local and digest(credentials_of(request)[1]) != application.config.metrics_sha256:
-        return error_response(
-            ScimError(
-                401,
-                "",
-                "/metrics: on loopback, or with metrics_token as bearer token",
-                {"WWW-Authenticate": "Bearer"},
-            )
-        )
-    return plain_response(application.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
-
-
-# ----------------------------------------------------------------------------
-# 15. Application                                           RFC 7644 §2, §3.12
-#
-# handle(Request) -> Response: token to tenant, path to operation, every failure
-# to a SCIM error.
-# Uses chapters 1 to 14. Knows nothing of sockets.
-# ----------------------------------------------------------------------------
-
-
-# -- Routes ------------------------------------------------------------------------
-
-Operate = Callable[[Call], Response]
-Route = tuple[dict[str, Operate], str]  # operations by method, and the path for the logs
-ROUTES: dict[str, dict[str, Operate]] = {  # those with a slash in front are outside of BASE_PATH
-    "": {"GET": list_resources},
-    **{
-        path: {"GET": get_published}
-        for path in (
-            "ServiceProviderConfig",
-            "Schemas",
-            "Schemas/{id}",
-            "ResourceTypes",
-            "ResourceTypes/{id}",
-        )
-    },
-    "Bulk": {"POST": run_bulk},
-    ".search": {"POST": search_resources},
-    "{type}/.search": {"POST": search_resources},
-    "{type}": {"GET": list_resources, "POST": create_resource},
-    "{type}/{id}": {
-        "GET": get_resource,
-        "PUT": replace_resource,
-        "PATCH": patch_resource,
-        "DELETE": delete_resource,
-    },
-    "/employees": {"GET": list_employees},
-    "/employees/{id}": {"GET": get_employee},
-    "/changes": {"GET": list_changes},
-    **{
-        f"/console/api/{name}": {"GET": operate}
-        for name, operate in (
-            ("log", get_log),
-            ("setup", get_setup),
-            ("mapping", get_mapping),
-            ("schema", get_entra_schema),
-            ("history/{id}", get_history),
-        )
-    },
-}
-ROUTE_TABLE: dict[tuple[str, ...], Route] = {  # by the segments of the path; HEAD is as GET
-    tuple(path.split("/")) if path else (): (
-        methods | ({"HEAD": methods["GET"]} if "GET" in methods else {}),
-        "/" + path.removeprefix("/"),
-    )
-    for pattern, methods in ROUTES.items()
-    for path in (pattern.replace("{type}", endpoint) for endpoint in ("Users", "Groups"))
-}
-
-
-def find_route(segments: Sequence[str]) -> Route | None:
-    """Return the route of a path, literal ones first."""
-    return ROUTE_TABLE.get(tuple(segments)) or ROUTE_TABLE.get((*segments[:-1], "{id}"))
-
-
-QUICK, READ, WRITE, SLOW = "quick", "read", "write", "slow"  # shim
-
-# By the first line of a request: what is answered in no time, somebody by id or by a name that few
-# have; and writes of one resource, which those of others may share a commit with.
-SHOWN = rb"((excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
-EQUALS = rb"(%20|\+)eq(%20|\+)%22([^%&\" ]|%(?!22))*%22"
-USER_BY, GROUP_BY = (
-    rb"filter=(userName|externalId)" + EQUALS,
-    rb"filter=(displayName|externalId)" + EQUALS,
-)
-LOOKUP = re.compile(
-    rb"GET /scim/v2/(Users/[^/?. ]+[? ]|"
-    rb"Users\?(" + SHOWN + rb"&)*" + USER_BY + rb"(&" + SHOWN + rb")* |"
-    rb"Groups\?(excludedAttributes=members&"
-    + GROUP_BY
-    + rb"|"
-    + GROUP_BY
-    + rb"&excludedAttributes=members) )"
-)
-SMALL_WRITE = re.compile(rb"(POST|PUT|PATCH|DELETE) /scim/v2/(Users|Groups)(/[\w-]+)? ")
-
-
-class Application:
-    """All tenants of a configuration behind one endpoint; the bearer token alone says which one.
-
-    directories has each tenant's Directory by its name; a tenant whose file cannot be used has the StoreError
-    instead: it is answered 503, the others are served. Of secrets only hashes are kept. authenticate, for a program
-    that keeps tokens itself, takes a bearer token that no tenant has and returns a tenant's name, or None. page is
-    the console, "" for none.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        authenticate: Callable[[str], str | None] | None = None,
-        clock: Clock = utc_now,
-        new_id: Callable[[], str] = random_id,
-        page: str = "",
-    ) -> None:
-        self.page = page if config.console else ""
-        self.log = ProvisioningLog()
-        self.metrics = Metrics()
-        self.directories: dict[str, Directory | StoreError] = {}
-        self._ask, self._clock, self._new_id = authenticate, clock, new_id
-        self._tried = clock()
-        self._configuring = threading.RLock()
-        self.configure(config)
-
-    # -- Tenants --
-
-    def configure(self, config: Config) -> None:
-        """Serve a configuration's tenants from now on, known ones from their store; StoreError changes nothing."""
-        make_data_dir(config)
-        with self._configuring:
-            before = self.directories
-            self.directories = {
-                tenant.name: self._open(config, tenant) for tenant in config.tenants
-            }
-            # A hook or a file that is tried again may take long; in memory readers wait for who writes.
-            self._slow = (
-                bool(self._ask)
-                or config.data_dir == ":memory:"
-                or len(self.available) < len(config.tenants)
-            )
-            hashed = tuple(
-                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
-                for tenant in config.tenants
-            )
-            self.config = replace(config, tenants=hashed)
-            self.tenants = {tenant.name: tenant for tenant in hashed}
-            self._tokens = {
-                token.sha256: (tenant, token) for tenant in hashed for token in tenant.tokens
-            }
-        for name in before.keys() - self.directories.keys():
-            if isinstance(gone := before[name], Directory):
-                self.log.close()  # its calls belong to the tenant's log
-                gone.store.close()  # after the write that is in progress
-
-    def add_tenant(self, document: Json) -> Directory:
-        """Add or replace a tenant, given as in the configuration; ConfigError and StoreError."""
-        with self._configuring:
-            tenant = parse_tenant(document, self.config.tenants)
-            others = [other for other in self.config.tenants if other.name != tenant.name]
-            self.configure(replace(self.config, tenants=(*others, tenant)))
-        return self.directory(tenant.name)
-
-    def remove_tenant(self, name: str) -> None:
-        """Serve a tenant no more; its file stays."""
-        with self._configuring:
-            self.configure(
-                replace(
-                    self.config,
-                    tenants=tuple(one for one in self.config.tenants if one.name != name),
-                )
-            )
-
-    def directory(self, name: str) -> Directory:
-        """Return the directory of a tenant; KeyError, or StoreError where its file is no good."""
-        found = self.directories[name]
-        if isinstance(found, StoreError):
-            raise found
-        return found
-
-    @property
-    def available(self) -> list[Directory]:
-        """The directories of the tenants whose files are good."""
-        return [found for found in self.directories.values() if isinstance(found, Directory)]
-
-    def token(self, name: str) -> str:
-        """Return a new secret of a tenant, good until the next configuration; KeyError."""
-        secret = secrets.token_urlsafe(32)
-        with self._configuring:
-            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
-        return secret
-
-    def interrupt(self) -> None:
-        """End all long polls, for good."""
-        for directory in self.available:
-            directory.store.interrupt()
-
-    def close(self) -> None:
-        """Write the logs and close the files; nobody may use the application afterwards."""
-        self.log.close()
-        for directory in self.available:
-            directory.store.close()
-
-    def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
-        """Return the directory of a tenant, the one that is in use where it fits, or why not."""
-        known = self.directories.get(tenant.name)
-        if isinstance(known, Directory) and known.custom_fields == tenant.custom_fields:
-            known.keep, known.keep_days = config.keep_changes, config.keep_days
-            return known
-        try:
-            store = (
-                known.store if isinstance(known, Directory) else Store(store_path(config, tenant))
-            )
-            directory = Directory(
-                store,
-                tenant.custom_fields,
-                self._clock,
-                self._new_id,
-                config.keep_changes,
-                config.keep_days,
-            )
-            directory.claim(tenant.name)
-        except StoreError as error:
-            return error
-        return directory
-
-    # -- Requests --
-
-    def handle(self, request: Request) -> Response:
-        """Return the answer to a request; whatever goes wrong is a SCIM error (RFC 7644 §3.12)."""
-        started = time.perf_counter()
-        response, caller = self._answer(request)
-        with suppress(Exception):  # whatever becomes of the log, the answer goes out
-            self._note(request, response, caller, time.perf_counter() - started)
-        return response
-
-    def handle_all(self, requests: Sequence[Request]) -> list[Response]:
-        """Return the answers to writes with the same Authorization: each whole or not at all, in one commit."""
-        if len(requests) == 1:  # needs no savepoint, and reports its own error
-            return [self.handle(requests[0])]
-        started, caller = time.perf_counter(), None
-        try:
-            if not (caller := self.caller(requests[0])):
-                raise unauthorized()  # a hook is asked once
-            if isinstance(directory := caller[2], StoreError):
-                return list(map(self.handle, requests))
-            with directory.store.writing():
-                responses = [
-                    self._answer(request._replace(caller=caller))[0] for request in requests
-                ]
-        except Exception as error:  # noqa: BLE001  also of the commit, which undoes all of them
-            responses = [
-                response_for(error)._replace(tenant=caller[0].name if caller else "")
-            ] * len(requests)
-        for request, response in zip(requests, responses, strict=True):
-            with suppress(Exception):
-                self._note(request, response, caller, time.perf_counter() - started)
-        return responses
-
-    def known_caller(self, request: Request) -> Caller | None:
-        """Shim."""
-        secret = credentials_of(request)[1]
-        found = self._tokens.get(digest(secret)) if secret else None
-        directory = self.directories.get(found[0].name) if found else None
-        return (*found, directory) if found and directory else None
-
-    def lane_of(self, request: Request) -> str:
-        """Shim."""
-        if not request.caller:
-            return SLOW if self._ask else QUICK
-        if "wait" in request.query or isinstance(request.caller[2], StoreError):
-            return SLOW
-        line = f"{request.method} {request.path}{'?' if request.query else ''}{request.query} "
-        if self.is_quick(line.encode()):
-            return QUICK
-        if request.method in ("GET", "HEAD", "OPTIONS") or request.path.endswith("/.search"):
-            return READ
-        return WRITE
-
-    def is_quick(self, line: bytes) -> bool:
-        """Return whether a request, by its first line, is answered in no time."""
-        return not self._slow and LOOKUP.match(line) is not None
-
-    def _note(
-        self, request: Request, response: Response, caller: Caller | None, seconds: float
-    ) -> None:
-        """Put a call of a tenant's client on its log; a call with an unknown token is counted."""
-        lost_its_way = response.status == 404 and not response.route
-        # Reading what the sync did is no part of it.
-        logged = (request.path.startswith(BASE_PATH) or lost_its_way) and not (
-            request.method == "GET" and "x-console" in request.headers
-        )
-        if not caller and logged and response.status == 401:
-            self.log.add_stranger(time_text(self._clock()))
-        if not caller or isinstance(directory := caller[2], StoreError):
-            return  # there is no log
-        if self.log.has_room(request, response):
-            logged_request = Request(
-                request.method,
-                request.path,
-                request.query,
-                {},
-                request.body,
-                client=request.client,
-                id=request.id,
-            )  # without headers, which hold the secret
-            self.log.add(
-                LoggedCall(
-                    self._clock(), *caller[:2], directory, logged_request, response, seconds, logged
-                )
-            )
-        else:
-            self.log.lost += logged
-
-    def _answer(self, request: Request) -> tuple[Response, Caller | None]:
-        caller, route = None, ""
-        try:
-            segments = [
-                unquote(part) if "%" in part else part for part in request.path.split("/") if part
-            ]
-            if public := PUBLIC.get(path := "/".join(segments)):
-                return public(self, request)._replace(route=f"/{path}"), None
-            if request.path == "/" and request.method in ("GET", "HEAD") and self.page:
-                return page_response(self.page)._replace(route="/"), None
-            caller = self.caller(request)
-            inside = f"/{'/'.join(segments[:2])}" == BASE_PATH
-            segments = segments[2:] if inside else ["", *segments]
-            found = (
-                find_route(segments)
-                if inside or self.page or segments[1:2] != ["console"]
-                else None
-            )
-            directory = self._authenticate(request, caller) if inside or found else None
-            if segments[:1] == ["Me"]:
-                raise ScimError(
-                    501, "", "/Me: a bearer token stands for a tenant, not for a person"
-                )
-            if not found or not directory:
-                raise ScimError(
-                    404,
-                    "",
-                    f"{request.path} does not exist (case matters); "
-                    f"Users and Groups follow {BASE_PATH}",
-                )
-            methods, route = found
-            response = self._dispatch(request, caller, directory, segments, methods)
-        except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = response_for(error)
-        tenant = caller[0].name if caller and response.status != 401 else ""
-        return Response(response.status, response.body, response.headers, tenant, route), caller
-
-    def body_limit(self, path: str) -> int:
-        """Return how many octets the body of a request to a path may have."""
-        return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
-
-    def caller(self, request: Request) -> Caller | None:
-        """Return the tenant and the token that a request names, be it expired; None for nobody's."""
-        if request.caller:
-            return request.caller
-        secret = credentials_of(request)[1]
-        found = self._tokens.get(digest(secret)) if secret else None
-        if secret and not found and self._ask:
-            try:
-                name = self._ask(secret)
-            except (Exception, SystemExit) as error:  # noqa: BLE001  its text may hold the secret
-                raise ScimError(
-                    503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
-                ) from None
-            tenant = self.tenants.get(name) if isinstance(name, str) else None
-            found = (tenant, Token("authenticate", "")) if tenant else None
-        directory = (
-            self.directories.get(found[0].name) if found else None
-        )  # None: removed at this moment
-        return (*found, directory) if found and directory else None
-
-    def _authenticate(self, request: Request, caller: Caller | None) -> Directory:
-        """Return the directory that a request is for, in the name of its token."""
-        scheme, now = credentials_of(request)[0], self._clock()
-        if not caller or scheme.lower() != "bearer" or caller[1].expired(now):
-            raise unauthorized()
-        tenant, token, directory = caller
-        if isinstance(directory, StoreError):
-            directory = self._retried(tenant, now)
-        return directory.on_behalf_of(token.name)
-
-    def _retried(self, tenant: Tenant, now: datetime) -> Directory:
-        """Return the directory of a tenant that could not be opened, tried again now; ScimError 503."""
-        found = self.directories.get(tenant.name)
-        if now - self._tried > timedelta(seconds=RETRY_SECONDS):
-            with self._configuring:
-                self._tried = now
-                if known := self.tenants.get(tenant.name):  # else it was removed meanwhile
-                    found = self.directories[tenant.name] = self._open(self.config, known)
-        if not isinstance(found, Directory):
-            raise ScimError(
-                503, "", "the tenant's database cannot be used; the server's log says why", RETRY
-            )
-        return found
-
-    def _dispatch(
-        self,
-        request: Request,
-        caller: Caller | None,
-        directory: Directory,
-        segments: list[str],
-        methods: Mapping[str, Operate],
-    ) -> Response:
-        if request.method not in methods:
-            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
-            if request.method == "OPTIONS":
-                return Response(204, headers=allow)
-            raise ScimError(
-                405,
-                "",
-                f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
-                allow,
-            )
-        query = parse_qsl(request.query, keep_blank_values=True) if request.query else ()
-        endpoint, *rest = segments or [""]
-        types = tuple(directory.resource_types.values())
-        asked = tuple(found for found in types if found.endpoint == f"/{endpoint}") or types
-        return methods[request.method](
-            Call(
-                request,
-                directory,
-                asked[0],
-                asked,
-                endpoint,
-                rest[-1] if rest else "",
-                {name.lower(): value for name, value in query},
-                Precondition(
-                    request.headers.get("if-match", ""), request.headers.get("if-none-match", "")
-                ),
-                f"{request.scheme}://{request.host}{request.mount_point}{BASE_PATH}",
-                self,
-                caller,
-            )
-        )
-
-
-PUBLIC = {
-    "healthz": lambda application, request: plain_response(
-        "ok\n", "text/plain"
-    ),  # the process is up
-    "readyz": get_readiness,
-    "metrics": get_metrics,
-}
-
-
-# ----------------------------------------------------------------------------
-# 16. HTTP server                                         RFC 9110, RFC 9112
-#
-# Octets become a Request and a Response becomes octets: strict framing, limits,
-# keep-alive. One thread watches all connections and answers what is quick, reads
-# have a lane, writes have another. The parser is sans-IO: it reads a buffer and
-# knows no socket. The head has our own parser, because the one of http.server
-# accepts what two readers could frame in two ways.
-# Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
-# ----------------------------------------------------------------------------
+# A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
+# yields False while octets are missing, and True when it only lets other connections have a turn.
 
 MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
 MAX_FIELDS = 100
-HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
-MIN_OCTETS_PER_SECOND = 1024  # of a body, in both directions
-IDLE_SECONDS = 65
-LINGER_SECONDS = 1
-STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
-SWEEP_SECONDS = 1  # how often deadlines are checked
-PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
-MAX_READ_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
-MAX_WRITE_THREADS = 8  # one tenant uses at most one of them
-MAX_WRITES_PER_COMMIT = 64
 CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
-RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
-LOG_LINES = 10_000  # that may wait for the access log
-LOG_SECONDS = 0.05  # how long a line of the access log waits for others
-MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
-BULK_PATH = f"{BASE_PATH}/Bulk"
-IDLE, READING, ANSWERING, SENDING, LINGERING = (
-    "idle",
-    "reading",
-    "answering",
-    "sending",
-    "lingering",
-)
-KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
-WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-FileSignature = list[tuple[int, int]]
 Reading = Generator[bool, None, bytes]
-http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
-
-
-def log_line(text: str) -> None:
-    """Print a line for the operator."""
-    print(f"scim_server: {text}", file=sys.stderr, flush=True)
-
-
-# -- The parser: generators that read a buffer --
-#
-# A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
-# yields False while octets are missing, and True when it only lets other connections have a turn.
 
 
 class Head(NamedTuple):
@@ -5700,6 +4013,1675 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+# -- Answers as octets --
+
+
+def body_text(body: Json) -> str:
+    """Return the text of an answer's body; Encoded resources of a list are JSON text already."""
+    if isinstance(body, str):
+        return body
+    if not isinstance(body, dict) or "Resources" not in body:
+        return to_json(body)
+    texts = (item if isinstance(item, Encoded) else to_json(item) for item in body["Resources"])
+    return f"{to_json({**body, 'Resources': []})[:-2]}{','.join(texts)}]}}"
+
+
+def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
+    """Return the status, the header fields and the body of an answer."""
+    body = b"" if response.body is None else body_text(response.body).encode()
+    fields = [("X-Request-Id", request.id), *response.headers.items()]
+    if response.body is not None and "Content-Type" not in response.headers:
+        fields.append(("Content-Type", "application/scim+json"))
+    if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
+        fields.append(("Content-Length", str(len(body))))
+    status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
+    return status, fields, b"" if request.method == "HEAD" else body
+
+
+# ----------------------------------------------------------------------------
+# 12. SCIM endpoints                                           RFC 7644 §3, §4
+#
+# Each operation takes a Call and returns a Response: discovery, resources, queries,
+# cursors, .search and Bulk.
+# Uses chapters 1 to 11. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+# -- Discovery -------------------------------------------------------------------
+
+
+def attribute_document(attribute: Attribute) -> Json:
+    """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
+    has_case = attribute.type in STRING_TYPES or attribute.type == "binary"
+    document = {
+        "name": attribute.name,
+        "type": attribute.type,
+        "multiValued": attribute.multi_valued,
+        "required": attribute.required,
+        "mutability": attribute.mutability,
+        "returned": attribute.returned,
+        "caseExact": attribute.case_exact if has_case else None,
+        "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
+        "description": attribute.description or attribute.name,
+        "canonicalValues": list(attribute.canonical_values) or None,
+        "referenceTypes": list(attribute.reference_types) or None,
+        "subAttributes": [
+            attribute_document(sub) for sub in attribute.sub_attributes if sub.published
+        ]
+        or None,
+    }
+    return {name: value for name, value in document.items() if value is not None}
+
+
+def schema_documents(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return a tenant's schemas by URN (RFC 7643 §7)."""
+    # Entra's validator wants externalId in a core schema, though RFC 7643 has it in none.
+    return {
+        schema.id: {
+            "schemas": [SCHEMA],
+            "id": schema.id,
+            "name": schema.name,
+            "description": schema.description,
+            "attributes": [
+                attribute_document(attribute)
+                for attribute in (*added, *schema.attributes)
+                if attribute.published
+            ],
+            "meta": {"resourceType": "Schema", "location": f"{base_url}/Schemas/{schema.id}"},
+        }
+        for resource_type in directory.resource_types.values()
+        for schema, added in (
+            (resource_type.schema, (EXTERNAL_ID,)),
+            *((extension, ()) for extension in resource_type.extensions),
+        )
+        if schema.attributes
+    }
+
+
+def resource_type_documents(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return a tenant's resource types by name (RFC 7643 §6)."""
+    return {
+        name: {
+            "schemas": [RESOURCE_TYPE],
+            "id": name,
+            "name": name,
+            "description": resource_type.schema.description,
+            "endpoint": resource_type.endpoint,
+            "schema": resource_type.schema.id,
+            "schemaExtensions": [
+                {"schema": extension.id, "required": False}
+                for extension in resource_type.extensions
+                if extension.attributes
+            ],
+            "meta": {
+                "resourceType": "ResourceType",
+                "location": f"{base_url}/ResourceTypes/{name}",
+            },
+        }
+        for name, resource_type in directory.resource_types.items()
+    }
+
+
+def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
+    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
+    return {
+        "": {
+            "schemas": [PROVIDER_CONFIG],
+            "patch": {"supported": True},
+            # authentik reads a missing maxOperations as "no PATCH and no filter".
+            "bulk": {
+                "supported": True,
+                "maxOperations": MAX_BULK_OPERATIONS,
+                "maxPayloadSize": MAX_BULK_BODY,
+            },
+            "filter": {"supported": True, "maxResults": MAX_COUNT},
+            "changePassword": {"supported": False},
+            "sort": {"supported": True},
+            "etag": {"supported": True},
+            "pagination": {
+                "cursor": True,
+                "index": True,
+                "defaultPaginationMethod": "index",
+                "maxPageSize": MAX_COUNT,
+                "defaultPageSize": DEFAULT_COUNT,
+                "cursorTimeout": CURSOR_SECONDS,
+            },
+            "authenticationSchemes": [
+                {
+                    "type": "oauthbearertoken",
+                    "name": "Bearer token",
+                    "primary": True,
+                    "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
+                    "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
+                }
+            ],
+            "meta": {
+                "resourceType": "ServiceProviderConfig",
+                "location": f"{base_url}/ServiceProviderConfig",
+            },
+        }
+    }
+
+
+DOCUMENTS = {
+    "ServiceProviderConfig": config_document,
+    "Schemas": schema_documents,
+    "ResourceTypes": resource_type_documents,
+}
+
+
+def get_documents(call: Call) -> Response:
+    """Answer GET of a discovery endpoint: all documents, or one; sorting and paging are ignored."""
+    if "filter" in call.parameters:  # RFC 7644 §4
+        raise ScimError(403, "", "filter: discovery endpoints take no filter")
+    documents = DOCUMENTS[call.route.label.split("/")[1]](call.directory, call.base_url)
+    if document := {name.lower(): item for name, item in documents.items()}.get(call.id.lower()):
+        return Response(200, document)
+    if not call.id:
+        return list_response(documents.values(), len(documents), startIndex=1)
+    raise ScimError(404, "", f"{quoted(call.id)} does not exist; there are {', '.join(documents)}")
+
+
+# -- Resources -------------------------------------------------------------------
+
+
+def create_resource(call: Call) -> Response:
+    """Answer POST /Users and POST /Groups."""
+    return call.answer(call.directory.create(call.route.type, call.json()), 201)
+
+
+def get_resource(call: Call) -> Response:
+    """Answer GET /Users/{id}."""
+    resource_type, condition = call.resource_types[0], call.condition
+    resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
+    version = resource["meta"]["version"]
+    if condition.if_match:
+        condition._replace(if_none_match="").check(version)
+    if condition.excludes(version):
+        return Response(304, headers={"ETag": version})
+    return call.answer(resource)
+
+
+def replace_resource(call: Call) -> Response:
+    """Answer PUT /Users/{id}."""
+    return call.answer(
+        call.directory.replace(call.route.type, call.id, call.json(), call.condition)
+    )
+
+
+def patch_resource(call: Call) -> Response:
+    """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with many members."""
+    (resource_type,) = call.resource_types
+    call.operations = parse_operations(resource_type, call.json())
+    resource = call.directory.patch(
+        resource_type, call.id, call.operations, call.condition, call.selection(resource_type)
+    )
+    return call.answer(resource) if resource else Response(204)
+
+
+def delete_resource(call: Call) -> Response:
+    """Answer DELETE /Users/{id}."""
+    call.directory.delete(call.route.type, call.id, call.condition)
+    return Response(204)
+
+
+def refuse_me(call: Call) -> Response:
+    """Answer /Me (RFC 7644 §3.11)."""
+    raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
+
+
+# -- Queries and cursors ---------------------------------------------------------
+
+
+def list_resources(call: Call) -> Response:
+    """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
+    text, types = call.parameters.get("filter", "").strip(), call.resource_types
+    queries = {
+        resource_type.name: (
+            parse_filter(text, resource_type) if text else EVERYTHING,
+            call.selection(resource_type),
+        )
+        for resource_type in types
+    }
+    sorting = parse_sorting(call.parameters, types)
+    if "cursor" in call.parameters:
+        return list_by_cursor(call, queries, sorting)
+    start_index = call.integer("startIndex", 1, 1)
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
+    page = call.directory.search(
+        queries,
+        sorting,
+        Window(count, start_index - 1),
+        call.base_url if call.request.encoded else "",
+    )
+    return list_response(
+        map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
+    )
+
+
+def search_resources(call: Call) -> Response:
+    """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
+    parameters = {}
+    for name, value in lowercase_keys(call.json()).items():
+        items = value if isinstance(value, list) else [value]
+        texts = [item for item in items if item is not None]
+        if not all(isinstance(text, (str, int)) for text in texts):
+            raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
+        if texts:
+            parameters[name] = ",".join(map(str, texts))
+        if name != "filter" and len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
+            raise invalid_value(f"{name}: longer than {MAX_FILTER_LENGTH} characters")
+    call.parameters = parameters
+    return list_resources(call)
+
+
+def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
+    """Return how to sort; an unknown attribute is ignored (RFC 7644 §3.4.2.3)."""
+    order = parameters.get("sortorder", "").strip().lower() or "ascending"
+    if order not in ("ascending", "descending"):
+        raise invalid_value(f"sortOrder: expected ascending or descending, got {quoted(order)}")
+    name = parameters.get("sortby", "").strip()
+    target = next(filter(None, (resolve(name, type) for type in types)), None) if name else None
+    if target and (value_attribute := target[-1].value_attribute):
+        target = (*target, value_attribute)
+    return Sorting(AttributePath(target), order == "descending") if target else None
+
+
+def list_by_cursor(call: Call, queries: Queries, sorting: Sorting | None) -> Response:
+    """Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page."""
+    if "startindex" in call.parameters:
+        raise invalid_value("startIndex: not together with cursor")
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
+    total, after, backward = read_cursor(call)
+    page = call.directory.search(
+        queries,
+        sorting,
+        Window(count, 0, after, backward),
+        call.base_url if call.request.encoded else "",
+    )
+    total = total if page.total_results is None else page.total_results
+    cursors = {}
+    # There is always a page in the direction that we came from; in the other, page.more tells.
+    if page.last and (page.more or backward):
+        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
+    if page.first and (page.more if backward else after is not None):
+        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    return list_response(map(call.projected, page.resources), total, **cursors)
+
+
+# A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
+# missing, key, seq). The server keeps nothing, and a cursor of another tenant is not accepted.
+def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
+    """Return a cursor for the page after a position, or before it."""
+    content = to_json(
+        [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
+    ).encode()
+    return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
+
+
+def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
+    """Return the total, position and direction of a cursor; ScimError 400 if it is not usable."""
+    if not (text := call.parameters["cursor"]):
+        return 0, None, False
+    octets = b""
+    with suppress(ValueError):
+        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+    mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
+    advice = "start again with an empty cursor"
+    if not content or not hmac.compare_digest(mac, signature(call, content)):
+        raise ScimError(400, "invalidCursor", f"cursor: not issued by this server; {advice}")
+    query, total, backward, issued, *position = json.loads(content)
+    if query != query_digest(call):
+        raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
+    if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
+        raise ScimError(
+            400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {advice}"
+        )
+    return total, Position(*position), backward
+
+
+def query_digest(call: Call) -> str:
+    """Return a digest that is the same for all pages of one query."""
+    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
+    return digest(to_json([[type.name for type in call.resource_types], terms]))[:16]
+
+
+def signature(call: Call, content: bytes) -> bytes:
+    """Return the HMAC of a cursor's content under the tenant's key."""
+    return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
+
+
+# -- Bulk ------------------------------------------------------------------------
+
+# "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
+BULK_ID = re.compile(r"bulkId:(\S+)")
+
+
+class BulkOperation(NamedTuple):
+    """One operation of a bulk request."""
+
+    method: str
+    endpoint: str
+    id: str  # the rest of the path, "" for none
+    bulk_id: str
+    version: str
+    content: Json  # its data
+    references: set[str]  # the bulkIds that id and content refer to
+
+
+def parse_bulk_operation(item: Json) -> BulkOperation:
+    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
+    members = lowercase_keys(item, "Operations: expected objects")
+    texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
+    for name, value in texts.items():
+        if not isinstance(value, (str, type(None))):
+            raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
+    method, path, bulk_id, version = (value or "" for value in texts.values())
+    endpoint, _, id = path.strip("/").partition("/")
+    content = members.get("data")
+    # Most operations refer to nothing, and need no walk through their content.
+    strings = texts_in([id, content]) if "bulkId:" in to_json([id, content]) else ()
+    references = {match[1] for _, text in strings if (match := BULK_ID.fullmatch(text))}
+    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, content, references)
+
+
+def with_ids(value: Json, ids: Mapping[str, str]) -> Json:
+    """Return JSON with ids in place of bulkIds, without objects whose bulkId is not in ids."""
+    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
+        return ids.get(reference[1])
+    if isinstance(value, list):
+        return [item for item in (with_ids(item, ids) for item in value) if item is not None]
+    if isinstance(value, dict):
+        members = {name: with_ids(item, ids) for name, item in value.items()}
+        if any(members[name] is None and isinstance(item, str) for name, item in value.items()):
+            return None
+        return {
+            name: item for name, item in members.items() if item is not None or value[name] is None
+        }
+    return value
+
+
+class Bulk:
+    """The state of a bulk request (RFC 7644 §3.7); ScimError 400 if two POSTs share a bulkId."""
+
+    def __init__(
+        self, call: Call, perform: Callable[[Request], Response], operations: list[BulkOperation]
+    ) -> None:
+        self.call, self.perform, self.operations = call, perform, operations
+        self.answers: dict[int, Json] = {}  # by the operation's number, until now
+        self.posts: dict[str, int] = {}  # bulkId to the number of its POST
+        self.ids: dict[str, str] = {}  # bulkId to the id of the created resource
+        self.incomplete: list[int] = []  # POSTs that were done before those they refer to
+        for number, operation in enumerate(operations):
+            if (
+                operation.method == "POST"
+                and self.posts.setdefault(operation.bulk_id, number) != number
+            ):
+                raise invalid_value(f"bulkId {quoted(operation.bulk_id)}: each POST needs its own")
+
+    def run(self, fail_on_errors: int) -> list[Json]:
+        """Return the answers in the order of the request; stop at that number of errors."""
+        for number in self._order():
+            self._perform(number)
+            fail_on_errors -= "response" in self.answers[number]
+            if not fail_on_errors:
+                break
+        for number in list(self.incomplete):
+            self._complete(number)
+        return [self.answers[number] for number in sorted(self.answers)]
+
+    def _order(self) -> Iterator[int]:
+        # Yield all numbers, each after the POSTs it refers to; a cycle is broken at its end.
+        started, done = set[int](), set[int]()
+        for first in range(len(self.operations)):
+            stack = [first]
+            while stack:
+                number = stack[-1]
+                if number not in started:
+                    started.add(number)
+                    needed = {
+                        self.posts.get(bulk_id, number)
+                        for bulk_id in self.operations[number].references
+                    }
+                    stack += sorted(needed - started, reverse=True)
+                elif stack.pop() not in done:
+                    done.add(number)
+                    yield number
+
+    def _perform(self, number: int) -> None:
+        # Then complete the operations that waited for the id of this one.
+        operation = self.operations[number]
+        missing = operation.references - self.ids.keys()
+        try:
+            self._check(operation, missing)
+            response = self._send(operation, operation.method, operation.id)
+        except ScimError as error:
+            response = error_response(error)
+        self._answer(number, response)
+        if response.status == 201:
+            self.ids[operation.bulk_id] = response.body["id"]
+            self.incomplete += [number] if missing else []
+            for other in list(self.incomplete):
+                if self.operations[other].references <= self.ids.keys():
+                    self._complete(other)
+
+    def _check(self, operation: BulkOperation, missing: set[str]) -> None:
+        method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
+        if method not in ("POST", "PUT", "PATCH", "DELETE"):
+            raise invalid_value(
+                f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
+            )
+        if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
+            expected = "/Users" if method == "POST" else "/Users/2819c223"
+            raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
+        if method != "DELETE" and operation.content is None:
+            raise invalid_value(f"data: {method} needs some")
+        if method == "POST" and not operation.bulk_id:
+            raise invalid_value("bulkId: POST needs one")
+        for bulk_id in sorted(missing):
+            if self.posts.get(bulk_id) is None or self.posts[bulk_id] in self.answers:
+                raise ScimError(
+                    409, "", f"bulkId {quoted(bulk_id)}: no POST of this request created it"
+                )
+
+    def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
+        request, path_id = self.call.request, quote(with_ids(id, self.ids) or "", safe="")
+        headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
+        headers |= {"if-match": operation.version} if operation.version else {}
+        return self.perform(
+            request._replace(
+                method=method,
+                path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
+                query="",
+                headers=headers,
+                caller=self.call.caller,
+                body=with_ids(operation.content, self.ids)
+                if operation.references
+                else operation.content,
+            )
+        )
+
+    def _complete(self, number: int) -> None:
+        # Replace the resource now that its references have ids; delete it if one has none.
+        operation = self.operations[number]
+        id = f"bulkId:{operation.bulk_id}"
+        self.incomplete.remove(number)
+        response = error_response(
+            ScimError(409, "", "a bulkId that this resource refers to was not created")
+        )
+        if operation.references <= self.ids.keys():
+            response = self._send(operation, "PUT", id)
+        if response.status == 200:
+            self.answers[number]["version"] = response.headers["ETag"]
+        else:
+            self._send(operation, "DELETE", id)
+            self._answer(number, response)
+
+    def _answer(self, number: int, response: Response) -> None:
+        operation = self.operations[number]
+        id = with_ids(operation.id, self.ids) or operation.id
+        answer = {
+            "location": response.headers.get("Location", "")
+            if operation.method == "POST"
+            else f"{self.call.base_url}/{operation.endpoint}/{id}",
+            "method": operation.method,
+            "bulkId": operation.bulk_id,
+            "version": response.headers.get("ETag"),
+            "status": str(response.status),
+            "response": response.body if response.status >= 300 else None,
+        }
+        self.answers[number] = {name: value for name, value in answer.items() if value}
+
+
+def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
+    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
+    message = lowercase_keys(call.json())
+    items, limit = message.get("operations"), message.get("failonerrors")
+    if not isinstance(items, list) or not items:
+        raise invalid_syntax("Operations: expected a list of operations")
+    if len(items) > MAX_BULK_OPERATIONS:
+        raise ScimError(
+            413, "", f"Operations: {len(items)} are more than maxOperations, {MAX_BULK_OPERATIONS}"
+        )
+    if limit is not None and (type(limit) is not int or limit < 1):
+        raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
+    with call.directory.store.writing():
+        bulk = Bulk(call, perform, list(map(parse_bulk_operation, items)))
+        answers = bulk.run(limit or len(items))
+    return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
+
+
+# ----------------------------------------------------------------------------
+# 13. Provisioning log
+#
+# What each call did, warnings about it, and what to do when it failed. A thread in
+# the background writes it.
+# Uses chapters 1 to 12. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
+LOG_READS = 50  # the same for successful reads, the least informative calls
+LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
+LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
+LOGGED_PATH = 200  # characters of an attribute's path
+SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
+REDACTED = "•••"
+OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
+Reason = tuple[str, ...]  # why a call failed or gets a warning: a key of EXPLANATIONS, and parts
+Sent = tuple[str, str, Json]  # what a client wrote: "add" except in a PATCH, path, value
+# By key: the kind of trouble, the names of the reason's parts, and the sentence and the remedy that
+# show them. The part "value" may be a secret.
+EXPLANATIONS = {
+    "expired": (
+        "authentication",
+        "token expires",
+        "The token “{token}” expired on {expires}; a call from {client} was refused.",
+        "Make a new token with `python scim_server.py token`; enter its secret in Entra.",
+    ),
+    "scheme": (
+        "authentication",
+        "token",
+        "A call from {client} sent the token “{token}”, but not as a bearer token.",
+        "Choose bearer authentication in the client.",
+    ),
+    "path": (
+        "connection",
+        "path base",
+        "The call went to {path}, which does not exist.",
+        "The Tenant URL must end in {base}, exactly once, with nothing after it.",
+    ),
+    "body": (
+        "connection",
+        "problem",
+        "The body is not JSON: {problem}.",
+        "Check whether a proxy in front of the server changes or truncates requests.",
+    ),
+    "failed": (
+        "connection",
+        "detail",
+        "The server failed: {detail}.",
+        "Entra retries automatically; the server's log says why it failed.",
+    ),
+    "link_name": (
+        "mapping",
+        "name link_names",
+        "No custom field has the link name “{name}”{hint}",
+        "Correct the name in Entra's attribute list for customappsso; there are {link_names}.",
+    ),
+    "integer": (
+        "mapping",
+        "path value",
+        "The field “{path}” takes a whole number, but {value} was sent.",
+        "Map it from an attribute that contains only digits, or make the custom field a String.",
+    ),
+    "boolean": (
+        "mapping",
+        "path value",
+        "The field “{path}” takes true or false, but {value} was sent.",
+        "Use an expression that returns true or false; for active it is Not([IsSoftDeleted]).",
+    ),
+    "type": (
+        "mapping",
+        "path expected value",
+        "The attribute “{path}” takes {expected}, but {value} was sent.",
+        "Map it from another attribute.",
+    ),
+    "required": (
+        "mapping",
+        "path",
+        "“{path}” was sent without a value.",
+        "Map it from an attribute that every account has; for userName that is userPrincipalName.",
+    ),
+    "taken": (
+        "mapping",
+        "path value type",
+        "Another {type} already has the {path} {value}.",
+        "Change one of the two in Entra; if they are the same, match by {path} (precedence 1).",
+    ),
+    "missing": (
+        "mapping",
+        "type value",
+        "Entra refers to a {type} that no longer exists here.",
+        "Choose “Restart provisioning” in Entra; it looks up every account again.",
+    ),
+    "active": (
+        "mapping",
+        "value",
+        "active was sent as the text {value}: its mapping still uses Switch(…).",
+        "Map Not([IsSoftDeleted]) to active, and append ?aadOptscim062020 to the Tenant URL.",
+    ),
+    "emails": (
+        "mapping",
+        "value name",
+        "The work e-mail {value} is not the userName {name}.",
+        'Map userPrincipalName to emails[type eq "work"].value.',
+    ),
+    "externalId": (
+        "mapping",
+        "value",
+        "externalId is {value}, which is not an objectId.",
+        "Map objectId to externalId, so that a person who is renamed stays the same employee.",
+    ),
+    "members": (
+        "mapping",
+        "ids",
+        "No user or group has the id {ids}; these members were ignored.",
+        "Assign these people to the application too, so that Entra creates them before the group.",
+    ),
+    "refused": (
+        "mapping",
+        "detail",
+        "The call was refused: {detail}.",
+        "Compare the mapping in Entra with the table on the Set-up page.",
+    ),
+}
+# fmt: off
+STEPS = (  # of the set-up: key, operation in the log, title, how to get there
+    ("lookup", "Look up user",    "A person is looked up",
+     "In Entra: Provisioning → Provision on demand."),
+    ("create", "Create user",     "A person is created",
+     "Start provisioning: everyone who is assigned is created."),
+    ("custom", "",                "A custom field arrives",
+     "Add its name to the attribute list, then map to it."),
+    ("update", "Update user",     "A person is updated",
+     "Change a job title in Entra and wait for a cycle."),
+    ("off",    "Deactivate user", "A person is deactivated",
+     "Unassign a test person and wait for a cycle."),
+)
+# fmt: on
+
+
+@dataclass(eq=False)
+class LogItem:
+    """A call of a tenant's client on its way to the log."""
+
+    call: Call  # without headers, which hold the secret
+    caller: Caller
+    response: Response
+    instant: datetime
+    seconds: float
+    logged: bool  # False: it only shows that the token is in use
+    is_long: bool = False  # whether the body was too long to keep
+
+    @cached_property
+    def resource(self) -> Resource:
+        """The user or group in the answer, or the only one that a query returned; {} for none."""
+        has_any = self.call.route.type and self.response.body and self.response.status < 300
+        body = self.response.body if has_any else {}
+        resources = body.get("Resources", [body])
+        resource: Resource = resources[0] if len(resources) == 1 else {}
+        return from_json(resource) if isinstance(resource, Encoded) else resource
+
+    @cached_property
+    def sent(self) -> list[Sent]:
+        """What the client wrote, the attributes of an extension one by one."""
+        sent, call = list(map(sent_by, self.call.operations)), self.call
+        is_resource = call.route.type and call.request.method in ("POST", "PUT")
+        body = call.body if is_resource and isinstance(call.body, dict) else {}
+        for name, value in body.items():
+            if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(value, dict):
+                sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
+            elif name.lower() not in ("schemas", "id", "meta"):
+                sent.append(("add", name, value))
+        return [(op, path[:LOGGED_PATH], value) for op, path, value in sent]
+
+    @cached_property
+    def may_show_secret(self) -> bool:
+        """Whether an error of this call may quote a secret."""
+        body = self.call.request.body if self.call.body is None else self.call.body
+        return self.is_long or SECRET.search(f"{body!r} {self.call.request.query}") is not None
+
+
+def sent_by(operation: Operation) -> Sent:
+    """Return an operation of a PATCH as the log shows it, with canonical names."""
+    path = operation.path
+    terms = equal_terms(path.filter).items() if path.filter else ()
+    filter = " and ".join(f"{name} eq {quoted(value)}" for name, value in terms) or "…"
+    brackets = f"[{filter}]" if path.filter else ""
+    sub = f".{path.sub_attribute.name}" if path.sub_attribute else ""
+    # Members come as objects, ids or a filter; the accepted value has them in one form.
+    value = operation.value if path.attributes[0].is_membership else operation.sent
+    return operation.op, path.attributes[-1].path + brackets + sub, value
+
+
+def member_ids(path: str, value: Json) -> list[str]:
+    """Return the ids of the members that were sent, "" for one that a filter selects."""
+    items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
+    return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
+
+
+# -- What a call did -----------------------------------------------------------------
+
+
+def operation_name(item: LogItem) -> str:
+    """Return what a call does, such as "Update user": a phrase that the subject's name follows."""
+    request, route, noun = item.call.request, item.call.route.label, item.call.route.type.lower()
+    if not noun:
+        return f"Call {route or request.path[:80]}"
+    if request.method in ("GET", "POST") and re.search(r"filter|\.search", request.query + route):
+        return f"Look up {noun}"
+    if request.method == "GET" and not item.call.id:
+        return f"List {noun}s"
+    return patch_name(item) or f"{VERBS.get(request.method, request.method)} {noun}"
+
+
+def patch_name(item: LogItem) -> str:
+    """Return "Deactivate user", "Add 3 members to" and the like; "" for another PATCH or method."""
+    state, counts = "", Counter[str]()
+    for op, path, value in item.sent if item.call.operations else ():
+        if path == "active":
+            state = "Deactivate user" if str(value).lower() == "false" else "Activate user"
+        elif path.startswith("members"):
+            counts["set" if op == "replace" else op] += len(member_ids(path, value))
+    parts = [f"{op} {n} member{'s' * (n > 1)}" for op, n in sorted(counts.items()) if n]
+    preposition = "to" if parts and parts[-1].startswith("add") else "of"
+    return state or (f"{' and '.join(parts)} {preposition}".capitalize() if parts else "")
+
+
+def subject_name(session: Session, item: LogItem, id: str) -> str:
+    """Return the name of the user or group that a call is about, "" if it is not known."""
+    call, resource = item.call, item.resource
+    filter = dict(parse_qsl(call.request.query)).get("filter", "")
+    literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
+    candidates = [resource, call.body if isinstance(call.body, dict) else {}]
+    if not resource:
+        row, employee = session.find(call.route.type, id), session.employee_of(id)
+        candidates += [row.attributes if row else {}, employee.record if employee else {}]
+    candidates.append({"name": literal[1] if literal else ""})
+    keys = ("displayName", "userName", "name")
+    names = (candidate.get(key) for candidate in candidates for key in keys)
+    return next((name for name in names if name and isinstance(name, str)), "")
+
+
+# -- Warnings and errors -------------------------------------------------------------
+
+
+def warnings_about(session: Session, item: LogItem) -> list[Reason]:
+    """Return the warnings about a call that succeeded, each once."""
+    checks = (value_warnings, email_warnings, member_warnings)
+    return list(dict.fromkeys(reason for warn_of in checks for reason in warn_of(session, item)))
+
+
+def value_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield warnings about values of a user that show a mistake in the mapping."""
+    directory, is_user = item.call.directory, item.call.route.type == "User"
+    user_type = directory.resource_types["User"]
+    for _, path, value in item.sent if is_user else ():
+        name = path.lower()
+        if name == "active" and isinstance(value, str):
+            yield "active", quoted(value)
+        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
+            yield "externalId", quoted(value)
+        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+            yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
+
+
+def email_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield a warning about a work e-mail that is not the userName."""
+    names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
+    for email in item.resource.get("emails", ()) if names else ():
+        value, user_name = email.get("value"), item.resource.get("userName")
+        if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
+            yield "emails", quoted(value), quoted(user_name)
+
+
+def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield a warning about members that no user or group is."""
+    ids: set[str] = set()
+    for op, path, value in item.sent if item.call.route.type == "Group" else ():
+        if path.lower() == "members" and op != "remove":
+            ids.update(member_ids(path, value))
+    # The answer shows who became a member; the store may have changed since.
+    ids -= {member.get("value") for member in item.resource.get("members", ())}
+    if missing := session.unknown_ids(sorted(ids)):
+        yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
+
+
+def redacted_text(text: str) -> str:
+    """Return text without the values that it quotes."""
+    return re.sub(r'got .*|"(\\.|[^"\\])*("|$)', REDACTED, text, flags=re.DOTALL)
+
+
+def redacted(value: Json) -> Json:
+    """Return a body with the values of secrets hidden, in a PATCH too."""
+    if not isinstance(value, dict):
+        return [redacted(item) for item in value] if isinstance(value, list) else value
+    path = " ".join(str(item) for name, item in value.items() if name.lower() == "path")
+    hidden = "value" if SECRET.search(path) else ""  # of a PATCH operation on a secret
+    return {
+        name: REDACTED if SECRET.search(name) or name.lower() == hidden else redacted(item)
+        for name, item in value.items()
+    }
+
+
+def explain(reason: Reason, item: LogItem) -> Json:
+    """Return the kind of a trouble, the sentence that explains it, and the remedy."""
+    kind, names, text, remedy = EXPLANATIONS[reason[0]]
+    parts = dict(zip(names.split(), reason[1:], strict=True))
+    if item.response.status >= 400 and item.may_show_secret:
+        parts = {name: redacted_text(part) for name, part in parts.items()} | {"value": REDACTED}
+    # A custom field is known by its link name; the full stop of a detail is that of our sentence.
+    parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
+    links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
+    similar = difflib.get_close_matches(parts.get("name", "").lower(), links, 1)
+    hint = f": did you mean “{links[similar[0]]}”?" if similar else "."
+    parts |= {"hint": hint, "client": item.call.request.client}
+    return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
+
+
+# -- Entries -------------------------------------------------------------------------
+
+
+def failure_of(item: LogItem) -> tuple[str, Reason]:
+    """Return the detail and the reason of an error; its detail explains one without a reason."""
+    detail = (item.response.body or {}).get("detail", "")
+    detail = redacted_text(detail) if item.may_show_secret else detail
+    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
+    return detail, item.response.reason or fallback
+
+
+def attributes_of(item: LogItem, reason: Reason) -> list[str]:
+    """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
+    call, paths = item.call, dict.fromkeys(path for _, path, _ in item.sent)
+    names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
+    if not paths and names_path and call.route.type and call.request.method == "PATCH":
+        return [reason[1]]
+    return list(paths)
+
+
+def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
+    """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
+    call, refused = item.call, item.response.status >= 400
+    detail, reason = failure_of(item) if refused else ("", ())
+    reasons = [reason] if refused else warnings_about(session, item)
+    id = item.resource.get("id") or (call.id if call.route.type else "")
+    entry = {
+        "at": time_text(item.instant),
+        "token": item.caller.token.name,
+        "operation": operation_name(item),
+        "type": call.route.type,
+        "name": subject_name(session, item, id)[:200],
+        "status": item.response.status,
+        "id": call.request.id,
+        "milliseconds": round(item.seconds * 1000, 1),
+        "method": call.request.method,
+        "path": call.request.path[:500],
+        "client": call.request.client,
+        "attributes": attributes_of(item, reason)[:50],
+        "detail": detail,
+        "notes": [explain(reason, item) for reason in reasons],
+    }
+    if item.caller.tenant.log_bodies and call.body is not None:
+        entry["body"] = redacted(call.body)
+    return 2 if refused else int(bool(reasons)), id, entry
+
+
+def write_log(store: Store, items: Sequence[LogItem]) -> None:
+    """Write calls of one tenant to its log, with each token's last use and the set-up's steps."""
+    logged = [item for item in items if item.logged]
+    uses = {item.caller.token.name: item.instant for item in items if item.response.status != 401}
+    with store.reading() as session:
+        rows = [describe(session, item) for item in logged]
+    with store.writing() as session:
+        session.note_requests(rows, items[-1].caller.tenant.keep_log)
+        for token, instant in uses.items():
+            session.set_setting(f"used {token}", time_text(instant))
+        for item, (level, _, entry) in zip(logged, rows, strict=True):
+            done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
+            done += ["custom"] if item.resource.get(FACILIO) and entry["attributes"] else []
+            for step in done if level < 2 else ():
+                if not session.setting(f"first {step}"):
+                    session.set_setting(f"first {step}", entry["at"])
+
+
+class BackgroundWriter:
+    """A queue whose items a daemon thread passes to write, those of a pause of seconds together.
+
+    add() never blocks: when limit items are queued, further ones are dropped and counted in lost.
+    write must not raise.
+    """
+
+    def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
+        self._write, self._pause, self._limit = write, pause, limit
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._lock, self._flush_now, self.lost = threading.Lock(), threading.Event(), 0
+        self._thread: threading.Thread | None = None
+
+    def add(self, item: Any) -> None:
+        """Queue an item, or count it as lost."""
+        if self._items.qsize() >= self._limit:
+            self.lost += 1
+            return
+        self._items.put(item)
+        with self._lock:
+            if not self._thread:
+                thread = threading.Thread(target=self._run, daemon=True)
+                with suppress(RuntimeError):  # no thread could be started; the next item retries
+                    thread.start()
+                    self._thread = thread
+
+    def close(self, seconds: float = 5) -> None:
+        """Write the queued items, in at most that time; a later item starts another thread."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread:
+            self._flush_now.set()
+            self._items.put(None)
+            thread.join(seconds)
+            self._flush_now.clear()
+
+    def _run(self) -> None:
+        batch: list[Any] = []
+        while None not in batch:
+            batch = [self._items.get()]
+            self._flush_now.wait(self._pause)
+            batch += [self._items.get() for _ in range(self._items.qsize())]
+            self._write([item for item in batch if item is not None])
+
+
+class ProvisioningLog(BackgroundWriter):
+    """The queue of calls for the logs of their tenants."""
+
+    def __init__(self) -> None:
+        super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
+        self.unknown_token_calls, self.unknown_token_since = 0, ""
+
+    def has_room(self, request: Request, response: Response) -> bool:
+        """Return whether a call may be added: at most LOG_READS successful reads are queued."""
+        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
+
+    def add(self, item: LogItem) -> None:
+        """Queue a call, without long bodies and long lists."""
+        call, answer = item.call, item.response.body
+        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
+            item.response = item.response._replace(body={"Resources": answer["Resources"][:2]})
+        if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
+            call.request, call.body = call.request._replace(body=b""), None
+            call.operations, item.is_long = (), True
+        super().add(item)
+
+    def count_unknown_token(self, at: str) -> None:
+        """Count a call with an unknown token, which belongs to no tenant."""
+        with self._lock:
+            self.unknown_token_calls += 1
+            self.unknown_token_since = self.unknown_token_since or at
+
+    def _store(self, batch: list[LogItem]) -> None:
+        for store in dict.fromkeys(item.call.directory.store for item in batch):
+            items = [item for item in batch if item.call.directory.store is store]
+            try:
+                write_log(store, items)
+            except Exception:  # noqa: BLE001  a failing log must not stop provisioning
+                self.lost += len(items)
+
+
+# ----------------------------------------------------------------------------
+# 14. Other endpoints
+#
+# Employees, changes, the console's API and metrics.
+# Uses chapters 1 to 13. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+# -- Employees and changes -----------------------------------------------------------
+
+
+def list_employees(call: Call) -> Response:
+    """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
+    active = call.parameters.get("active", "").lower()
+    if active not in ("", "true", "false"):
+        raise invalid_value(f"active: expected true or false, got {quoted(active)}")
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
+    rows = call.directory.employees(
+        active == "true" if active else None,
+        call.parameters.get("changed_since", ""),
+        call.integer("id", 0) if "id" in call.parameters else None,
+        call.integer("cursor", 0),
+    )
+    employees = list(itertools.islice(rows, count + 1))
+    headers, cursor = {}, {}
+    if len(employees) > count:
+        employees.pop()
+        cursor = {"nextCursor": str(employees[-1].id)}
+        query = urlencode({**call.parameters, "cursor": employees[-1].id})
+        headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
+    if "text/csv" in call.request.headers.get("accept", ""):
+        table = employee_table(employees, call.directory.link_names)
+        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
+    return plain_response({"employees": list(map(asdict, employees)), **cursor}, **headers)
+
+
+def get_employee(call: Call) -> Response:
+    """Answer GET /employees/{id}."""
+    id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
+    if not (employee := next(call.directory.employees(id=id), None)):
+        raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
+    return plain_response(asdict(employee))
+
+
+def list_changes(call: Call) -> Response:
+    """Answer GET /changes: those after a number; with wait, block until there are some."""
+    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
+    changes = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
+    return plain_response(
+        {"changes": list(map(asdict, changes)), "after": changes[-1].seq if changes else after}
+    )
+
+
+# -- The console's API ---------------------------------------------------------------
+
+
+def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
+    """Return an answer for the console, which no cache keeps."""
+    return plain_response(
+        body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
+    )
+
+
+def page_response(page: str) -> Response:
+    """Return the console's page; its policy allows only the script and style in it."""
+    own = "; ".join(
+        f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
+    )
+    policy = (
+        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"
+    )
+    return console_response(
+        page,
+        "text/html; charset=utf-8",
+        **{"Referrer-Policy": "no-referrer", "Content-Security-Policy": policy},
+    )
+
+
+def entra_mapping(directory: Directory) -> list[list[str]]:
+    """Return rows of source, customappsso attribute, type in Entra, and the change to make."""
+    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+    fields = (
+        ("", f"{FACILIO}:{name}", "custom field: choose its source")
+        for name in directory.link_names
+    )
+    for source, target, change in (*ENTRA_MAPPING, *fields):
+        path = parse_path(target, directory.resource_types["User"])
+        type = (path.sub_attribute or path.attributes[-1]).type
+        rows.append([source, target, types.get(type, "String"), change])
+    return rows
+
+
+def get_log(log: ProvisioningLog, call: Call) -> Response:
+    """Answer GET /console/api/log: entries newest first, those after or before a number."""
+    entries = call.directory.requests(
+        call.integer("after", 0),
+        call.integer("before", 0),
+        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
+        call.integer("level", 0),
+        call.parameters.get("subject", ""),
+        call.parameters.get("text", ""),
+        call.integer("wait", 0, 0, MAX_WAIT),
+    )
+    return console_response({"entries": entries, "lost": log.lost})
+
+
+def get_setup(log: ProvisioningLog, call: Call) -> Response:
+    """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
+    directory, now = call.directory, call.directory.clock()
+    user_type = directory.resource_types["User"]
+    tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
+    with directory.store.reading() as session:
+        steps = [
+            {"title": title, "hint": hint, "at": session.setting(f"first {step}")}
+            for step, _, title, hint in STEPS
+            if tenant.custom_fields or step != "custom"
+        ]
+    tokens = [
+        {
+            "name": token.name,
+            "last_use": directory.last_use(token.name),
+            "expires": time_text(token.expires) if token.expires else "",
+            "expired": token.expired(now),
+        }
+        for token in tenant.tokens
+    ]
+    fields = [
+        {
+            **asdict(custom),
+            "urn": custom.urn,
+            "people": directory.query(user_type, f"{custom.urn} pr", count=0).total_results,
+        }
+        for custom in tenant.custom_fields
+    ]
+    return console_response(
+        {
+            "tenant": tenant.name,
+            "url": call.base_url,
+            "steps": steps,
+            "lost": log.lost,
+            "tokens": tokens,
+            "last": directory.requests(count=1),
+            "refused": directory.requests(text='"status":401'),
+            "strangers": log.unknown_token_calls,
+            "strange_since": log.unknown_token_since,
+            "mapping": entra_mapping(directory),
+            "fields": fields,
+        }
+    )
+
+
+def get_mapping(call: Call) -> Response:
+    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
+    header = ["Entra ID source", "customappsso attribute", "type", "change"]
+    table = [header, *entra_mapping(call.directory)]
+    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
+
+
+def get_history(call: Call) -> Response:
+    """Answer GET /console/api/history/{id}: a user's employee, and changes of a user or group."""
+    employee, changes = call.directory.history(call.id)
+    return console_response(
+        {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
+    )
+
+
+# -- For the operator: no tenant's token, and nothing about people -------------------
+
+
+class Metrics:
+    """Counts of answers, in the text format of Prometheus."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
+
+    def add(self, method: str, response: Response, seconds: float) -> None:
+        """Count an answer."""
+        key = (response.tenant, method, response.route, response.status)
+        with self._lock:
+            count, total = self._counts.get(key, (0, 0.0))
+            self._counts[key] = (count + 1, total + seconds)
+
+    def text(self) -> str:
+        """Return all counts."""
+        with self._lock:
+            counts = sorted(self._counts.items())
+        lines = []
+        for number, name, help in (
+            (0, "scim_requests_total", "Requests answered"),
+            (1, "scim_request_seconds_total", "Seconds spent on them"),
+        ):
+            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
+            lines += [
+                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
+                f"{values[number]:g}"
+                for (tenant, method, route, status), values in counts
+            ]
+        return "\n".join(lines) + "\n"
+
+
+# ----------------------------------------------------------------------------
+# 15. Application                                           RFC 7644 §2, §3.12
+#
+# Tenants: who is served, with which tokens, from which store. Then the one table of
+# routes, and handle(Request) -> Response: token to tenant, path to operation, every
+# failure to a SCIM error.
+# Uses chapters 1 to 14. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+
+class Tenants:
+    """The tenants of a configuration, their directories and tokens; of a secret only the hash.
+
+    directories has each tenant's Directory by name. If a tenant's database cannot be used, it has
+    the StoreError instead: this tenant is answered 503, the others are served.
+    """
+
+    def __init__(self, config: Config, clock: Clock, new_id: Callable[[], str]) -> None:
+        self.directories: dict[str, Directory | StoreError] = {}
+        self._clock, self._new_id = clock, new_id
+        self._tried = clock()  # when databases that failed were opened last
+        self._configuring = threading.RLock()
+        self.configure(config)
+
+    def configure(self, config: Config) -> None:
+        """Serve the tenants of a configuration from now on; a StoreError changes nothing.
+
+        A tenant that is served already keeps its store.
+        """
+        make_data_dir(config)
+        with self._configuring:
+            before = self.directories
+            self.directories = {
+                tenant.name: self._open(config, tenant) for tenant in config.tenants
+            }
+            tenants = tuple(
+                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
+                for tenant in config.tenants
+            )
+            self.config = replace(config, tenants=tenants)
+            self.tenants = {tenant.name: tenant for tenant in tenants}
+            self._tokens = {
+                token.sha256: (tenant, token) for tenant in tenants for token in tenant.tokens
+            }
+        for name in before.keys() - self.directories.keys():
+            if isinstance(directory := before[name], Directory):
+                directory.store.interrupt()
+                directory.store.close()
+
+    def add_tenant(self, document: Json) -> Directory:
+        """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
+        with self._configuring:
+            tenant = parse_tenant(document, self.config.tenants)
+            others = tuple(other for other in self.config.tenants if other.name != tenant.name)
+            self.configure(replace(self.config, tenants=(*others, tenant)))
+        return self.directory(tenant.name)
+
+    def remove_tenant(self, name: str) -> None:
+        """Stop serving a tenant; its file stays."""
+        with self._configuring:
+            others = tuple(tenant for tenant in self.config.tenants if tenant.name != name)
+            self.configure(replace(self.config, tenants=others))
+
+    def directory(self, name: str) -> Directory:
+        """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
+        directory = self.directories[name]
+        if isinstance(directory, StoreError):
+            raise directory
+        return directory
+
+    @property
+    def available(self) -> list[Directory]:
+        """The directories of the tenants whose databases can be used."""
+        return [item for item in self.directories.values() if isinstance(item, Directory)]
+
+    def token(self, name: str) -> str:
+        """Return a new secret of a tenant, valid until the next configuration; KeyError."""
+        secret = secrets.token_urlsafe(32)
+        with self._configuring:
+            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
+        return secret
+
+    def known_caller(self, request: Request) -> Caller | None:
+        """Return who sent a request, by the tokens of the configuration, expired ones included."""
+        if request.caller:
+            return request.caller
+        secret = credentials_of(request)[1]
+        entry = self._tokens.get(digest(secret)) if secret else None
+        return self._caller(*entry) if entry else None
+
+    def _caller(self, tenant: Tenant, token: Token) -> Caller | None:
+        directory = self.directories.get(tenant.name)  # None: it was removed at this moment
+        return Caller(tenant, token, directory) if directory else None
+
+    def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
+        # Return the directory of a tenant, the present one if it fits, or why there is none.
+        current = self.directories.get(tenant.name)
+        if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
+            current.keep, current.keep_days = config.keep_changes, config.keep_days
+            return current
+        try:
+            directory = Directory(
+                current.store
+                if isinstance(current, Directory)
+                else Store(store_path(config, tenant)),
+                tenant.custom_fields,
+                self._clock,
+                self._new_id,
+                config.keep_changes,
+                config.keep_days,
+            )
+            directory.claim(tenant.name)
+        except StoreError as error:
+            return error
+        return directory
+
+    def _may_reopen(self) -> bool:
+        return self._clock() - self._tried > timedelta(seconds=RETRY_SECONDS)
+
+    def _reopened(self, name: str) -> Directory:
+        # Return the directory of a tenant whose database failed, or raise ScimError 503.
+        if self._may_reopen():
+            with self._configuring:
+                self._tried = self._clock()
+                if tenant := self.tenants.get(name):  # else it was removed meanwhile
+                    self.directories[name] = self._open(self.config, tenant)
+        if not isinstance(directory := self.directories.get(name), Directory):
+            raise ScimError(
+                503, "", "the tenant's database cannot be used; the server's log says why", RETRY
+            )
+        return directory
+
+
+# -- Routes --------------------------------------------------------------------------
+
+ANYONE, OPERATOR, BEARER, NOWHERE = "anyone", "operator", "bearer", "nowhere"  # who may call
+# Lanes of the HTTP server: at once, with the reads, with the writes, in a thread of its own.
+QUICK, READ, WRITE, SLOW = "quick", "read", "write", "slow"
+RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
+# The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
+SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
+EQUALS = r"(?:%20|\+)eq(?:%20|\+)%22(?:[^%&\" ]|%(?!22))*%22"
+QUICK_QUERIES = {
+    "User": re.compile(rf"({SMALL}&)*filter=(userName|externalId){EQUALS}(&{SMALL})*", re.ASCII),
+    "Group": re.compile(  # a group is small only without its members
+        rf"(excludedAttributes=members&)?filter=(displayName|externalId){EQUALS}"
+        r"(?(1)|&excludedAttributes=members)",
+        re.ASCII,
+    ),
+}
+UNKNOWN_PATH = Route("", NOWHERE)
+UNKNOWN_SCIM_PATH = Route("", BEARER)  # 401 comes before 404
+
+
+def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
+    """Return routes by the segments of their paths; {type} stands for Users and for Groups."""
+    routes: dict[tuple[str, ...], Route] = {}
+    for methods, pattern, access, lane, operation in rows:
+        for path in (pattern.replace("{type}", "Users"), pattern.replace("{type}", "Groups")):
+            segments = tuple(filter(None, path.split("/")))
+            type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
+            route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
+            for method in methods.replace("GET", "GET HEAD").split():
+                routes.setdefault(segments, route).operations[method] = lane, operation
+    return routes
+
+
+def labelled(call: Call, response: Response) -> Response:
+    """Return a response with the tenant and the route of its call, for the logs."""
+    if response.status == 401:
+        return response
+    tenant = call.caller.tenant.name if call.caller else ""
+    return Response(*response[:3], tenant, call.route.label, response.reason)
+
+
+class Application(Tenants):
+    """All tenants of a configuration as one endpoint; the bearer token alone selects the tenant.
+
+    authenticate is for a program that keeps tokens itself: it is asked about tokens that no tenant
+    has, and returns a tenant's name or None. page is the console, "" for none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        authenticate: Callable[[str], str | None] | None = None,
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+        page: str = "",
+    ) -> None:
+        super().__init__(config, clock, new_id)
+        self.log, self.metrics = ProvisioningLog(), Metrics()
+        self._authenticate = authenticate
+        self._routes = route_table(self._rows(page if config.console else ""))
+
+    def _rows(self, page: str) -> list[RouteRow]:
+        # Methods, path, who may call, lane, operation.
+        page_answer, bulk = page_response(page), partial(run_bulk, self.handle)
+        log, setup = partial(get_log, self.log), partial(get_setup, self.log)
+        # fmt: off
+        rows: list[RouteRow] = [
+            ("GET",    "/healthz",                       ANYONE,   QUICK, self._get_health),
+            ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
+            ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/Schemas/{id}",          BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/ResourceTypes",         BEARER,   QUICK, get_documents),
+            ("GET",    "/scim/v2/ResourceTypes/{id}",    BEARER,   QUICK, get_documents),
+            ("GET POST PUT PATCH DELETE", "/scim/v2/Me", BEARER,   QUICK, refuse_me),
+            ("POST",   "/scim/v2/Bulk",                  BEARER,   WRITE, bulk),
+            ("POST",   "/scim/v2/.search",               BEARER,   READ,  search_resources),
+            ("POST",   "/scim/v2/{type}/.search",        BEARER,   READ,  search_resources),
+            ("GET",    "/scim/v2/{type}",                BEARER,   QUICK, list_resources),
+            ("POST",   "/scim/v2/{type}",                BEARER,   WRITE, create_resource),
+            ("GET",    "/scim/v2/Users/{id}",            BEARER,   QUICK, get_resource),
+            ("GET",    "/scim/v2/Groups/{id}",           BEARER,   READ,  get_resource),
+            ("PUT",    "/scim/v2/{type}/{id}",           BEARER,   WRITE, replace_resource),
+            ("PATCH",  "/scim/v2/{type}/{id}",           BEARER,   WRITE, patch_resource),
+            ("DELETE", "/scim/v2/{type}/{id}",           BEARER,   WRITE, delete_resource),
+            ("GET",    "/employees",                     BEARER,   READ,  list_employees),
+            ("GET",    "/employees/{id}",                BEARER,   READ,  get_employee),
+            ("GET",    "/changes",                       BEARER,   SLOW,  list_changes),
+            ("GET",    "/",                              ANYONE,   QUICK, lambda call: page_answer),
+            ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
+            ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
+            ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
+            ("GET",    "/console/api/history/{id}",      BEARER,   READ,  get_history),
+        ]
+        # fmt: on
+        return [row for row in rows if page or not re.fullmatch("/|/console/.*", row[1])]
+
+    def interrupt(self) -> None:
+        """End all long polls, permanently."""
+        for directory in self.available:
+            directory.store.interrupt()
+
+    def close(self) -> None:
+        """Write the logs and close the stores; the application cannot be used afterwards."""
+        self.log.close()
+        for directory in self.available:
+            directory.store.close()
+
+    # -- Requests --
+
+    def handle(self, request: Request) -> Response:
+        """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
+        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
+        response = self._answer(call)
+        self._note(call, response, time.perf_counter() - started)
+        return response
+
+    def handle_all(self, requests: Sequence[Request]) -> list[Response]:
+        """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
+
+        The first request shows which tenant that is.
+        """
+        started, responses = time.perf_counter(), list[Response]()
+        calls = [Call(request, *self._find_route(request.path)) for request in requests]
+        try:
+            if not (caller := self.caller_of(requests[0])):
+                raise unauthorized()
+            if isinstance(directory := caller.directory, StoreError):
+                return list(map(self.handle, requests))
+            with directory.store.writing():
+                responses = list(map(self._answer, calls))
+        except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
+            # After an error such as a full disk there is nothing to commit: that error is the cause.
+            cause = next((answer for answer in responses if answer.status == 507), None)
+            response = cause or response_for(error)
+            responses = [labelled(call, response) for call in calls]
+        for call, response in zip(calls, responses, strict=True):
+            self._note(call, response, time.perf_counter() - started)
+        return responses
+
+    def caller_of(self, request: Request) -> Caller | None:
+        """Return who sent a request; the hook is asked about a token that no tenant has."""
+        caller, secret = self.known_caller(request), credentials_of(request)[1]
+        if caller or not secret or not self._authenticate:
+            return caller
+        try:
+            name = self._authenticate(secret)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  its text may hold the secret
+            raise ScimError(
+                503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
+            ) from None
+        tenant = self.tenants.get(name) if isinstance(name, str) else None
+        return self._caller(tenant, Token("authenticate", "")) if tenant else None
+
+    def lane_of(self, request: Request) -> str:
+        """Return the lane of a request: QUICK, READ, WRITE or SLOW; never waits."""
+        route, id = self._find_route(request.path)
+        lane, _ = route.operations.get(request.method, (QUICK, None))
+        if route.access in (ANYONE, OPERATOR):
+            return lane
+        if not (caller := self.known_caller(request)):
+            return SLOW if self._authenticate and credentials_of(request)[1] else QUICK
+        if isinstance(directory := caller.directory, StoreError):
+            return SLOW if self._may_reopen() else QUICK
+        if lane == SLOW and "wait" not in unquote(request.query).lower():
+            return READ
+        if lane == QUICK and route.type:
+            # With a store in memory, readers wait for the writer.
+            quick = id or QUICK_QUERIES[route.type].fullmatch(request.query)
+            return QUICK if quick and directory.store.path != ":memory:" else READ
+        return lane
+
+    def body_limit(self, path: str) -> int:
+        """Return how many octets the body of a request to a path may have."""
+        return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
+
+    def _find_route(self, path: str) -> tuple[Route, str]:
+        # Return the route of a path, literal ones first, and the id in the path.
+        segments = [unquote(part) if "%" in part else part for part in path.split("/") if part]
+        if route := self._routes.get(tuple(segments)):
+            return route, ""
+        if route := self._routes.get((*segments[:-1], "{id}")):
+            return route, segments[-1]
+        return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
+
+    def _answer(self, call: Call) -> Response:
+        request, access = call.request, call.route.access
+        try:
+            if access in (BEARER, NOWHERE):  # the log shows calls to unknown paths, too
+                call.caller = self.caller_of(request)
+            if access == BEARER:
+                call.directory = self._admit(request, call.caller)
+            elif access == OPERATOR:
+                self._admit_operator(request)
+            response = self._perform(call)
+        except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
+            response = response_for(error)
+        return labelled(call, response)
+
+    def _admit(self, request: Request, caller: Caller | None) -> Directory:
+        # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
+        if not caller:
+            raise unauthorized()
+        tenant, token, directory = caller
+        if token.expired(now := self._clock()):
+            raise unauthorized(reason=("expired", token.name, time_text(token.expires or now)[:16]))
+        if credentials_of(request)[0].lower() != "bearer":
+            raise unauthorized(reason=("scheme", token.name))
+        if isinstance(directory, StoreError):
+            directory = self._reopened(tenant.name)
+        return directory.on_behalf_of(token.name)
+
+    def _admit_operator(self, request: Request) -> None:
+        # Raise ScimError 401 unless the request is from this machine or has the metrics token.
+        is_forwarded = {"forwarded", "x-forwarded-for"} & request.headers.keys()
+        is_local = request.client in ("127.0.0.1", "::1") and not is_forwarded
+        if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
+            raise ScimError(
+                401,
+                "",
+                "/metrics: on loopback, or with metrics_token as bearer token",
+                {"WWW-Authenticate": "Bearer"},
+            )
+
+    def _perform(self, call: Call) -> Response:
+        request, operations = call.request, call.route.operations
+        if not operations:
+            raise ScimError(
+                404,
+                "",
+                f"{request.path} does not exist (case matters); "
+                f"Users and Groups follow {BASE_PATH}",
+                reason=("path", request.path, BASE_PATH),
+            )
+        if request.method not in operations:
+            methods = sorted(operations, key="HEAD".__eq__)  # HEAD comes last
+            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            if request.method == "OPTIONS":
+                return Response(204, headers=allow)
+            raise ScimError(
+                405,
+                "",
+                f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
+                allow,
+            )
+        if request.query:
+            query = parse_qsl(request.query, keep_blank_values=True)
+            call.parameters = {name.lower(): value for name, value in query}
+        return operations[request.method][1](call)
+
+    def _get_health(self, call: Call) -> Response:  # the process is up
+        return plain_response("ok\n", "text/plain")
+
+    def _get_metrics(self, call: Call) -> Response:
+        return plain_response(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
+        with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
+            for name in list(self.directories):
+                self.directory(name).last_use("")
+            return plain_response("ready\n", "text/plain")
+        return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
+
+    def _note(self, call: Call, response: Response, seconds: float) -> None:
+        # Pass a call to its tenant's log, or count it if no tenant has its token.
+        request, caller = call.request, call.caller
+        is_lost = response.status == 404 and not response.route
+        # Reading the results in the console is not a part of the provisioning.
+        is_console = request.method == "GET" and "x-console" in request.headers
+        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+        with suppress(Exception):  # a failing log must not stop the answer
+            if not caller and logged and response.status == 401:
+                self.log.count_unknown_token(time_text(self._clock()))
+            if not caller or isinstance(directory := caller.directory, StoreError):
+                return  # there is no log
+            if self.log.has_room(request, response):
+                # The headers hold the secret.
+                call.request, call.directory = request._replace(headers={}, caller=None), directory
+                self.log.add(LogItem(call, caller, response, self._clock(), seconds, logged))
+            else:
+                self.log.lost += logged
+
+
+# ----------------------------------------------------------------------------
+# 16. HTTP server                                         RFC 9110, RFC 9112
+#
+# Octets become a Request and a Response becomes octets: strict framing, limits,
+# keep-alive. One thread watches all connections and answers what is quick, reads
+# have a lane, writes have another. The parser is sans-IO: it reads a buffer and
+# knows no socket. The head has our own parser, because the one of http.server
+# accepts what two readers could frame in two ways.
+# Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
+# ----------------------------------------------------------------------------
+
+HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
+MIN_OCTETS_PER_SECOND = 1024  # of a body, in both directions
+IDLE_SECONDS = 65
+LINGER_SECONDS = 1
+STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
+SWEEP_SECONDS = 1  # how often deadlines are checked
+PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
+MAX_READ_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
+MAX_WRITE_THREADS = 8  # one tenant uses at most one of them
+MAX_WRITES_PER_COMMIT = 64
+RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
+LOG_LINES = 10_000  # that may wait for the access log
+LOG_SECONDS = 0.05  # how long a line of the access log waits for others
+MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+BULK_PATH = f"{BASE_PATH}/Bulk"
+IDLE, READING, ANSWERING, SENDING, LINGERING = (
+    "idle",
+    "reading",
+    "answering",
+    "sending",
+    "lingering",
+)
+KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
+WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
+FileSignature = list[tuple[int, int]]
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
+
+
+def log_line(text: str) -> None:
+    """Print a line for the operator."""
+    print(f"scim_server: {text}", file=sys.stderr, flush=True)
+
+
 # -- TLS and the access log --
 
 
@@ -5758,29 +5740,7 @@ def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
     return BackgroundWriter(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
 
 
-# -- Answers --
-
-
-def body_text(body: Json) -> str:
-    """Return the text of an answer's body; Encoded resources of a list are JSON text already."""
-    if isinstance(body, str):
-        return body
-    if not isinstance(body, dict) or "Resources" not in body:
-        return to_json(body)
-    texts = (item if isinstance(item, Encoded) else to_json(item) for item in body["Resources"])
-    return f"{to_json({**body, 'Resources': []})[:-2]}{','.join(texts)}]}}"
-
-
-def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Return the status, the header fields and the body of an answer."""
-    body = b"" if response.body is None else body_text(response.body).encode()
-    fields = [("X-Request-Id", request.id), *response.headers.items()]
-    if response.body is not None and "Content-Type" not in response.headers:
-        fields.append(("Content-Type", "application/scim+json"))
-    if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
-        fields.append(("Content-Length", str(len(body))))
-    status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
-    return status, fields, b"" if request.method == "HEAD" else body
+# -- Aids for tests --
 
 
 class Exchange(NamedTuple):
@@ -6302,6 +6262,7 @@ class ScimServer(Watcher):
         cut: bool = False,
     ) -> None:
         """Send an answer, half of its body if it is to be cut, note it, give the connection back."""
+        self._keep(request, response)  # before the client can look for it
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
@@ -6315,7 +6276,6 @@ class ScimServer(Watcher):
         if response.tenant:
             connection.since = time.monotonic()
         connection.send(octets + body[: len(body) // 2 if cut else None])
-        self._keep(request, response)
         self._note(request, response, time.perf_counter() - connection.started, len(body))
         self.give_back(connection)
 
