@@ -1,52 +1,50 @@
 #!/usr/bin/env python3
-"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and its like.
+"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and similar identity providers.
 
-People assigned to an enterprise application in Entra ID arrive here by SCIM and become employees of
-Facilio: created, updated, and marked inactive when they leave. Python 3.10+, standard library only.
+People who are assigned to an enterprise application in Entra ID are provisioned here by SCIM. They
+become employees of Facilio: created, updated, and marked inactive when they leave. The server needs
+Python 3.10 or newer and nothing else.
 
-Run it        python scim_server.py                       serves sample_config.json, or a demo tenant
-              python scim_server.py token                 makes a secret for a tenant
-              python scim_server.py check --config FILE   explains a configuration
-              python scim_server.py employees --tenant acme   (and changes) shows what the sync did
-              python scim_server.py demo                  plays Entra ID against the running server
+Run it        python scim_server.py               serve sample_config.json, or a demo tenant
+              python scim_server.py demo          play Entra ID against the running server
+              python scim_server.py check         explain a configuration; also: token, employees,
+                                                  changes, backup, restore
 Embed it      with running("config.json") as server: print(server.url)
-              application = wsgi("config.json")           for gunicorn, or under a prefix in Flask
-              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})   no HTTP at all
-Test with it  with running() as server:                   an empty one in memory, on a free port
-                  requests.get(server.url + "/Users", headers={
-                      "Authorization": "Bearer " + server.token("demo")})
+              application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
+              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
+Test with it  with running() as server:           an empty server in memory, on a free port
+                  requests.get(f"{server.url}/Users", headers={
+                      "Authorization": f"Bearer {server.token('demo')}"})
 
 Chapters      1 Vocabulary        schema URNs, limits, ScimError
-              2 Schemas           Attribute, Schema, ResourceType: the data that decides everything
-              3 Filters, paths    text to a bound tree; matches() reads it in Python
+              2 Schemas           Attribute, Schema, ResourceType: data that decides everything else
+              3 Filters, paths    text becomes a tree; matches() evaluates it in Python
               4 Resources         accept() lets a body in, project() lets a resource out
-              5 PATCH             operations on a resource, all or none
+              5 PATCH             operations on a resource: all of them, or none
               6 Queries           the filter tree as SQL
               7 Store             one SQLite file per tenant: sessions, transactions, backup
               8 Employees         the Facilio employee made from a user
-              9 Directory         one tenant's operations, a transaction each
+              9 Directory         the operations on one tenant, a transaction each
              10 Configuration     tenants, tokens, custom fields
-             11 Messages          Request, Response, Call, bodies, lists, errors
+             11 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
              12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             13 Provisioning log  what each call did, and what to do when it failed
-             14 Other endpoints   employees, changes, the console's API, health, metrics
-             15 Application       handle(Request) -> Response: tenants, tokens, routes
-             16 HTTP server       sockets
-             17 Console           the page that shows why a sync works or fails
+             13 Provisioning log  what each call did, and what to do if it failed
+             14 Other endpoints   employees, changes, the console's API, metrics
+             15 Application       tenants, routes, handle(Request) -> Response
+             16 HTTP server       sockets, the watching thread, lanes for reads and writes
+             17 Console           the page that shows why provisioning works or fails
              18 Interface         running(), wsgi(), main() and the commands
 
-One request   octets -> connection (buffer, deadline) -> head -> token checked -> body -> Request
-              -> Application.handle (route, operation) -> Directory operation (accept, patch or
-              query, one transaction) -> Store -> project -> Response -> one write to the socket
+One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
+              Application.handle (token, route) -> Directory (accept, PATCH or query, in one
+              transaction) -> Session -> project() -> Response -> octets
 
-Notation, kept to everywhere below:
-
-    resource   canonical JSON object, e.g. {"schemas": [...], "id": "2819c2", "userName": "BJensen"}
-    attribute  an Attribute, e.g. that of emails, or of emails.type
-    filter     a bound filter tree, e.g. Compare(emails.type, "eq", "work")
-    key        the form in which values compare, e.g. "bjensen" for the userName "BJensen"
-    entry      a row of the index, (path, key, element), e.g. ("emails.type", "work", 0)
-    version    the opaque part of an ETag
+Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819", "userName": "Bo"}
+              attribute  an Attribute, for example that of emails or of emails.type
+              filter     a filter tree, for example Compare(emails.type, "eq", "work")
+              key        the form in which values compare: "bo" for the userName "Bo"
+              entry      a row of the index, (path, key, element): ("emails.type", "work", 0)
+              version    the opaque part of an ETag
 """
 
 from __future__ import annotations
@@ -5777,7 +5775,7 @@ class Tls:
 
 
 def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
+    """Return a writer of requests as lines of a style: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -5892,7 +5890,7 @@ class Connection:
 
     @property
     def evictable(self) -> bool:
-        """Whether it may be closed to make room: it is not executing, or sending to a good token."""
+        """Whether it may be closed to make room: not while it executes, or sends to a good token."""
         return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
 
     def shut(self, how: int) -> None:
@@ -5941,7 +5939,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Watch all connections until stop(), and then until the requests in flight are answered."""
+        """Watch all connections until stop(), and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
