@@ -4562,7 +4562,6 @@ LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
 LOG_READS = 50  # the same for successful reads, the least informative calls
 LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
-LOGGED_PATH = 200  # characters of an attribute's path
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
 REDACTED = "•••"
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -4701,15 +4700,12 @@ class LogItem:
     instant: datetime
     seconds: float
     logged: bool  # False: it only shows that the token is in use
-    is_long: bool = False  # whether the body was too long to keep
 
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query returned; {} for none."""
-        has_any = self.call.route.type and self.response.body and self.response.status < 300
-        body = self.response.body if has_any else {}
-        resources = body.get("Resources", [body])
-        resource: Resource = resources[0] if len(resources) == 1 else {}
+        body = self.response.body if self.call.route.type and self.response.status < 300 else None
+        resource: Resource = next(iter(body.get("Resources", [body])), {}) if body else {}
         return from_json(resource) if isinstance(resource, Encoded) else resource
 
     @cached_property
@@ -4723,13 +4719,13 @@ class LogItem:
                 sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
             elif name.lower() not in ("schemas", "id", "meta"):
                 sent.append(("add", name, value))
-        return [(op, path[:LOGGED_PATH], value) for op, path, value in sent]
+        return [(op, path[:200], value) for op, path, value in sent]
 
     @cached_property
     def may_show_secret(self) -> bool:
         """Whether an error of this call may quote a secret."""
         body = self.call.request.body if self.call.body is None else self.call.body
-        return self.is_long or SECRET.search(f"{body!r} {self.call.request.query}") is not None
+        return SECRET.search(f"{body!r} {self.call.request.query}") is not None
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -4783,11 +4779,15 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
     call, resource = item.call, item.resource
     filter = dict(parse_qsl(call.request.query)).get("filter", "")
     literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
-    candidates = [resource, call.body if isinstance(call.body, dict) else {}]
-    if not resource:
-        row, employee = session.find(call.route.type, id), session.employee_of(id)
-        candidates += [row.attributes if row else {}, employee.record if employee else {}]
-    candidates.append({"name": literal[1] if literal else ""})
+    row = None if resource else session.find(call.route.type, id)
+    employee = None if resource else session.employee_of(id)
+    candidates = (
+        resource,
+        call.body if isinstance(call.body, dict) else {},
+        row.attributes if row else {},
+        employee.record if employee else {},
+        {"name": literal[1]} if literal else {},
+    )
     keys = ("displayName", "userName", "name")
     names = (candidate.get(key) for candidate in candidates for key in keys)
     return next((name for name in names if name and isinstance(name, str)), "")
@@ -4796,41 +4796,33 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 # -- Warnings and errors -------------------------------------------------------------
 
 
-def warnings_about(session: Session, item: LogItem) -> list[Reason]:
-    """Return the warnings about a call that succeeded, each once."""
-    checks = (value_warnings, email_warnings, member_warnings)
-    return list(dict.fromkeys(reason for warn_of in checks for reason in warn_of(session, item)))
-
-
-def value_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
-    directory, is_user = item.call.directory, item.call.route.type == "User"
+    directory, user = item.call.directory, item.resource
     user_type = directory.resource_types["User"]
-    for _, path, value in item.sent if is_user else ():
-        name = path.lower()
-        if name == "active" and isinstance(value, str):
-            yield "active", quoted(value)
-        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
-            yield "externalId", quoted(value)
-        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
-
-
-def email_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    """Yield a warning about a work e-mail that is not the userName."""
+    for _, path, value in item.sent:
+        match path.lower():
+            case "active" if isinstance(value, str):
+                yield "active", quoted(value)
+            case "externalid" if not OBJECT_ID.fullmatch(str(value)):
+                yield "externalId", quoted(value)
+            case name if name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+                yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
-    for email in item.resource.get("emails", ()) if names else ():
-        value, user_name = email.get("value"), item.resource.get("userName")
+    for email in user.get("emails", ()) if names else ():
+        value, user_name = email.get("value"), user.get("userName")
         if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
             yield "emails", quoted(value), quoted(user_name)
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     """Yield a warning about members that no user or group is."""
-    ids: set[str] = set()
-    for op, path, value in item.sent if item.call.route.type == "Group" else ():
-        if path.lower() == "members" and op != "remove":
-            ids.update(member_ids(path, value))
+    ids = {
+        id
+        for op, path, value in item.sent
+        if path.lower() == "members" and op != "remove"
+        for id in member_ids(path, value)
+    }
     # The answer shows who became a member; the store may have changed since.
     ids -= {member.get("value") for member in item.resource.get("members", ())}
     if missing := session.unknown_ids(sorted(ids)):
@@ -4864,8 +4856,8 @@ def explain(reason: Reason, item: LogItem) -> Json:
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
     similar = difflib.get_close_matches(parts.get("name", "").lower(), links, 1)
-    hint = f": did you mean “{links[similar[0]]}”?" if similar else "."
-    parts |= {"hint": hint, "client": item.call.request.client}
+    parts["hint"] = f": did you mean “{links[similar[0]]}”?" if similar else "."
+    parts["client"] = item.call.request.client
     return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
 
 
@@ -4880,20 +4872,21 @@ def failure_of(item: LogItem) -> tuple[str, Reason]:
     return detail, item.response.reason or fallback
 
 
-def attributes_of(item: LogItem, reason: Reason) -> list[str]:
+def attributes_of(item: LogItem) -> list[str]:
     """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
-    call, paths = item.call, dict.fromkeys(path for _, path, _ in item.sent)
+    call, reason = item.call, item.response.reason
     names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
-    if not paths and names_path and call.route.type and call.request.method == "PATCH":
-        return [reason[1]]
-    return list(paths)
+    is_patch = call.route.type and call.request.method == "PATCH"
+    written = dict.fromkeys(path for _, path, _ in item.sent)
+    return list(written) or ([reason[1]] if names_path and is_patch else [])
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
     call, refused = item.call, item.response.status >= 400
     detail, reason = failure_of(item) if refused else ("", ())
-    reasons = [reason] if refused else warnings_about(session, item)
+    warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
+    reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
         "at": time_text(item.instant),
@@ -4907,7 +4900,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "method": call.request.method,
         "path": call.request.path[:500],
         "client": call.request.client,
-        "attributes": attributes_of(item, reason)[:50],
+        "attributes": attributes_of(item)[:50],
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
@@ -4942,69 +4935,72 @@ class BackgroundWriter:
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
-        self._write, self._pause, self._limit = write, pause, limit
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock, self._flush_now, self.lost = threading.Lock(), threading.Event(), 0
-        self._thread: threading.Thread | None = None
+        self._write, self._pause, self._limit, self.lost = write, pause, limit, 0
+        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None is the end
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def add(self, item: Any) -> None:
         """Queue an item, or count it as lost."""
-        if self._items.qsize() >= self._limit:
+        if self._items.qsize() < self._limit:
+            self._items.put(item)
+        else:
             self.lost += 1
-            return
-        self._items.put(item)
-        with self._lock:
-            if not self._thread:
-                thread = threading.Thread(target=self._run, daemon=True)
-                with suppress(RuntimeError):  # no thread could be started; the next item retries
-                    thread.start()
-                    self._thread = thread
 
     def close(self, seconds: float = 5) -> None:
-        """Write the queued items, in at most that time; a later item starts another thread."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread:
-            self._flush_now.set()
-            self._items.put(None)
-            thread.join(seconds)
-            self._flush_now.clear()
+        """Write the queued items, in at most that time, and end the thread."""
+        self._closing.set()
+        self._items.put(None)
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         batch: list[Any] = []
         while None not in batch:
             batch = [self._items.get()]
-            self._flush_now.wait(self._pause)
+            self._closing.wait(self._pause)
             batch += [self._items.get() for _ in range(self._items.qsize())]
             self._write([item for item in batch if item is not None])
 
 
 class ProvisioningLog(BackgroundWriter):
-    """The queue of calls for the logs of their tenants."""
+    """The queue of calls for the logs of their tenants; calls with unknown tokens are counted."""
 
     def __init__(self) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.unknown_token_calls, self.unknown_token_since = 0, ""
+        self._counting = threading.Lock()
 
-    def has_room(self, request: Request, response: Response) -> bool:
-        """Return whether a call may be added: at most LOG_READS successful reads are queued."""
-        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
+    def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
+        """Queue a call for its tenant's log, or count it if no tenant has its token."""
+        request, caller = call.request, call.caller
+        is_lost = response.status == 404 and not call.route.label
+        # Reading the results in the console is not a part of the provisioning.
+        is_console = request.method == "GET" and "x-console" in request.headers
+        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+        if not caller and logged and response.status == 401:
+            with self._counting:
+                self.unknown_token_calls += 1
+                self.unknown_token_since = self.unknown_token_since or time_text(clock())
+        if not caller or isinstance(directory := caller.directory, StoreError):
+            return  # there is no log
+        is_read = request.method == "GET" and response.status < 300
+        if is_read and self._items.qsize() >= LOG_READS:
+            self.lost += logged
+            return
+        # The headers hold the secret.
+        call.request, call.directory = request._replace(headers={}, caller=None), directory
+        self.add(LogItem(call, caller, response, clock(), seconds, logged))
 
     def add(self, item: LogItem) -> None:
-        """Queue a call, without long bodies and long lists."""
+        """Queue a call, without a long body and without a list, which is about nobody."""
         call, answer = item.call, item.response.body
-        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            item.response = item.response._replace(body={"Resources": answer["Resources"][:2]})
+        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
+            item.response = item.response._replace(body=None)
         if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
-            call.operations, item.is_long = (), True
+            call.operations, item.may_show_secret = (), True
         super().add(item)
-
-    def count_unknown_token(self, at: str) -> None:
-        """Count a call with an unknown token, which belongs to no tenant."""
-        with self._lock:
-            self.unknown_token_calls += 1
-            self.unknown_token_since = self.unknown_token_since or at
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5094,9 +5090,9 @@ def page_response(page: str) -> Response:
     )
 
 
-def entra_mapping(directory: Directory) -> list[list[str]]:
-    """Return rows of source, customappsso attribute, type in Entra, and the change to make."""
-    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+def entra_mapping(directory: Directory) -> Iterator[list[str]]:
+    """Yield rows of source, customappsso attribute, type in Entra, and the change to make."""
+    types = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}
     fields = (
         ("", f"{FACILIO}:{name}", "custom field: choose its source")
         for name in directory.link_names
@@ -5104,8 +5100,7 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
     for source, target, change in (*ENTRA_MAPPING, *fields):
         path = parse_path(target, directory.resource_types["User"])
         type = (path.sub_attribute or path.attributes[-1]).type
-        rows.append([source, target, types.get(type, "String"), change])
-    return rows
+        yield [source, target, types.get(type, "String"), change]
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
@@ -5125,7 +5120,6 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
     directory, now = call.directory, call.directory.clock()
-    user_type = directory.resource_types["User"]
     tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
         steps = [
@@ -5133,36 +5127,34 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             for step, _, title, hint in STEPS
             if tenant.custom_fields or step != "custom"
         ]
-    tokens = [
-        {
-            "name": token.name,
-            "last_use": directory.last_use(token.name),
-            "expires": time_text(token.expires) if token.expires else "",
-            "expired": token.expired(now),
-        }
-        for token in tenant.tokens
-    ]
-    fields = [
-        {
-            **asdict(custom),
-            "urn": custom.urn,
-            "people": directory.query(user_type, f"{custom.urn} pr", count=0).total_results,
-        }
-        for custom in tenant.custom_fields
-    ]
     return console_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
             "steps": steps,
             "lost": log.lost,
-            "tokens": tokens,
+            "tokens": [
+                {
+                    "name": token.name,
+                    "last_use": directory.last_use(token.name),
+                    "expires": time_text(token.expires) if token.expires else "",
+                    "expired": token.expired(now),
+                }
+                for token in tenant.tokens
+            ],
             "last": directory.requests(count=1),
             "refused": directory.requests(text='"status":401'),
             "strangers": log.unknown_token_calls,
             "strange_since": log.unknown_token_since,
-            "mapping": entra_mapping(directory),
-            "fields": fields,
+            "mapping": list(entra_mapping(directory)),
+            "fields": [
+                {
+                    **asdict(custom),
+                    "urn": custom.urn,
+                    "people": directory.query("User", f"{custom.urn} pr", count=0).total_results,
+                }
+                for custom in tenant.custom_fields
+            ],
         }
     )
 
@@ -5170,8 +5162,8 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
 def get_mapping(call: Call) -> Response:
     """Answer GET /console/api/mapping: the attribute mapping as CSV."""
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    table = [header, *entra_mapping(call.directory)]
-    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
+    lines = employee_csv([header, *entra_mapping(call.directory)])
+    return console_response("".join(lines), "text/csv; charset=utf-8")
 
 
 def get_history(call: Call) -> Response:
@@ -5193,14 +5185,13 @@ class Metrics:
         self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
 
     def add(self, method: str, response: Response, seconds: float) -> None:
-        """Count an answer."""
         key = (response.tenant, method, response.route, response.status)
         with self._lock:
             count, total = self._counts.get(key, (0, 0.0))
             self._counts[key] = (count + 1, total + seconds)
 
-    def text(self) -> str:
-        """Return all counts."""
+    def answer(self, call: Call) -> Response:
+        """Answer GET /metrics."""
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
@@ -5214,7 +5205,8 @@ class Metrics:
                 f"{values[number]:g}"
                 for (tenant, method, route, status), values in counts
             ]
-        return "\n".join(lines) + "\n"
+        text = "\n".join([*lines, ""])
+        return plain_response(text, "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -5263,15 +5255,14 @@ class Tenants:
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(directory := before[name], Directory):
-                directory.store.interrupt()
                 directory.store.close()
 
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
         with self._configuring:
             tenant = parse_tenant(document, self.config.tenants)
-            others = tuple(other for other in self.config.tenants if other.name != tenant.name)
-            self.configure(replace(self.config, tenants=(*others, tenant)))
+            tenants = {**self.tenants, tenant.name: tenant}
+            self.configure(replace(self.config, tenants=tuple(tenants.values())))
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
@@ -5282,8 +5273,7 @@ class Tenants:
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
-        directory = self.directories[name]
-        if isinstance(directory, StoreError):
+        if isinstance(directory := self.directories[name], StoreError):
             raise directory
         return directory
 
@@ -5384,14 +5374,6 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
     return routes
 
 
-def labelled(call: Call, response: Response) -> Response:
-    """Return a response with the tenant and the route of its call, for the logs."""
-    if response.status == 401:
-        return response
-    tenant = call.caller.tenant.name if call.caller else ""
-    return Response(*response[:3], tenant, call.route.label, response.reason)
-
-
 class Application(Tenants):
     """All tenants of a configuration as one endpoint; the bearer token alone selects the tenant.
 
@@ -5414,13 +5396,14 @@ class Application(Tenants):
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
-        page_answer, bulk = page_response(page), partial(run_bulk, self.handle)
+        health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
+        bulk = partial(run_bulk, self.handle)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
-            ("GET",    "/healthz",                       ANYONE,   QUICK, self._get_health),
+            ("GET",    "/healthz",                       ANYONE,   QUICK, lambda call: health),
             ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self.metrics.answer),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
@@ -5466,9 +5449,7 @@ class Application(Tenants):
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
         started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
-        response = self._answer(call)
-        self._note(call, response, time.perf_counter() - started)
-        return response
+        return self._finish(call, self._answer(call), started)
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
@@ -5478,20 +5459,19 @@ class Application(Tenants):
         started, responses = time.perf_counter(), list[Response]()
         calls = [Call(request, *self._find_route(request.path)) for request in requests]
         try:
-            if not (caller := self.caller_of(requests[0])):
-                raise unauthorized()
-            if isinstance(directory := caller.directory, StoreError):
+            caller = self.caller_of(requests[0])
+            if not caller or isinstance(caller.directory, StoreError):
                 return list(map(self.handle, requests))
-            with directory.store.writing():
+            with caller.directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
-            response = cause or response_for(error)
-            responses = [labelled(call, response) for call in calls]
-        for call, response in zip(calls, responses, strict=True):
-            self._note(call, response, time.perf_counter() - started)
-        return responses
+            responses = [cause or response_for(error)] * len(calls)
+        return [
+            self._finish(call, response, started)
+            for call, response in zip(calls, responses, strict=True)
+        ]
 
     def caller_of(self, request: Request) -> Caller | None:
         """Return who sent a request; the hook is asked about a token that no tenant has."""
@@ -5547,10 +5527,9 @@ class Application(Tenants):
                 call.directory = self._admit(request, call.caller)
             elif access == OPERATOR:
                 self._admit_operator(request)
-            response = self._perform(call)
+            return self._perform(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = response_for(error)
-        return labelled(call, response)
+            return response_for(error)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
@@ -5603,12 +5582,6 @@ class Application(Tenants):
             call.parameters = {name.lower(): value for name, value in query}
         return operations[request.method][1](call)
 
-    def _get_health(self, call: Call) -> Response:  # the process is up
-        return plain_response("ok\n", "text/plain")
-
-    def _get_metrics(self, call: Call) -> Response:
-        return plain_response(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
-
     def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
             for name in list(self.directories):
@@ -5616,24 +5589,14 @@ class Application(Tenants):
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
-    def _note(self, call: Call, response: Response, seconds: float) -> None:
-        # Pass a call to its tenant's log, or count it if no tenant has its token.
-        request, caller = call.request, call.caller
-        is_lost = response.status == 404 and not response.route
-        # Reading the results in the console is not a part of the provisioning.
-        is_console = request.method == "GET" and "x-console" in request.headers
-        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+    def _finish(self, call: Call, response: Response, started: float) -> Response:
+        # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            if not caller and logged and response.status == 401:
-                self.log.count_unknown_token(time_text(self._clock()))
-            if not caller or isinstance(directory := caller.directory, StoreError):
-                return  # there is no log
-            if self.log.has_room(request, response):
-                # The headers hold the secret.
-                call.request, call.directory = request._replace(headers={}, caller=None), directory
-                self.log.add(LogItem(call, caller, response, self._clock(), seconds, logged))
-            else:
-                self.log.lost += logged
+            self.log.note(call, response, self._clock, time.perf_counter() - started)
+        if response.status == 401:
+            return response
+        tenant = call.caller.tenant.name if call.caller else ""
+        return Response(*response[:3], tenant, call.route.label, response.reason)
 
 
 # ----------------------------------------------------------------------------
