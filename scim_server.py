@@ -5459,10 +5459,11 @@ class Application(Tenants):
         started, responses = time.perf_counter(), list[Response]()
         calls = [Call(request, *self._find_route(request.path)) for request in requests]
         try:
-            caller = self.caller_of(requests[0])
-            if not caller or isinstance(caller.directory, StoreError):
+            if not (caller := self.caller_of(requests[0])):
+                raise unauthorized()
+            if isinstance(directory := caller.directory, StoreError):
                 return list(map(self.handle, requests))
-            with caller.directory.store.writing():
+            with directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
