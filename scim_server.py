@@ -4723,9 +4723,8 @@ class LogItem:
 
     @cached_property
     def may_show_secret(self) -> bool:
-        """Whether an error of this call may quote a secret."""
-        body = self.call.request.body if self.call.body is None else self.call.body
-        return SECRET.search(f"{body!r} {self.call.request.query}") is not None
+        is_error, body = self.response.status >= 400, self.call.body or self.call.request.body
+        return is_error and SECRET.search(f"{body!r} {self.call.request.query}") is not None
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -4788,8 +4787,11 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
         employee.record if employee else {},
         {"name": literal[1]} if literal else {},
     )
-    keys = ("displayName", "userName", "name")
-    names = (candidate.get(key) for candidate in candidates for key in keys)
+    names = (
+        candidate.get(key)
+        for candidate in candidates
+        for key in ("displayName", "userName", "name")
+    )
     return next((name for name in names if name and isinstance(name, str)), "")
 
 
@@ -4829,8 +4831,7 @@ def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
 
 
-def redacted_text(text: str) -> str:
-    """Return text without the values that it quotes."""
+def without_quotes(text: str) -> str:
     return re.sub(r'got .*|"(\\.|[^"\\])*("|$)', REDACTED, text, flags=re.DOTALL)
 
 
@@ -4850,8 +4851,8 @@ def explain(reason: Reason, item: LogItem) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
     kind, names, text, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
-    if item.response.status >= 400 and item.may_show_secret:
-        parts = {name: redacted_text(part) for name, part in parts.items()} | {"value": REDACTED}
+    if item.may_show_secret:
+        parts = {name: without_quotes(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
@@ -4862,14 +4863,6 @@ def explain(reason: Reason, item: LogItem) -> Json:
 
 
 # -- Entries -------------------------------------------------------------------------
-
-
-def failure_of(item: LogItem) -> tuple[str, Reason]:
-    """Return the detail and the reason of an error; its detail explains one without a reason."""
-    detail = (item.response.body or {}).get("detail", "")
-    detail = redacted_text(detail) if item.may_show_secret else detail
-    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
-    return detail, item.response.reason or fallback
 
 
 def attributes_of(item: LogItem) -> list[str]:
@@ -4883,8 +4876,11 @@ def attributes_of(item: LogItem) -> list[str]:
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
-    call, refused = item.call, item.response.status >= 400
-    detail, reason = failure_of(item) if refused else ("", ())
+    call, response, refused = item.call, item.response, item.response.status >= 400
+    detail = response.body["detail"] if refused else ""
+    detail = without_quotes(detail) if item.may_show_secret else detail
+    # The detail explains an error without a reason.
+    reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
     warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
     reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
@@ -4894,7 +4890,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "operation": operation_name(item),
         "type": call.route.type,
         "name": subject_name(session, item, id)[:200],
-        "status": item.response.status,
+        "status": response.status,
         "id": call.request.id,
         "milliseconds": round(item.seconds * 1000, 1),
         "method": call.request.method,
@@ -4936,13 +4932,11 @@ class BackgroundWriter:
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
         self._write, self._pause, self._limit, self.lost = write, pause, limit, 0
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()  # None is the end
-        self._closing = threading.Event()
+        self._items, self._closing = queue.SimpleQueue[Any](), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def add(self, item: Any) -> None:
-        """Queue an item, or count it as lost."""
         if self._items.qsize() < self._limit:
             self._items.put(item)
         else:
@@ -4951,7 +4945,7 @@ class BackgroundWriter:
     def close(self, seconds: float = 5) -> None:
         """Write the queued items, in at most that time, and end the thread."""
         self._closing.set()
-        self._items.put(None)
+        self._items.put(None)  # the end
         self._thread.join(seconds)
 
     def _run(self) -> None:
@@ -4969,7 +4963,6 @@ class ProvisioningLog(BackgroundWriter):
     def __init__(self) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.unknown_token_calls, self.unknown_token_since = 0, ""
-        self._counting = threading.Lock()
 
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
         """Queue a call for its tenant's log, or count it if no tenant has its token."""
@@ -4979,28 +4972,26 @@ class ProvisioningLog(BackgroundWriter):
         is_console = request.method == "GET" and "x-console" in request.headers
         logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
         if not caller and logged and response.status == 401:
-            with self._counting:
-                self.unknown_token_calls += 1
-                self.unknown_token_since = self.unknown_token_since or time_text(clock())
+            self.unknown_token_calls += 1
+            self.unknown_token_since = self.unknown_token_since or time_text(clock())
         if not caller or isinstance(directory := caller.directory, StoreError):
             return  # there is no log
-        is_read = request.method == "GET" and response.status < 300
-        if is_read and self._items.qsize() >= LOG_READS:
+        if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
             self.lost += logged
             return
         # The headers hold the secret.
         call.request, call.directory = request._replace(headers={}, caller=None), directory
-        self.add(LogItem(call, caller, response, clock(), seconds, logged))
+        self._queue(LogItem(call, caller, response, clock(), seconds, logged))
 
-    def add(self, item: LogItem) -> None:
-        """Queue a call, without a long body and without a list, which is about nobody."""
+    def _queue(self, item: LogItem) -> None:
+        # Queue a call, without a long body, and without a list, whose entry names nobody.
         call, answer = item.call, item.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
             item.response = item.response._replace(body=None)
         if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
             call.operations, item.may_show_secret = (), True
-        super().add(item)
+        self.add(item)
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5023,8 +5014,7 @@ class ProvisioningLog(BackgroundWriter):
 
 def list_employees(call: Call) -> Response:
     """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
-    active = call.parameters.get("active", "").lower()
-    if active not in ("", "true", "false"):
+    if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
         raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     rows = call.directory.employees(
@@ -5033,12 +5023,11 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees = list(itertools.islice(rows, count + 1))
+    employees = list(itertools.islice(rows, count))
     headers, cursor = {}, {}
-    if len(employees) > count:
-        employees.pop()
-        cursor = {"nextCursor": str(employees[-1].id)}
-        query = urlencode({**call.parameters, "cursor": employees[-1].id})
+    if next(rows, None):
+        cursor["nextCursor"] = str(employees[-1].id)
+        query = urlencode({**call.parameters, "cursor": cursor["nextCursor"]})
         headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
     if "text/csv" in call.request.headers.get("accept", ""):
         table = employee_table(employees, call.directory.link_names)
@@ -5047,7 +5036,6 @@ def list_employees(call: Call) -> Response:
 
 
 def get_employee(call: Call) -> Response:
-    """Answer GET /employees/{id}."""
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (employee := next(call.directory.employees(id=id), None)):
         raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
@@ -5067,7 +5055,6 @@ def list_changes(call: Call) -> Response:
 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer for the console, which no cache keeps."""
     return plain_response(
         body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
     )
@@ -5160,7 +5147,6 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
 
 
 def get_mapping(call: Call) -> Response:
-    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
     lines = employee_csv([header, *entra_mapping(call.directory)])
     return console_response("".join(lines), "text/csv; charset=utf-8")
@@ -5199,11 +5185,14 @@ class Metrics:
             (0, "scim_requests_total", "Requests answered"),
             (1, "scim_request_seconds_total", "Seconds spent on them"),
         ):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
             lines += [
-                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
-                f"{values[number]:g}"
-                for (tenant, method, route, status), values in counts
+                f"# HELP {name} {help}",
+                f"# TYPE {name} counter",
+                *(
+                    f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
+                    f'status="{status}"}} {values[number]:g}'
+                    for (tenant, method, route, status), values in counts
+                ),
             ]
         text = "\n".join([*lines, ""])
         return plain_response(text, "text/plain; version=0.0.4; charset=utf-8")
@@ -5285,8 +5274,7 @@ class Tenants:
     def token(self, name: str) -> str:
         """Return a new secret of a tenant, valid until the next configuration; KeyError."""
         secret = secrets.token_urlsafe(32)
-        with self._configuring:
-            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
+        self._tokens[digest(secret)] = (self.tenants[name], Token("made", ""))
         return secret
 
     def known_caller(self, request: Request) -> Caller | None:
@@ -5357,8 +5345,6 @@ QUICK_QUERIES = {
         re.ASCII,
     ),
 }
-UNKNOWN_PATH = Route("", NOWHERE)
-UNKNOWN_SCIM_PATH = Route("", BEARER)  # 401 comes before 404
 
 
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
@@ -5369,8 +5355,9 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
             segments = tuple(filter(None, path.split("/")))
             type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
             route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
-            for method in methods.replace("GET", "GET HEAD").split():
-                routes.setdefault(segments, route).operations[method] = lane, operation
+            routes.setdefault(segments, route).operations.update(
+                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation))
+            )
     return routes
 
 
@@ -5517,7 +5504,8 @@ class Application(Tenants):
             return route, ""
         if route := self._routes.get((*segments[:-1], "{id}")):
             return route, segments[-1]
-        return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
+        access = BEARER if segments[:2] == ["scim", "v2"] else NOWHERE  # 401 comes before 404
+        return Route("", access), ""
 
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
@@ -5547,8 +5535,9 @@ class Application(Tenants):
 
     def _admit_operator(self, request: Request) -> None:
         # Raise ScimError 401 unless the request is from this machine or has the metrics token.
-        is_forwarded = {"forwarded", "x-forwarded-for"} & request.headers.keys()
-        is_local = request.client in ("127.0.0.1", "::1") and not is_forwarded
+        is_local = request.client in ("127.0.0.1", "::1") and not (
+            {"forwarded", "x-forwarded-for"} & request.headers.keys()
+        )
         if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
             raise ScimError(
                 401,
@@ -5568,8 +5557,8 @@ class Application(Tenants):
                 reason=("path", request.path, BASE_PATH),
             )
         if request.method not in operations:
-            methods = sorted(operations, key="HEAD".__eq__)  # HEAD comes last
-            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            # HEAD comes after the methods of the table.
+            allow = {"Allow": ", ".join([*sorted(operations, key="HEAD".__eq__), "OPTIONS"])}
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise ScimError(
@@ -5579,8 +5568,10 @@ class Application(Tenants):
                 allow,
             )
         if request.query:
-            query = parse_qsl(request.query, keep_blank_values=True)
-            call.parameters = {name.lower(): value for name, value in query}
+            call.parameters = {
+                name.lower(): value
+                for name, value in parse_qsl(request.query, keep_blank_values=True)
+            }
         return operations[request.method][1](call)
 
     def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
