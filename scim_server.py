@@ -4712,9 +4712,8 @@ class LogItem:
     def sent(self) -> list[Sent]:
         """What the client wrote, the attributes of an extension one by one."""
         sent, call = list(map(sent_by, self.call.operations)), self.call
-        is_resource = call.route.type and call.request.method in ("POST", "PUT")
-        body = call.body if is_resource and isinstance(call.body, dict) else {}
-        for name, value in body.items():
+        body = call.body if call.route.type and isinstance(call.body, dict) else {}
+        for name, value in body.items() if call.request.method != "PATCH" else ():
             if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(value, dict):
                 sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
             elif name.lower() not in ("schemas", "id", "meta"):
@@ -4722,7 +4721,7 @@ class LogItem:
         return [(op, path[:200], value) for op, path, value in sent]
 
     @cached_property
-    def may_show_secret(self) -> bool:
+    def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
         is_error, body = self.response.status >= 400, self.call.body or self.call.request.body
         return is_error and SECRET.search(f"{body!r} {self.call.request.query}") is not None
 
@@ -4831,6 +4830,7 @@ def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
 
 
+# An error quotes what was sent as JSON text, or it ends with what it got.
 def without_quotes(text: str) -> str:
     return re.sub(r'got .*|"(\\.|[^"\\])*("|$)', REDACTED, text, flags=re.DOTALL)
 
@@ -4857,8 +4857,8 @@ def explain(reason: Reason, item: LogItem) -> Json:
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
     similar = difflib.get_close_matches(parts.get("name", "").lower(), links, 1)
-    parts["hint"] = f": did you mean “{links[similar[0]]}”?" if similar else "."
-    parts["client"] = item.call.request.client
+    hint = f": did you mean “{links[similar[0]]}”?" if similar else "."
+    parts |= {"hint": hint, "client": item.call.request.client}
     return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
 
 
@@ -4984,7 +4984,7 @@ class ProvisioningLog(BackgroundWriter):
         self._queue(LogItem(call, caller, response, clock(), seconds, logged))
 
     def _queue(self, item: LogItem) -> None:
-        # Queue a call, without a long body, and without a list, whose entry names nobody.
+        # Queue a call without a long body and without a list of several resources.
         call, answer = item.call, item.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
             item.response = item.response._replace(body=None)
@@ -5194,8 +5194,7 @@ class Metrics:
                     for (tenant, method, route, status), values in counts
                 ),
             ]
-        text = "\n".join([*lines, ""])
-        return plain_response(text, "text/plain; version=0.0.4; charset=utf-8")
+        return plain_response("\n".join([*lines, ""]), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -5233,14 +5232,17 @@ class Tenants:
             self.directories = {
                 tenant.name: self._open(config, tenant) for tenant in config.tenants
             }
-            tenants = tuple(
-                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
+            self.tenants = {
+                tenant.name: replace(
+                    tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens)
+                )
                 for tenant in config.tenants
-            )
-            self.config = replace(config, tenants=tenants)
-            self.tenants = {tenant.name: tenant for tenant in tenants}
+            }
+            self.config = replace(config, tenants=tuple(self.tenants.values()))
             self._tokens = {
-                token.sha256: (tenant, token) for tenant in tenants for token in tenant.tokens
+                token.sha256: (tenant, token)
+                for tenant in self.config.tenants
+                for token in tenant.tokens
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(directory := before[name], Directory):
@@ -5504,8 +5506,8 @@ class Application(Tenants):
             return route, ""
         if route := self._routes.get((*segments[:-1], "{id}")):
             return route, segments[-1]
-        access = BEARER if segments[:2] == ["scim", "v2"] else NOWHERE  # 401 comes before 404
-        return Route("", access), ""
+        # At an unknown path below /scim/v2, 401 comes before 404.
+        return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
