@@ -4574,7 +4574,6 @@ LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
 LOG_READS = 50  # the same for successful reads, the least informative calls
 LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
-LOGGED_PATH = 200  # characters of an attribute's path
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
 REDACTED = "•••"
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -4713,35 +4712,30 @@ class LogItem:
     instant: datetime
     seconds: float
     logged: bool  # False: it only shows that the token is in use
-    is_long: bool = False  # whether the body was too long to keep
 
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query returned; {} for none."""
-        has_any = self.call.route.type and self.response.body and self.response.status < 300
-        body = self.response.body if has_any else {}
-        resources = body.get("Resources", [body])
-        resource: Resource = resources[0] if len(resources) == 1 else {}
+        body = self.response.body if self.call.route.type and self.response.status < 300 else None
+        resource: Resource = next(iter(body.get("Resources", [body])), {}) if body else {}
         return from_json(resource) if isinstance(resource, Encoded) else resource
 
     @cached_property
     def sent(self) -> list[Sent]:
         """What the client wrote, the attributes of an extension one by one."""
         sent, call = list(map(sent_by, self.call.operations)), self.call
-        is_resource = call.route.type and call.request.method in ("POST", "PUT")
-        body = call.body if is_resource and isinstance(call.body, dict) else {}
-        for name, value in body.items():
+        body = call.body if call.route.type and isinstance(call.body, dict) else {}
+        for name, value in body.items() if call.request.method != "PATCH" else ():
             if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(value, dict):
                 sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
             elif name.lower() not in ("schemas", "id", "meta"):
                 sent.append(("add", name, value))
-        return [(op, path[:LOGGED_PATH], value) for op, path, value in sent]
+        return [(op, path[:200], value) for op, path, value in sent]
 
     @cached_property
-    def may_show_secret(self) -> bool:
-        """Whether an error of this call may quote a secret."""
-        body = self.call.request.body if self.call.body is None else self.call.body
-        return self.is_long or SECRET.search(f"{body!r} {self.call.request.query}") is not None
+    def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
+        is_error, body = self.response.status >= 400, self.call.body or self.call.request.body
+        return is_error and SECRET.search(f"{body!r} {self.call.request.query}") is not None
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -4795,62 +4789,61 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
     call, resource = item.call, item.resource
     filter = dict(parse_qsl(call.request.query)).get("filter", "")
     literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
-    candidates = [resource, call.body if isinstance(call.body, dict) else {}]
-    if not resource:
-        row, employee = session.find(call.route.type, id), session.employee_of(id)
-        candidates += [row.attributes if row else {}, employee.record if employee else {}]
-    candidates.append({"name": literal[1] if literal else ""})
-    keys = ("displayName", "userName", "name")
-    names = (candidate.get(key) for candidate in candidates for key in keys)
+    row = None if resource else session.find(call.route.type, id)
+    employee = None if resource else session.employee_of(id)
+    candidates = (
+        resource,
+        call.body if isinstance(call.body, dict) else {},
+        row.attributes if row else {},
+        employee.record if employee else {},
+        {"name": literal[1]} if literal else {},
+    )
+    names = (
+        candidate.get(key)
+        for candidate in candidates
+        for key in ("displayName", "userName", "name")
+    )
     return next((name for name in names if name and isinstance(name, str)), "")
 
 
 # -- Warnings and errors -------------------------------------------------------------
 
 
-def warnings_about(session: Session, item: LogItem) -> list[Reason]:
-    """Return the warnings about a call that succeeded, each once."""
-    checks = (value_warnings, email_warnings, member_warnings)
-    return list(dict.fromkeys(reason for warn_of in checks for reason in warn_of(session, item)))
-
-
-def value_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
-    directory, is_user = item.call.directory, item.call.route.type == "User"
+    directory, user = item.call.directory, item.resource
     user_type = directory.resource_types["User"]
-    for _, path, value in item.sent if is_user else ():
-        name = path.lower()
-        if name == "active" and isinstance(value, str):
-            yield "active", quoted(value)
-        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
-            yield "externalId", quoted(value)
-        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
-
-
-def email_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    """Yield a warning about a work e-mail that is not the userName."""
+    for _, path, value in item.sent:
+        match path.lower():
+            case "active" if isinstance(value, str):
+                yield "active", quoted(value)
+            case "externalid" if not OBJECT_ID.fullmatch(str(value)):
+                yield "externalId", quoted(value)
+            case name if name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+                yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
-    for email in item.resource.get("emails", ()) if names else ():
-        value, user_name = email.get("value"), item.resource.get("userName")
+    for email in user.get("emails", ()) if names else ():
+        value, user_name = email.get("value"), user.get("userName")
         if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
             yield "emails", quoted(value), quoted(user_name)
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     """Yield a warning about members that no user or group is."""
-    ids: set[str] = set()
-    for op, path, value in item.sent if item.call.route.type == "Group" else ():
-        if path.lower() == "members" and op != "remove":
-            ids.update(member_ids(path, value))
+    ids = {
+        id
+        for op, path, value in item.sent
+        if path.lower() == "members" and op != "remove"
+        for id in member_ids(path, value)
+    }
     # The answer shows who became a member; the store may have changed since.
     ids -= {member.get("value") for member in item.resource.get("members", ())}
     if missing := session.unknown_ids(sorted(ids)):
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
 
 
-def redacted_text(text: str) -> str:
-    """Return text without the values that it quotes."""
+# An error quotes what was sent as JSON text, or it ends with what it got.
+def without_quotes(text: str) -> str:
     return re.sub(r'got .*|"(\\.|[^"\\])*("|$)', REDACTED, text, flags=re.DOTALL)
 
 
@@ -4870,8 +4863,8 @@ def explain(reason: Reason, item: LogItem) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
     kind, names, text, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
-    if item.response.status >= 400 and item.may_show_secret:
-        parts = {name: redacted_text(part) for name, part in parts.items()} | {"value": REDACTED}
+    if item.may_show_secret:
+        parts = {name: without_quotes(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
@@ -4884,28 +4877,24 @@ def explain(reason: Reason, item: LogItem) -> Json:
 # -- Entries -------------------------------------------------------------------------
 
 
-def failure_of(item: LogItem) -> tuple[str, Reason]:
-    """Return the detail and the reason of an error; its detail explains one without a reason."""
-    detail = (item.response.body or {}).get("detail", "")
-    detail = redacted_text(detail) if item.may_show_secret else detail
-    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
-    return detail, item.response.reason or fallback
-
-
-def attributes_of(item: LogItem, reason: Reason) -> list[str]:
+def attributes_of(item: LogItem) -> list[str]:
     """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
-    call, paths = item.call, dict.fromkeys(path for _, path, _ in item.sent)
+    call, reason = item.call, item.response.reason
     names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
-    if not paths and names_path and call.route.type and call.request.method == "PATCH":
-        return [reason[1]]
-    return list(paths)
+    is_patch = call.route.type and call.request.method == "PATCH"
+    written = dict.fromkeys(path for _, path, _ in item.sent)
+    return list(written) or ([reason[1]] if names_path and is_patch else [])
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
-    call, refused = item.call, item.response.status >= 400
-    detail, reason = failure_of(item) if refused else ("", ())
-    reasons = [reason] if refused else warnings_about(session, item)
+    call, response, refused = item.call, item.response, item.response.status >= 400
+    detail = response.body["detail"] if refused else ""
+    detail = without_quotes(detail) if item.may_show_secret else detail
+    # The detail explains an error without a reason.
+    reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
+    warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
+    reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
         "at": time_text(item.instant),
@@ -4913,13 +4902,13 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "operation": operation_name(item),
         "type": call.route.type,
         "name": subject_name(session, item, id)[:200],
-        "status": item.response.status,
+        "status": response.status,
         "id": call.request.id,
         "milliseconds": round(item.seconds * 1000, 1),
         "method": call.request.method,
         "path": call.request.path[:500],
         "client": call.request.client,
-        "attributes": attributes_of(item, reason)[:50],
+        "attributes": attributes_of(item)[:50],
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
@@ -4954,69 +4943,67 @@ class BackgroundWriter:
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
-        self._write, self._pause, self._limit = write, pause, limit
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock, self._flush_now, self.lost = threading.Lock(), threading.Event(), 0
-        self._thread: threading.Thread | None = None
+        self._write, self._pause, self._limit, self.lost = write, pause, limit, 0
+        self._items, self._closing = queue.SimpleQueue[Any](), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def add(self, item: Any) -> None:
-        """Queue an item, or count it as lost."""
-        if self._items.qsize() >= self._limit:
+        if self._items.qsize() < self._limit:
+            self._items.put(item)
+        else:
             self.lost += 1
-            return
-        self._items.put(item)
-        with self._lock:
-            if not self._thread:
-                thread = threading.Thread(target=self._run, daemon=True)
-                with suppress(RuntimeError):  # no thread could be started; the next item retries
-                    thread.start()
-                    self._thread = thread
 
     def close(self, seconds: float = 5) -> None:
-        """Write the queued items, in at most that time; a later item starts another thread."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread:
-            self._flush_now.set()
-            self._items.put(None)
-            thread.join(seconds)
-            self._flush_now.clear()
+        """Write the queued items, in at most that time, and end the thread."""
+        self._closing.set()
+        self._items.put(None)  # the end
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         batch: list[Any] = []
         while None not in batch:
             batch = [self._items.get()]
-            self._flush_now.wait(self._pause)
+            self._closing.wait(self._pause)
             batch += [self._items.get() for _ in range(self._items.qsize())]
             self._write([item for item in batch if item is not None])
 
 
 class ProvisioningLog(BackgroundWriter):
-    """The queue of calls for the logs of their tenants."""
+    """The queue of calls for the logs of their tenants; calls with unknown tokens are counted."""
 
     def __init__(self) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.unknown_token_calls, self.unknown_token_since = 0, ""
 
-    def has_room(self, request: Request, response: Response) -> bool:
-        """Return whether a call may be added: at most LOG_READS successful reads are queued."""
-        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
+    def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
+        """Queue a call for its tenant's log, or count it if no tenant has its token."""
+        request, caller = call.request, call.caller
+        is_lost = response.status == 404 and not call.route.label
+        # Reading the results in the console is not a part of the provisioning.
+        is_console = request.method == "GET" and "x-console" in request.headers
+        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+        if not caller and logged and response.status == 401:
+            self.unknown_token_calls += 1
+            self.unknown_token_since = self.unknown_token_since or time_text(clock())
+        if not caller or isinstance(directory := caller.directory, StoreError):
+            return  # there is no log
+        if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
+            self.lost += logged
+            return
+        # The headers hold the secret.
+        call.request, call.directory = request._replace(headers={}, caller=None), directory
+        self._queue(LogItem(call, caller, response, clock(), seconds, logged))
 
-    def add(self, item: LogItem) -> None:
-        """Queue a call, without long bodies and long lists."""
+    def _queue(self, item: LogItem) -> None:
+        # Queue a call without a long body and without a list of several resources.
         call, answer = item.call, item.response.body
-        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            item.response = item.response._replace(body={"Resources": answer["Resources"][:2]})
+        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
+            item.response = item.response._replace(body=None)
         if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
-            call.operations, item.is_long = (), True
-        super().add(item)
-
-    def count_unknown_token(self, at: str) -> None:
-        """Count a call with an unknown token, which belongs to no tenant."""
-        with self._lock:
-            self.unknown_token_calls += 1
-            self.unknown_token_since = self.unknown_token_since or at
+            call.operations, item.may_show_secret = (), True
+        self.add(item)
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5039,8 +5026,7 @@ class ProvisioningLog(BackgroundWriter):
 
 def list_employees(call: Call) -> Response:
     """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
-    active = call.parameters.get("active", "").lower()
-    if active not in ("", "true", "false"):
+    if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
         raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     rows = call.directory.employees(
@@ -5049,12 +5035,11 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees = list(itertools.islice(rows, count + 1))
+    employees = list(itertools.islice(rows, count))
     headers, cursor = {}, {}
-    if len(employees) > count:
-        employees.pop()
-        cursor = {"nextCursor": str(employees[-1].id)}
-        query = urlencode({**call.parameters, "cursor": employees[-1].id})
+    if next(rows, None):
+        cursor["nextCursor"] = str(employees[-1].id)
+        query = urlencode({**call.parameters, "cursor": cursor["nextCursor"]})
         headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
     if "text/csv" in call.request.headers.get("accept", ""):
         table = employee_table(employees, call.directory.link_names)
@@ -5063,7 +5048,6 @@ def list_employees(call: Call) -> Response:
 
 
 def get_employee(call: Call) -> Response:
-    """Answer GET /employees/{id}."""
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (employee := next(call.directory.employees(id=id), None)):
         raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
@@ -5083,7 +5067,6 @@ def list_changes(call: Call) -> Response:
 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer for the console, which no cache keeps."""
     return plain_response(
         body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
     )
@@ -5106,9 +5089,9 @@ def page_response(page: str) -> Response:
     )
 
 
-def entra_mapping(directory: Directory) -> list[list[str]]:
-    """Return rows of source, customappsso attribute, type in Entra, and the change to make."""
-    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+def entra_mapping(directory: Directory) -> Iterator[list[str]]:
+    """Yield rows of source, customappsso attribute, type in Entra, and the change to make."""
+    types = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}
     fields = (
         ("", f"{FACILIO}:{name}", "custom field: choose its source")
         for name in directory.link_names
@@ -5116,8 +5099,7 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
     for source, target, change in (*ENTRA_MAPPING, *fields):
         path = parse_path(target, directory.resource_types["User"])
         type = (path.sub_attribute or path.attributes[-1]).type
-        rows.append([source, target, types.get(type, "String"), change])
-    return rows
+        yield [source, target, types.get(type, "String"), change]
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
@@ -5137,7 +5119,6 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
     directory, now = call.directory, call.directory.clock()
-    user_type = directory.resource_types["User"]
     tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
         steps = [
@@ -5145,45 +5126,42 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             for step, _, title, hint in STEPS
             if tenant.custom_fields or step != "custom"
         ]
-    tokens = [
-        {
-            "name": token.name,
-            "last_use": directory.last_use(token.name),
-            "expires": time_text(token.expires) if token.expires else "",
-            "expired": token.expired(now),
-        }
-        for token in tenant.tokens
-    ]
-    fields = [
-        {
-            **asdict(custom),
-            "urn": custom.urn,
-            "people": directory.query(user_type, f"{custom.urn} pr", count=0).total_results,
-        }
-        for custom in tenant.custom_fields
-    ]
     return console_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
             "steps": steps,
             "lost": log.lost,
-            "tokens": tokens,
+            "tokens": [
+                {
+                    "name": token.name,
+                    "last_use": directory.last_use(token.name),
+                    "expires": time_text(token.expires) if token.expires else "",
+                    "expired": token.expired(now),
+                }
+                for token in tenant.tokens
+            ],
             "last": directory.requests(count=1),
             "refused": directory.requests(text='"status":401'),
             "strangers": log.unknown_token_calls,
             "strange_since": log.unknown_token_since,
-            "mapping": entra_mapping(directory),
-            "fields": fields,
+            "mapping": list(entra_mapping(directory)),
+            "fields": [
+                {
+                    **asdict(custom),
+                    "urn": custom.urn,
+                    "people": directory.query("User", f"{custom.urn} pr", count=0).total_results,
+                }
+                for custom in tenant.custom_fields
+            ],
         }
     )
 
 
 def get_mapping(call: Call) -> Response:
-    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    table = [header, *entra_mapping(call.directory)]
-    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
+    lines = employee_csv([header, *entra_mapping(call.directory)])
+    return console_response("".join(lines), "text/csv; charset=utf-8")
 
 
 def get_history(call: Call) -> Response:
@@ -5205,14 +5183,13 @@ class Metrics:
         self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
 
     def add(self, method: str, response: Response, seconds: float) -> None:
-        """Count an answer."""
         key = (response.tenant, method, response.route, response.status)
         with self._lock:
             count, total = self._counts.get(key, (0, 0.0))
             self._counts[key] = (count + 1, total + seconds)
 
-    def text(self) -> str:
-        """Return all counts."""
+    def answer(self, call: Call) -> Response:
+        """Answer GET /metrics."""
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
@@ -5220,13 +5197,16 @@ class Metrics:
             (0, "scim_requests_total", "Requests answered"),
             (1, "scim_request_seconds_total", "Seconds spent on them"),
         ):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
             lines += [
-                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
-                f"{values[number]:g}"
-                for (tenant, method, route, status), values in counts
+                f"# HELP {name} {help}",
+                f"# TYPE {name} counter",
+                *(
+                    f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
+                    f'status="{status}"}} {values[number]:g}'
+                    for (tenant, method, route, status), values in counts
+                ),
             ]
-        return "\n".join(lines) + "\n"
+        return plain_response("\n".join([*lines, ""]), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -5264,26 +5244,28 @@ class Tenants:
             self.directories = {
                 tenant.name: self._open(config, tenant) for tenant in config.tenants
             }
-            tenants = tuple(
-                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
+            self.tenants = {
+                tenant.name: replace(
+                    tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens)
+                )
                 for tenant in config.tenants
-            )
-            self.config = replace(config, tenants=tenants)
-            self.tenants = {tenant.name: tenant for tenant in tenants}
+            }
+            self.config = replace(config, tenants=tuple(self.tenants.values()))
             self._tokens = {
-                token.sha256: (tenant, token) for tenant in tenants for token in tenant.tokens
+                token.sha256: (tenant, token)
+                for tenant in self.config.tenants
+                for token in tenant.tokens
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(directory := before[name], Directory):
-                directory.store.interrupt()
                 directory.store.close()
 
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
         with self._configuring:
             tenant = parse_tenant(document, self.config.tenants)
-            others = tuple(other for other in self.config.tenants if other.name != tenant.name)
-            self.configure(replace(self.config, tenants=(*others, tenant)))
+            tenants = {**self.tenants, tenant.name: tenant}
+            self.configure(replace(self.config, tenants=tuple(tenants.values())))
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
@@ -5294,8 +5276,7 @@ class Tenants:
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
-        directory = self.directories[name]
-        if isinstance(directory, StoreError):
+        if isinstance(directory := self.directories[name], StoreError):
             raise directory
         return directory
 
@@ -5307,8 +5288,7 @@ class Tenants:
     def token(self, name: str) -> str:
         """Return a new secret of a tenant, valid until the next configuration; KeyError."""
         secret = secrets.token_urlsafe(32)
-        with self._configuring:
-            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
+        self._tokens[digest(secret)] = (self.tenants[name], Token("made", ""))
         return secret
 
     def known_caller(self, request: Request) -> Caller | None:
@@ -5379,8 +5359,6 @@ QUICK_QUERIES = {
         re.ASCII,
     ),
 }
-UNKNOWN_PATH = Route("", NOWHERE)
-UNKNOWN_SCIM_PATH = Route("", BEARER)  # 401 comes before 404
 
 
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
@@ -5391,17 +5369,10 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
             segments = tuple(filter(None, path.split("/")))
             type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
             route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
-            for method in methods.replace("GET", "GET HEAD").split():
-                routes.setdefault(segments, route).operations[method] = lane, operation
+            routes.setdefault(segments, route).operations.update(
+                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation))
+            )
     return routes
-
-
-def labelled(call: Call, response: Response) -> Response:
-    """Return a response with the tenant and the route of its call, for the logs."""
-    if response.status == 401:
-        return response
-    tenant = call.caller.tenant.name if call.caller else ""
-    return Response(*response[:3], tenant, call.route.label, response.reason)
 
 
 class Application(Tenants):
@@ -5426,13 +5397,14 @@ class Application(Tenants):
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
-        page_answer, bulk = page_response(page), partial(run_bulk, self.handle)
+        health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
+        bulk = partial(run_bulk, self.handle)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
-            ("GET",    "/healthz",                       ANYONE,   QUICK, self._get_health),
+            ("GET",    "/healthz",                       ANYONE,   QUICK, lambda call: health),
             ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self.metrics.answer),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
@@ -5478,9 +5450,7 @@ class Application(Tenants):
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
         started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
-        response = self._answer(call)
-        self._note(call, response, time.perf_counter() - started)
-        return response
+        return self._finish(call, self._answer(call), started)
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
@@ -5499,11 +5469,11 @@ class Application(Tenants):
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
-            response = cause or response_for(error)
-            responses = [labelled(call, response) for call in calls]
-        for call, response in zip(calls, responses, strict=True):
-            self._note(call, response, time.perf_counter() - started)
-        return responses
+            responses = [cause or response_for(error)] * len(calls)
+        return [
+            self._finish(call, response, started)
+            for call, response in zip(calls, responses, strict=True)
+        ]
 
     def caller_of(self, request: Request) -> Caller | None:
         """Return who sent a request; the hook is asked about a token that no tenant has."""
@@ -5548,7 +5518,8 @@ class Application(Tenants):
             return route, ""
         if route := self._routes.get((*segments[:-1], "{id}")):
             return route, segments[-1]
-        return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
+        # At an unknown path below /scim/v2, 401 comes before 404.
+        return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
@@ -5559,10 +5530,9 @@ class Application(Tenants):
                 call.directory = self._admit(request, call.caller)
             elif access == OPERATOR:
                 self._admit_operator(request)
-            response = self._perform(call)
+            return self._perform(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = response_for(error)
-        return labelled(call, response)
+            return response_for(error)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
@@ -5579,8 +5549,9 @@ class Application(Tenants):
 
     def _admit_operator(self, request: Request) -> None:
         # Raise ScimError 401 unless the request is from this machine or has the metrics token.
-        is_forwarded = {"forwarded", "x-forwarded-for"} & request.headers.keys()
-        is_local = request.client in ("127.0.0.1", "::1") and not is_forwarded
+        is_local = request.client in ("127.0.0.1", "::1") and not (
+            {"forwarded", "x-forwarded-for"} & request.headers.keys()
+        )
         if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
             raise ScimError(
                 401,
@@ -5600,8 +5571,8 @@ class Application(Tenants):
                 reason=("path", request.path, BASE_PATH),
             )
         if request.method not in operations:
-            methods = sorted(operations, key="HEAD".__eq__)  # HEAD comes last
-            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            # HEAD comes after the methods of the table.
+            allow = {"Allow": ", ".join([*sorted(operations, key="HEAD".__eq__), "OPTIONS"])}
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise ScimError(
@@ -5611,15 +5582,11 @@ class Application(Tenants):
                 allow,
             )
         if request.query:
-            query = parse_qsl(request.query, keep_blank_values=True)
-            call.parameters = {name.lower(): value for name, value in query}
+            call.parameters = {
+                name.lower(): value
+                for name, value in parse_qsl(request.query, keep_blank_values=True)
+            }
         return operations[request.method][1](call)
-
-    def _get_health(self, call: Call) -> Response:  # the process is up
-        return plain_response("ok\n", "text/plain")
-
-    def _get_metrics(self, call: Call) -> Response:
-        return plain_response(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
@@ -5628,24 +5595,14 @@ class Application(Tenants):
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
-    def _note(self, call: Call, response: Response, seconds: float) -> None:
-        # Pass a call to its tenant's log, or count it if no tenant has its token.
-        request, caller = call.request, call.caller
-        is_lost = response.status == 404 and not response.route
-        # Reading the results in the console is not a part of the provisioning.
-        is_console = request.method == "GET" and "x-console" in request.headers
-        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+    def _finish(self, call: Call, response: Response, started: float) -> Response:
+        # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            if not caller and logged and response.status == 401:
-                self.log.count_unknown_token(time_text(self._clock()))
-            if not caller or isinstance(directory := caller.directory, StoreError):
-                return  # there is no log
-            if self.log.has_room(request, response):
-                # The headers hold the secret.
-                call.request, call.directory = request._replace(headers={}, caller=None), directory
-                self.log.add(LogItem(call, caller, response, self._clock(), seconds, logged))
-            else:
-                self.log.lost += logged
+            self.log.note(call, response, self._clock, time.perf_counter() - started)
+        if response.status == 401:
+            return response
+        tenant = call.caller.tenant.name if call.caller else ""
+        return Response(*response[:3], tenant, call.route.label, response.reason)
 
 
 @dataclass(frozen=True)
