@@ -7103,21 +7103,26 @@ DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
 # fmt: on
 
 
-def answer_to(method: str, url: str, token: str, body: str) -> tuple[int, Json]:
-    """Return status and JSON of the answer to a request; OSError if there is no answer."""
-    request = urllib.request.Request(
-        url,
-        body.encode() or None,
-        method=method,
-        headers={"Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"},
-    )
+def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> tuple[int, Json]:
+    """Return status and JSON of the answer to a request; UsageError if there is no answer."""
     try:
+        request = urllib.request.Request(
+            url + path,
+            body.encode() or None,
+            method=method,
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"},
+        )
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, json.loads(answer.read() or b"{}")
     except urllib.error.HTTPError as error:
         with suppress(ValueError):
             return error.code, json.loads(error.read() or b"{}")
         return error.code, {}
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{url}: no answer ({error}); start the server in another terminal: "
+            "python3 scim_server.py"
+        ) from error
 
 
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
@@ -7154,7 +7159,7 @@ def play(url: str, token: str, dialect: str, custom: Json) -> int:
             operations = body if isinstance(body, list) else changes_of(dialect, body)
             body = {"schemas": [PATCH_OP], "Operations": operations}
         content = fill(to_json(body)) if body else ""
-        actual, answer = answer_to(method, url + fill(path), token, content)
+        actual, answer = answer_to(method, url, fill(path), token, content)
         good = actual == status and values.items() <= answer.items()
         detail = answer.get("detail", "") or ("" if good else quoted(answer))
         line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
@@ -7170,17 +7175,9 @@ def demo(options: argparse.Namespace) -> int:
     token = options.token or usable_secret(config.tenants[0])
     if not token:
         raise UsageError("--token is needed: the configuration has no usable secret")
-    try:
-        status, schema = answer_to("GET", f"{url}/Schemas/{FACILIO}", token, "")
-        custom = schema["attributes"][0] if status == 200 else {}
-        wrong = sum(
-            play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020")
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{url}: no answer ({error}); start the server in another terminal: "
-            "python3 scim_server.py"
-        ) from error
+    status, schema = answer_to("GET", url, f"/Schemas/{FACILIO}", token)
+    custom = schema["attributes"][0] if status == 200 else {}
+    wrong = sum(play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020"))
     print(f"\n{wrong or 'no'} step(s) went wrong")
     return 1 if wrong else 0
 
