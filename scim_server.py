@@ -1,52 +1,50 @@
 #!/usr/bin/env python3
-"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and its like.
+"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and similar identity providers.
 
-People assigned to an enterprise application in Entra ID arrive here by SCIM and become employees of
-Facilio: created, updated, and marked inactive when they leave. Python 3.10+, standard library only.
+People who are assigned to an enterprise application in Entra ID are provisioned here by SCIM. They
+become employees of Facilio: created, updated, and marked inactive when they leave. The server needs
+Python 3.10 or newer and nothing else.
 
-Run it        python scim_server.py                       serves sample_config.json, or a demo tenant
-              python scim_server.py token                 makes a secret for a tenant
-              python scim_server.py check --config FILE   explains a configuration
-              python scim_server.py employees --tenant acme   (and changes) shows what the sync did
-              python scim_server.py demo                  plays Entra ID against the running server
+Run it        python scim_server.py               serve sample_config.json, or a demo tenant
+              python scim_server.py demo          play Entra ID against the running server
+              python scim_server.py check         explain a configuration; also: token, employees,
+                                                  changes, backup, restore
 Embed it      with running("config.json") as server: print(server.url)
-              application = wsgi("config.json")           for gunicorn, or under a prefix in Flask
-              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})   no HTTP at all
-Test with it  with running() as server:                   an empty one in memory, on a free port
-                  requests.get(server.url + "/Users", headers={
-                      "Authorization": "Bearer " + server.token("demo")})
+              application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
+              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
+Test with it  with running() as server:           an empty server in memory, on a free port
+                  requests.get(f"{server.url}/Users", headers={
+                      "Authorization": f"Bearer {server.token('demo')}"})
 
 Chapters      1 Vocabulary        schema URNs, limits, ScimError
-              2 Schemas           Attribute, Schema, ResourceType: the data that decides everything
-              3 Filters, paths    text to a bound tree; matches() reads it in Python
+              2 Schemas           Attribute, Schema, ResourceType: data that decides everything else
+              3 Filters, paths    text becomes a tree; matches() evaluates it in Python
               4 Resources         accept() lets a body in, project() lets a resource out
-              5 PATCH             operations on a resource, all or none
+              5 PATCH             operations on a resource: all of them, or none
               6 Queries           the filter tree as SQL
               7 Store             one SQLite file per tenant: sessions, transactions, backup
               8 Employees         the Facilio employee made from a user
-              9 Directory         one tenant's operations, a transaction each
+              9 Directory         the operations on one tenant, a transaction each
              10 Configuration     tenants, tokens, custom fields
-             11 Messages          Request, Response, Call, bodies, lists, errors
+             11 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
              12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             13 Provisioning log  what each call did, and what to do when it failed
-             14 Other endpoints   employees, changes, the console's API, health, metrics
-             15 Application       handle(Request) -> Response: tenants, tokens, routes
-             16 HTTP server       sockets
-             17 Console           the page that shows why a sync works or fails
+             13 Provisioning log  what each call did, and what to do if it failed
+             14 Other endpoints   employees, changes, the console's API, metrics
+             15 Application       tenants, routes, handle(Request) -> Response
+             16 HTTP server       sockets, the watching thread, lanes for reads and writes
+             17 Console           the page that shows why provisioning works or fails
              18 Interface         running(), wsgi(), main() and the commands
 
-One request   octets -> connection (buffer, deadline) -> head -> token checked -> body -> Request
-              -> Application.handle (route, operation) -> Directory operation (accept, patch or
-              query, one transaction) -> Store -> project -> Response -> one write to the socket
+One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
+              Application.handle (token, route) -> Directory (accept, PATCH or query, in one
+              transaction) -> Session -> project() -> Response -> octets
 
-Notation, kept to everywhere below:
-
-    resource   canonical JSON object, e.g. {"schemas": [...], "id": "2819c2", "userName": "BJensen"}
-    attribute  an Attribute, e.g. that of emails, or of emails.type
-    filter     a bound filter tree, e.g. Compare(emails.type, "eq", "work")
-    key        the form in which values compare, e.g. "bjensen" for the userName "BJensen"
-    entry      a row of the index, (path, key, element), e.g. ("emails.type", "work", 0)
-    version    the opaque part of an ETag
+Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819", "userName": "Bo"}
+              attribute  an Attribute, for example that of emails or of emails.type
+              filter     a filter tree, for example Compare(emails.type, "eq", "work")
+              key        the form in which values compare: "bo" for the userName "Bo"
+              entry      a row of the index, (path, key, element): ("emails.type", "work", 0)
+              version    the opaque part of an ETag
 """
 
 from __future__ import annotations
@@ -3659,6 +3657,19 @@ def make_data_dir(config: Config) -> None:
         ) from error
 
 
+FileSignature = list[tuple[int, int]]
+
+
+def file_signature(*files: str) -> FileSignature:
+    """Return time and size of files, so that a change shows; [] if one is missing.
+
+    The size tells a half-written file from the whole one, which may have the same time.
+    """
+    with suppress(OSError):
+        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
+    return []
+
+
 # ----------------------------------------------------------------------------
 # 11. Messages                                            RFC 7644 §3.1, §3.12
 #
@@ -3903,6 +3914,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 Reading = Generator[bool, None, bytes]
 
 
@@ -5654,6 +5666,61 @@ class Application(Tenants):
                 self.log.lost += logged
 
 
+@dataclass(frozen=True)
+class WsgiApplication:
+    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
+
+    application: Application
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """Answer a request."""
+        request = self._request(environ)
+        try:
+            response = self.application.handle(request._replace(body=self._body(environ, request)))
+        except ScimError as error:
+            response = error_response(error)
+        status, fields, body = to_http(response, request)
+        start_response(status, fields)
+        return [body]
+
+    def _request(self, environ: dict[str, Any]) -> Request:
+        # Return a request without its body; WSGI has decoded the path, as Latin-1.
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        mount_point, path = (
+            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
+        )
+        id = headers.get("x-request-id", "")
+        return Request(
+            environ["REQUEST_METHOD"],
+            path,
+            environ.get("QUERY_STRING", ""),
+            headers,
+            b"",
+            environ["wsgi.url_scheme"],
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            mount_point,
+            environ.get("REMOTE_ADDR", ""),
+            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
+            None,
+            True,
+        )
+
+    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
+        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
+        if length and not LENGTH.fullmatch(length):
+            raise ScimError(400, "", "content-length: expected a number")
+        # A server that accepts chunked bodies ends the stream itself, and says so.
+        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
+
+
 # ----------------------------------------------------------------------------
 # 16. HTTP server                                         RFC 9110, RFC 9112
 #
@@ -5680,18 +5747,11 @@ LOG_LINES = 10_000  # that may wait for the access log
 LOG_SECONDS = 0.05  # how long a line of the access log waits for others
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 BULK_PATH = f"{BASE_PATH}/Bulk"
-IDLE, READING, ANSWERING, SENDING, LINGERING = (
-    "idle",
-    "reading",
-    "answering",
-    "sending",
-    "lingering",
-)
+IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
+SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-FileSignature = list[tuple[int, int]]
 http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
 
@@ -5701,16 +5761,6 @@ def log_line(text: str) -> None:
 
 
 # -- TLS and the access log --
-
-
-def file_signature(*files: str) -> FileSignature:
-    """Return time and size of files, so that a change shows; [] if one is missing.
-
-    The size tells a half-written file from the whole one, which may have the same time.
-    """
-    with suppress(OSError):
-        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
-    return []
 
 
 class Tls:
@@ -5743,7 +5793,7 @@ class Tls:
 
 
 def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
+    """Return a writer of requests as lines of a style: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -5787,11 +5837,11 @@ class Fault:
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        conflict = "If-Match: the version has changed; read the resource again"
+        details = {412: "If-Match: the version has changed; read the resource again"}
+        error = ScimError(self.status, "", details.get(self.status, "injected fault"))
+        error = unauthorized() if self.status == 401 else error
         retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        detail = conflict if self.status == 412 else "injected fault"
-        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail, retry)
-        error.headers.update(self.headers)
+        error.headers.update({**retry, **self.headers})
         return error_response(error)
 
 
@@ -5858,7 +5908,7 @@ class Connection:
 
     @property
     def evictable(self) -> bool:
-        """Whether it may be closed to make room: it is not executing, or sending to a good token."""
+        """Whether it may be closed to make room: not while it executes, or sends to a good token."""
         return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
 
     def shut(self, how: int) -> None:
@@ -5890,7 +5940,7 @@ class Watcher(http.server.HTTPServer, ABC):
     """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
 
     It alone uses the selector and the set of connections. A subclass reads, executes and refuses
-    requests. A request in execution gives its connection back by finish(), from any thread.
+    requests. A request in execution gives its connection back, from any thread.
     """
 
     def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
@@ -5907,7 +5957,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Watch all connections until stop(), and then until the requests in flight are answered."""
+        """Watch all connections until stop(), and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -5941,7 +5991,7 @@ class Watcher(http.server.HTTPServer, ABC):
 
     @abstractmethod
     def execute(self, connection: Connection, request: Request) -> None:
-        """Have a request answered, at once or by another thread; finish() ends it."""
+        """Have a request answered, by this thread or another one, which then calls give_back()."""
 
     @abstractmethod
     def refuse(self, connection: Connection, error: ScimError) -> None:
@@ -5967,15 +6017,13 @@ class Watcher(http.server.HTTPServer, ABC):
             self.give_back(connection)
 
     def _wake(self) -> None:
-        """Wake the watching thread."""
         with suppress(OSError):  # many wake-ups wait already, or the thread has ended
             self._alarm.send(b"!")
 
     def _round(self, seconds: float) -> None:
-        """Wait for events, for some seconds at most, and do what is due."""
+        # Wait for events, for some seconds at most, and do what is due.
         paused, newcomer = self._paused, False
-        if self._returned or paused:
-            seconds = 0 if self._returned else PAUSE_SECONDS
+        seconds = 0 if self._returned else PAUSE_SECONDS if paused else seconds
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self.socket:
                 newcomer = True
@@ -5997,7 +6045,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 self.guarded(connection, self._on_deadline, connection)
 
     def _accept(self) -> None:
-        """Accept a connection; at the limit, another one makes room, or the newcomer waits."""
+        # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
             if len(self.connections) >= self.max_connections:
                 self._evict()
@@ -6021,7 +6069,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._watch(connection, selectors.EVENT_READ)
 
     def _evict(self) -> None:
-        """Close the connection that was without a request with a good token longest; OSError."""
+        # Close the connection that was without a request with a good token longest; OSError.
         evictable = [peer for peer in self.connections if peer.evictable]
         for connection in sorted(evictable, key=lambda peer: peer.since):
             if not connection.has_unread():
@@ -6030,7 +6078,7 @@ class Watcher(http.server.HTTPServer, ABC):
         raise OSError("all connections are in use")
 
     def _watch(self, connection: Connection, events: int) -> None:
-        """Have the selector watch a connection for events, or for none."""
+        # Have the selector watch a connection for events, or for none.
         if events and connection.events:
             self._selector.modify(connection.socket, events, connection)
         elif events:
@@ -6040,14 +6088,13 @@ class Watcher(http.server.HTTPServer, ABC):
         connection.events = events
 
     def _close(self, connection: Connection) -> None:
-        """Close a connection and forget it."""
         self._watch(connection, 0)
         connection.shut(socket.SHUT_WR)
         connection.socket.close()
         self.connections.discard(connection)
 
     def _on_event(self, connection: Connection) -> None:
-        """Receive from a connection, or send to it what remains."""
+        # Receive from a connection, or send to it what remains.
         if connection.state == ANSWERING:
             with self._lock:  # it may be given back at this moment
                 if connection.state == ANSWERING:
@@ -6063,7 +6110,7 @@ class Watcher(http.server.HTTPServer, ABC):
             self._parse(connection)
 
     def _go_on(self, connection: Connection) -> None:
-        """Do what comes after an answer, or after a part of a body that took its time."""
+        # Do what comes after an answer, or after a part of a body that took its time.
         if connection.unsent:
             connection.state = SENDING
             connection.allow(HEAD_SECONDS + len(connection.unsent) / MIN_OCTETS_PER_SECOND)
@@ -6084,7 +6131,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 self._parse(connection)
 
     def _on_deadline(self, connection: Connection) -> None:
-        """Close a connection that was silent or slow for too long; answer a request that began."""
+        # Close a connection that was silent or slow for too long; answer a request that began.
         if connection.state == READING:
             detail = f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
             detail += f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
@@ -6093,7 +6140,7 @@ class Watcher(http.server.HTTPServer, ABC):
             self._close(connection)
 
     def _parse(self, connection: Connection) -> None:
-        """Parse what has arrived, and execute or refuse the request that it is."""
+        # Parse what has arrived, and execute or refuse the request that it is.
         if connection.state == IDLE:
             connection.state, connection.started = READING, time.perf_counter()
             connection.allow(HEAD_SECONDS)
@@ -6160,10 +6207,8 @@ class ScimServer(Watcher):
         head = yield from read_head(connection.buffer)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
-        limit, length = (
-            self.application.body_limit(request.path),
-            head.headers.get("content-length"),
-        )
+        limit = self.application.body_limit(request.path)
+        length = head.headers.get("content-length")
         if length and int(length) > limit:
             raise too_large(limit)
         if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
@@ -6217,7 +6262,7 @@ class ScimServer(Watcher):
         self._send(connection, request, error_response(error), then=LINGER)
 
     def _answer(self, connection: Connection, request: Request) -> None:
-        """Execute a request and send the answer; faults come first."""
+        # Execute a request and send the answer; faults come first.
         fault = self._next_fault(request) if self.faults else None
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
@@ -6226,7 +6271,7 @@ class ScimServer(Watcher):
         self._send(connection, request, response, cut=fault is not None and fault.cut)
 
     def _answer_in_turn(self, connection: Connection, request: Request) -> None:
-        """Answer a read when the one before is done, or after PAUSE_SECONDS."""
+        # Answer a read when the one before is done, or after PAUSE_SECONDS.
         in_turn = self._turn.acquire(timeout=PAUSE_SECONDS)
         try:
             self._answer(connection, request)
@@ -6235,7 +6280,7 @@ class ScimServer(Watcher):
                 self._turn.release()
 
     def _queue_write(self, connection: Connection, request: Request) -> None:
-        """Have a write answered with the others that wait for its tenant."""
+        # Have a write answered with the others that wait for its tenant.
         tenant = request.caller[0].name if request.caller else ""
         with self._lock:
             first = tenant not in self._writes
@@ -6244,14 +6289,14 @@ class ScimServer(Watcher):
             self._writers.submit(self._answer_writes, tenant)
 
     def _answer_writes(self, tenant: str) -> None:
-        """Answer the writes that wait for a tenant until there are none."""
+        # Answer the writes that wait for a tenant until there are none.
         while writes := self._next_writes(tenant):
             responses = self.application.handle_all([request for _, request in writes])
             for (connection, request), response in zip(writes, responses, strict=True):
                 self.guarded(connection, self._send, connection, request, response)
 
     def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
-        """Take writes of a tenant that may share a transaction; without any, forget the tenant."""
+        # Take writes of a tenant that may share a transaction; without any, forget the tenant.
         with self._lock:
             waiting = self._writes[tenant]
             # A Bulk request has a transaction of its own, so that others do not wait for its end.
@@ -6263,7 +6308,7 @@ class ScimServer(Watcher):
         return waiting[:size]
 
     def _next_fault(self, request: Request) -> Fault | None:
-        """Return the fault that a request meets, counted."""
+        # Return the fault that a request meets, counted.
         with self._lock:
             if fault := next((fault for fault in self.faults if fault.matches(request)), None):
                 fault.times -= 1
@@ -6279,8 +6324,8 @@ class ScimServer(Watcher):
         then: str = KEEP,
         cut: bool = False,
     ) -> None:
-        """Send an answer, half of its body if it is to be cut, note it, give the connection back."""
-        self._keep(request, response)  # before the client can look for it
+        # Note and send an answer, half of its body if it is to be cut; give the connection back.
+        self._keep(request, response)
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
@@ -6293,8 +6338,9 @@ class ScimServer(Watcher):
         connection.then, connection.authenticated = then, bool(response.tenant)
         if response.tenant:
             connection.since = time.monotonic()
-        connection.send(octets + body[: len(body) // 2 if cut else None])
+        # The counts come first, since a client may look for them as soon as it has the answer.
         self._note(request, response, time.perf_counter() - connection.started, len(body))
+        connection.send(octets + body[: len(body) // 2 if cut else None])
         self.give_back(connection)
 
     def _keep(self, request: Request, response: Response) -> None:
@@ -6305,7 +6351,7 @@ class ScimServer(Watcher):
             del self.exchanges[:-MAX_EXCHANGES]
 
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
-        """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
+        # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
         self.log.add(
@@ -6320,61 +6366,6 @@ class ScimServer(Watcher):
                 "id": request.id,
             }
         )
-
-
-@dataclass(frozen=True)
-class WsgiApplication:
-    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
-
-    application: Application
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """Answer a request."""
-        request = self._request(environ)
-        try:
-            response = self.application.handle(request._replace(body=self._body(environ, request)))
-        except ScimError as error:
-            response = error_response(error)
-        status, fields, body = to_http(response, request)
-        start_response(status, fields)
-        return [body]
-
-    def _request(self, environ: dict[str, Any]) -> Request:
-        """Return a request without its body; WSGI has decoded the path, as Latin-1."""
-        headers = {
-            name[5:].replace("_", "-").lower(): value
-            for name, value in environ.items()
-            if name.startswith("HTTP_")
-        }
-        mount_point, path = (
-            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
-        )
-        id = headers.get("x-request-id", "")
-        return Request(
-            environ["REQUEST_METHOD"],
-            path,
-            environ.get("QUERY_STRING", ""),
-            headers,
-            b"",
-            environ["wsgi.url_scheme"],
-            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
-            mount_point,
-            environ.get("REMOTE_ADDR", ""),
-            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
-            None,
-            True,
-        )
-
-    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
-        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
-        if length and not LENGTH.fullmatch(length):
-            raise ScimError(400, "", "content-length: expected a number")
-        # A server that accepts chunked bodies ends the stream itself, and says so.
-        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
-        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
-        if len(body) > limit:
-            raise too_large(limit)
-        return body
 
 
 # ----------------------------------------------------------------------------
