@@ -6931,8 +6931,10 @@ def warn_about_setup(application: Application) -> None:
 
 def usable_secret(tenant: Tenant) -> str:
     """Return a secret of a tenant that is in the configuration and has not expired, or ""."""
-    usable = (token.secret for token in tenant.tokens if not token.expired(utc_now()))
-    return next(filter(None, usable), "")
+    return next(
+        (token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())),
+        "",
+    )
 
 
 def greeting(url: str, config: Config) -> str:
@@ -7023,8 +7025,11 @@ def show_employees(options: argparse.Namespace) -> None:
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table as aligned lines, without empty columns; its first row has the titles."""
     rows = list(table)
-    columns = enumerate(zip(*rows, strict=True))
-    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
+    widths = {
+        n: max(map(len, column))
+        for n, column in enumerate(zip(*rows, strict=True))
+        if any(column[1:]) or not rows[1:]
+    }
     for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
