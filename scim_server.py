@@ -6817,8 +6817,9 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
-    return f"loaded, {len(config.tenants)} tenant(s){later}"
+    return f"loaded, {len(config.tenants)} tenant(s)" + (
+        f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    )
 
 
 # -- Commands: COMMANDS says what each of them does; None stands for status 0 --------
