@@ -3293,8 +3293,6 @@ def split_custom_fields(
 # Uses chapters 1, 2, 7 and 9. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 
 class ConfigError(Exception):
     """An unusable configuration; problems has a line for each mistake, its JSON path first."""
@@ -3314,38 +3312,24 @@ Kind = tuple[Callable[[Any], Any], str]
 Rule = Kind | list[Any] | dict[str, Any] | type
 
 
-def text_of(pattern: str, expected: str) -> Kind:
-    """Return the rule for texts that match a pattern as a whole."""
-    return lambda value: value if re.fullmatch(pattern, value) else None, expected
+def text_of(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> Kind:
+    """Return the rule for texts that match a pattern as a whole; convert makes the setting."""
+    return lambda value: convert(value) if re.fullmatch(pattern, value) else None, expected
 
 
 def host_and_port(value: Json) -> dict[str, Any] | None:
-    """Return the parts of HOST:PORT, None for another text."""
     host, _, port = value.rpartition(":")
     valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
     return {"host": host.strip("[]"), "port": int(port)} if valid else None
 
 
 def digest(secret: str) -> str:
-    """Return the SHA-256 of a token's secret as hex. Secrets are only compared in this form."""
+    # SHA-256 as hex. Secrets are only compared in this form.
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 # fmt: off
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
-TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
-                      "letters, digits, - and _ (it names the tenant's file)")
-LINK_NAME = (lambda value: {"link_name": value, "display_name": value}
-             if re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) else None,  # RFC 7643 §2.1
-             "a letter, then letters, digits, - and _")
-FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
-TOKEN_SECRET = (lambda value: {"secret": value, "sha256": digest(value)}
-                if re.fullmatch("[!-~]+", value) else None,
-                "visible ASCII characters without blanks")
-TOKEN_HASH = (lambda value: value.lower() if re.fullmatch("[0-9A-Fa-f]{64}", value) else None,
-              "64 hexadecimal digits")
-METRICS_TOKEN = (lambda value: digest(value) if TEXT[0](value) else None, TEXT[1])
-LOG_FORMAT = text_of("text|json|off", "text, json or off")
 OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
 LIST = (lambda value: value if isinstance(value, list) else None, "a list")
 FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
@@ -3393,28 +3377,35 @@ class Token:
     """A bearer token: its SHA-256 as hex, when it expires, and its secret if the file has it."""
 
     name: str = setting(TEXT, "", unique=str)
-    sha256: str = setting(TOKEN_HASH, "")
+    sha256: str = setting(
+        text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits", convert=str.lower), ""
+    )
     expires: datetime | None = setting(TIME, None)  # noqa: RUF009
-    secret: str = setting(TOKEN_SECRET, "", secret=True)
+    secret: str = setting(
+        text_of(
+            "[!-~]+",
+            "visible ASCII characters without blanks",
+            convert=lambda secret: {"secret": secret, "sha256": digest(secret)},
+        ),
+        "",
+        secret=True,
+    )
 
     def expired(self, now: datetime) -> bool:
-        """Return whether the token has expired at a given time."""
         return self.expires is not None and self.expires <= now
-
-
-CUSTOM_FIELD = {  # CustomField itself stands in chapter 2, which has no rules
-    "link_name": setting(LINK_NAME, unique=str.lower),
-    "type": setting(FIELD_TYPE),
-    "display_name": setting(TEXT, ""),  # the link name if the file has none
-}
-TLS_FILES = {"certificate": setting(TEXT), "key": setting(TEXT)}
 
 
 @dataclass(frozen=True)
 class Tenant:
     """A customer with users and groups of its own; each of its tokens selects it."""
 
-    name: str = setting(TENANT_NAME, unique=str.lower)
+    name: str = setting(
+        text_of(
+            "[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+            "letters, digits, - and _ (it names the tenant's file)",
+        ),
+        unique=str.lower,
+    )
     tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
     custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
@@ -3429,13 +3420,22 @@ class Config:
     host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
     port: int = setting(None, 8080, key="listen")
     data_dir: str = setting(TEXT, "scim-data")
-    tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
-    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
+    tls: tuple[str, str] | None = setting(  # files of the certificate and its key
+        {"certificate": setting(TEXT), "key": setting(TEXT)}, None
+    )
+    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
+        [LIST, NETWORK], ()
+    )
     max_connections: int = setting(POSITIVE, 512)
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
-    access_log: str = setting(LOG_FORMAT, "text")
+    access_log: str = setting(text_of("text|json|off", "text, json or off"), "text")
     # The metrics token is for reading /metrics from another machine.
-    metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
+    metrics_sha256: str = setting(
+        (lambda value: TEXT[0](value) and digest(value), TEXT[1]),
+        "",
+        key="metrics_token",
+        live=True,
+    )
     keep_changes: int = setting(POSITIVE, KEEP_CHANGES, key="changes.keep", live=True)
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
     console: bool = setting(FLAG, True)
@@ -3445,26 +3445,38 @@ class Config:
             raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
 
 
-def settings_of(record: type) -> dict[str, Any]:
-    """Return the fields of a dataclass by their paths in JSON."""
-    if record is CustomField:
-        return CUSTOM_FIELD
-    return {
+# The settings of each kind of object, by their paths in JSON.
+SETTINGS: dict[type, dict[str, Any]] = {
+    record: {
         item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
     }
+    for record in (Token, Tenant, Config)
+} | {
+    CustomField: {  # chapter 2, where it stands, has no rules
+        "link_name": setting(
+            text_of(
+                "[A-Za-z][A-Za-z0-9_-]*",  # RFC 7643 §2.1
+                "a letter, then letters, digits, - and _",
+                convert=lambda name: {"link_name": name, "display_name": name},
+            ),
+            unique=str.lower,
+        ),
+        "type": setting(text_of("String|Integer|Boolean", "String, Integer or Boolean")),
+        "display_name": setting(TEXT, ""),  # the link name if the file has none
+    }
+}
 
 
 # -- The reader ------------------------------------------------------------------------
-
-# The path of the list in which a value must be unique, "" for anywhere; its label; the value.
-Unique = tuple[str, str, str]
 
 
 @dataclass
 class ConfigReader:
     """Converts JSON values by rules and collects a problem, path first, for every mistake."""
 
-    paths: dict[Unique, str] = field(default_factory=dict)  # where each unique value stands
+    # Where each unique value stands, by the path of the list in which no other may be the same
+    # ("" for the whole file), its key, and the value itself.
+    paths: dict[tuple[str, str, str], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def result(self, path: str, value: Json, rule: Rule) -> Any:
@@ -3492,14 +3504,14 @@ class ConfigReader:
         self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
         return None
 
-    def require_unique(self, path: str, unique: Unique) -> None:
-        """Report a unique value that stands at another path already."""
-        if (earlier := self.paths.setdefault(unique, path)) != path:
-            self.problems.append(f"{path}: the same {unique[1]} as {earlier}")
+    def require_unique(self, path: str, list_path: str, key: str, value: str) -> None:
+        """Report a value that stands at another path in the list already."""
+        if (earlier := self.paths.setdefault((list_path, key, value), path)) != path:
+            self.problems.append(f"{path}: the same {key.replace('_', ' ')} as {earlier}")
 
     def _read_record(self, path: str, value: Json, record: type) -> Any:
-        """Return an object as a dataclass, None if there is a mistake anywhere."""
-        values = self._read_members(path, value, settings_of(record))
+        # Return an object as a dataclass, None if there is a mistake anywhere.
+        values = self._read_members(path, value, SETTINGS[record])
         if record is Token:
             if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
                 self.problems.append(
@@ -3507,12 +3519,12 @@ class ConfigReader:
                     "`python scim_server.py token` makes both"
                 )
             if sha256 := values.get("sha256"):
-                self.require_unique(path, ("", "token", sha256))
+                self.require_unique(path, "", "token", sha256)
             values.setdefault("name", path)
         return None if self.problems else record(**values)
 
     def _read_members(self, path: str, value: Json, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return an object's values by field; report unknown keys and missing ones."""
+        # Return an object's values by field; report unknown keys and missing ones.
         if self.read(path, value, OBJECT) is None:
             return {}
         prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
@@ -3536,8 +3548,7 @@ class ConfigReader:
                     converted if isinstance(converted, dict) else {option.name or key: converted}
                 )
                 if converted and (fold := option.metadata["unique"]):
-                    unique = path.rpartition("[")[0], key.replace("_", " "), fold(value[key])
-                    self.require_unique(place, unique)
+                    self.require_unique(place, path.rpartition("[")[0], key, fold(value[key]))
             elif option.default is MISSING:
                 self.problems.append(f"{place}: is missing")
         return values
@@ -3569,9 +3580,14 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
     """
     name = document.get("name") if isinstance(document, dict) else None
     rivals = [other for other in others if other.name != name]
-    paths = {("", "name", other.name.lower()): f"tenant {other.name}" for other in rivals}
-    for other in rivals:
-        paths |= {("", "token", token.sha256): f"tenant {other.name}" for token in other.tokens}
+    paths = {
+        ("", key, value): f"tenant {other.name}"
+        for other in rivals
+        for key, value in [
+            ("name", other.name.lower()),
+            *(("token", token.sha256) for token in other.tokens),
+        ]
+    }
     return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
 
 
@@ -3600,7 +3616,10 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
     return members
 
 
-def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
+Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
+
+
+def to_config(source: Source) -> Config:
     """Return the configuration that a program names: a Config, a file, a document, or None.
 
     None stands for the demo tenant. A document is for a program that embeds the server: without
@@ -3622,7 +3641,6 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 
 def store_path(config: Config, tenant: Tenant) -> str:
-    """Return the file that holds a tenant's data."""
     folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
     return folder if folder == ":memory:" else os.path.join(folder, file)
 
@@ -6661,14 +6679,13 @@ addEventListener('hashchange', route); route();
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-RELOAD_SECONDS = 1  # how often the configuration file is checked for changes
-Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
-Hook = Callable[[str], str | None] | None
-
 
 @contextmanager
 def running(
-    config: Source = None, *, authenticate: Hook = None, deterministic: bool = False
+    config: Source = None,
+    *,
+    authenticate: Callable[[str], str | None] | None = None,
+    deterministic: bool = False,
 ) -> Iterator[ScimServer]:
     """Run a server on a free port during a with block; see its url, token() and directory().
 
@@ -6699,7 +6716,9 @@ def running(
             thread.join()
 
 
-def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
+def wsgi(
+    config: Source = None, *, authenticate: Callable[[str], str | None] | None = None
+) -> WsgiApplication:
     """Return the server as a WSGI application, for gunicorn or to mount under a prefix.
 
     The arguments are those of running(). A configuration file is reloaded when it changes. Call
@@ -6726,7 +6745,7 @@ def follow_file(
     load: Callable[[], Config],
     signature: FileSignature,
 ) -> None:
-    """Reload the configuration whenever its file no longer has the signature.
+    """Reload the configuration within a second after its file no longer has the signature.
 
     This is for a daemon thread. It ends when nothing else refers to the application.
     """
@@ -6735,7 +6754,7 @@ def follow_file(
             signature[:] = latest
             log_line(f"{file}: {reload_config(application, load)}")
         del application
-        time.sleep(RELOAD_SECONDS)
+        time.sleep(1)
 
 
 def reload_config(application: Application, load: Callable[[], Config]) -> str:
@@ -6755,11 +6774,12 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
-    return f"loaded, {len(config.tenants)} tenant(s){later}"
+    return f"loaded, {len(config.tenants)} tenant(s)" + (
+        f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    )
 
 
-# -- Commands: those that return None end with status 0 ------------------------------
+# -- Commands: COMMANDS says what each of them does; None stands for status 0 --------
 
 
 class UsageError(Exception):
@@ -6767,7 +6787,7 @@ class UsageError(Exception):
 
 
 def chosen_file(options: argparse.Namespace) -> str:
-    """Return the configuration file to use, "" for the built-in demo."""
+    # "" stands for the built-in demo.
     sample = Path(__file__).with_name("sample_config.json")
     return options.config or (str(sample) if sample.exists() else "")
 
@@ -6776,9 +6796,8 @@ def chosen_config(options: argparse.Namespace) -> Config:
     """Return the configuration file's content with the options of the command line; ConfigError."""
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
-    if options.listen:
-        config = replace(config, **ConfigReader().result("--listen", options.listen, ADDRESS))
-    return replace(config, data_dir=options.data_dir or config.data_dir)
+    listen = ConfigReader().result("--listen", options.listen, ADDRESS) if options.listen else {}
+    return replace(config, data_dir=options.data_dir or config.data_dir, **listen)
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
@@ -6800,11 +6819,6 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
     except FileNotFoundError:
         raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
     return Store(path)
-
-
-def chosen_store(options: argparse.Namespace) -> Store:
-    """Return the store of --tenant; UsageError, StoreError."""
-    return existing_store(*chosen_tenant(options))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -6835,7 +6849,6 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def raise_file_limit() -> None:
-    """Allow this process as many open files as the system permits."""
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
 
@@ -6857,7 +6870,7 @@ def open_listener(config: Config) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only programs on this machine can reach a host."""
+    # Only programs on this machine can reach such a host.
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
@@ -6874,11 +6887,12 @@ def warn_about_setup(application: Application) -> None:
         )
 
 
-def usable_secrets(tenant: Tenant) -> list[str]:
-    """Return the secrets of a tenant that the configuration holds and that have not expired."""
-    return [
-        token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())
-    ]
+def usable_secret(tenant: Tenant) -> str:
+    """Return a secret of a tenant that is in the configuration and has not expired, or ""."""
+    return next(
+        (token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())),
+        "",
+    )
 
 
 def greeting(url: str, config: Config) -> str:
@@ -6896,16 +6910,12 @@ def greeting(url: str, config: Config) -> str:
             ),
         ]
         # This link signs in to the console. On loopback nobody else can use it.
-        if config.console and is_loopback(config.host):
-            lines += [
-                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}"
-                for secret in usable_secrets(tenant)[:1]
-            ]
+        if config.console and is_loopback(config.host) and (secret := usable_secret(tenant)):
+            lines.append(f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}")
     return "\n".join(lines)
 
 
 def make_token(options: argparse.Namespace) -> None:
-    """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(
         f"Secret Token, shown only once:\n\n  {secret}\n\n"
@@ -6915,7 +6925,6 @@ def make_token(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     if config.tls:
         Tls(*config.tls)  # raises OSError for unusable files
@@ -6942,14 +6951,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def back_up(options: argparse.Namespace) -> None:
-    """Copy a tenant's database to a new file. The server may be running."""
-    with closing(chosen_store(options)) as store:
+    with closing(existing_store(*chosen_tenant(options))) as store:
         store.backup(options.file)
     print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Put a backup in the place of a tenant's database, while no server uses it."""
     config, tenant = chosen_tenant(options)
     path = store_path(config, tenant)
     if path == ":memory:":
@@ -6961,8 +6968,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def show_employees(options: argparse.Namespace) -> None:
-    """Print a tenant's employees."""
-    directory = Directory.as_stored(chosen_store(options))
+    directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     active = None if options.active is None else options.active == "true"
     employees = directory.employees(active, options.changed_since, options.id)
     table = employee_table(employees, directory.link_names)
@@ -6977,15 +6983,17 @@ def show_employees(options: argparse.Namespace) -> None:
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table as aligned lines, without empty columns; its first row has the titles."""
     rows = list(table)
-    columns = enumerate(zip(*rows, strict=True))
-    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
+    widths = {
+        n: max(map(len, column))
+        for n, column in enumerate(zip(*rows, strict=True))
+        if any(column[1:]) or not rows[1:]
+    }
     for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
 
 def show_changes(options: argparse.Namespace) -> None:
-    """Print a tenant's changes, a line of JSON each."""
-    directory = Directory.as_stored(chosen_store(options))
+    directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     with suppress(KeyboardInterrupt):
         for change in directory.follow(options.after, options.follow):
             print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
@@ -7011,103 +7019,64 @@ DEMO_BOB = {
     "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
 }
 LOOK_UP = "/Users?filter=userName%20eq%20%22"
-# A step: title, method, path, body, then the expected status and values of the answer. A label at
-# the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
-# is a list of operations, or the values to change, which each dialect sends in its own way.
+# A step: title, method, path, body, then the status and values that the answer must have, and the
+# label of its id: {label} stands for the id in later steps. The body of a PATCH is a list of
+# operations, or the values to change, which each dialect sends in its own way.
 # fmt: off
-DEMO_STEPS: list[tuple[Any, ...]] = [
+DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
     ("Test Connection: look up a user who does not exist",
-     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}),
-    ("Ada is assigned: look her up", "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}),
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}, ""),
+    ("Ada is assigned: look her up",
+     "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}, ""),
     ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
-    ("Create her again: refused", "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}),
+    ("Create her again: refused",
+     "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}, ""),
     ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
-    ("Her job title changes", "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}),
+    ("Her job title changes",
+     "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}, ""),
     ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
-     200, {ENTERPRISE: {"department": "Roofs"}}),
+     200, {ENTERPRISE: {"department": "Roofs"}}, ""),
     ("The custom field {custom} is mapped",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200),
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200, {}, ""),
     ("A mapping mistake, no such custom field: refused",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400),
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400, {}, ""),
     ("The group Night Crew, with Ada", "POST", "/Groups",
      {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
      201, {}, "crew"),
     ("Bob joins the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200),
+     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200, {}, ""),
     ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200),
-    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}),
-    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}),
-    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204),
-    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204),
-    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204),
-    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404),
+     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200, {}, ""),
+    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}, ""),
+    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}, ""),
+    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204, {}, ""),
+    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204, {}, ""),
+    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204, {}, ""),
+    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404, {}, ""),
 ]
 # fmt: on
 
 
-class Demo:
-    """Sends Entra ID's requests to a server and prints them; wrong counts unexpected answers."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url, self.token, self.wrong = url, token, 0
-        self.names: dict[str, str] = {}  # what the {names} in the steps stand for
-
-    def fill(self, text: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda match: self.names[match[1]], text)
-
-    def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
-        """Return status and JSON of the answer to a request; OSError if there is no answer."""
+def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> tuple[int, Json]:
+    """Return status and JSON of the answer to a request; UsageError if there is no answer."""
+    try:
         request = urllib.request.Request(
-            self.url + self.fill(path),
-            None if body is None else self.fill(to_json(body)).encode(),
+            url + path,
+            body.encode() or None,
             method=method,
-            headers={
-                "Authorization": f"Bearer {self.token}",
-                "Content-Type": "application/scim+json",
-            },
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"},
         )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            with suppress(ValueError):
-                return error.code, json.loads(error.read() or b"{}")
-            return error.code, {}
-
-    def play(self, dialect: str, custom: Json) -> None:
-        """Play the steps in a dialect of PATCH; custom is a custom field of /Schemas, or {}."""
-        self.names = {
-            "email": f"ada.{secrets.token_hex(4)}@demo.example",
-            **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
-            "custom": custom.get("name", ""),
-            "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
-        }
-        for title, method, path, body, *expected in DEMO_STEPS:
-            if method == "PATCH":
-                operations = body if isinstance(body, list) else changes_of(dialect, body)
-                body = {"schemas": [PATCH_OP], "Operations": operations}
-            if custom or "{custom}" not in title:
-                self.step(self.fill(title), method, path, body, *expected)
-
-    def step(
-        self,
-        title: str,
-        method: str,
-        path: str,
-        body: Json,
-        status: int,
-        values: Json = {},  # noqa: B006  is not changed
-        label: str = "",
-    ) -> None:
-        """Send a request and print whether its answer has the expected status and values."""
-        actual, answer = self.send(method, path, body)
-        good = actual == status and values.items() <= answer.items()
-        detail = answer.get("detail", "") or ("" if good else quoted(answer))
-        line = f"  {'ok   ' if good else 'WRONG'}  {title:<52} {actual}  {detail}".rstrip()
-        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
-        self.wrong += not good
-        self.names[label] = str(answer.get("id", "unknown"))
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        with suppress(ValueError):
+            return error.code, json.loads(error.read() or b"{}")
+        return error.code, {}
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{url}: no answer ({error}); start the server in another terminal: "
+            "python3 scim_server.py"
+        ) from error
 
 
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
@@ -7120,26 +7089,51 @@ def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
     ]
 
 
+def play(url: str, token: str, dialect: str, custom: Json) -> int:
+    """Play the steps in a dialect of PATCH and print them; return how many went wrong.
+
+    custom is a custom field of /Schemas, or {}.
+    """
+    names = {  # what the {names} in the steps stand for
+        "email": f"ada.{secrets.token_hex(4)}@demo.example",
+        **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
+        "custom": custom.get("name", ""),
+        "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
+    }
+
+    def fill(text: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: names[match[1]], text)
+
+    print(f"\n{url}, dialect {dialect}")
+    wrong = 0
+    for title, method, path, body, status, values, label in DEMO_STEPS:
+        if "{custom}" in title and not custom:
+            continue
+        if method == "PATCH":
+            operations = body if isinstance(body, list) else changes_of(dialect, body)
+            body = {"schemas": [PATCH_OP], "Operations": operations}
+        content = fill(to_json(body)) if body else ""
+        actual, answer = answer_to(method, url, fill(path), token, content)
+        good = actual == status and values.items() <= answer.items()
+        detail = answer.get("detail", "") or ("" if good else quoted(answer))
+        line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
+        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        wrong += not good
+        names[label] = str(answer.get("id", "unknown"))
+    return wrong
+
+
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; return 1 if a step went wrong."""
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    tokens = [options.token] if options.token else usable_secrets(config.tenants[0])
-    if not tokens:
+    token = options.token or usable_secret(config.tenants[0])
+    if not token:
         raise UsageError("--token is needed: the configuration has no usable secret")
-    player = Demo(url, tokens[0])
-    try:
-        status, schema = player.send("GET", f"/Schemas/{FACILIO}")
-        for dialect in ("default", "aadOptscim062020"):
-            print(f"\n{url}, dialect {dialect}")
-            player.play(dialect, schema["attributes"][0] if status == 200 else {})
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{url}: no answer ({error}); start the server in another terminal: "
-            "python3 scim_server.py"
-        ) from error
-    print(f"\n{player.wrong or 'no'} step(s) went wrong")
-    return 1 if player.wrong else 0
+    status, schema = answer_to("GET", url, f"/Schemas/{FACILIO}", token)
+    custom = schema["attributes"][0] if status == 200 else {}
+    wrong = sum(play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020"))
+    print(f"\n{wrong or 'no'} step(s) went wrong")
+    return 1 if wrong else 0
 
 
 # -- The command line ------------------------------------------------------------------
