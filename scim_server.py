@@ -3878,7 +3878,6 @@ def error_response(error: ScimError) -> Response:
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is not a SCIM message."""
     return Response(200, body, {"Content-Type": type, **headers})
 
 
@@ -3996,7 +3995,6 @@ def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
 
 
 def too_large(limit: int) -> ScimError:
-    """Return the error for a body over the limit."""
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
@@ -4215,7 +4213,6 @@ def get_documents(call: Call) -> Response:
 
 
 def create_resource(call: Call) -> Response:
-    """Answer POST /Users and POST /Groups."""
     return call.answer(call.directory.create(call.route.type, call.json()), 201)
 
 
@@ -4232,7 +4229,6 @@ def get_resource(call: Call) -> Response:
 
 
 def replace_resource(call: Call) -> Response:
-    """Answer PUT /Users/{id}."""
     return call.answer(
         call.directory.replace(call.route.type, call.id, call.json(), call.condition)
     )
@@ -4249,7 +4245,6 @@ def patch_resource(call: Call) -> Response:
 
 
 def delete_resource(call: Call) -> Response:
-    """Answer DELETE /Users/{id}."""
     call.directory.delete(call.route.type, call.id, call.condition)
     return Response(204)
 
@@ -5121,7 +5116,6 @@ def entra_mapping(directory: Directory) -> Iterator[list[str]]:
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
-    """Answer GET /console/api/log: entries newest first, those after or before a number."""
     entries = call.directory.requests(
         call.integer("after", 0),
         call.integer("before", 0),
@@ -5183,7 +5177,6 @@ def get_mapping(call: Call) -> Response:
 
 
 def get_history(call: Call) -> Response:
-    """Answer GET /console/api/history/{id}: a user's employee, and changes of a user or group."""
     employee, changes = call.directory.history(call.id)
     return console_response(
         {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
@@ -5300,7 +5293,6 @@ class Tenants:
 
     @property
     def available(self) -> list[Directory]:
-        """The directories of the tenants whose databases can be used."""
         return [item for item in self.directories.values() if isinstance(item, Directory)]
 
     def token(self, name: str) -> str:
@@ -5713,7 +5705,6 @@ http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of 
 
 
 def log_line(text: str) -> None:
-    """Print a line for the operator."""
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
@@ -5853,13 +5844,11 @@ class Connection:
             self.unsent, self.then = memoryview(b""), CLOSE
 
     def has_unread(self) -> bool:
-        """Return whether octets have arrived that were not received yet."""
         with suppress(OSError):  # nothing has arrived, or the connection has ended
             return bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK))
         return False
 
     def rest(self) -> None:
-        """Wait for the next request."""
         self.state = IDLE
         self.allow(IDLE_SECONDS)
 
@@ -5885,7 +5874,6 @@ def listen(config: Config) -> socket.socket:
 
 
 def url_of(config: Config, port: int) -> str:
-    """Return the Tenant URL of a server on a port."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
