@@ -1527,6 +1527,7 @@ def pruned(value: Json) -> Json:
 #
 # The filter tree as SQL: conditions, the two halves of a sorted query, positions.
 # Every term is one range of the index: `seq IN (SELECT …)`, or a probe for one row.
+# At the end, the other rows that a store returns: employees and changes.
 # Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
 
@@ -1709,14 +1710,16 @@ def compile_filters(filters: Filters) -> Sql:
 def compile_page(filters: Filters, sorting: Sorting | None, window: Window) -> Sql:
     """Return the query of a page and one row more; missing and key precede each resource."""
     descending = (sorting is not None and sorting.descending) != window.backward
-    limits = [window.count + 1, window.offset]
-    if not sorting and not window.offset:
-        sql, parameters = compile_positions(sorting, window, descending, filters, "resource.*")
-        return f"{sql} LIMIT ? OFFSET ?", [*parameters, *limits]
     # The positions come first, so that the bodies of skipped resources are not read.
-    sql, parameters = compile_positions(sorting, window, descending, filters, "seq")
-    rows = f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?)"
-    return f"{rows} JOIN resource USING (seq) {ORDER[descending]}", [*parameters, *limits]
+    columns = "seq" if sorting or window.offset else "resource.*"
+    positions, parameters = compile_positions(sorting, window, descending, filters, columns)
+    sql = f"{positions} LIMIT ? OFFSET ?"
+    if columns == "seq":
+        sql = (
+            f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) "
+            f"{ORDER[descending]}"
+        )
+    return sql, [*parameters, window.count + 1, window.offset]
 
 
 def compile_positions(
@@ -1758,6 +1761,40 @@ def compile_positions(
     (first, values), (second, others) = halves[::-1] if descending else halves
     # SQLite runs the second half only if the first has too few rows.
     return f"{first} UNION ALL {second}", [*values, *others]
+
+
+# -- The rows of employees and changes --------------------------------------------
+
+
+class EmployeeRow(NamedTuple):
+    """A stored employee, by the columns of its table, and the manager's employee id if known."""
+
+    id: int
+    user_id: str
+    provisioned: bool  # 0 or 1 when read from the database
+    external_id: str
+    user_name: str
+    active: bool  # likewise
+    manager_id: str
+    changed: str
+    record: Resource
+    manager: int | None = None
+
+
+NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
+
+    seq: int
+    at: str
+    kind: str
+    id: str  # of the user or group, or the number of the employee
+    member: str  # the id of the resource that joined or left a group
+    token: str  # the name of the token that made the change
+    attributes: list[str]  # the names changed
 
 
 # ----------------------------------------------------------------------------
@@ -1820,8 +1857,6 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
 )
 BUSY_SECONDS = 5  # how long a write waits for another process
 MAX_WRITES_PER_COMMIT = 64  # requests that share a commit
-WRITER_CACHE = 8000  # KiB of pages in memory: the entries of one user are all over the index
-WAL_PAGES = 4000  # before a checkpoint, so that pages which every create changes are copied once
 READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 
@@ -1846,37 +1881,6 @@ def store_error(path: str, error: sqlite3.Error) -> StoreError:
             "python scim_server.py restore --tenant NAME FILE"
         )
     return StoreError(text, str(error))
-
-
-class EmployeeRow(NamedTuple):
-    """A stored employee, by the columns of its table, and the manager's employee id if known."""
-
-    id: int
-    user_id: str
-    provisioned: bool  # 0 or 1 when read from the database
-    external_id: str
-    user_name: str
-    active: bool  # likewise
-    manager_id: str
-    changed: str
-    record: Resource
-    manager: int | None = None
-
-
-NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
-
-    seq: int
-    at: str
-    kind: str
-    id: str  # of the user or group, or the number of the employee
-    member: str  # the id of the resource that joined or left a group
-    token: str  # the name of the token that made the change
-    attributes: list[str]  # the names changed
 
 
 COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
@@ -1921,8 +1925,8 @@ class Session:
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
-        others = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
-        written = self.run(PUT_RESOURCE, [row.seq or None, row.type, row.id, *others])
+        content = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
+        written = self.run(PUT_RESOURCE, [row.seq or None, row.type, row.id, *content])
         if not row.seq:
             row.seq = written.lastrowid or 0
             self.run(COUNT, [row.type, 1])
@@ -1991,9 +1995,13 @@ class Session:
             f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq"
         )
         for seq, id, body in self.run(sql, seqs) if seqs else ():
-            display = from_json(body)["displayName"]
             groups[seq].append(
-                {"value": id, "$ref": f"/Groups/{id}", "display": display, "type": "direct"}
+                {
+                    "value": id,
+                    "$ref": f"/Groups/{id}",
+                    "display": from_json(body)["displayName"],
+                    "type": "direct",
+                }
             )
         return groups
 
@@ -2036,9 +2044,8 @@ class Session:
         """Return the employee, now without a SCIM user, that a person was; user_name is a key."""
         # A userName can be given to another person: if both have an externalId, that decides.
         newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
-        rows = self._employees(
-            f"external_id = ? AND '' <> ? {newest}", [external_id, external_id]
-        ) or self._employees(
+        by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
+        rows = by_id or self._employees(
             f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id]
         )
         return next(iter(rows), None)
@@ -2085,11 +2092,12 @@ class Session:
         """Return at most count changes after a number; ScimError 410 if not all are kept."""
         first, last = self.change_bounds()
         if not first <= after <= last:
-            detail = (
+            raise ScimError(
+                410,
+                "",
                 f"after={after}: the feed holds the changes after {first}, up to {last}; "
-                f"read all employees, then start again with after={last}"
+                f"read all employees, then start again with after={last}",
             )
-            raise ScimError(410, "", detail)
         return self._changes("seq > ? ORDER BY seq LIMIT ?", [after, count])
 
     def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
@@ -2170,8 +2178,8 @@ class Session:
 
 
 WRITER_PRAGMAS = (
-    f"cache_size = -{WRITER_CACHE}",
-    f"wal_autocheckpoint = {WAL_PAGES}",
+    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
+    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
     "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
 )
 # How a block begins and ends, and how it is undone.
@@ -2203,14 +2211,14 @@ def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
         raise
 
 
-def check_pages(connection: sqlite3.Connection) -> None:
-    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> None:
+    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
+
+    With check_pages, all pages are read first: DatabaseError if SQLite finds that they are damaged.
+    """
+    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if check_pages else "ok"
     if finding != "ok":
         raise sqlite3.DatabaseError(finding)
-
-
-def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
     with transaction(connection) as session:
         version = session.run("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
@@ -2242,11 +2250,10 @@ class Store:
         try:
             if self.path != ":memory:":  # personal data: for this user alone, as is the WAL then
                 Path(self.path).touch(0o600)
-            unclean = wal.exists() and wal.stat().st_size  # closing a database removes its WAL
+            # Closing a database removes its WAL.
+            unclean = wal.exists() and wal.stat().st_size > 0
             self._writer = connect(self.path, WRITER_PRAGMAS)
-            if unclean:
-                check_pages(self._writer)
-            migrate(self._writer, self.path)
+            migrate(self._writer, self.path, check_pages=unclean)
         except sqlite3.DatabaseError as error:
             raise store_error(self.path, error) from error
         except OSError as error:
@@ -2383,12 +2390,11 @@ def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
     try:
         with closing(sqlite3.connect(address, uri=True)) as source:
             source.backup(target)
-        check_pages(target)
         if not target.execute("PRAGMA user_version").fetchone()[0]:
             raise sqlite3.DatabaseError("not made by scim_server")
+        migrate(target, backup, check_pages=True)
     except sqlite3.Error as error:
         raise StoreError(f"{backup}: cannot be restored ({error}); choose another one") from error
-    migrate(target, backup)
     owner = Session(target).setting("tenant")
     if owner not in ("", tenant):
         raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
@@ -2400,8 +2406,7 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as target:
         # Nothing can be read in this mode while another process has the database open.
         target.execute("PRAGMA locking_mode = EXCLUSIVE")
-        check_pages(target)
-        migrate(target, path)
+        migrate(target, path, check_pages=True)
         with transaction(restored) as session:
             session.continue_numbering(Session(target).numbers())
         restored.backup(target)
@@ -2558,7 +2563,8 @@ def update_employee(
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
-    old, new = compared_fields(before) if before.id else {}, compared_fields(after)
+    old = compared_fields(before) if before.id else {}
+    new = compared_fields(after)
     names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
     if names:
         log(f"employee.{change_kind(old, new)}", str(id), attributes=names)
@@ -2598,8 +2604,10 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     columns = [field.name for field in fields(Employee) if field.name != "custom_fields"]
     yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
     for employee in employees:
-        values = [getattr(employee, name) for name in columns]
-        values += [employee.custom_fields.get(name) for name in link_names]
+        values = [
+            *(getattr(employee, name) for name in columns),
+            *(employee.custom_fields.get(name) for name in link_names),
+        ]
         yield [
             "" if value is None else value if isinstance(value, str) else json.dumps(value)
             for value in values
@@ -2848,8 +2856,8 @@ class Directory:
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            own_members = session.members(row.seq)
-            self._log(session, "member.removed", id, [member["value"] for member in own_members])
+            remaining = [member["value"] for member in session.members(row.seq)]
+            self._log(session, "member.removed", id, remaining)
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -2886,8 +2894,7 @@ class Directory:
 
     def last_use(self, token: str) -> str:
         """Return when a token was last used, as a dateTime; "" for never."""
-        with self.store.reading() as session:
-            return session.setting(f"used {token}")
+        return self._read(lambda session: session.setting(f"used {token}"))
 
     # -- Employees and changes --
 
@@ -2990,7 +2997,7 @@ class Directory:
                         after = change.seq
                         callback(change)
                 except Exception as error:  # noqa: BLE001  code of others
-                    # A StoreError is tried again later: the file may be locked for a while.
+                    # After a StoreError it pauses: the file may be locked for a while.
                     if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
 
@@ -3046,11 +3053,15 @@ class Directory:
         groups: Mapping[int, list[Resource]],
         base_url: str,
     ) -> Encoded:
-        # As project() shows it. Building a dict only to serialise it made a page a third slower.
+        # A whole resource as project() shows it. Building a dict only to serialise it would make
+        # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        extensions = (extension.id for extension in resource_type.extensions)
-        urns = [urn for urn in extensions if offset_of_member(row.body, urn)]
+        urns = [
+            extension.id
+            for extension in resource_type.extensions
+            if offset_of_member(row.body, extension.id)
+        ]
         schemas = '","'.join([resource_type.schema.id, *urns])
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
@@ -3105,11 +3116,10 @@ class Directory:
         self._check_unique(session, row, before, after)
         growth, members_changed = self._save_members(session, row, before, after)
         attributes = stored(after)
-        attributes_changed = attributes != row.attributes
-        if not attributes_changed and not members_changed:
-            return row  # nothing is written
-        if attributes_changed:
+        if attributes != row.attributes:
             self._record(session, row, before, after)
+        elif not members_changed:
+            return row  # nothing is written
         return self._touch(session, row, attributes, row.member_count + growth)
 
     def _touch(
@@ -3194,9 +3204,8 @@ class Directory:
         changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
-            other_fields = tuple(CustomField(*pair) for pair in types.items())
-            written = row.entries(resource_types(other_fields)["User"])
-            session.save(changed, written, changed.entries(user_type))
+            other_type = resource_types(tuple(CustomField(*pair) for pair in types.items()))["User"]
+            session.save(changed, row.entries(other_type), changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
 
