@@ -1984,7 +1984,7 @@ class Session:
             {"value": id, "$ref": f"/{type}s/{id}", "type": type}
             | ({} if display is None else {"display": display})
             for query in queries
-            for id, type, display in self.run(*query)
+            for id, type, display in self.run(*query).fetchall()
         ]
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
@@ -2415,7 +2415,7 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
 # ----------------------------------------------------------------------------
 # 8. Employees
 #
-# What the sync is for: the employee of Facilio that a SCIM user is. One table of
+# What the sync is for: the employee of Facilio that a SCIM user is. The sources of
 # its fields, its upkeep at every write of a user, and its table form.
 # Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
