@@ -84,7 +84,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -1525,6 +1525,7 @@ def pruned(value: Json) -> Json:
 #
 # The filter tree as SQL: conditions, the two halves of a sorted query, positions.
 # Every term is one range of the index: `seq IN (SELECT …)`, or a probe for one row.
+# At the end, the other rows that a store returns: employees and changes.
 # Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
 
@@ -1630,7 +1631,6 @@ def all_in_index(filter: Filter) -> bool:
 
 
 def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
-    """Return conditions joined by AND or OR; empty is the condition if there are none."""
     return (
         f"({word.join(sql for sql, _ in conditions) or empty})",
         [parameter for _, parameters in conditions for parameter in parameters],
@@ -1638,7 +1638,6 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
 
 
 def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    """Return the condition that a row is among a target's index entries that meet a condition."""
     entries, values = entries_of(target.attribute)
     sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
     return sql, [*values, *parameters]
@@ -1709,14 +1708,16 @@ def compile_filters(filters: Filters) -> Sql:
 def compile_page(filters: Filters, sorting: Sorting | None, window: Window) -> Sql:
     """Return the query of a page and one row more; missing and key precede each resource."""
     descending = (sorting is not None and sorting.descending) != window.backward
-    limits = [window.count + 1, window.offset]
-    if not sorting and not window.offset:
-        sql, parameters = compile_positions(sorting, window, descending, filters, "resource.*")
-        return f"{sql} LIMIT ? OFFSET ?", [*parameters, *limits]
     # The positions come first, so that the bodies of skipped resources are not read.
-    sql, parameters = compile_positions(sorting, window, descending, filters, "seq")
-    rows = f"SELECT missing, key, resource.* FROM ({sql} LIMIT ? OFFSET ?)"
-    return f"{rows} JOIN resource USING (seq) {ORDER[descending]}", [*parameters, *limits]
+    columns = "seq" if sorting or window.offset else "resource.*"
+    positions, parameters = compile_positions(sorting, window, descending, filters, columns)
+    sql = f"{positions} LIMIT ? OFFSET ?"
+    if columns == "seq":
+        sql = (
+            f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) "
+            f"{ORDER[descending]}"
+        )
+    return sql, [*parameters, window.count + 1, window.offset]
 
 
 def compile_positions(
@@ -1758,6 +1759,40 @@ def compile_positions(
     (first, values), (second, others) = halves[::-1] if descending else halves
     # SQLite runs the second half only if the first has too few rows.
     return f"{first} UNION ALL {second}", [*values, *others]
+
+
+# -- The rows of employees and changes --------------------------------------------
+
+
+class EmployeeRow(NamedTuple):
+    """A stored employee, by the columns of its table, and the manager's employee id if known."""
+
+    id: int
+    user_id: str
+    provisioned: bool  # 0 or 1 when read from the database
+    external_id: str
+    user_name: str
+    active: bool  # likewise
+    manager_id: str
+    changed: str
+    record: Resource
+    manager: int | None = None
+
+
+NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
+
+    seq: int
+    at: str
+    kind: str
+    id: str  # of the user or group, or the number of the employee
+    member: str  # the id of the resource that joined or left a group
+    token: str  # the name of the token that made the change
+    attributes: list[str]  # the names changed
 
 
 # ----------------------------------------------------------------------------
@@ -1820,8 +1855,6 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
 )
 BUSY_SECONDS = 5  # how long a write waits for another process
 MAX_WRITES_PER_COMMIT = 64  # requests that share a commit
-WRITER_CACHE = 8000  # KiB of pages in memory: the entries of one user are all over the index
-WAL_PAGES = 4000  # before a checkpoint, so that pages which every create changes are copied once
 READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 
@@ -1839,45 +1872,26 @@ class StoreError(Exception):
 
 
 def store_error(path: str, error: sqlite3.Error) -> StoreError:
-    """Return the StoreError for an error of SQLite."""
-    damaged = type(error) is sqlite3.DatabaseError  # the subclasses mean something else
-    remedy = "put a backup in its place: python scim_server.py restore --tenant NAME FILE"
-    text = f"damaged ({error}); {remedy}" if damaged else f"cannot be used ({error})"
-    return StoreError(f"{path}: {text}", str(error))
-
-
-class EmployeeRow(NamedTuple):
-    """A stored employee, by the columns of its table, and the manager's employee id if known."""
-
-    id: int
-    user_id: str
-    provisioned: bool  # 0 or 1 when read from the database
-    external_id: str
-    user_name: str
-    active: bool  # likewise
-    manager_id: str
-    changed: str
-    record: Resource
-    manager: int | None = None
-
-
-NO_EMPLOYEE = EmployeeRow(0, "", False, "", "", False, "", "", {})  # before a user's first write
-
-
-@dataclass(frozen=True)
-class Change:
-    """A row of the change feed; seq numbers a tenant's changes in the order of their commits."""
-
-    seq: int
-    at: str
-    kind: str
-    id: str  # of the user or group, or the number of the employee
-    member: str  # the id of the resource that joined or left a group
-    token: str  # the name of the token that made the change
-    attributes: list[str]  # the names changed
+    text = f"{path}: cannot be used ({error})"
+    if type(error) is sqlite3.DatabaseError:  # the subclasses mean something else
+        text = (
+            f"{path}: damaged ({error}); put a backup in its place: "
+            "python scim_server.py restore --tenant NAME FILE"
+        )
+    return StoreError(text, str(error))
 
 
 COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+PUT_RESOURCE = """
+    INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq) DO UPDATE SET
+        body = excluded.body, hidden = excluded.hidden, revision = excluded.revision,
+        modified = excluded.modified, member_count = excluded.member_count"""
+PUT_EMPLOYEE = """
+    INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
+        user_id = excluded.user_id, provisioned = excluded.provisioned,
+        external_id = excluded.external_id, user_name = excluded.user_name,
+        active = excluded.active, manager_id = excluded.manager_id,
+        changed = excluded.changed, record = excluded.record"""
 
 
 class Session:
@@ -1890,44 +1904,33 @@ class Session:
     # -- Resources --
 
     def find(self, type: str, id: str) -> StoredResource | None:
-        """Return the resource of a type with an id, or None."""
         row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
         return StoredResource(*row) if row else None
 
     def containing(self, text: str) -> list[StoredResource]:
         """Return the resources that have a text in their body, or have hidden values."""
-        sql = "SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'"
-        return [StoredResource(*row) for row in self.run(sql, [text])]
+        rows = self.run("SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'", [text])
+        return [StoredResource(*row) for row in rows]
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than number seq, has a key at a path."""
-        sql = (
+        rows = self.run(
             "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?"
+            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?",
+            [path, key, type, seq],
         )
-        return self.run(sql, [path, key, type, seq]).fetchone() is not None
+        return rows.fetchone() is not None
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
-        changing = [row.body, row.hidden, row.revision, row.modified, row.member_count]
-        if row.seq:
-            self.run(
-                "UPDATE resource SET body = ?, hidden = ?, revision = ?, modified = ?, "
-                "member_count = ? WHERE seq = ?",
-                [*changing, row.seq],
-            )
-        else:
-            new = self.run(
-                "INSERT INTO resource (body, hidden, revision, modified, member_count, type, id, "
-                "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                [*changing, row.type, row.id, row.created],
-            )
-            row.seq = new.lastrowid or 0
+        content = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
+        written = self.run(PUT_RESOURCE, [row.seq or None, row.type, row.id, *content])
+        if not row.seq:
+            row.seq = written.lastrowid or 0
             self.run(COUNT, [row.type, 1])
         self._update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
-        """Remove a resource with its members and its index entries."""
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
         self._update_index(row.seq, entries, set())
@@ -1949,39 +1952,37 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = compile_filters(filters)
-        sql = f"SELECT count(*) FROM resource WHERE {condition}"
-        return int(self.run(sql, parameters).fetchone()[0])
+        count = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters)
+        return int(count.fetchone()[0])
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
-    ) -> list[tuple[int, str, StoredResource]]:
-        """Return a window's matches and one more; the missing and key of its Position precede each."""
+    ) -> tuple[list[tuple[int, str, StoredResource]], bool]:
+        """Return a window's matches, each after its missing and key, and whether there are more."""
         try:
             rows = self.run(*compile_page(filters, sorting, window)).fetchall()
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        if window.backward:
-            rows.reverse()
-        return [(row[0], row[1], StoredResource(*row[2:])) for row in rows]
+        matches = [(row[0], row[1], StoredResource(*row[2:])) for row in rows[: window.count]]
+        return matches[::-1] if window.backward else matches, len(rows) > window.count
 
     # -- Memberships --
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
-        columns = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq"
-        sql = f"{columns} WHERE group_seq = ?"
-        if ids is None:
-            rows = self.run(f"{sql} ORDER BY member_seq", [group_seq]).fetchall()
-        else:
-            rows = [
-                row for id in sorted(ids) for row in self.run(f"{sql} AND id = ?", [group_seq, id])
-            ]
+        sql = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq"
+        queries: list[Sql] = (
+            [(f"{sql} WHERE group_seq = ? ORDER BY member_seq", [group_seq])]
+            if ids is None
+            else [(f"{sql} WHERE group_seq = ? AND id = ?", [group_seq, id]) for id in sorted(ids)]
+        )
         return [
             {"value": id, "$ref": f"/{type}s/{id}", "type": type}
             | ({} if display is None else {"display": display})
-            for id, type, display in rows
+            for query in queries
+            for id, type, display in self.run(*query).fetchall()
         ]
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
@@ -1992,9 +1993,13 @@ class Session:
             f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq"
         )
         for seq, id, body in self.run(sql, seqs) if seqs else ():
-            display = from_json(body)["displayName"]
             groups[seq].append(
-                {"value": id, "$ref": f"/Groups/{id}", "display": display, "type": "direct"}
+                {
+                    "value": id,
+                    "$ref": f"/Groups/{id}",
+                    "display": from_json(body)["displayName"],
+                    "type": "direct",
+                }
             )
         return groups
 
@@ -2026,52 +2031,48 @@ class Session:
 
     def put_employee(self, row: EmployeeRow) -> int:
         """Store an employee, a new one if its id is 0; return the id."""
-        columns = EmployeeRow._fields[1:-1]
-        changes = ", ".join(f"{name} = excluded.{name}" for name in columns)
-        sql = f"INSERT INTO employee VALUES (?{', ?' * len(columns)}) ON CONFLICT (id) DO UPDATE"
         values = [row.id or None, *row[1:-2], to_json(row.record)]
-        written = self.run(f"{sql} SET {changes}", values)
+        written = self.run(PUT_EMPLOYEE, values)
         return row.id or written.lastrowid or 0
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
-        """Return the employee that a SCIM user is, or None."""
-        return next(self._employees("user_id = ?", [user_id]), None)
+        return next(iter(self._employees("user_id = ?", [user_id])), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
         """Return the employee, now without a SCIM user, that a person was; user_name is a key."""
         # A userName can be given to another person: if both have an externalId, that decides.
         newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
         by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
-        by_name = self._employees(
+        rows = by_id or self._employees(
             f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id]
         )
-        return next(itertools.chain(by_id, by_name), None)
+        return next(iter(rows), None)
 
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
         """Return at most count employees with ids after one and up to another; since is a key."""
-        return list(
-            self._employees(
-                "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-                [after, last, active, since, count],
-            )
+        return self._employees(
+            "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
+            [after, last, active, since, count],
         )
 
     def reassign_reports(self, old_id: str, new_id: str) -> None:
-        """Let the reports of a manager refer to the manager's new SCIM id."""
         self.run(
             "UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
             [new_id, old_id],
         )
 
-    def _employees(self, condition: str, values: Sequence[Any]) -> Iterator[EmployeeRow]:
-        sql = (
+    def _employees(self, condition: str, values: Sequence[Any]) -> list[EmployeeRow]:
+        rows = self.run(
             "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
-            f"FROM employee WHERE {condition}"
+            f"FROM employee WHERE {condition}",
+            values,
         )
-        for *columns, record, manager in self.run(sql, values):
-            yield EmployeeRow(*[*columns, from_json(record), manager])
+        return [
+            EmployeeRow(*[*columns, from_json(record), manager])
+            for *columns, record, manager in rows
+        ]
 
     # -- Changes --
 
@@ -2086,7 +2087,15 @@ class Session:
         )
 
     def changes(self, after: int, count: int) -> list[Change]:
-        """Return at most count changes after a number."""
+        """Return at most count changes after a number; ScimError 410 if not all are kept."""
+        first, last = self.change_bounds()
+        if not first <= after <= last:
+            raise ScimError(
+                410,
+                "",
+                f"after={after}: the feed holds the changes after {first}, up to {last}; "
+                f"read all employees, then start again with after={last}",
+            )
         return self._changes("seq > ? ORDER BY seq LIMIT ?", [after, count])
 
     def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
@@ -2138,9 +2147,9 @@ class Session:
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
-        """Return those of some ids that no resource has."""
-        sql = "SELECT 1 FROM resource WHERE id = ?"
-        return [id for id in ids if not self.run(sql, [id]).fetchone()]
+        return [
+            id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()
+        ]
 
     # -- Settings --
 
@@ -2163,13 +2172,12 @@ class Session:
         return row[0] if row else ""
 
     def set_setting(self, name: str, value: str) -> None:
-        """Store a setting."""
         self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
 
 
 WRITER_PRAGMAS = (
-    f"cache_size = -{WRITER_CACHE}",
-    f"wal_autocheckpoint = {WAL_PAGES}",
+    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
+    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
     "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
 )
 # How a block begins and ends, and how it is undone.
@@ -2201,15 +2209,14 @@ def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
         raise
 
 
-def check_pages(connection: sqlite3.Connection) -> None:
-    """Raise DatabaseError if SQLite finds a database damaged."""
-    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> None:
+    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
+
+    With check_pages, all pages are read first: DatabaseError if SQLite finds that they are damaged.
+    """
+    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if check_pages else "ok"
     if finding != "ok":
         raise sqlite3.DatabaseError(finding)
-
-
-def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
     with transaction(connection) as session:
         version = session.run("PRAGMA user_version").fetchone()[0]
         if version > len(MIGRATIONS):
@@ -2241,11 +2248,10 @@ class Store:
         try:
             if self.path != ":memory:":  # personal data: for this user alone, as is the WAL then
                 Path(self.path).touch(0o600)
-            unclean = wal.exists() and wal.stat().st_size  # closing a database removes its WAL
+            # Closing a database removes its WAL.
+            unclean = wal.exists() and wal.stat().st_size > 0
             self._writer = connect(self.path, WRITER_PRAGMAS)
-            if unclean:
-                check_pages(self._writer)
-            migrate(self._writer, self.path)
+            migrate(self._writer, self.path, check_pages=unclean)
         except sqlite3.DatabaseError as error:
             raise store_error(self.path, error) from error
         except OSError as error:
@@ -2281,13 +2287,13 @@ class Store:
         with self._written:
             self._written.notify_all()
 
+    def reading(self) -> AbstractContextManager[Session]:
+        """Return a context of a session that sees one commit, whatever is written meanwhile."""
+        # A database in memory has only one connection.
+        return self.writing() if self.path == ":memory:" else self._snapshot()
+
     @contextmanager
-    def reading(self) -> Iterator[Session]:
-        """Yield a session that sees one commit, whatever is written meanwhile."""
-        if self.path == ":memory:":  # a database in memory has only one connection
-            with self.writing() as session:
-                yield session
-            return
+    def _snapshot(self) -> Iterator[Session]:
         with self._readers:
             try:
                 if self._closed:
@@ -2353,26 +2359,25 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
     A damaged database is moved aside to *.damaged-NOW; returns the new name, "" if it was sound.
     StoreError for a file that is no backup of the tenant, and for a database that is in use.
     """
-    moved = ""
     with closing(sqlite3.connect("", isolation_level=None)) as restored:  # a temporary file
         copy_backup(backup, restored, tenant)
         try:
             try:
                 replace_content(path, restored)
+                return ""
             except sqlite3.DatabaseError as error:
                 if type(error) is not sqlite3.DatabaseError:
                     raise
                 # The damaged database stays in its place until there is a better one.
                 replace_content(f"{path}.restored", restored)
-                moved = f"{path}.damaged-{now}"
                 for file in filter(os.path.exists, (path, f"{path}-wal")):
                     os.replace(file, f"{file}.damaged-{now}")
                 os.replace(f"{path}.restored", path)
+                return f"{path}.damaged-{now}"
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
                 f"{path}: cannot be replaced ({error}); stop the server that uses it"
             ) from error
-    return moved
 
 
 def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
@@ -2383,12 +2388,11 @@ def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
     try:
         with closing(sqlite3.connect(address, uri=True)) as source:
             source.backup(target)
-        check_pages(target)
         if not target.execute("PRAGMA user_version").fetchone()[0]:
             raise sqlite3.DatabaseError("not made by scim_server")
+        migrate(target, backup, check_pages=True)
     except sqlite3.Error as error:
         raise StoreError(f"{backup}: cannot be restored ({error}); choose another one") from error
-    migrate(target, backup)
     owner = Session(target).setting("tenant")
     if owner not in ("", tenant):
         raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
@@ -2400,8 +2404,7 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
     with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as target:
         # Nothing can be read in this mode while another process has the database open.
         target.execute("PRAGMA locking_mode = EXCLUSIVE")
-        check_pages(target)
-        migrate(target, path)
+        migrate(target, path, check_pages=True)
         with transaction(restored) as session:
             session.continue_numbering(Session(target).numbers())
         restored.backup(target)
@@ -2410,41 +2413,47 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
 # ----------------------------------------------------------------------------
 # 8. Employees
 #
-# What the sync is for: the employee of Facilio that a SCIM user is. One table of
+# What the sync is for: the employee of Facilio that a SCIM user is. The sources of
 # its fields, its upkeep at every write of a user, and its table form.
 # Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-# The SCIM paths that Entra ID sends or that an employee is made from: the source in Entra ID, the
-# path, what to change in Entra's default mapping, and the employee's fields that it is for.
-# "name:4" is the fourth choice for the name: the first choice that has a value counts. Paths that
-# are the same choice are joined by a space.
+# What Entra ID sends: the source in Entra ID, the SCIM path, the change in its default mapping.
 # fmt: off
-EMPLOYEE_FIELDS = (
-    ("userPrincipalName", "userName", "make it required, matching precedence 1", "name:4 email:3"),
-    ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)", "active"),
-    ("objectId", "externalId", "instead of mailNickname", "external_id"),
-    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail", "email:2"),
-    ("displayName", "displayName", "", "name:1"),
-    ("jobTitle", "title", "", "designation"),
-    ("givenName", "name.givenName", "", "name:3"),
-    ("surname", "name.familyName", "", "name:3"),
-    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', "", "phone"),
-    ("mobile", 'phoneNumbers[type eq "mobile"].value', "", "mobile"),
-    ("preferredLanguage", "preferredLanguage", "", "language"),
-    ("department", f"{ENTERPRISE}:department", "", "department"),
-    ("employeeId", f"{ENTERPRISE}:employeeNumber", "", "employeeNumber"),
-    ("manager", f"{ENTERPRISE}:manager", "", "manager"),
-    ("", "name.formatted", "", "name:2"),
-    ("", "emails[primary eq true].value", "", "email:1"),
-    ("", f"{ENTERPRISE}:costCenter", "", "costCenter"),
-    ("", f"{ENTERPRISE}:organization", "", "organization"),
-    ("", f"{ENTERPRISE}:division", "", "division"),
-    ("", "locale", "", "locale"),
-    ("", "timezone", "", "timezone"),
+ENTRA_MAPPING = (
+    ("userPrincipalName", "userName", "make it required, matching precedence 1"),
+    ("Not([IsSoftDeleted])", "active", "an expression, instead of Switch(…)"),
+    ("objectId", "externalId", "instead of mailNickname"),
+    ("userPrincipalName", 'emails[type eq "work"].value', "instead of mail"),
+    ("displayName", "displayName", ""),
+    ("jobTitle", "title", ""),
+    ("givenName", "name.givenName", ""),
+    ("surname", "name.familyName", ""),
+    ("telephoneNumber", 'phoneNumbers[type eq "work"].value', ""),
+    ("mobile", 'phoneNumbers[type eq "mobile"].value', ""),
+    ("preferredLanguage", "preferredLanguage", ""),
+    ("department", f"{ENTERPRISE}:department", ""),
+    ("employeeId", f"{ENTERPRISE}:employeeNumber", ""),
+    ("manager", f"{ENTERPRISE}:manager", ""),
 )
+# The fields of an employee and the SCIM paths that they are made from: the first choice that has
+# a value counts, and the values of a choice with + are joined by a space.
+EMPLOYEE_SOURCES = {
+    "name": ("displayName", "name.formatted", "name.givenName + name.familyName", "userName"),
+    "email": ("emails[primary eq true].value", 'emails[type eq "work"].value', "userName"),
+    "phone": ('phoneNumbers[type eq "work"].value',),
+    "mobile": ('phoneNumbers[type eq "mobile"].value',),
+    "designation": ("title",),
+    "department": (f"{ENTERPRISE}:department",),
+    "employeeNumber": (f"{ENTERPRISE}:employeeNumber",),
+    "costCenter": (f"{ENTERPRISE}:costCenter",),
+    "organization": (f"{ENTERPRISE}:organization",),
+    "division": (f"{ENTERPRISE}:division",),
+    "language": ("preferredLanguage",),
+    "locale": ("locale",),
+    "timezone": ("timezone",),
+}
 # fmt: on
-ENTRA_MAPPING = tuple(row[:3] for row in EMPLOYEE_FIELDS if row[0])  # source, target, change
 USER_TYPE = resource_types(())["User"]
 
 
@@ -2474,31 +2483,16 @@ class Employee:
     custom_fields: dict[str, Json]  # values by link name
 
 
-def source_paths(name: str) -> list[list[PatchPath]]:
-    """Return the choices of paths in a user that a field of an employee is made from."""
-    choice = operator.itemgetter(0)
-    rows = [
-        (target, parse_path(path, USER_TYPE))
-        for _, path, _, targets in EMPLOYEE_FIELDS
-        for target in targets.split()
-        if target.partition(":")[0] == name
-    ]
-    groups = itertools.groupby(sorted(rows, key=choice), choice)
-    return [[path for _, path in group] for _, group in groups]
-
-
-STORED_APART = ("id", "user_id", "external_id", "active", "manager", "changed", "custom_fields")
-EMPLOYEE_SOURCES = {
-    field.name: source_paths(field.name)
-    for field in fields(Employee)
-    if field.name not in STORED_APART
+EMPLOYEE_PATHS = {
+    name: [[parse_path(path, USER_TYPE) for path in choice.split(" + ")] for choice in choices]
+    for name, choices in EMPLOYEE_SOURCES.items()
 }
 
 
 def employee_record(user: Resource) -> Resource:
     """Return the fields of an employee that are copied from a user, by their names in Employee."""
     record: Resource = {}
-    for name, choices in EMPLOYEE_SOURCES.items():
+    for name, choices in EMPLOYEE_PATHS.items():
         texts = (
             " ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices
         )
@@ -2527,19 +2521,16 @@ def change_kind(before: Resource, after: Resource) -> str:
     """Return the word of the change feed for a change of a resource or employee; {} is none."""
     if not before or not after:
         return "deleted" if before else "created"
-    old, new = before.get("active"), after.get("active")
-    if old == new or old is None or new is None:
-        return "updated"
-    return "reactivated" if new else "deactivated"
+    activity: tuple[Json, Json] = before.get("active"), after.get("active")
+    return {(True, False): "deactivated", (False, True): "reactivated"}.get(activity, "updated")
 
 
-def changed_names(attribute: Attribute, before: Resource, after: Resource) -> list[str]:
-    """Return the paths of the attributes that differ; those of an extension one by one."""
-    names = []
+def changed_names(attribute: Attribute, before: Resource, after: Resource) -> Iterator[str]:
+    """Yield the paths of the attributes that differ; those of an extension one by one."""
     for sub in attribute.sub_attributes:
         old, new = before.get(sub.name, {}), after.get(sub.name, {})
         if old != new and sub.mutability == "readWrite" and not sub.is_membership:
-            names += (
+            yield from (
                 [sub.path]
                 if ":" not in sub.name
                 else [
@@ -2548,7 +2539,6 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> li
                     if old.get(name) != new.get(name)
                 ]
             )
-    return names
 
 
 def update_employee(
@@ -2559,27 +2549,27 @@ def update_employee(
     log is called with the kind of the change, the employee's id and the names of the fields.
     """
     columns = employee_columns(user_id, user)
-    before = session.employee_of(user_id)
-    if user and not before:
-        before = session.former_employee(columns["external_id"], columns["user_name"])
-    # A new employee is active; if active was removed from the user, the employee keeps its state.
-    active = before.active if before else True
-    before = before or NO_EMPLOYEE
-    after = before._replace(**{"active": active, **columns})
+    # A user without an employee was just created: it is a returning person or a new employee.
+    before = (
+        session.employee_of(user_id)
+        or session.former_employee(columns["external_id"], columns["user_name"])
+        or NEW_EMPLOYEE
+    )
+    after = before._replace(**columns)
     if before == after:
         return
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
-    old, new = compared_fields(before), compared_fields(after)
+    old = compared_fields(before) if before.id else {}
+    new = compared_fields(after)
     names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
     if names:
-        kind = change_kind(old if before.id else {}, new)
-        log(f"employee.{kind}", str(id), attributes=names)
+        log(f"employee.{change_kind(old, new)}", str(id), attributes=names)
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
-    """Return the columns of EmployeeRow that a user decides; without a user it stays, inactive."""
+    """Return the columns of EmployeeRow that a user decides; those of {} make it inactive."""
     if not user:
         return {"provisioned": False, "active": False}
     return {
@@ -2589,12 +2579,12 @@ def employee_columns(user_id: str, user: Resource) -> Resource:
         "user_name": USER_TYPE.root.by_name["username"].key(user["userName"]),
         "manager_id": user.get(ENTERPRISE, {}).get("manager", {}).get("value", ""),
         "record": employee_record(user),
+        # A new employee is active; if active was removed, the employee keeps its state.
         **({"active": user["active"]} if "active" in user else {}),
     }
 
 
 def compared_fields(row: EmployeeRow) -> Resource:
-    """Return the fields of an employee whose changes the feed names."""
     return {
         **row.record,
         "active": row.active,
@@ -2612,8 +2602,10 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     columns = [field.name for field in fields(Employee) if field.name != "custom_fields"]
     yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
     for employee in employees:
-        values = [getattr(employee, name) for name in columns]
-        values += [employee.custom_fields.get(name) for name in link_names]
+        values = [
+            *(getattr(employee, name) for name in columns),
+            *(employee.custom_fields.get(name) for name in link_names),
+        ]
         yield [
             "" if value is None else value if isinstance(value, str) else json.dumps(value)
             for value in values
@@ -2657,7 +2649,6 @@ class Precondition(NamedTuple):
     if_none_match: str = ""
 
     def excludes(self, version: str) -> bool:
-        """Return whether If-None-Match names a version."""
         return self._names(self.if_none_match, version)
 
     def check(self, version: str) -> None:
@@ -2680,7 +2671,6 @@ Result = TypeVar("Result")
 
 
 def random_id() -> str:
-    """Return a new resource id."""
     return str(uuid.uuid4())
 
 
@@ -2747,10 +2737,9 @@ class Directory:
         resource_type = self._type(type)
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
-        id, now, attributes = self.new_id(), time_text(self.clock()), stored(resource)
-        body = to_json(attributes)
-        row = StoredResource(0, resource_type.name, id, body, "{}", 1, now, now, 0)
-        row.attributes = attributes
+        now = time_text(self.clock())
+        row = StoredResource(0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0)
+        row = row.changed(stored(resource))
         with self.store.writing() as session:
             self._check_unique(session, row, {}, resource)
             session.save(row, set(), row.entries(resource_type))
@@ -2798,16 +2787,21 @@ class Directory:
         """
         filters = {name: filter for name, (filter, _) in queries.items()}
         with self.store.reading() as session:
-            matches = session.page(filters, sorting, window)
-            more = len(matches) > window.count
-            if more:
-                del matches[0 if window.backward else -1]
-            total = self._total(session, filters, window, len(matches), more)
+            matches, more = session.page(filters, sorting, window)
+            # A first page that is not full, or one with the last match, says how many there are.
+            uncounted = not window.after and (more or (window.offset and not matches))
+            total = session.total(filters) if uncounted else window.offset + len(matches)
             rows = [self._with_current_fields(row) for *_, row in matches]
-            resources = self._resources(session, rows, queries, base_url)
+            groups = session.groups([row.seq for row in rows if row.type == "User"])
+            resources: list[Resource | Encoded] = [
+                self._encoded(session, row, groups, base_url)
+                if base_url and queries[row.type][1] == WHOLE
+                else self._resource(session, row, queries[row.type][1], groups=groups)
+                for row in rows
+            ]
         ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
         first, last = ends or (None, None)
-        return Page(total, resources, first, last, more)
+        return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
         self, type: ResourceType | str, id: str, body: Json, condition: Precondition = ALWAYS
@@ -2839,10 +2833,9 @@ class Directory:
         resource_type = self._type(type)
         parsed = isinstance(body, list) and all(isinstance(step, Operation) for step in body)
         operations = body if parsed else parse_operations(resource_type, body)
-        touched_ids = touched_member_ids(operations)
         with self.store.writing() as session:
             row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=touched_ids)
+            before = self._resource(session, row, only_members=touched_member_ids(operations))
             condition.check(before["meta"]["version"])
             row = self._save(session, row, before, apply_patch(resource_type, before, operations))
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
@@ -2899,8 +2892,7 @@ class Directory:
 
     def last_use(self, token: str) -> str:
         """Return when a token was last used, as a dateTime; "" for never."""
-        with self.store.reading() as session:
-            return session.setting(f"used {token}")
+        return self._read(lambda session: session.setting(f"used {token}"))
 
     # -- Employees and changes --
 
@@ -2938,19 +2930,7 @@ class Directory:
 
         Raises ScimError 410 if the feed no longer has them: its detail says where to start.
         """
-
-        def read(session: Session) -> list[Change]:
-            first, last = session.change_bounds()
-            if not first <= after <= last:
-                raise ScimError(
-                    410,
-                    "",
-                    f"after={after}: the feed holds the changes after {first}, up to "
-                    f"{last}; read all employees, then start again with after={last}",
-                )
-            return session.changes(after, count)
-
-        return self._read(read, wait)
+        return self._read(lambda session: session.changes(after, count), wait)
 
     def requests(
         self,
@@ -2972,7 +2952,7 @@ class Directory:
         )
 
     def _read(self, read: Callable[[Session], Result], wait: float = 0) -> Result:
-        """Return what a function reads; if that is empty, try again for wait seconds."""
+        # An empty answer is read again until wait seconds are over.
         end = time.monotonic() + wait
         while True:
             with self.store.reading() as session:
@@ -3014,11 +2994,10 @@ class Directory:
                     for change in self.follow(after):
                         after = change.seq
                         callback(change)
-                except StoreError:  # such as a file that is locked for a while
-                    if self.store.wait(POLL_SECONDS):
+                except Exception as error:  # noqa: BLE001  code of others
+                    # After a StoreError it pauses: the file may be locked for a while.
+                    if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
-                except Exception:  # noqa: BLE001  code of others
-                    traceback.print_exc()
 
         newest = self._read(Session.change_bounds)[1]
         thread = threading.Thread(target=run, args=(newest,), daemon=True)
@@ -3039,34 +3018,9 @@ class Directory:
         name = self._type(type).name
         if row := session.find(name, id):
             return self._with_current_fields(row, session if writing else None)
-        detail = f"{name} {quoted(id)} does not exist"
-        raise ScimError(404, "", detail, reason=("missing", name, id))
-
-    def _total(
-        self, session: Session, filters: Filters, window: Window, count: int, more: bool
-    ) -> int | None:
-        """Return how many resources match in all, counted only if a page of count does not tell."""
-        if window.after:
-            return None
-        if more or (window.offset and not count):
-            return session.total(filters)
-        return window.offset + count
-
-    def _resources(
-        self,
-        session: Session,
-        rows: Sequence[StoredResource],
-        queries: Mapping[str, tuple[Filter, Selection]],
-        base_url: str,
-    ) -> list[Resource | Encoded]:
-        """Return the stored resources of a page in the form that each type's selection asks for."""
-        groups = session.groups([row.seq for row in rows if row.type == "User"])
-        return [
-            self._encoded(session, row, groups, base_url)
-            if base_url and queries[row.type][1] == WHOLE
-            else self._resource(session, row, queries[row.type][1], groups=groups)
-            for row in rows
-        ]
+        raise ScimError(
+            404, "", f"{name} {quoted(id)} does not exist", reason=("missing", name, id)
+        )
 
     def _resource(
         self,
@@ -3076,7 +3030,6 @@ class Directory:
         only_members: Iterable[str] | None = None,
         groups: Mapping[int, list[Resource]] | None = None,
     ) -> Resource:
-        """Return a stored resource with its version, its groups, and all its members or some."""
         version, links = self._links(session, row, selection, only_members, groups)
         return {
             "schemas": schemas_of(self.resource_types[row.type], row.attributes),
@@ -3098,12 +3051,15 @@ class Directory:
         groups: Mapping[int, list[Resource]],
         base_url: str,
     ) -> Encoded:
-        """Return a whole resource as project() shows it; the stored text is inserted as it is."""
-        # Building a dict only to serialise it made a page of 100 a third slower.
+        # A whole resource as project() shows it. Building a dict only to serialise it would make
+        # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        extensions = (extension.id for extension in resource_type.extensions)
-        urns = [urn for urn in extensions if offset_of_member(row.body, urn)]
+        urns = [
+            extension.id
+            for extension in resource_type.extensions
+            if offset_of_member(row.body, extension.id)
+        ]
         schemas = '","'.join([resource_type.schema.id, *urns])
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
@@ -3121,7 +3077,7 @@ class Directory:
         only_members: Iterable[str] | None = None,
         groups: Mapping[int, list[Resource]] | None = None,
     ) -> tuple[str, Resource]:
-        """Return the version of a resource, and its groups or its members."""
+        # The version of a resource, and its groups or its members.
         version = f'W/"{row.revision}"'
         if members := self.resource_types[row.type].root.by_name.get("members"):
             selected = row.member_count and selection.includes(members)
@@ -3139,9 +3095,9 @@ class Directory:
     ) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
             value = after.get(sub.name)
-            unique = sub.uniqueness == "server" and sub.mutability != "readOnly"
             if (
-                unique
+                sub.uniqueness == "server"
+                and sub.mutability != "readOnly"
                 and value not in (None, before.get(sub.name))
                 and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
             ):
@@ -3155,22 +3111,18 @@ class Directory:
     def _save(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> StoredResource:
-        """Store a resource that a client changed; if nothing differs, nothing is written."""
         self._check_unique(session, row, before, after)
         growth, members_changed = self._save_members(session, row, before, after)
         attributes = stored(after)
-        attributes_changed = attributes != row.attributes
-        if not attributes_changed and not members_changed:
-            return row
-        saved = self._touch(session, row, attributes, row.member_count + growth)
-        if attributes_changed:
+        if attributes != row.attributes:
             self._record(session, row, before, after)
-        return saved
+        elif not members_changed:
+            return row  # nothing is written
+        return self._touch(session, row, attributes, row.member_count + growth)
 
     def _touch(
         self, session: Session, row: StoredResource, attributes: Resource, member_count: int
     ) -> StoredResource:
-        """Store and return the next revision of a resource."""
         resource_type, now = self.resource_types[row.type], time_text(self.clock())
         changed = row.changed(attributes, modified=now, member_count=member_count)
         session.save(changed, row.entries(resource_type), changed.entries(resource_type))
@@ -3179,7 +3131,7 @@ class Directory:
     def _save_members(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> tuple[int, bool]:
-        """Store the differences in membership; return the growth and whether there are any."""
+        # Returns by how many the group has grown, and whether any member has changed.
         if not (members := self.resource_types[row.type].root.sub_attribute("members")):
             return 0, False
         old, new = (
@@ -3199,8 +3151,8 @@ class Directory:
     def _record(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
-        """Log that a resource changed ({} is none), and update its employee."""
-        names = changed_names(self.resource_types[row.type].root, before, after)
+        # {} as before or after: the resource is new or deleted.
+        names = list(changed_names(self.resource_types[row.type].root, before, after))
         kind = f"{row.type.lower()}.{change_kind(before, after)}"
         self._log(session, kind, row.id, attributes=names)
         if row.type == "User":
@@ -3215,7 +3167,7 @@ class Directory:
         members: Iterable[str] = ("",),
         attributes: Sequence[str] = (),
     ) -> None:
-        """Append to the change feed, a row for each member, and trim it."""
+        # A row for each member; the feed is trimmed too.
         now, names = self.clock(), to_json(attributes)
         session.log(
             [(time_text(now), kind, id, member, self.token, names) for member in members],
@@ -3226,7 +3178,6 @@ class Directory:
     # -- What was stored under another configuration, or by an older version --
 
     def _adopt_custom_fields(self, session: Session) -> None:
-        """Adapt stored resources if the configured custom fields have changed."""
         configured = to_json(list(self._field_types.items()))
         if session.setting("custom_fields") != configured:
             for row in session.containing(FACILIO):
@@ -3236,11 +3187,8 @@ class Directory:
     def _with_current_fields(
         self, row: StoredResource, session: Session | None = None
     ) -> StoredResource:
-        """Return a resource with the custom fields of this configuration.
-
-        Values of other fields, and of other types, are hidden: they come back with their fields.
-        With a session that writes, a resource that differs is stored.
-        """
+        # Values of other fields, and of other types, are hidden: they come back with their fields.
+        # With a session that writes, a resource that differs is stored.
         offset = offset_of_member(row.body, FACILIO)
         present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
         types = {name: FIELD_TYPES[type(value)] for name, value in present.items()}
@@ -3254,17 +3202,16 @@ class Directory:
         changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
-            other_fields = tuple(CustomField(*pair) for pair in types.items())
-            written = row.entries(resource_types(other_fields)["User"])
-            session.save(changed, written, changed.entries(user_type))
+            other_type = resource_types(tuple(CustomField(*pair) for pair in types.items()))["User"]
+            session.save(changed, row.entries(other_type), changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
 
     def _adopt_users(self, session: Session) -> None:
-        """Make the employees of users that an older version stored without them."""
+        # An older version stored users without their employees.
         if not session.setting("employees"):
             now, log = time_text(self.clock()), partial(self._log, session)
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62)):
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
                 update_employee(session, row.id, row.attributes, now, log)
             session.set_setting("employees", "made")
 

@@ -24,7 +24,6 @@ import ssl
 import subprocess
 import sys
 import threading
-import time
 import uuid
 import wsgiref.simple_server
 import wsgiref.util
@@ -3731,7 +3730,7 @@ def test_a_store_is_closed_after_the_write_in_progress(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         with store.writing() as session:
             closing_it = pool.submit(store.close)
-            time.sleep(0.1)
+            wait_until(lambda: not store.wait(20))  # closing begins with an interruption
             session.set_setting("first", "1")
         closing_it.result(20)
     with closing(scim_server.Store(store.path)) as again, again.reading() as session:
