@@ -5828,6 +5828,12 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     run("restore")
 
 
+def test_the_readme_names_the_changes_to_entras_mapping() -> None:
+    rows = {line.split("|")[1].strip(" `"): line for line in README.splitlines() if "|" in line}
+    for source, target, change in scim_server.ENTRA_MAPPING:
+        assert not change or source in rows[target]
+
+
 def test_the_configuration_of_the_readme_is_one() -> None:
     example = next(block for block in blocks("json") if '"tenants"' in block)
     scim_server.parse_config(json.loads(example.replace("0f3c…", "0" * 64)))
