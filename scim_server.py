@@ -4354,6 +4354,9 @@ def signature(call: Call, content: bytes) -> bytes:
 
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
+BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
+BRACKETS = re.compile(r"\[.*\]", re.DOTALL)
+IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 
 
 class BulkOperation(NamedTuple):
@@ -4361,15 +4364,27 @@ class BulkOperation(NamedTuple):
 
     method: str
     endpoint: str
+    type: ResourceType  # of the endpoint; an unknown one is refused later
     id: str  # the rest of the path, "" for none
     bulk_id: str
     version: str
     content: Json  # its data
-    references: set[str]  # the bulkIds that id and content refer to
+    references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
+
+    def target(self, id_of: IdOf) -> str:
+        """Return the id in the path; for a bulkId the id that it stands for, if there is one."""
+        reference = BULK_ID.fullmatch(self.id)
+        return (reference and id_of(reference[1])) or self.id
+
+    def body(self, id_of: IdOf) -> Json:
+        """Return the content with ids in place of bulkIds."""
+        if self.method == "PATCH":
+            return patch_with_ids(self.content, self.type, id_of)
+        return with_ids(self.content, self.type.root, id_of)
 
 
-def parse_bulk_operation(item: Json) -> BulkOperation:
-    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
+def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
+    """Return an operation of a bulk request; types are by endpoint; ScimError 400 invalidSyntax."""
     members = lowercase_keys(item, "Operations: expected objects")
     texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
     for name, value in texts.items():
@@ -4377,27 +4392,101 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
     method, path, bulk_id, version = (value or "" for value in texts.values())
     endpoint, _, id = path.strip("/").partition("/")
-    content = members.get("data")
+    operation = BulkOperation(
+        method.upper(),
+        endpoint,
+        types.get(f"/{endpoint}") or types["/Users"],
+        id,
+        bulk_id,
+        version,
+        members.get("data"),
+    )
     # Most operations refer to nothing, and need no walk through their content.
-    strings = texts_in([id, content]) if "bulkId:" in to_json([id, content]) else ()
-    references = {match[1] for _, text in strings if (match := BULK_ID.fullmatch(text))}
-    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, content, references)
+    if "bulkId:" not in to_json([id, operation.content]):
+        return operation
+    references: list[str] = []
+    operation.target(references.append)
+    operation.body(references.append)
+    return operation._replace(references=frozenset(references))
 
 
-def with_ids(value: Json, ids: Mapping[str, str]) -> Json:
-    """Return JSON with ids in place of bulkIds, without objects whose bulkId is not in ids."""
-    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
-        return ids.get(reference[1])
+def holds_id(attribute: Attribute) -> bool:
+    """Return whether text in an attribute refers to a resource: it is a manager or a member."""
+    text = attribute.value_attribute or attribute
+    return text.name == "$ref" or (
+        text.name == "value" and text.type == "string" and text.case_exact
+    )
+
+
+def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
+    """Return an attribute's value with ids in place of bulkIds, without those that have none."""
+    if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
+        return id_of(reference[1])
     if isinstance(value, list):
-        return [item for item in (with_ids(item, ids) for item in value) if item is not None]
-    if isinstance(value, dict):
-        members = {name: with_ids(item, ids) for name, item in value.items()}
-        if any(members[name] is None and isinstance(item, str) for name, item in value.items()):
-            return None
-        return {
-            name: item for name, item in members.items() if item is not None or value[name] is None
-        }
-    return value
+        items = (with_ids(item, attribute, id_of) for item in value)
+        return [item for item in items if item is not None]
+    if not isinstance(value, dict):
+        return value
+    members = {
+        name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
+        for name, item in value.items()
+    }
+    lost = {name for name, item in members.items() if item is None and value[name] is not None}
+    if lost and holds_id(attribute):
+        return None
+    return {name: item for name, item in members.items() if name not in lost}
+
+
+def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
+    """Return the body of a PATCH, or a part of it, with ids in place of bulkIds."""
+    if isinstance(body, list):
+        return [patch_with_ids(item, resource_type, id_of) for item in body]
+    if not isinstance(body, dict):
+        return body
+    members = lowercase_keys(body)
+    path, value = members.get("path"), members.get("value")
+    if "operations" in members:
+        members["operations"] = patch_with_ids(members["operations"], resource_type, id_of)
+    elif path and isinstance(path, str):
+        members["path"], value = path_with_ids(path, value, resource_type, id_of)
+    elif isinstance(value, dict):
+        value = dict(path_with_ids(*pair, resource_type, id_of) for pair in value.items())
+    return members | ({"value": value} if "value" in members else {})
+
+
+def path_with_ids(
+    path: str, value: Json, resource_type: ResourceType, id_of: IdOf
+) -> tuple[str, Json]:
+    """Return a path of a PATCH and the value for it, with ids in place of bulkIds in both."""
+    name = BRACKETS.sub("", path[:MAX_FILTER_LENGTH]).strip()
+    attributes = resolve(name, resource_type) or (resource_type.root,)
+    if any(map(holds_id, attributes)):
+        path = BULK_ID_TERM.sub(lambda term: f"{term[1]}{id_of(term[2])}", path)
+    return path, with_ids(value, attributes[-1], id_of)
+
+
+def order_of(needs: Sequence[set[int]]) -> Iterator[list[int]]:
+    """Yield operations in their order, but each after those it needs.
+
+    needs has the numbers of these for each operation. Operations that need each other are yielded
+    together, at the place of the last of them.
+    """
+    # Bit n of reach[m] says that operation m needs operation n, perhaps by way of others.
+    reach = [sum(1 << other for other in {number, *needed}) for number, needed in enumerate(needs)]
+    for middle in filter(needs.__getitem__, set().union(*needs)):
+        reach = [bits | reach[middle] if bits >> middle & 1 else bits for bits in reach]
+    cycles: dict[int, list[int]] = {}  # by what they reach; mostly of a single operation
+    for number, bits in enumerate(reach):
+        cycles.setdefault(bits, []).append(number)
+    done, waiting = 0, list[int]()
+    for number, bits in enumerate(reach):
+        if number == cycles[bits][-1]:
+            waiting.append(bits)
+        # A cycle is ready if what it reaches is done, except the cycle itself.
+        while ready := [at for at in waiting if (at & ~done).bit_count() == len(cycles[at])]:
+            waiting.remove(ready[0])
+            yield cycles[ready[0]]
+            done |= ready[0]
 
 
 class Bulk:
@@ -4407,127 +4496,107 @@ class Bulk:
         self, call: Call, perform: Callable[[Request], Response], operations: list[BulkOperation]
     ) -> None:
         self.call, self.perform, self.operations = call, perform, operations
-        self.answers: dict[int, Json] = {}  # by the operation's number, until now
+        self.answers: dict[int, Json] = {}  # by the operation's number
+        self.ids: dict[int, str] = {}  # of the resources that were created, likewise
         self.posts: dict[str, int] = {}  # bulkId to the number of its POST
-        self.ids: dict[str, str] = {}  # bulkId to the id of the created resource
-        self.incomplete: list[int] = []  # POSTs that were done before those they refer to
         for number, operation in enumerate(operations):
             if (
                 operation.method == "POST"
                 and self.posts.setdefault(operation.bulk_id, number) != number
             ):
                 raise invalid_value(f"bulkId {quoted(operation.bulk_id)}: each POST needs its own")
+        self.needs = [
+            {self.posts[bulk_id] for bulk_id in operation.references & self.posts.keys()}
+            for operation in operations
+        ]
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request; stop at that number of errors."""
-        for number in self._order():
-            self._perform(number)
-            fail_on_errors -= "response" in self.answers[number]
-            if not fail_on_errors:
+        for cycle in order_of(self.needs):
+            self._perform(cycle)
+            fail_on_errors -= sum("response" in self.answers[number] for number in cycle)
+            if fail_on_errors <= 0:
                 break
-        for number in list(self.incomplete):
-            self._complete(number)
         return [self.answers[number] for number in sorted(self.answers)]
 
-    def _order(self) -> Iterator[int]:
-        # Yield all numbers, each after the POSTs it refers to; a cycle is broken at its end.
-        started, done = set[int](), set[int]()
-        for first in range(len(self.operations)):
-            stack = [first]
-            while stack:
-                number = stack[-1]
-                if number not in started:
-                    started.add(number)
-                    needed = {
-                        self.posts.get(bulk_id, number)
-                        for bulk_id in self.operations[number].references
-                    }
-                    stack += sorted(needed - started, reverse=True)
-                elif stack.pop() not in done:
-                    done.add(number)
-                    yield number
-
-    def _perform(self, number: int) -> None:
-        # Then complete the operations that waited for the id of this one.
-        operation = self.operations[number]
-        missing = operation.references - self.ids.keys()
+    def _perform(self, cycle: list[int]) -> None:
+        # Do the operations of a cycle, all or none; nearly every cycle is a single operation.
+        number = cycle[0]
         try:
-            self._check(operation, missing)
-            response = self._send(operation, operation.method, operation.id)
+            with self.call.directory.store.writing():
+                for number in cycle:
+                    self._check(self.operations[number], cycle)
+                    response = self._send(number, self.operations[number].method)
+                    self._answer(number, response)
+                    if response.status == 201:
+                        self.ids[number] = response.body["id"]
+                for number in cycle:
+                    # It was created without the references to itself and to those after it.
+                    if any(other >= number for other in self.needs[number] & {*cycle}):
+                        response = self._send(number, "PUT")
+                        self.answers[number]["version"] = response.headers["ETag"]
         except ScimError as error:
-            response = error_response(error)
-        self._answer(number, response)
-        if response.status == 201:
-            self.ids[operation.bulk_id] = response.body["id"]
-            self.incomplete += [number] if missing else []
-            for other in list(self.incomplete):
-                if self.operations[other].references <= self.ids.keys():
-                    self._complete(other)
+            bulk_id = quoted(self.operations[number].bulk_id)
+            undone = ScimError(
+                409, "", f"bulkId {bulk_id}: it failed, and so did what it refers to"
+            )
+            for other in cycle:
+                self.ids.pop(other, None)
+                self._answer(other, error_response(error if other == number else undone))
 
-    def _check(self, operation: BulkOperation, missing: set[str]) -> None:
+    def _id_of(self, bulk_id: str) -> str | None:
+        return self.ids.get(self.posts.get(bulk_id, -1))
+
+    def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
             raise invalid_value(
                 f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
+            id = "" if method == "POST" else "/2819c223"
+            raise invalid_path(f"path: {method} needs one such as /Users{id}, got {quoted(path)}")
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
             raise invalid_value("bulkId: POST needs one")
-        for bulk_id in sorted(missing):
-            if self.posts.get(bulk_id) is None or self.posts[bulk_id] in self.answers:
+        for bulk_id in sorted(operation.references):
+            if self._id_of(bulk_id) is None and self.posts.get(bulk_id) not in cycle:
                 raise ScimError(
                     409, "", f"bulkId {quoted(bulk_id)}: no POST of this request created it"
                 )
 
-    def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
-        request, path_id = self.call.request, quote(with_ids(id, self.ids) or "", safe="")
+    def _send(self, number: int, method: str) -> Response:
+        operation, request = self.operations[number], self.call.request
+        id = self.ids.get(number) or operation.target(self._id_of)
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         headers |= {"if-match": operation.version} if operation.version else {}
-        return self.perform(
+        response = self.perform(
             request._replace(
                 method=method,
-                path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
+                path=f"{BASE_PATH}/{operation.endpoint}/{quote(id, safe='')}",
                 query="",
                 headers=headers,
                 caller=self.call.caller,
-                body=with_ids(operation.content, self.ids)
-                if operation.references
-                else operation.content,
+                body=operation.body(self._id_of) if operation.references else operation.content,
             )
         )
-
-    def _complete(self, number: int) -> None:
-        # Replace the resource now that its references have ids; delete it if one has none.
-        operation = self.operations[number]
-        id = f"bulkId:{operation.bulk_id}"
-        self.incomplete.remove(number)
-        response = error_response(
-            ScimError(409, "", "a bulkId that this resource refers to was not created")
-        )
-        if operation.references <= self.ids.keys():
-            response = self._send(operation, "PUT", id)
-        if response.status == 200:
-            self.answers[number]["version"] = response.headers["ETag"]
-        else:
-            self._send(operation, "DELETE", id)
-            self._answer(number, response)
+        if response.status >= 400:
+            scim_type, detail = response.body.get("scimType", ""), response.body["detail"]
+            raise ScimError(response.status, scim_type, detail, response.headers)
+        return response
 
     def _answer(self, number: int, response: Response) -> None:
         operation = self.operations[number]
-        id = with_ids(operation.id, self.ids) or operation.id
         answer = {
             "location": response.headers.get("Location", "")
             if operation.method == "POST"
-            else f"{self.call.base_url}/{operation.endpoint}/{id}",
+            else f"{self.call.base_url}/{operation.endpoint}/{operation.target(self._id_of)}",
             "method": operation.method,
             "bulkId": operation.bulk_id,
             "version": response.headers.get("ETag"),
             "status": str(response.status),
-            "response": response.body if response.status >= 300 else None,
+            "response": response.body if response.status >= 400 else None,
         }
         self.answers[number] = {name: value for name, value in answer.items() if value}
 
@@ -4544,8 +4613,9 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
+    types = {type.endpoint: type for type in call.resource_types}
     with call.directory.store.writing():
-        bulk = Bulk(call, perform, list(map(parse_bulk_operation, items)))
+        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
         answers = bulk.run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 

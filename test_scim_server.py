@@ -1890,6 +1890,222 @@ def test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing(scim: Scim) ->
     assert scim.get("/Groups")["totalResults"] == 0
 
 
+def managed(name: str, boss: str, **data: Any) -> Any:
+    """Return a bulk operation that creates a user, whose manager is that of another bulkId."""
+    return post("/Users", name, **{"userName": name, ENT: {"manager": {"value": boss}}, **data})
+
+
+FAILING_CYCLES = [  # name, operations, the statuses of their answers
+    (
+        "the first of three fails",
+        [managed("a", "bulkId:b", userName=""), managed("b", "bulkId:c"), managed("c", "bulkId:a")],
+        ["400", "409", "409"],
+    ),
+    (
+        "the last of three fails after the others were created",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:c"), managed("c", "bulkId:a", userName="")],
+        ["409", "409", "400"],
+    ),
+    (
+        "a name is taken by somebody outside",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="TAKEN")],
+        ["409", "409"],
+    ),
+    (
+        "both want the same name",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="A")],
+        ["409", "409"],
+    ),
+    (
+        "one refers to nothing, too",
+        [
+            post("/Groups", "a", displayName="A", members=["bulkId:b"]),
+            post("/Groups", "b", displayName="B", members=["bulkId:a", "bulkId:nobody"]),
+        ],
+        ["409", "409"],
+    ),
+    ("one that refers to itself", [managed("a", "bulkId:a", userName="")], ["400"]),
+    (
+        "what refers to the cycle fails with it, before and after",
+        [
+            post("/Groups", "crew", displayName="Crew", members=["bulkId:b"]),
+            managed("a", "bulkId:b"),
+            managed("b", "bulkId:a", userName=""),
+            ("DELETE", "/Users/bulkId:a", None, None),
+            managed("c", "bulkId:a"),
+        ],
+        ["409", "409", "400", "409", "409"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "name, operations, statuses", FAILING_CYCLES, ids=[row[0] for row in FAILING_CYCLES]
+)
+def test_nothing_remains_of_a_cycle_that_cannot_be_completed(
+    scim: Scim, name: str, operations: Any, statuses: list[str]
+) -> None:
+    scim.user("taken")
+    before = [scim.get("/"), employees(scim), changes(scim)]
+    answers = bulk(scim, *operations)
+    assert [answer["status"] for answer in answers] == statuses
+    assert not any("version" in answer for answer in answers)
+    assert [scim.get("/"), employees(scim), changes(scim)] == before
+    assert bulk(scim, post("/Users", "x", userName="a"))[0]["status"] == "201"
+
+
+def test_the_operation_that_fails_a_cycle_gives_its_own_reason(scim: Scim) -> None:
+    scim.user("taken")
+    first, second = bulk(scim, managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="TAKEN"))
+    assert second["response"]["scimType"] == "uniqueness"
+    assert '"b"' in first["response"]["detail"]
+
+
+def test_operations_after_a_failed_cycle_are_done(scim: Scim) -> None:
+    answers = bulk(
+        scim,
+        managed("a", "bulkId:b"),
+        managed("b", "bulkId:a", userName=""),
+        post("/Users", "c", userName="a"),
+        failOnErrors=3,
+    )
+    assert [answer["status"] for answer in answers] == ["409", "400", "201"]
+    assert scim.names("userName pr") == ["a"]
+
+
+def test_a_waiting_operation_is_not_done_before_those_ahead_of_it(scim: Scim) -> None:
+    old = scim.user("ada")["id"]
+    boss, removed, ada, again = bulk(
+        scim,
+        managed("boss", "bulkId:ada"),
+        ("DELETE", f"/Users/{old}", None, None),
+        managed("ada", "bulkId:boss"),
+        post("/Users", "again", userName="ADA"),
+    )
+    assert [one["status"] for one in (boss, removed, ada)] == ["201", "204", "201"]
+    assert again["response"]["scimType"] == "uniqueness"
+
+
+ORDERS = [  # name, what each operation needs, the order in which they are done
+    ("nothing is needed", [set(), set(), set()], [[0], [1], [2]]),
+    ("the first waits for the last", [{2}, set(), set()], [[1], [2], [0]]),
+    ("a chain", [{1}, {2}, set()], [[2], [1], [0]]),
+    ("waiting ones go in their order", [{2}, {2}, set(), set()], [[2], [0], [1], [3]]),
+    ("the first that can be done goes first", [{3, 4}, {4}, {4}, {4}, set()], "4 1 2 3 0"),
+    ("it needs itself", [{0}, set()], [[0], [1]]),
+    ("a cycle is done at its last operation", [{2}, set(), {0}, set()], [[1], [0, 2], [3]]),
+    ("two cycles", [{1}, {0}, {3}, {2}], [[0, 1], [2, 3]]),
+    ("two cycles with one operation in common", [{1, 2}, {0}, {0}], [[0, 1, 2]]),
+    ("a cycle waits for another", [{1, 2}, {0}, {3}, {2}], [[2, 3], [0, 1]]),
+    ("an operation waits for a cycle", [{1}, {2}, {1}], [[1, 2], [0]]),
+]
+
+
+@pytest.mark.parametrize("name, needs, order", ORDERS, ids=[row[0] for row in ORDERS])
+def test_bulk_does_operations_in_this_order(name: str, needs: Any, order: Any) -> None:
+    if isinstance(order, str):
+        order = [[int(number)] for number in order.split()]
+    assert list(scim_server.order_of(needs)) == order
+
+
+def test_the_order_of_a_bulk_request_of_any_form_is_found_quickly() -> None:
+    everyone = set(range(1000))
+    started = time.perf_counter()
+    assert list(scim_server.order_of([everyone] * 1000)) == [sorted(everyone)]
+    chain = [*({number + 1} for number in range(999)), set()]
+    assert len(list(scim_server.order_of(chain))) == 1000
+    assert time.perf_counter() - started < 5
+
+
+def test_text_like_a_bulk_id_stays_text_where_no_id_is_expected(scim: Scim) -> None:
+    texts = {"title": "bulkId:a", "displayName": "bulkId:nobody"}
+    emails = [{"value": "bulkId:a", "type": "bulkId:nobody"}]
+    created, changed = bulk(
+        scim,
+        post("/Users", "a", userName="bulkId:a", emails=emails, **texts),
+        (
+            "PATCH",
+            "/Users/bulkId:a",
+            None,
+            {
+                "Operations": [
+                    put('emails[value eq "bulkId:a"].display', "bulkId:nobody"),
+                    put("nickName", "bulkId:nobody"),
+                ]
+            },
+        ),
+    )
+    assert [created["status"], changed["status"]] == ["201", "200"]
+    user = scim.get(created["location"].removeprefix(scim.url))
+    assert user.items() >= {**texts, "userName": "bulkId:a", "nickName": "bulkId:nobody"}.items()
+    assert user["emails"] == [{**emails[0], "display": "bulkId:nobody"}]
+
+
+MANAGER = f"{ENT}:manager"
+CREW, NO_CREW, BOSS = ["ada", "new"], ["ada"], "new"
+BULK_PATCHES = [  # name, what is patched, operation, the members or the manager afterwards
+    ("value", "Groups", {"op": "add", "path": "members", "value": [{"value": "bulkId:n"}]}, CREW),
+    ("text", "Groups", {"op": "add", "path": "Members", "value": "bulkId:n"}, CREW),
+    ("no path", "Groups", {"OP": "Add", "Value": {"members": [{"value": "bulkId:n"}]}}, CREW),
+    ("manager", "Users", {"op": "add", "path": "manager", "value": "bulkId:n"}, BOSS),
+    ("URN path", "Users", {"op": "add", "path": MANAGER, "value": {"value": "bulkId:n"}}, BOSS),
+    (
+        "manager.value",
+        "Users",
+        {"op": "add", "path": f"{MANAGER}.value", "value": "bulkId:n"},
+        BOSS,
+    ),
+    ("path as a name", "Users", {"op": "add", "value": {f"{MANAGER}.value": "bulkId:n"}}, BOSS),
+    ("extension", "Users", {"op": "add", "value": {ENT: {"manager": "bulkId:n"}}}, BOSS),
+    ("filter", "Groups", {"op": "remove", "path": 'members[value eq "bulkId:a"]'}, []),
+    ("filter in any case", "Groups", {"op": "remove", "PATH": 'members[VALUE EQ "bulkId:a"]'}, []),
+    (
+        "the display of a member is text",
+        "Groups",
+        {"op": "replace", "path": 'members[value eq "bulkId:a"].display', "value": "bulkId:n"},
+        NO_CREW,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "name, type, operation, expected", BULK_PATCHES, ids=[row[0] for row in BULK_PATCHES]
+)
+def test_a_bulk_id_in_a_patch_is_resolved(
+    scim: Scim, name: str, type: str, operation: Any, expected: Any
+) -> None:
+    target = f"/{type}/bulkId:{'g' if type == 'Groups' else 'a'}"
+    answers = bulk(
+        scim,
+        ("PATCH", target, None, {"Operations": [operation]}),
+        post("/Users", "a", userName="ada"),
+        post("/Users", "n", userName="new"),
+        post("/Groups", "g", displayName="Crew", members=["bulkId:a"]),
+    )
+    assert [answer["status"] for answer in answers] == ["200", "201", "201", "201"]
+    ids = {answer["location"].rpartition("/")[2]: answer for answer in answers[1:]}
+    names = {id: scim.get(f"/Users/{id}")["userName"] for id in list(ids)[:2]}
+    resource = scim.get(answers[0]["location"].removeprefix(scim.url))
+    if type == "Groups":
+        members = resource.get("members", [])
+        assert [names[member["value"]] for member in members] == expected
+        if "display" in operation.get("path", ""):
+            assert members[0]["display"] == "bulkId:n"
+    else:
+        assert names[resource[ENT]["manager"]["value"]] == expected
+
+
+@pytest.mark.parametrize(
+    "content", [[], "bulkId:a", {"Operations": "bulkId:a"}, {"Operations": ["bulkId:a"]}]
+)
+def test_a_malformed_patch_with_a_bulk_id_fails_alone(scim: Scim, content: Any) -> None:
+    created, patched = bulk(
+        scim, post("/Users", "a", userName="ada"), ("PATCH", "/Users/bulkId:a", None, content)
+    )
+    assert [created["status"], patched["status"]] == ["201", "400"]
+    assert patched["response"]["scimType"] == "invalidSyntax"
+
+
 def test_bulk_stops_after_as_many_errors_as_fail_on_errors_says(scim: Scim) -> None:
     wrong = [post("/Users", f"x{number}", userName="") for number in range(3)]
     answers = bulk(scim, post("/Users", "a", userName="a"), *wrong, failOnErrors=2)
