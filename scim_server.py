@@ -3642,10 +3642,11 @@ def make_data_dir(config: Config) -> None:
 
 
 # ----------------------------------------------------------------------------
-# 11. Messages                                            RFC 7644 §3.1, §3.12
+# 11. Messages                                RFC 7644 §3.1, §3.12, RFC 9110, 9112
 #
-# What comes in and goes out, as plain Python: requests, responses, calls, bodies,
-# lists and errors.
+# What comes in and goes out. First as plain Python: requests, responses and calls,
+# their bodies, lists and errors. Then as octets of HTTP/1.1, read from a buffer and
+# written.
 # Uses chapters 1 to 10. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -3659,7 +3660,6 @@ unauthorized = partial(  # one answer for every problem with a bearer token
     "application",
     {"WWW-Authenticate": 'Bearer realm="scim"'},
 )
-NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 
 
 class Caller(NamedTuple):
@@ -3676,7 +3676,7 @@ class Request(NamedTuple):
     method: str
     path: str
     query: str = ""
-    headers: Mapping[str, str] = NO_HEADERS
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes | Json = b""  # Bulk passes JSON that is already parsed
     scheme: str = "http"  # with host: the URL by which the client reached this server
     host: str = "localhost"
@@ -3692,7 +3692,7 @@ class Response(NamedTuple):
 
     status: int
     body: Json = None  # None is no body; another is application/scim+json unless headers say
-    headers: Mapping[str, str] = NO_HEADERS
+    headers: Mapping[str, str] = MappingProxyType({})
     tenant: str = ""  # for the logs, as is the route
     route: str = ""
     reason: tuple[str, ...] = ()  # of an error, for the provisioning log
@@ -3727,7 +3727,6 @@ class Call:
 
     @property
     def condition(self) -> Precondition:
-        """The precondition of the request's headers."""
         return Precondition(
             self.request.headers.get("if-match", ""), self.request.headers.get("if-none-match", "")
         )
@@ -3738,7 +3737,6 @@ class Call:
         return self.body
 
     def selection(self, resource_type: ResourceType) -> Selection:
-        """Return which attributes of a resource type the client wants."""
         return parse_selection(
             self.parameters.get("attributes", ""),
             self.parameters.get("excludedattributes", ""),
@@ -3761,21 +3759,18 @@ class Call:
         return max(least, min(int(text), most))
 
     def projected(self, resource: Resource | Encoded) -> Json:
-        """Return the part of a resource that the client selected."""
         if isinstance(resource, Encoded):
             return resource
         resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        """Return an answer with a resource."""
         headers = {"ETag": resource["meta"]["version"]}
         if status == 201:
             headers["Location"] = self.resource_types[0].location(self.base_url, resource["id"])
         return Response(status, self.projected(resource), headers)
 
 
-Queries = Mapping[str, tuple[Filter, Selection]]  # by the names of the resource types
 Operate = Callable[[Call], Response]
 
 
@@ -3799,28 +3794,26 @@ def parse_body(request: Request) -> Json:
         )
         # Only a body with escapes or many brackets can hold what the walk is for.
         if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
-            for path, text in texts_in(value):
-                if UNSTORABLE.search(text):
-                    raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+            check_texts(value)
         return value
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid_syntax(f"the body is not JSON: {why}", reason=("body", why)) from None
 
 
-def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) for each text in a JSON value, names too; ValueError if it is too deep."""
+def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
+    """Raise ValueError for a JSON value with text, or a name, that databases refuse, or too deep."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
+    if isinstance(value, str) and UNSTORABLE.search(value):
+        raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield path, name
-            yield from texts_in(item, f"{path}.{name}" if path else name, depth + 1)
+            check_texts(name, path, depth)
+            check_texts(item, f"{path}.{name}" if path else name, depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield from texts_in(item, f"{path}[{number}]", depth + 1)
+            check_texts(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
@@ -3843,13 +3836,8 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
     )
 
 
-def error_response(error: ScimError) -> Response:
-    """Return a SCIM error as an answer."""
-    return Response(error.status, error.body(), error.headers, reason=error.reason)
-
-
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is not a SCIM message."""
+    # For what is not a SCIM message.
     return Response(200, body, {"Content-Type": type, **headers})
 
 
@@ -3859,16 +3847,22 @@ def credentials_of(request: Request) -> tuple[str, str]:
     return scheme, secret.strip()
 
 
-def response_for(error: Exception) -> Response:
+def error_response(error: Exception) -> Response:
     """Return the answer to a request that failed; print an error that the client did not cause."""
-    if isinstance(error, ScimError):
-        return error_response(error)
-    with suppress(OSError, ValueError):  # standard error may be closed
-        traceback.print_exception(error)
-    if isinstance(error, StoreError):
-        detail = f"the tenant's database failed: {error.reason}; nothing was changed, try again"
-        return error_response(ScimError(error.status, "", detail, RETRY))
-    return error_response(ScimError(500, "", "the server failed; its log says why"))
+    if not isinstance(error, ScimError):
+        with suppress(OSError, ValueError):  # standard error may be closed
+            traceback.print_exception(error)
+        error = (
+            ScimError(
+                error.status,
+                "",
+                f"the tenant's database failed: {error.reason}; nothing was changed, try again",
+                RETRY,
+            )
+            if isinstance(error, StoreError)
+            else ScimError(500, "", "the server failed; its log says why")
+        )
+    return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
 # -- HTTP/1.1: generators that read a buffer (sans-IO) --
@@ -3876,11 +3870,11 @@ def response_for(error: Exception) -> Response:
 # A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
 # yields False while octets are missing, and True when it only lets other connections have a turn.
 
-MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
-MAX_FIELDS = 100
+MAX_REQUEST_LINE, MAX_CHUNK_LINE = 8 * 1024, 1024  # octets
+MAX_HEAD, MAX_FIELDS = 32 * 1024, 100  # octets of the header fields, their number
 CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
-FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
@@ -3889,16 +3883,13 @@ Reading = Generator[bool, None, bytes]
 
 
 class Head(NamedTuple):
-    """The head of a request: its header names are in lower case."""
-
     method: str
     target: str
     minor_version: int  # of HTTP/1
-    headers: dict[str, str]
+    headers: dict[str, str]  # names in lower case
 
 
 def read_exactly(buffer: bytearray, length: int) -> Reading:
-    """Read a number of octets."""
     while len(buffer) < length:
         yield False
     octets = bytes(buffer[:length])
@@ -3928,8 +3919,7 @@ def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
     # The end of the request line goes back, so that a head without fields ends like the others.
     buffer[:0] = b"\r\n"
     detail = f"the header fields take more than {MAX_HEAD} octets"
-    fields = yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)
-    headers = parse_fields(fields)
+    headers = parse_fields((yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)))
     check_framing(headers, int(start[4]))
     return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
 
@@ -3937,17 +3927,16 @@ def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
 def parse_fields(fields: bytes) -> dict[str, str]:
     """Return header fields, which stand between line ends, by names in lower case; ScimError."""
     headers: dict[str, str] = {}
-    position, end = 2, len(fields) - 2
-    while position < end:
-        if not (field_line := FIELD_LINE.match(fields, position)):
+    lines = fields.split(b"\r\n")[1:-2]
+    for line in lines:
+        if not (field_line := FIELD_LINE.fullmatch(line)):
             raise ScimError(400, "", "a header field is malformed")
-        position = field_line.end()
         name = field_line[1].decode().lower()
         value = field_line[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if fields.count(b"\n") > MAX_FIELDS + 2:
+    if len(lines) > MAX_FIELDS:
         raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
     return headers
 
@@ -3966,7 +3955,6 @@ def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
 
 
 def too_large(limit: int) -> ScimError:
-    """Return the error for a body over the limit."""
     return ScimError(413, "", f"the body is larger than {limit} octets")
 
 
@@ -4185,47 +4173,40 @@ def get_documents(call: Call) -> Response:
 
 
 def create_resource(call: Call) -> Response:
-    """Answer POST /Users and POST /Groups."""
     return call.answer(call.directory.create(call.route.type, call.json()), 201)
 
 
 def get_resource(call: Call) -> Response:
-    """Answer GET /Users/{id}."""
     resource_type, condition = call.resource_types[0], call.condition
     resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
-    if condition.if_match:
-        condition._replace(if_none_match="").check(version)
+    condition._replace(if_none_match="").check(version)
     if condition.excludes(version):
         return Response(304, headers={"ETag": version})
     return call.answer(resource)
 
 
 def replace_resource(call: Call) -> Response:
-    """Answer PUT /Users/{id}."""
     return call.answer(
         call.directory.replace(call.route.type, call.id, call.json(), call.condition)
     )
 
 
 def patch_resource(call: Call) -> Response:
-    """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with many members."""
     (resource_type,) = call.resource_types
     call.operations = parse_operations(resource_type, call.json())
     resource = call.directory.patch(
         resource_type, call.id, call.operations, call.condition, call.selection(resource_type)
     )
-    return call.answer(resource) if resource else Response(204)
+    return call.answer(resource) if resource else Response(204)  # a group with many members
 
 
 def delete_resource(call: Call) -> Response:
-    """Answer DELETE /Users/{id}."""
     call.directory.delete(call.route.type, call.id, call.condition)
     return Response(204)
 
 
-def refuse_me(call: Call) -> Response:
-    """Answer /Me (RFC 7644 §3.11)."""
+def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
     raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
 
 
@@ -4243,16 +4224,13 @@ def list_resources(call: Call) -> Response:
         for resource_type in types
     }
     sorting = parse_sorting(call.parameters, types)
+    base_url = call.base_url if call.request.encoded else ""
+    search = partial(call.directory.search, queries, sorting, base_url=base_url)
     if "cursor" in call.parameters:
-        return list_by_cursor(call, queries, sorting)
+        return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.directory.search(
-        queries,
-        sorting,
-        Window(count, start_index - 1),
-        call.base_url if call.request.encoded else "",
-    )
+    page = search(Window(count, start_index - 1))
     return list_response(
         map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
     )
@@ -4262,8 +4240,9 @@ def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in lowercase_keys(call.json()).items():
-        items = value if isinstance(value, list) else [value]
-        texts = [item for item in items if item is not None]
+        texts = [
+            text for text in (value if isinstance(value, list) else [value]) if text is not None
+        ]
         if not all(isinstance(text, (str, int)) for text in texts):
             raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
         if texts:
@@ -4286,25 +4265,25 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     return Sorting(AttributePath(target), order == "descending") if target else None
 
 
-def list_by_cursor(call: Call, queries: Queries, sorting: Sorting | None) -> Response:
+def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     """Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.directory.search(
-        queries,
-        sorting,
-        Window(count, 0, after, backward),
-        call.base_url if call.request.encoded else "",
-    )
+    page = search(Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
-    cursors = {}
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    if page.last and (page.more or backward):
-        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
-    if page.first and (page.more if backward else after is not None):
-        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    has_previous = page.more if backward else after is not None
+    ends = {
+        "nextCursor": page.last if backward or page.more else None,
+        "previousCursor": page.first if has_previous else None,
+    }
+    cursors = {
+        name: make_cursor(call, total, position, backward=name == "previousCursor")
+        for name, position in ends.items()
+        if position
+    }
     return list_response(map(call.projected, page.resources), total, **cursors)
 
 
@@ -4346,7 +4325,6 @@ def query_digest(call: Call) -> str:
 
 
 def signature(call: Call, content: bytes) -> bytes:
-    """Return the HMAC of a cursor's content under the tenant's key."""
     return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
 
 
@@ -4355,13 +4333,10 @@ def signature(call: Call, content: bytes) -> bytes:
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
-BRACKETS = re.compile(r"\[.*\]", re.DOTALL)
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 
 
 class BulkOperation(NamedTuple):
-    """One operation of a bulk request."""
-
     method: str
     endpoint: str
     type: ResourceType  # of the endpoint; an unknown one is refused later
@@ -4377,14 +4352,13 @@ class BulkOperation(NamedTuple):
         return (reference and id_of(reference[1])) or self.id
 
     def body(self, id_of: IdOf) -> Json:
-        """Return the content with ids in place of bulkIds."""
         if self.method == "PATCH":
             return patch_with_ids(self.content, self.type, id_of)
         return with_ids(self.content, self.type.root, id_of)
 
 
 def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
-    """Return an operation of a bulk request; types are by endpoint; ScimError 400 invalidSyntax."""
+    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
     members = lowercase_keys(item, "Operations: expected objects")
     texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
     for name, value in texts.items():
@@ -4395,18 +4369,17 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
     operation = BulkOperation(
         method.upper(),
         endpoint,
-        types.get(f"/{endpoint}") or types["/Users"],
+        types.get(endpoint.removesuffix("s")) or types["User"],
         id,
         bulk_id,
         version,
         members.get("data"),
     )
-    # Most operations refer to nothing, and need no walk through their content.
-    if "bulkId:" not in to_json([id, operation.content]):
-        return operation
     references: list[str] = []
-    operation.target(references.append)
-    operation.body(references.append)
+    # Most operations refer to nothing, and need no walk through their content.
+    if "bulkId:" in to_json([id, operation.content]):
+        operation.target(references.append)
+        operation.body(references.append)
     return operation._replace(references=frozenset(references))
 
 
@@ -4419,22 +4392,19 @@ def holds_id(attribute: Attribute) -> bool:
 
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
-    """Return an attribute's value with ids in place of bulkIds, without those that have none."""
+    """Return an attribute's value with ids in place of bulkIds, null for a bulkId without id."""
     if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
         return id_of(reference[1])
     if isinstance(value, list):
-        items = (with_ids(item, attribute, id_of) for item in value)
-        return [item for item in items if item is not None]
-    if not isinstance(value, dict):
-        return value
-    members = {
-        name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
-        for name, item in value.items()
-    }
-    lost = {name for name, item in members.items() if item is None and value[name] is not None}
-    if lost and holds_id(attribute):
-        return None
-    return {name: item for name, item in members.items() if name not in lost}
+        return [with_ids(item, attribute, id_of) for item in value]
+    if isinstance(value, dict):
+        members = {
+            name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
+            for name, item in value.items()
+        }
+        lost = any(members[name] is None for name, item in value.items() if item is not None)
+        return None if lost and holds_id(attribute) else members
+    return value
 
 
 def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
@@ -4458,7 +4428,7 @@ def path_with_ids(
     path: str, value: Json, resource_type: ResourceType, id_of: IdOf
 ) -> tuple[str, Json]:
     """Return a path of a PATCH and the value for it, with ids in place of bulkIds in both."""
-    name = BRACKETS.sub("", path[:MAX_FILTER_LENGTH]).strip()
+    name = re.sub(r"(?s)\[.*\]", "", path[:MAX_FILTER_LENGTH]).strip()
     attributes = resolve(name, resource_type) or (resource_type.root,)
     if any(map(holds_id, attributes)):
         path = BULK_ID_TERM.sub(lambda term: f"{term[1]}{id_of(term[2])}", path)
@@ -4613,10 +4583,9 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    types = {type.endpoint: type for type in call.resource_types}
     with call.directory.store.writing():
-        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
-        answers = bulk.run(limit or len(items))
+        parse = partial(parse_bulk_operation, types=call.directory.resource_types)
+        answers = Bulk(call, perform, list(map(parse, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
@@ -5557,7 +5526,7 @@ class Application(Tenants):
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
-            response = cause or response_for(error)
+            response = cause or error_response(error)
             responses = [labelled(call, response) for call in calls]
         for call, response in zip(calls, responses, strict=True):
             self._note(call, response, time.perf_counter() - started)
@@ -5619,7 +5588,7 @@ class Application(Tenants):
                 self._admit_operator(request)
             response = self._perform(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = response_for(error)
+            response = error_response(error)
         return labelled(call, response)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
@@ -6014,7 +5983,7 @@ class Watcher(http.server.HTTPServer, ABC):
         try:
             action(*arguments)
         except Exception as error:  # noqa: BLE001
-            response_for(error)  # prints it
+            error_response(error)  # prints it
             connection.then, connection.unsent = CLOSE, memoryview(b"")
             self.give_back(connection)
 
