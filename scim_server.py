@@ -86,7 +86,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -3776,11 +3776,10 @@ Operate = Callable[[Call], Response]
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """A path: who may call it, and for each method the lane and the operation."""
-
     label: str  # the path for the logs, "" for a path that does not exist
     access: str  # one of the constants of chapter 15
     type: str = ""  # the resource type at this path, "" for all of them
+    # By method: the lane and the operation.
     operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
 
 
@@ -3928,8 +3927,8 @@ def parse_fields(fields: bytes) -> dict[str, str]:
     """Return header fields, which stand between line ends, by names in lower case; ScimError."""
     headers: dict[str, str] = {}
     lines = fields.split(b"\r\n")[1:-2]
-    for line in lines:
-        if not (field_line := FIELD_LINE.fullmatch(line)):
+    for field_line in map(FIELD_LINE.fullmatch, lines):
+        if not field_line:
             raise ScimError(400, "", "a header field is malformed")
         name = field_line[1].decode().lower()
         value = field_line[2].rstrip(b" \t").decode("latin-1")
@@ -4490,10 +4489,11 @@ class Bulk:
         return [self.answers[number] for number in sorted(self.answers)]
 
     def _perform(self, cycle: list[int]) -> None:
-        # Do the operations of a cycle, all or none; nearly every cycle is a single operation.
-        number = cycle[0]
+        # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
+        # does not need itself: then the directory does it whole or not at all.
+        needs_itself = self.needs[cycle[0]] & {*cycle}
         try:
-            with self.call.directory.store.writing():
+            with self.call.directory.store.writing() if needs_itself else nullcontext():
                 for number in cycle:
                     self._check(self.operations[number], cycle)
                     response = self._send(number, self.operations[number].method)
@@ -4507,12 +4507,12 @@ class Bulk:
                         self.answers[number]["version"] = response.headers["ETag"]
         except ScimError as error:
             bulk_id = quoted(self.operations[number].bulk_id)
-            undone = ScimError(
-                409, "", f"bulkId {bulk_id}: it failed, and so did what it refers to"
+            others = ScimError(
+                409, "", f"bulkId {bulk_id}: this operation and its own need each other"
             )
             for other in cycle:
                 self.ids.pop(other, None)
-                self._answer(other, error_response(error if other == number else undone))
+                self._answer(other, error_response(error if other == number else others))
 
     def _id_of(self, bulk_id: str) -> str | None:
         return self.ids.get(self.posts.get(bulk_id, -1))
