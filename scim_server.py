@@ -3662,12 +3662,13 @@ unauthorized = partial(  # one answer for every problem with a bearer token
 )
 
 
-class Caller(NamedTuple):
-    """Who sent a request: tenant, token, and the tenant's directory or why it cannot be opened."""
+# -- Requests, responses and calls --
 
+
+class Caller(NamedTuple):
     tenant: Tenant
     token: Token
-    directory: Directory | StoreError
+    directory: Directory | StoreError  # the tenant's, or why it cannot be opened
 
 
 class Request(NamedTuple):
@@ -3783,6 +3784,15 @@ class Route:
     operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
 
 
+def credentials_of(request: Request) -> tuple[str, str]:
+    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return scheme, secret.strip()
+
+
+# -- Bodies --
+
+
 def parse_body(request: Request) -> Json:
     """Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong."""
     if not isinstance(body := request.body, bytes):
@@ -3801,7 +3811,7 @@ def parse_body(request: Request) -> Json:
 
 
 def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
-    """Raise ValueError for a JSON value with text, or a name, that databases refuse, or too deep."""
+    """Raise ValueError for JSON that is too deep, or has text that databases refuse."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str) and UNSTORABLE.search(value):
@@ -3818,6 +3828,9 @@ def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
 def not_json(word: str) -> Json:
     """Refuse NaN and Infinity, which json.loads accepts and RFC 8259 does not allow."""
     raise ValueError(word)
+
+
+# -- Answers: lists and errors --
 
 
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
@@ -3838,12 +3851,6 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     # For what is not a SCIM message.
     return Response(200, body, {"Content-Type": type, **headers})
-
-
-def credentials_of(request: Request) -> tuple[str, str]:
-    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    return scheme, secret.strip()
 
 
 def error_response(error: Exception) -> Response:

@@ -5243,6 +5243,7 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
 
 FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "5000"))
 PATCH_COUNT = int(os.environ.get("SCIM_PATCHES", "2000"))
+GRAPH_COUNT = int(os.environ.get("SCIM_GRAPHS", "200"))
 TEXTS = [
     "a",
     "A",
@@ -5596,6 +5597,99 @@ def test_any_patch_does_what_a_naive_reading_of_the_rfc_does() -> None:
         assert after == expected, f"seed {SEED}: {json.dumps(before)} {json.dumps(sent)}"
 
 
+# What a naive reading of RFC 7644 §3.7 says of POSTs that refer to each other.
+
+
+def some_graph(chance: random.Random) -> tuple[list[set[int]], list[bool]]:
+    """Return which POSTs each of some POSTs refers to, maybe one that is not there, and what fails."""
+    size = chance.randint(1, 7)
+    references = [
+        {
+            chance.randrange(size + (chance.random() < 0.1))
+            for _ in range(chance.choice([0, 1, 1, 2]))
+        }
+        for _ in range(size)
+    ]
+    return references, [chance.random() < 0.15 for _ in range(size)]
+
+
+def reachable(references: list[set[int]], start: int) -> set[int]:
+    """Return what a POST refers to, perhaps by way of others."""
+    reached, stack = set[int](), [start]
+    while stack:
+        new = {n for n in references[stack.pop()] if n < len(references)} - reached
+        reached |= new
+        stack += new
+    return reached
+
+
+def naive_statuses(references: list[set[int]], fails: list[bool]) -> list[str]:
+    """Return the statuses of POSTs: cycle after cycle, each after those that it refers to."""
+    reach = [reachable(references, number) for number in range(len(fails))]
+    statuses: dict[int, str] = {}
+    while len(statuses) < len(fails):
+        for number in set(range(len(fails))) - statuses.keys():
+            cycle = sorted({number} | {n for n in reach[number] if number in reach[n]})
+            if not reach[number] - set(cycle) <= statuses.keys():
+                continue
+            own = {
+                n: "409"
+                if any(statuses.get(other) != "201" for other in references[n] - set(cycle))
+                else "400"
+                if fails[n]
+                else "201"
+                for n in cycle
+            }
+            first = next((n for n in cycle if own[n] != "201"), None)
+            for n in cycle:
+                statuses[n] = own[n] if first in (None, n) else "409"
+    return [statuses[number] for number in range(len(fails))]
+
+
+def test_any_bulk_graph_is_made_as_a_naive_reading_of_the_rfc_says() -> None:
+    chance = random.Random(SEED)
+    application = scim_server.Application(scim_server.to_config(CONFIG))
+    directory = application.directory("acme")
+    for graph in range(GRAPH_COUNT):
+        references, fails = some_graph(chance)
+        operations = [
+            {
+                "method": "POST",
+                "path": "/Groups",
+                "bulkId": f"b{number}",
+                "data": {
+                    "displayName": "" if fails[number] else f"{graph}-{number}",
+                    "members": [{"value": f"bulkId:b{other}"} for other in others],
+                },
+            }
+            for number, others in enumerate(references)
+        ]
+        size = directory.query("Group", count=0).total_results
+        response = application.handle(
+            scim_server.Request(
+                "POST",
+                "/scim/v2/Bulk",
+                headers={"authorization": "Bearer acme-secret"},
+                body={"Operations": operations},
+            )
+        )
+        answers = response.body["Operations"]
+        statuses = [answer["status"] for answer in answers]
+        assert statuses == naive_statuses(references, fails), f"seed {SEED}: {references} {fails}"
+        ids = {
+            number: answer["location"].rpartition("/")[2]
+            for number, answer in enumerate(answers)
+            if answer["status"] == "201"
+        }
+        assert directory.query("Group", count=0).total_results == size + len(ids)
+        for number, id in ids.items():
+            members = directory.get("Group", id).get("members", ())
+            assert {member["value"] for member in members} == {
+                ids[other] for other in references[number]
+            }
+    application.close()
+
+
 # -- RFC 7644, statement by statement ------------------------------------------------
 
 
@@ -5877,7 +5971,11 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.7.1",
         "circular references MUST be resolved",
-        [test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end],
+        [
+            test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end,
+            test_nothing_remains_of_a_cycle_that_cannot_be_completed,
+            test_any_bulk_graph_is_made_as_a_naive_reading_of_the_rfc_says,
+        ],
     ),
     (
         "3.7.2",
@@ -5885,6 +5983,8 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         [
             test_a_bulk_id_stands_for_the_id_of_what_is_made_before_or_after,
             test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing,
+            test_a_bulk_id_in_a_patch_is_resolved,
+            test_text_like_a_bulk_id_stays_text_where_no_id_is_expected,
         ],
     ),
     (
