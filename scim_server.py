@@ -1,52 +1,50 @@
 #!/usr/bin/env python3
-"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and its like.
+"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and similar identity providers.
 
-People assigned to an enterprise application in Entra ID arrive here by SCIM and become employees of
-Facilio: created, updated, and marked inactive when they leave. Python 3.10+, standard library only.
+People who are assigned to an enterprise application in Entra ID are provisioned here by SCIM. They
+become employees of Facilio: created, updated, and marked inactive when they leave. The server needs
+Python 3.10 or newer and nothing else.
 
-Run it        python scim_server.py                       serves sample_config.json, or a demo tenant
-              python scim_server.py token                 makes a secret for a tenant
-              python scim_server.py check --config FILE   explains a configuration
-              python scim_server.py employees --tenant acme   (and changes) shows what the sync did
-              python scim_server.py demo                  plays Entra ID against the running server
+Run it        python scim_server.py               serve sample_config.json, or a demo tenant
+              python scim_server.py demo          play Entra ID against the running server
+              python scim_server.py check         explain a configuration; also: token, employees,
+                                                  changes, backup, restore
 Embed it      with running("config.json") as server: print(server.url)
-              application = wsgi("config.json")           for gunicorn, or under a prefix in Flask
-              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})   no HTTP at all
-Test with it  with running() as server:                   an empty one in memory, on a free port
-                  requests.get(server.url + "/Users", headers={
-                      "Authorization": "Bearer " + server.token("demo")})
+              application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
+              Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
+Test with it  with running() as server:           an empty server in memory, on a free port
+                  requests.get(f"{server.url}/Users", headers={
+                      "Authorization": f"Bearer {server.token('demo')}"})
 
 Chapters      1 Vocabulary        schema URNs, limits, ScimError
-              2 Schemas           Attribute, Schema, ResourceType: the data that decides everything
-              3 Filters, paths    text to a bound tree; matches() reads it in Python
+              2 Schemas           Attribute, Schema, ResourceType: data that decides everything else
+              3 Filters, paths    text becomes a tree; matches() evaluates it in Python
               4 Resources         accept() lets a body in, project() lets a resource out
-              5 PATCH             operations on a resource, all or none
+              5 PATCH             operations on a resource: all of them, or none
               6 Queries           the filter tree as SQL
               7 Store             one SQLite file per tenant: sessions, transactions, backup
               8 Employees         the Facilio employee made from a user
-              9 Directory         one tenant's operations, a transaction each
+              9 Directory         the operations on one tenant, a transaction each
              10 Configuration     tenants, tokens, custom fields
-             11 Messages          Request, Response, Call, bodies, lists, errors
+             11 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
              12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             13 Provisioning log  what each call did, and what to do when it failed
-             14 Other endpoints   employees, changes, the console's API, health, metrics
-             15 Application       handle(Request) -> Response: tenants, tokens, routes
-             16 HTTP server       sockets
-             17 Console           the page that shows why a sync works or fails
+             13 Provisioning log  what each call did, and what to do if it failed
+             14 Other endpoints   employees, changes, the console's API, metrics
+             15 Application       tenants, routes, handle(Request) -> Response
+             16 HTTP server       sockets, the watching thread, lanes for reads and writes
+             17 Console           the page that shows why provisioning works or fails
              18 Interface         running(), wsgi(), main() and the commands
 
-One request   octets -> connection (buffer, deadline) -> head -> token checked -> body -> Request
-              -> Application.handle (route, operation) -> Directory operation (accept, patch or
-              query, one transaction) -> Store -> project -> Response -> one write to the socket
+One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
+              Application.handle (token, route) -> Directory (accept, PATCH or query, in one
+              transaction) -> Session -> project() -> Response -> octets
 
-Notation, kept to everywhere below:
-
-    resource   canonical JSON object, e.g. {"schemas": [...], "id": "2819c2", "userName": "BJensen"}
-    attribute  an Attribute, e.g. that of emails, or of emails.type
-    filter     a bound filter tree, e.g. Compare(emails.type, "eq", "work")
-    key        the form in which values compare, e.g. "bjensen" for the userName "BJensen"
-    entry      a row of the index, (path, key, element), e.g. ("emails.type", "work", 0)
-    version    the opaque part of an ETag
+Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819", "userName": "Bo"}
+              attribute  an Attribute, for example that of emails or of emails.type
+              filter     a filter tree, for example Compare(emails.type, "eq", "work")
+              key        the form in which values compare: "bo" for the userName "Bo"
+              entry      a row of the index, (path, key, element): ("emails.type", "work", 0)
+              version    the opaque part of an ETag
 """
 
 from __future__ import annotations
@@ -3295,8 +3293,6 @@ def split_custom_fields(
 # Uses chapters 1, 2, 7 and 9. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-Network = ipaddress.IPv4Network | ipaddress.IPv6Network
-
 
 class ConfigError(Exception):
     """An unusable configuration; problems has a line for each mistake, its JSON path first."""
@@ -3316,38 +3312,24 @@ Kind = tuple[Callable[[Any], Any], str]
 Rule = Kind | list[Any] | dict[str, Any] | type
 
 
-def text_of(pattern: str, expected: str) -> Kind:
-    """Return the rule for texts that match a pattern as a whole."""
-    return lambda value: value if re.fullmatch(pattern, value) else None, expected
+def text_of(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> Kind:
+    """Return the rule for texts that match a pattern as a whole; convert makes the setting."""
+    return lambda value: convert(value) if re.fullmatch(pattern, value) else None, expected
 
 
 def host_and_port(value: Json) -> dict[str, Any] | None:
-    """Return the parts of HOST:PORT, None for another text."""
     host, _, port = value.rpartition(":")
     valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
     return {"host": host.strip("[]"), "port": int(port)} if valid else None
 
 
 def digest(secret: str) -> str:
-    """Return the SHA-256 of a token's secret as hex. Secrets are only compared in this form."""
+    # SHA-256 as hex. Secrets are only compared in this form.
     return hashlib.sha256(secret.encode()).hexdigest()
 
 
 # fmt: off
 TEXT = text_of(r"[^\x00-\x1f]*[^\s\x00][^\x00-\x1f]*", "text that is not empty")
-TENANT_NAME = text_of("[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
-                      "letters, digits, - and _ (it names the tenant's file)")
-LINK_NAME = (lambda value: {"link_name": value, "display_name": value}
-             if re.fullmatch("[A-Za-z][A-Za-z0-9_-]*", value) else None,  # RFC 7643 §2.1
-             "a letter, then letters, digits, - and _")
-FIELD_TYPE = text_of("String|Integer|Boolean", "String, Integer or Boolean")
-TOKEN_SECRET = (lambda value: {"secret": value, "sha256": digest(value)}
-                if re.fullmatch("[!-~]+", value) else None,
-                "visible ASCII characters without blanks")
-TOKEN_HASH = (lambda value: value.lower() if re.fullmatch("[0-9A-Fa-f]{64}", value) else None,
-              "64 hexadecimal digits")
-METRICS_TOKEN = (lambda value: digest(value) if TEXT[0](value) else None, TEXT[1])
-LOG_FORMAT = text_of("text|json|off", "text, json or off")
 OBJECT = (lambda value: value if isinstance(value, dict) else None, "an object")
 LIST = (lambda value: value if isinstance(value, list) else None, "a list")
 FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
@@ -3395,28 +3377,35 @@ class Token:
     """A bearer token: its SHA-256 as hex, when it expires, and its secret if the file has it."""
 
     name: str = setting(TEXT, "", unique=str)
-    sha256: str = setting(TOKEN_HASH, "")
+    sha256: str = setting(
+        text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits", convert=str.lower), ""
+    )
     expires: datetime | None = setting(TIME, None)  # noqa: RUF009
-    secret: str = setting(TOKEN_SECRET, "", secret=True)
+    secret: str = setting(
+        text_of(
+            "[!-~]+",
+            "visible ASCII characters without blanks",
+            convert=lambda secret: {"secret": secret, "sha256": digest(secret)},
+        ),
+        "",
+        secret=True,
+    )
 
     def expired(self, now: datetime) -> bool:
-        """Return whether the token has expired at a given time."""
         return self.expires is not None and self.expires <= now
-
-
-CUSTOM_FIELD = {  # CustomField itself stands in chapter 2, which has no rules
-    "link_name": setting(LINK_NAME, unique=str.lower),
-    "type": setting(FIELD_TYPE),
-    "display_name": setting(TEXT, ""),  # the link name if the file has none
-}
-TLS_FILES = {"certificate": setting(TEXT), "key": setting(TEXT)}
 
 
 @dataclass(frozen=True)
 class Tenant:
     """A customer with users and groups of its own; each of its tokens selects it."""
 
-    name: str = setting(TENANT_NAME, unique=str.lower)
+    name: str = setting(
+        text_of(
+            "[A-Za-z0-9][A-Za-z0-9_-]{0,62}",
+            "letters, digits, - and _ (it names the tenant's file)",
+        ),
+        unique=str.lower,
+    )
     tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
     custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
@@ -3431,13 +3420,22 @@ class Config:
     host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
     port: int = setting(None, 8080, key="listen")
     data_dir: str = setting(TEXT, "scim-data")
-    tls: tuple[str, str] | None = setting(TLS_FILES, None)  # files of the certificate and its key
-    trusted_proxies: tuple[Network, ...] = setting([LIST, NETWORK], ())  # may send Forwarded
+    tls: tuple[str, str] | None = setting(  # files of the certificate and its key
+        {"certificate": setting(TEXT), "key": setting(TEXT)}, None
+    )
+    trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
+        [LIST, NETWORK], ()
+    )
     max_connections: int = setting(POSITIVE, 512)
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
-    access_log: str = setting(LOG_FORMAT, "text")
+    access_log: str = setting(text_of("text|json|off", "text, json or off"), "text")
     # The metrics token is for reading /metrics from another machine.
-    metrics_sha256: str = setting(METRICS_TOKEN, "", key="metrics_token", live=True)
+    metrics_sha256: str = setting(
+        (lambda value: TEXT[0](value) and digest(value), TEXT[1]),
+        "",
+        key="metrics_token",
+        live=True,
+    )
     keep_changes: int = setting(POSITIVE, KEEP_CHANGES, key="changes.keep", live=True)
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
     console: bool = setting(FLAG, True)
@@ -3447,26 +3445,38 @@ class Config:
             raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
 
 
-def settings_of(record: type) -> dict[str, Any]:
-    """Return the fields of a dataclass by their paths in JSON."""
-    if record is CustomField:
-        return CUSTOM_FIELD
-    return {
+# The settings of each kind of object, by their paths in JSON.
+SETTINGS: dict[type, dict[str, Any]] = {
+    record: {
         item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
     }
+    for record in (Token, Tenant, Config)
+} | {
+    CustomField: {  # chapter 2, where it stands, has no rules
+        "link_name": setting(
+            text_of(
+                "[A-Za-z][A-Za-z0-9_-]*",  # RFC 7643 §2.1
+                "a letter, then letters, digits, - and _",
+                convert=lambda name: {"link_name": name, "display_name": name},
+            ),
+            unique=str.lower,
+        ),
+        "type": setting(text_of("String|Integer|Boolean", "String, Integer or Boolean")),
+        "display_name": setting(TEXT, ""),  # the link name if the file has none
+    }
+}
 
 
 # -- The reader ------------------------------------------------------------------------
-
-# The path of the list in which a value must be unique, "" for anywhere; its label; the value.
-Unique = tuple[str, str, str]
 
 
 @dataclass
 class ConfigReader:
     """Converts JSON values by rules and collects a problem, path first, for every mistake."""
 
-    paths: dict[Unique, str] = field(default_factory=dict)  # where each unique value stands
+    # Where each unique value stands, by the path of the list in which no other may be the same
+    # ("" for the whole file), its key, and the value itself.
+    paths: dict[tuple[str, str, str], str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def result(self, path: str, value: Json, rule: Rule) -> Any:
@@ -3494,14 +3504,14 @@ class ConfigReader:
         self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
         return None
 
-    def require_unique(self, path: str, unique: Unique) -> None:
-        """Report a unique value that stands at another path already."""
-        if (earlier := self.paths.setdefault(unique, path)) != path:
-            self.problems.append(f"{path}: the same {unique[1]} as {earlier}")
+    def require_unique(self, path: str, list_path: str, key: str, value: str) -> None:
+        """Report a value that stands at another path in the list already."""
+        if (earlier := self.paths.setdefault((list_path, key, value), path)) != path:
+            self.problems.append(f"{path}: the same {key.replace('_', ' ')} as {earlier}")
 
     def _read_record(self, path: str, value: Json, record: type) -> Any:
-        """Return an object as a dataclass, None if there is a mistake anywhere."""
-        values = self._read_members(path, value, settings_of(record))
+        # Return an object as a dataclass, None if there is a mistake anywhere.
+        values = self._read_members(path, value, SETTINGS[record])
         if record is Token:
             if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
                 self.problems.append(
@@ -3509,12 +3519,12 @@ class ConfigReader:
                     "`python scim_server.py token` makes both"
                 )
             if sha256 := values.get("sha256"):
-                self.require_unique(path, ("", "token", sha256))
+                self.require_unique(path, "", "token", sha256)
             values.setdefault("name", path)
         return None if self.problems else record(**values)
 
     def _read_members(self, path: str, value: Json, settings: dict[str, Any]) -> dict[str, Any]:
-        """Return an object's values by field; report unknown keys and missing ones."""
+        # Return an object's values by field; report unknown keys and missing ones.
         if self.read(path, value, OBJECT) is None:
             return {}
         prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
@@ -3538,8 +3548,7 @@ class ConfigReader:
                     converted if isinstance(converted, dict) else {option.name or key: converted}
                 )
                 if converted and (fold := option.metadata["unique"]):
-                    unique = path.rpartition("[")[0], key.replace("_", " "), fold(value[key])
-                    self.require_unique(place, unique)
+                    self.require_unique(place, path.rpartition("[")[0], key, fold(value[key]))
             elif option.default is MISSING:
                 self.problems.append(f"{place}: is missing")
         return values
@@ -3571,9 +3580,14 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
     """
     name = document.get("name") if isinstance(document, dict) else None
     rivals = [other for other in others if other.name != name]
-    paths = {("", "name", other.name.lower()): f"tenant {other.name}" for other in rivals}
-    for other in rivals:
-        paths |= {("", "token", token.sha256): f"tenant {other.name}" for token in other.tokens}
+    paths = {
+        ("", key, value): f"tenant {other.name}"
+        for other in rivals
+        for key, value in [
+            ("name", other.name.lower()),
+            *(("token", token.sha256) for token in other.tokens),
+        ]
+    }
     return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
 
 
@@ -3602,7 +3616,10 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
     return members
 
 
-def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | None) -> Config:
+Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
+
+
+def to_config(source: Source) -> Config:
     """Return the configuration that a program names: a Config, a file, a document, or None.
 
     None stands for the demo tenant. A document is for a program that embeds the server: without
@@ -3624,7 +3641,6 @@ def to_config(source: Config | Mapping[str, Json] | str | os.PathLike[str] | Non
 
 
 def store_path(config: Config, tenant: Tenant) -> str:
-    """Return the file that holds a tenant's data."""
     folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
     return folder if folder == ":memory:" else os.path.join(folder, file)
 
@@ -3639,6 +3655,19 @@ def make_data_dir(config: Config) -> None:
             f"{config.data_dir}: cannot be created ({error.strerror}); "
             "choose another directory with --data-dir"
         ) from error
+
+
+FileSignature = list[tuple[int, int]]
+
+
+def file_signature(*files: str) -> FileSignature:
+    """Return time and size of files, so that a change shows; [] if one is missing.
+
+    The size tells a half-written file from the whole one, which may have the same time.
+    """
+    with suppress(OSError):
+        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
+    return []
 
 
 # ----------------------------------------------------------------------------
@@ -3849,7 +3878,6 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    # For what is not a SCIM message.
     return Response(200, body, {"Content-Type": type, **headers})
 
 
@@ -3885,6 +3913,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 Reading = Generator[bool, None, bytes]
 
 
@@ -4608,7 +4637,6 @@ LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
 LOG_READS = 50  # the same for successful reads, the least informative calls
 LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
-LOGGED_PATH = 200  # characters of an attribute's path
 SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
 REDACTED = "•••"
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
@@ -4747,35 +4775,30 @@ class LogItem:
     instant: datetime
     seconds: float
     logged: bool  # False: it only shows that the token is in use
-    is_long: bool = False  # whether the body was too long to keep
 
     @cached_property
     def resource(self) -> Resource:
         """The user or group in the answer, or the only one that a query returned; {} for none."""
-        has_any = self.call.route.type and self.response.body and self.response.status < 300
-        body = self.response.body if has_any else {}
-        resources = body.get("Resources", [body])
-        resource: Resource = resources[0] if len(resources) == 1 else {}
+        body = self.response.body if self.call.route.type and self.response.status < 300 else None
+        resource: Resource = next(iter(body.get("Resources", [body])), {}) if body else {}
         return from_json(resource) if isinstance(resource, Encoded) else resource
 
     @cached_property
     def sent(self) -> list[Sent]:
         """What the client wrote, the attributes of an extension one by one."""
         sent, call = list(map(sent_by, self.call.operations)), self.call
-        is_resource = call.route.type and call.request.method in ("POST", "PUT")
-        body = call.body if is_resource and isinstance(call.body, dict) else {}
-        for name, value in body.items():
+        body = call.body if call.route.type and isinstance(call.body, dict) else {}
+        for name, value in body.items() if call.request.method != "PATCH" else ():
             if name.lower() in (ENTERPRISE.lower(), FACILIO.lower()) and isinstance(value, dict):
                 sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
             elif name.lower() not in ("schemas", "id", "meta"):
                 sent.append(("add", name, value))
-        return [(op, path[:LOGGED_PATH], value) for op, path, value in sent]
+        return [(op, path[:200], value) for op, path, value in sent]
 
     @cached_property
-    def may_show_secret(self) -> bool:
-        """Whether an error of this call may quote a secret."""
-        body = self.call.request.body if self.call.body is None else self.call.body
-        return self.is_long or SECRET.search(f"{body!r} {self.call.request.query}") is not None
+    def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
+        is_error, body = self.response.status >= 400, self.call.body or self.call.request.body
+        return is_error and SECRET.search(f"{body!r} {self.call.request.query}") is not None
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -4829,62 +4852,61 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
     call, resource = item.call, item.resource
     filter = dict(parse_qsl(call.request.query)).get("filter", "")
     literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
-    candidates = [resource, call.body if isinstance(call.body, dict) else {}]
-    if not resource:
-        row, employee = session.find(call.route.type, id), session.employee_of(id)
-        candidates += [row.attributes if row else {}, employee.record if employee else {}]
-    candidates.append({"name": literal[1] if literal else ""})
-    keys = ("displayName", "userName", "name")
-    names = (candidate.get(key) for candidate in candidates for key in keys)
+    row = None if resource else session.find(call.route.type, id)
+    employee = None if resource else session.employee_of(id)
+    candidates = (
+        resource,
+        call.body if isinstance(call.body, dict) else {},
+        row.attributes if row else {},
+        employee.record if employee else {},
+        {"name": literal[1]} if literal else {},
+    )
+    names = (
+        candidate.get(key)
+        for candidate in candidates
+        for key in ("displayName", "userName", "name")
+    )
     return next((name for name in names if name and isinstance(name, str)), "")
 
 
 # -- Warnings and errors -------------------------------------------------------------
 
 
-def warnings_about(session: Session, item: LogItem) -> list[Reason]:
-    """Return the warnings about a call that succeeded, each once."""
-    checks = (value_warnings, email_warnings, member_warnings)
-    return list(dict.fromkeys(reason for warn_of in checks for reason in warn_of(session, item)))
-
-
-def value_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
-    directory, is_user = item.call.directory, item.call.route.type == "User"
+    directory, user = item.call.directory, item.resource
     user_type = directory.resource_types["User"]
-    for _, path, value in item.sent if is_user else ():
-        name = path.lower()
-        if name == "active" and isinstance(value, str):
-            yield "active", quoted(value)
-        elif name == "externalid" and not OBJECT_ID.fullmatch(str(value)):
-            yield "externalId", quoted(value)
-        elif name.startswith(FACILIO.lower()) and not resolve(path, user_type):
-            yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
-
-
-def email_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    """Yield a warning about a work e-mail that is not the userName."""
+    for _, path, value in item.sent:
+        match path.lower():
+            case "active" if isinstance(value, str):
+                yield "active", quoted(value)
+            case "externalid" if not OBJECT_ID.fullmatch(str(value)):
+                yield "externalId", quoted(value)
+            case name if name.startswith(FACILIO.lower()) and not resolve(path, user_type):
+                yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
-    for email in item.resource.get("emails", ()) if names else ():
-        value, user_name = email.get("value"), item.resource.get("userName")
+    for email in user.get("emails", ()) if names else ():
+        value, user_name = email.get("value"), user.get("userName")
         if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
             yield "emails", quoted(value), quoted(user_name)
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     """Yield a warning about members that no user or group is."""
-    ids: set[str] = set()
-    for op, path, value in item.sent if item.call.route.type == "Group" else ():
-        if path.lower() == "members" and op != "remove":
-            ids.update(member_ids(path, value))
+    ids = {
+        id
+        for op, path, value in item.sent
+        if path.lower() == "members" and op != "remove"
+        for id in member_ids(path, value)
+    }
     # The answer shows who became a member; the store may have changed since.
     ids -= {member.get("value") for member in item.resource.get("members", ())}
     if missing := session.unknown_ids(sorted(ids)):
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
 
 
-def redacted_text(text: str) -> str:
-    """Return text without the values that it quotes."""
+# An error quotes what was sent as JSON text, or it ends with what it got.
+def without_quotes(text: str) -> str:
     return re.sub(r'got .*|"(\\.|[^"\\])*("|$)', REDACTED, text, flags=re.DOTALL)
 
 
@@ -4904,8 +4926,8 @@ def explain(reason: Reason, item: LogItem) -> Json:
     """Return the kind of a trouble, the sentence that explains it, and the remedy."""
     kind, names, text, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
-    if item.response.status >= 400 and item.may_show_secret:
-        parts = {name: redacted_text(part) for name, part in parts.items()} | {"value": REDACTED}
+    if item.may_show_secret:
+        parts = {name: without_quotes(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
@@ -4918,28 +4940,24 @@ def explain(reason: Reason, item: LogItem) -> Json:
 # -- Entries -------------------------------------------------------------------------
 
 
-def failure_of(item: LogItem) -> tuple[str, Reason]:
-    """Return the detail and the reason of an error; its detail explains one without a reason."""
-    detail = (item.response.body or {}).get("detail", "")
-    detail = redacted_text(detail) if item.may_show_secret else detail
-    fallback = ("failed" if item.response.status >= 500 else "refused", detail)
-    return detail, item.response.reason or fallback
-
-
-def attributes_of(item: LogItem, reason: Reason) -> list[str]:
+def attributes_of(item: LogItem) -> list[str]:
     """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
-    call, paths = item.call, dict.fromkeys(path for _, path, _ in item.sent)
+    call, reason = item.call, item.response.reason
     names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
-    if not paths and names_path and call.route.type and call.request.method == "PATCH":
-        return [reason[1]]
-    return list(paths)
+    is_patch = call.route.type and call.request.method == "PATCH"
+    written = dict.fromkeys(path for _, path, _ in item.sent)
+    return list(written) or ([reason[1]] if names_path and is_patch else [])
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
-    call, refused = item.call, item.response.status >= 400
-    detail, reason = failure_of(item) if refused else ("", ())
-    reasons = [reason] if refused else warnings_about(session, item)
+    call, response, refused = item.call, item.response, item.response.status >= 400
+    detail = response.body["detail"] if refused else ""
+    detail = without_quotes(detail) if item.may_show_secret else detail
+    # The detail explains an error without a reason.
+    reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
+    warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
+    reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
         "at": time_text(item.instant),
@@ -4947,13 +4965,13 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "operation": operation_name(item),
         "type": call.route.type,
         "name": subject_name(session, item, id)[:200],
-        "status": item.response.status,
+        "status": response.status,
         "id": call.request.id,
         "milliseconds": round(item.seconds * 1000, 1),
         "method": call.request.method,
         "path": call.request.path[:500],
         "client": call.request.client,
-        "attributes": attributes_of(item, reason)[:50],
+        "attributes": attributes_of(item)[:50],
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
@@ -4988,69 +5006,67 @@ class BackgroundWriter:
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
-        self._write, self._pause, self._limit = write, pause, limit
-        self._items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._lock, self._flush_now, self.lost = threading.Lock(), threading.Event(), 0
-        self._thread: threading.Thread | None = None
+        self._write, self._pause, self._limit, self.lost = write, pause, limit, 0
+        self._items, self._closing = queue.SimpleQueue[Any](), threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
 
     def add(self, item: Any) -> None:
-        """Queue an item, or count it as lost."""
-        if self._items.qsize() >= self._limit:
+        if self._items.qsize() < self._limit:
+            self._items.put(item)
+        else:
             self.lost += 1
-            return
-        self._items.put(item)
-        with self._lock:
-            if not self._thread:
-                thread = threading.Thread(target=self._run, daemon=True)
-                with suppress(RuntimeError):  # no thread could be started; the next item retries
-                    thread.start()
-                    self._thread = thread
 
     def close(self, seconds: float = 5) -> None:
-        """Write the queued items, in at most that time; a later item starts another thread."""
-        with self._lock:
-            thread, self._thread = self._thread, None
-        if thread:
-            self._flush_now.set()
-            self._items.put(None)
-            thread.join(seconds)
-            self._flush_now.clear()
+        """Write the queued items, in at most that time, and end the thread."""
+        self._closing.set()
+        self._items.put(None)  # the end
+        self._thread.join(seconds)
 
     def _run(self) -> None:
         batch: list[Any] = []
         while None not in batch:
             batch = [self._items.get()]
-            self._flush_now.wait(self._pause)
+            self._closing.wait(self._pause)
             batch += [self._items.get() for _ in range(self._items.qsize())]
             self._write([item for item in batch if item is not None])
 
 
 class ProvisioningLog(BackgroundWriter):
-    """The queue of calls for the logs of their tenants."""
+    """The queue of calls for the logs of their tenants; calls with unknown tokens are counted."""
 
     def __init__(self) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.unknown_token_calls, self.unknown_token_since = 0, ""
 
-    def has_room(self, request: Request, response: Response) -> bool:
-        """Return whether a call may be added: at most LOG_READS successful reads are queued."""
-        return request.method != "GET" or response.status >= 300 or self._items.qsize() < LOG_READS
+    def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
+        """Queue a call for its tenant's log, or count it if no tenant has its token."""
+        request, caller = call.request, call.caller
+        is_lost = response.status == 404 and not call.route.label
+        # Reading the results in the console is not a part of the provisioning.
+        is_console = request.method == "GET" and "x-console" in request.headers
+        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+        if not caller and logged and response.status == 401:
+            self.unknown_token_calls += 1
+            self.unknown_token_since = self.unknown_token_since or time_text(clock())
+        if not caller or isinstance(directory := caller.directory, StoreError):
+            return  # there is no log
+        if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
+            self.lost += logged
+            return
+        # The headers hold the secret.
+        call.request, call.directory = request._replace(headers={}, caller=None), directory
+        self._queue(LogItem(call, caller, response, clock(), seconds, logged))
 
-    def add(self, item: LogItem) -> None:
-        """Queue a call, without long bodies and long lists."""
+    def _queue(self, item: LogItem) -> None:
+        # Queue a call without a long body and without a list of several resources.
         call, answer = item.call, item.response.body
-        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 2:
-            item.response = item.response._replace(body={"Resources": answer["Resources"][:2]})
+        if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
+            item.response = item.response._replace(body=None)
         if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
-            call.operations, item.is_long = (), True
-        super().add(item)
-
-    def count_unknown_token(self, at: str) -> None:
-        """Count a call with an unknown token, which belongs to no tenant."""
-        with self._lock:
-            self.unknown_token_calls += 1
-            self.unknown_token_since = self.unknown_token_since or at
+            call.operations, item.may_show_secret = (), True
+        self.add(item)
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5073,8 +5089,7 @@ class ProvisioningLog(BackgroundWriter):
 
 def list_employees(call: Call) -> Response:
     """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
-    active = call.parameters.get("active", "").lower()
-    if active not in ("", "true", "false"):
+    if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
         raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     rows = call.directory.employees(
@@ -5083,12 +5098,11 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees = list(itertools.islice(rows, count + 1))
+    employees = list(itertools.islice(rows, count))
     headers, cursor = {}, {}
-    if len(employees) > count:
-        employees.pop()
-        cursor = {"nextCursor": str(employees[-1].id)}
-        query = urlencode({**call.parameters, "cursor": employees[-1].id})
+    if next(rows, None):
+        cursor["nextCursor"] = str(employees[-1].id)
+        query = urlencode({**call.parameters, "cursor": cursor["nextCursor"]})
         headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
     if "text/csv" in call.request.headers.get("accept", ""):
         table = employee_table(employees, call.directory.link_names)
@@ -5097,7 +5111,6 @@ def list_employees(call: Call) -> Response:
 
 
 def get_employee(call: Call) -> Response:
-    """Answer GET /employees/{id}."""
     id = int(call.id) if re.fullmatch(r"\d{1,18}", call.id, re.ASCII) else 0
     if not (employee := next(call.directory.employees(id=id), None)):
         raise ScimError(404, "", f"employee {quoted(call.id)} does not exist")
@@ -5117,7 +5130,6 @@ def list_changes(call: Call) -> Response:
 
 
 def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer for the console, which no cache keeps."""
     return plain_response(
         body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
     )
@@ -5140,9 +5152,9 @@ def page_response(page: str) -> Response:
     )
 
 
-def entra_mapping(directory: Directory) -> list[list[str]]:
-    """Return rows of source, customappsso attribute, type in Entra, and the change to make."""
-    types, rows = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}, []
+def entra_mapping(directory: Directory) -> Iterator[list[str]]:
+    """Yield rows of source, customappsso attribute, type in Entra, and the change to make."""
+    types = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}
     fields = (
         ("", f"{FACILIO}:{name}", "custom field: choose its source")
         for name in directory.link_names
@@ -5150,12 +5162,10 @@ def entra_mapping(directory: Directory) -> list[list[str]]:
     for source, target, change in (*ENTRA_MAPPING, *fields):
         path = parse_path(target, directory.resource_types["User"])
         type = (path.sub_attribute or path.attributes[-1]).type
-        rows.append([source, target, types.get(type, "String"), change])
-    return rows
+        yield [source, target, types.get(type, "String"), change]
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
-    """Answer GET /console/api/log: entries newest first, those after or before a number."""
     entries = call.directory.requests(
         call.integer("after", 0),
         call.integer("before", 0),
@@ -5171,7 +5181,6 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
     """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
     directory, now = call.directory, call.directory.clock()
-    user_type = directory.resource_types["User"]
     tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
         steps = [
@@ -5179,49 +5188,45 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             for step, _, title, hint in STEPS
             if tenant.custom_fields or step != "custom"
         ]
-    tokens = [
-        {
-            "name": token.name,
-            "last_use": directory.last_use(token.name),
-            "expires": time_text(token.expires) if token.expires else "",
-            "expired": token.expired(now),
-        }
-        for token in tenant.tokens
-    ]
-    fields = [
-        {
-            **asdict(custom),
-            "urn": custom.urn,
-            "people": directory.query(user_type, f"{custom.urn} pr", count=0).total_results,
-        }
-        for custom in tenant.custom_fields
-    ]
     return console_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
             "steps": steps,
             "lost": log.lost,
-            "tokens": tokens,
+            "tokens": [
+                {
+                    "name": token.name,
+                    "last_use": directory.last_use(token.name),
+                    "expires": time_text(token.expires) if token.expires else "",
+                    "expired": token.expired(now),
+                }
+                for token in tenant.tokens
+            ],
             "last": directory.requests(count=1),
             "refused": directory.requests(text='"status":401'),
             "strangers": log.unknown_token_calls,
             "strange_since": log.unknown_token_since,
-            "mapping": entra_mapping(directory),
-            "fields": fields,
+            "mapping": list(entra_mapping(directory)),
+            "fields": [
+                {
+                    **asdict(custom),
+                    "urn": custom.urn,
+                    "people": directory.query("User", f"{custom.urn} pr", count=0).total_results,
+                }
+                for custom in tenant.custom_fields
+            ],
         }
     )
 
 
 def get_mapping(call: Call) -> Response:
-    """Answer GET /console/api/mapping: the attribute mapping as CSV."""
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    table = [header, *entra_mapping(call.directory)]
-    return console_response("".join(employee_csv(table)), "text/csv; charset=utf-8")
+    lines = employee_csv([header, *entra_mapping(call.directory)])
+    return console_response("".join(lines), "text/csv; charset=utf-8")
 
 
 def get_history(call: Call) -> Response:
-    """Answer GET /console/api/history/{id}: a user's employee, and changes of a user or group."""
     employee, changes = call.directory.history(call.id)
     return console_response(
         {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
@@ -5239,14 +5244,13 @@ class Metrics:
         self._counts: dict[tuple[str, str, str, int], tuple[int, float]] = {}
 
     def add(self, method: str, response: Response, seconds: float) -> None:
-        """Count an answer."""
         key = (response.tenant, method, response.route, response.status)
         with self._lock:
             count, total = self._counts.get(key, (0, 0.0))
             self._counts[key] = (count + 1, total + seconds)
 
-    def text(self) -> str:
-        """Return all counts."""
+    def answer(self, call: Call) -> Response:
+        """Answer GET /metrics."""
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
@@ -5254,13 +5258,16 @@ class Metrics:
             (0, "scim_requests_total", "Requests answered"),
             (1, "scim_request_seconds_total", "Seconds spent on them"),
         ):
-            lines += [f"# HELP {name} {help}", f"# TYPE {name} counter"]
             lines += [
-                f'{name}{{tenant="{tenant}",method="{method}",route="{route}",status="{status}"}} '
-                f"{values[number]:g}"
-                for (tenant, method, route, status), values in counts
+                f"# HELP {name} {help}",
+                f"# TYPE {name} counter",
+                *(
+                    f'{name}{{tenant="{tenant}",method="{method}",route="{route}",'
+                    f'status="{status}"}} {values[number]:g}'
+                    for (tenant, method, route, status), values in counts
+                ),
             ]
-        return "\n".join(lines) + "\n"
+        return plain_response("\n".join([*lines, ""]), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -5298,26 +5305,28 @@ class Tenants:
             self.directories = {
                 tenant.name: self._open(config, tenant) for tenant in config.tenants
             }
-            tenants = tuple(
-                replace(tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens))
+            self.tenants = {
+                tenant.name: replace(
+                    tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens)
+                )
                 for tenant in config.tenants
-            )
-            self.config = replace(config, tenants=tenants)
-            self.tenants = {tenant.name: tenant for tenant in tenants}
+            }
+            self.config = replace(config, tenants=tuple(self.tenants.values()))
             self._tokens = {
-                token.sha256: (tenant, token) for tenant in tenants for token in tenant.tokens
+                token.sha256: (tenant, token)
+                for tenant in self.config.tenants
+                for token in tenant.tokens
             }
         for name in before.keys() - self.directories.keys():
             if isinstance(directory := before[name], Directory):
-                directory.store.interrupt()
                 directory.store.close()
 
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
         with self._configuring:
             tenant = parse_tenant(document, self.config.tenants)
-            others = tuple(other for other in self.config.tenants if other.name != tenant.name)
-            self.configure(replace(self.config, tenants=(*others, tenant)))
+            tenants = {**self.tenants, tenant.name: tenant}
+            self.configure(replace(self.config, tenants=tuple(tenants.values())))
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
@@ -5328,21 +5337,18 @@ class Tenants:
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
-        directory = self.directories[name]
-        if isinstance(directory, StoreError):
+        if isinstance(directory := self.directories[name], StoreError):
             raise directory
         return directory
 
     @property
     def available(self) -> list[Directory]:
-        """The directories of the tenants whose databases can be used."""
         return [item for item in self.directories.values() if isinstance(item, Directory)]
 
     def token(self, name: str) -> str:
         """Return a new secret of a tenant, valid until the next configuration; KeyError."""
         secret = secrets.token_urlsafe(32)
-        with self._configuring:
-            self._tokens = {**self._tokens, digest(secret): (self.tenants[name], Token("made", ""))}
+        self._tokens[digest(secret)] = (self.tenants[name], Token("made", ""))
         return secret
 
     def known_caller(self, request: Request) -> Caller | None:
@@ -5413,8 +5419,6 @@ QUICK_QUERIES = {
         re.ASCII,
     ),
 }
-UNKNOWN_PATH = Route("", NOWHERE)
-UNKNOWN_SCIM_PATH = Route("", BEARER)  # 401 comes before 404
 
 
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
@@ -5425,17 +5429,10 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
             segments = tuple(filter(None, path.split("/")))
             type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
             route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
-            for method in methods.replace("GET", "GET HEAD").split():
-                routes.setdefault(segments, route).operations[method] = lane, operation
+            routes.setdefault(segments, route).operations.update(
+                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation))
+            )
     return routes
-
-
-def labelled(call: Call, response: Response) -> Response:
-    """Return a response with the tenant and the route of its call, for the logs."""
-    if response.status == 401:
-        return response
-    tenant = call.caller.tenant.name if call.caller else ""
-    return Response(*response[:3], tenant, call.route.label, response.reason)
 
 
 class Application(Tenants):
@@ -5460,13 +5457,14 @@ class Application(Tenants):
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
-        page_answer, bulk = page_response(page), partial(run_bulk, self.handle)
+        health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
+        bulk = partial(run_bulk, self.handle)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
-            ("GET",    "/healthz",                       ANYONE,   QUICK, self._get_health),
+            ("GET",    "/healthz",                       ANYONE,   QUICK, lambda call: health),
             ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self.metrics.answer),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
@@ -5512,9 +5510,7 @@ class Application(Tenants):
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
         started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
-        response = self._answer(call)
-        self._note(call, response, time.perf_counter() - started)
-        return response
+        return self._finish(call, self._answer(call), started)
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
@@ -5533,11 +5529,11 @@ class Application(Tenants):
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
-            response = cause or error_response(error)
-            responses = [labelled(call, response) for call in calls]
-        for call, response in zip(calls, responses, strict=True):
-            self._note(call, response, time.perf_counter() - started)
-        return responses
+            responses = [cause or error_response(error)] * len(calls)
+        return [
+            self._finish(call, response, started)
+            for call, response in zip(calls, responses, strict=True)
+        ]
 
     def caller_of(self, request: Request) -> Caller | None:
         """Return who sent a request; the hook is asked about a token that no tenant has."""
@@ -5582,7 +5578,8 @@ class Application(Tenants):
             return route, ""
         if route := self._routes.get((*segments[:-1], "{id}")):
             return route, segments[-1]
-        return UNKNOWN_SCIM_PATH if segments[:2] == ["scim", "v2"] else UNKNOWN_PATH, ""
+        # At an unknown path below /scim/v2, 401 comes before 404.
+        return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
@@ -5593,10 +5590,9 @@ class Application(Tenants):
                 call.directory = self._admit(request, call.caller)
             elif access == OPERATOR:
                 self._admit_operator(request)
-            response = self._perform(call)
+            return self._perform(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            response = error_response(error)
-        return labelled(call, response)
+            return error_response(error)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
@@ -5613,8 +5609,9 @@ class Application(Tenants):
 
     def _admit_operator(self, request: Request) -> None:
         # Raise ScimError 401 unless the request is from this machine or has the metrics token.
-        is_forwarded = {"forwarded", "x-forwarded-for"} & request.headers.keys()
-        is_local = request.client in ("127.0.0.1", "::1") and not is_forwarded
+        is_local = request.client in ("127.0.0.1", "::1") and not (
+            {"forwarded", "x-forwarded-for"} & request.headers.keys()
+        )
         if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
             raise ScimError(
                 401,
@@ -5634,8 +5631,8 @@ class Application(Tenants):
                 reason=("path", request.path, BASE_PATH),
             )
         if request.method not in operations:
-            methods = sorted(operations, key="HEAD".__eq__)  # HEAD comes last
-            allow = {"Allow": ", ".join([*methods, "OPTIONS"])}
+            # HEAD comes after the methods of the table.
+            allow = {"Allow": ", ".join([*sorted(operations, key="HEAD".__eq__), "OPTIONS"])}
             if request.method == "OPTIONS":
                 return Response(204, headers=allow)
             raise ScimError(
@@ -5645,15 +5642,11 @@ class Application(Tenants):
                 allow,
             )
         if request.query:
-            query = parse_qsl(request.query, keep_blank_values=True)
-            call.parameters = {name.lower(): value for name, value in query}
+            call.parameters = {
+                name.lower(): value
+                for name, value in parse_qsl(request.query, keep_blank_values=True)
+            }
         return operations[request.method][1](call)
-
-    def _get_health(self, call: Call) -> Response:  # the process is up
-        return plain_response("ok\n", "text/plain")
-
-    def _get_metrics(self, call: Call) -> Response:
-        return plain_response(self.metrics.text(), "text/plain; version=0.0.4; charset=utf-8")
 
     def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
@@ -5662,24 +5655,69 @@ class Application(Tenants):
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
-    def _note(self, call: Call, response: Response, seconds: float) -> None:
-        # Pass a call to its tenant's log, or count it if no tenant has its token.
-        request, caller = call.request, call.caller
-        is_lost = response.status == 404 and not response.route
-        # Reading the results in the console is not a part of the provisioning.
-        is_console = request.method == "GET" and "x-console" in request.headers
-        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+    def _finish(self, call: Call, response: Response, started: float) -> Response:
+        # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            if not caller and logged and response.status == 401:
-                self.log.count_unknown_token(time_text(self._clock()))
-            if not caller or isinstance(directory := caller.directory, StoreError):
-                return  # there is no log
-            if self.log.has_room(request, response):
-                # The headers hold the secret.
-                call.request, call.directory = request._replace(headers={}, caller=None), directory
-                self.log.add(LogItem(call, caller, response, self._clock(), seconds, logged))
-            else:
-                self.log.lost += logged
+            self.log.note(call, response, self._clock, time.perf_counter() - started)
+        if response.status == 401:
+            return response
+        tenant = call.caller.tenant.name if call.caller else ""
+        return Response(*response[:3], tenant, call.route.label, response.reason)
+
+
+@dataclass(frozen=True)
+class WsgiApplication:
+    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
+
+    application: Application
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        """Answer a request."""
+        request = self._request(environ)
+        try:
+            response = self.application.handle(request._replace(body=self._body(environ, request)))
+        except ScimError as error:
+            response = error_response(error)
+        status, fields, body = to_http(response, request)
+        start_response(status, fields)
+        return [body]
+
+    def _request(self, environ: dict[str, Any]) -> Request:
+        # Return a request without its body; WSGI has decoded the path, as Latin-1.
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        mount_point, path = (
+            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
+        )
+        id = headers.get("x-request-id", "")
+        return Request(
+            environ["REQUEST_METHOD"],
+            path,
+            environ.get("QUERY_STRING", ""),
+            headers,
+            b"",
+            environ["wsgi.url_scheme"],
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            mount_point,
+            environ.get("REMOTE_ADDR", ""),
+            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
+            None,
+            True,
+        )
+
+    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
+        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
+        if length and not LENGTH.fullmatch(length):
+            raise ScimError(400, "", "content-length: expected a number")
+        # A server that accepts chunked bodies ends the stream itself, and says so.
+        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
 
 
 # ----------------------------------------------------------------------------
@@ -5708,37 +5746,19 @@ LOG_LINES = 10_000  # that may wait for the access log
 LOG_SECONDS = 0.05  # how long a line of the access log waits for others
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 BULK_PATH = f"{BASE_PATH}/Bulk"
-IDLE, READING, ANSWERING, SENDING, LINGERING = (
-    "idle",
-    "reading",
-    "answering",
-    "sending",
-    "lingering",
-)
+IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
+SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-FileSignature = list[tuple[int, int]]
 http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
 
 def log_line(text: str) -> None:
-    """Print a line for the operator."""
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
 # -- TLS and the access log --
-
-
-def file_signature(*files: str) -> FileSignature:
-    """Return time and size of files, so that a change shows; [] if one is missing.
-
-    The size tells a half-written file from the whole one, which may have the same time.
-    """
-    with suppress(OSError):
-        return [(status.st_mtime_ns, status.st_size) for status in map(os.stat, files)]
-    return []
 
 
 class Tls:
@@ -5771,7 +5791,7 @@ class Tls:
 
 
 def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return a writer of requests, dicts whose values hold no blank, as lines: text, json or off."""
+    """Return a writer of requests as lines of a style: text, json or off."""
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -5815,11 +5835,11 @@ class Fault:
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        conflict = "If-Match: the version has changed; read the resource again"
+        details = {412: "If-Match: the version has changed; read the resource again"}
+        error = ScimError(self.status, "", details.get(self.status, "injected fault"))
+        error = unauthorized() if self.status == 401 else error
         retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        detail = conflict if self.status == 412 else "injected fault"
-        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail, retry)
-        error.headers.update(self.headers)
+        error.headers.update({**retry, **self.headers})
         return error_response(error)
 
 
@@ -5874,19 +5894,17 @@ class Connection:
             self.unsent, self.then = memoryview(b""), CLOSE
 
     def has_unread(self) -> bool:
-        """Return whether octets have arrived that were not received yet."""
         with suppress(OSError):  # nothing has arrived, or the connection has ended
             return bool(socket.socket.recv(self.socket, 1, socket.MSG_PEEK))
         return False
 
     def rest(self) -> None:
-        """Wait for the next request."""
         self.state = IDLE
         self.allow(IDLE_SECONDS)
 
     @property
     def evictable(self) -> bool:
-        """Whether it may be closed to make room: it is not executing, or sending to a good token."""
+        """Whether it may be closed to make room: not while it executes, or sends to a good token."""
         return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
 
     def shut(self, how: int) -> None:
@@ -5906,7 +5924,6 @@ def listen(config: Config) -> socket.socket:
 
 
 def url_of(config: Config, port: int) -> str:
-    """Return the Tenant URL of a server on a port."""
     host = f"[{config.host}]" if ":" in config.host else config.host
     return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
@@ -5918,7 +5935,7 @@ class Watcher(http.server.HTTPServer, ABC):
     """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
 
     It alone uses the selector and the set of connections. A subclass reads, executes and refuses
-    requests. A request in execution gives its connection back by finish(), from any thread.
+    requests. A request in execution gives its connection back, from any thread.
     """
 
     def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
@@ -5935,7 +5952,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Watch all connections until stop(), and then until the requests in flight are answered."""
+        """Watch all connections until stop(), and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -5969,7 +5986,7 @@ class Watcher(http.server.HTTPServer, ABC):
 
     @abstractmethod
     def execute(self, connection: Connection, request: Request) -> None:
-        """Have a request answered, at once or by another thread; finish() ends it."""
+        """Have a request answered, by this thread or another one, which then calls give_back()."""
 
     @abstractmethod
     def refuse(self, connection: Connection, error: ScimError) -> None:
@@ -5995,15 +6012,13 @@ class Watcher(http.server.HTTPServer, ABC):
             self.give_back(connection)
 
     def _wake(self) -> None:
-        """Wake the watching thread."""
         with suppress(OSError):  # many wake-ups wait already, or the thread has ended
             self._alarm.send(b"!")
 
     def _round(self, seconds: float) -> None:
-        """Wait for events, for some seconds at most, and do what is due."""
+        # Wait for events, for some seconds at most, and do what is due.
         paused, newcomer = self._paused, False
-        if self._returned or paused:
-            seconds = 0 if self._returned else PAUSE_SECONDS
+        seconds = 0 if self._returned else PAUSE_SECONDS if paused else seconds
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self.socket:
                 newcomer = True
@@ -6025,7 +6040,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 self.guarded(connection, self._on_deadline, connection)
 
     def _accept(self) -> None:
-        """Accept a connection; at the limit, another one makes room, or the newcomer waits."""
+        # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
             if len(self.connections) >= self.max_connections:
                 self._evict()
@@ -6049,7 +6064,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._watch(connection, selectors.EVENT_READ)
 
     def _evict(self) -> None:
-        """Close the connection that was without a request with a good token longest; OSError."""
+        # Close the connection that was without a request with a good token longest; OSError.
         evictable = [peer for peer in self.connections if peer.evictable]
         for connection in sorted(evictable, key=lambda peer: peer.since):
             if not connection.has_unread():
@@ -6058,7 +6073,7 @@ class Watcher(http.server.HTTPServer, ABC):
         raise OSError("all connections are in use")
 
     def _watch(self, connection: Connection, events: int) -> None:
-        """Have the selector watch a connection for events, or for none."""
+        # Have the selector watch a connection for events, or for none.
         if events and connection.events:
             self._selector.modify(connection.socket, events, connection)
         elif events:
@@ -6068,14 +6083,13 @@ class Watcher(http.server.HTTPServer, ABC):
         connection.events = events
 
     def _close(self, connection: Connection) -> None:
-        """Close a connection and forget it."""
         self._watch(connection, 0)
         connection.shut(socket.SHUT_WR)
         connection.socket.close()
         self.connections.discard(connection)
 
     def _on_event(self, connection: Connection) -> None:
-        """Receive from a connection, or send to it what remains."""
+        # Receive from a connection, or send to it what remains.
         if connection.state == ANSWERING:
             with self._lock:  # it may be given back at this moment
                 if connection.state == ANSWERING:
@@ -6091,7 +6105,7 @@ class Watcher(http.server.HTTPServer, ABC):
             self._parse(connection)
 
     def _go_on(self, connection: Connection) -> None:
-        """Do what comes after an answer, or after a part of a body that took its time."""
+        # Do what comes after an answer, or after a part of a body that took its time.
         if connection.unsent:
             connection.state = SENDING
             connection.allow(HEAD_SECONDS + len(connection.unsent) / MIN_OCTETS_PER_SECOND)
@@ -6112,7 +6126,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 self._parse(connection)
 
     def _on_deadline(self, connection: Connection) -> None:
-        """Close a connection that was silent or slow for too long; answer a request that began."""
+        # Close a connection that was silent or slow for too long; answer a request that began.
         if connection.state == READING:
             detail = f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
             detail += f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
@@ -6121,7 +6135,7 @@ class Watcher(http.server.HTTPServer, ABC):
             self._close(connection)
 
     def _parse(self, connection: Connection) -> None:
-        """Parse what has arrived, and execute or refuse the request that it is."""
+        # Parse what has arrived, and execute or refuse the request that it is.
         if connection.state == IDLE:
             connection.state, connection.started = READING, time.perf_counter()
             connection.allow(HEAD_SECONDS)
@@ -6188,10 +6202,8 @@ class ScimServer(Watcher):
         head = yield from read_head(connection.buffer)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
-        limit, length = (
-            self.application.body_limit(request.path),
-            head.headers.get("content-length"),
-        )
+        limit = self.application.body_limit(request.path)
+        length = head.headers.get("content-length")
         if length and int(length) > limit:
             raise too_large(limit)
         if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
@@ -6245,7 +6257,7 @@ class ScimServer(Watcher):
         self._send(connection, request, error_response(error), then=LINGER)
 
     def _answer(self, connection: Connection, request: Request) -> None:
-        """Execute a request and send the answer; faults come first."""
+        # Execute a request and send the answer; faults come first.
         fault = self._next_fault(request) if self.faults else None
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
@@ -6254,7 +6266,7 @@ class ScimServer(Watcher):
         self._send(connection, request, response, cut=fault is not None and fault.cut)
 
     def _answer_in_turn(self, connection: Connection, request: Request) -> None:
-        """Answer a read when the one before is done, or after PAUSE_SECONDS."""
+        # Answer a read when the one before is done, or after PAUSE_SECONDS.
         in_turn = self._turn.acquire(timeout=PAUSE_SECONDS)
         try:
             self._answer(connection, request)
@@ -6263,7 +6275,7 @@ class ScimServer(Watcher):
                 self._turn.release()
 
     def _queue_write(self, connection: Connection, request: Request) -> None:
-        """Have a write answered with the others that wait for its tenant."""
+        # Have a write answered with the others that wait for its tenant.
         tenant = request.caller[0].name if request.caller else ""
         with self._lock:
             first = tenant not in self._writes
@@ -6272,14 +6284,14 @@ class ScimServer(Watcher):
             self._writers.submit(self._answer_writes, tenant)
 
     def _answer_writes(self, tenant: str) -> None:
-        """Answer the writes that wait for a tenant until there are none."""
+        # Answer the writes that wait for a tenant until there are none.
         while writes := self._next_writes(tenant):
             responses = self.application.handle_all([request for _, request in writes])
             for (connection, request), response in zip(writes, responses, strict=True):
                 self.guarded(connection, self._send, connection, request, response)
 
     def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
-        """Take writes of a tenant that may share a transaction; without any, forget the tenant."""
+        # Take writes of a tenant that may share a transaction; without any, forget the tenant.
         with self._lock:
             waiting = self._writes[tenant]
             # A Bulk request has a transaction of its own, so that others do not wait for its end.
@@ -6291,7 +6303,7 @@ class ScimServer(Watcher):
         return waiting[:size]
 
     def _next_fault(self, request: Request) -> Fault | None:
-        """Return the fault that a request meets, counted."""
+        # Return the fault that a request meets, counted.
         with self._lock:
             if fault := next((fault for fault in self.faults if fault.matches(request)), None):
                 fault.times -= 1
@@ -6307,8 +6319,8 @@ class ScimServer(Watcher):
         then: str = KEEP,
         cut: bool = False,
     ) -> None:
-        """Send an answer, half of its body if it is to be cut, note it, give the connection back."""
-        self._keep(request, response)  # before the client can look for it
+        # Note and send an answer, half of its body if it is to be cut; give the connection back.
+        self._keep(request, response)
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
@@ -6321,8 +6333,9 @@ class ScimServer(Watcher):
         connection.then, connection.authenticated = then, bool(response.tenant)
         if response.tenant:
             connection.since = time.monotonic()
-        connection.send(octets + body[: len(body) // 2 if cut else None])
+        # The counts come first, since a client may look for them as soon as it has the answer.
         self._note(request, response, time.perf_counter() - connection.started, len(body))
+        connection.send(octets + body[: len(body) // 2 if cut else None])
         self.give_back(connection)
 
     def _keep(self, request: Request, response: Response) -> None:
@@ -6333,7 +6346,7 @@ class ScimServer(Watcher):
             del self.exchanges[:-MAX_EXCHANGES]
 
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
-        """Count and log an answer: no secret, no value of a resource, nothing that ends a line."""
+        # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
         self.log.add(
@@ -6348,61 +6361,6 @@ class ScimServer(Watcher):
                 "id": request.id,
             }
         )
-
-
-@dataclass(frozen=True)
-class WsgiApplication:
-    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
-
-    application: Application
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """Answer a request."""
-        request = self._request(environ)
-        try:
-            response = self.application.handle(request._replace(body=self._body(environ, request)))
-        except ScimError as error:
-            response = error_response(error)
-        status, fields, body = to_http(response, request)
-        start_response(status, fields)
-        return [body]
-
-    def _request(self, environ: dict[str, Any]) -> Request:
-        """Return a request without its body; WSGI has decoded the path, as Latin-1."""
-        headers = {
-            name[5:].replace("_", "-").lower(): value
-            for name, value in environ.items()
-            if name.startswith("HTTP_")
-        }
-        mount_point, path = (
-            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
-        )
-        id = headers.get("x-request-id", "")
-        return Request(
-            environ["REQUEST_METHOD"],
-            path,
-            environ.get("QUERY_STRING", ""),
-            headers,
-            b"",
-            environ["wsgi.url_scheme"],
-            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
-            mount_point,
-            environ.get("REMOTE_ADDR", ""),
-            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
-            None,
-            True,
-        )
-
-    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
-        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
-        if length and not LENGTH.fullmatch(length):
-            raise ScimError(400, "", "content-length: expected a number")
-        # A server that accepts chunked bodies ends the stream itself, and says so.
-        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
-        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
-        if len(body) > limit:
-            raise too_large(limit)
-        return body
 
 
 # ----------------------------------------------------------------------------
@@ -6759,14 +6717,13 @@ addEventListener('hashchange', route); route();
 # Uses everything above.
 # ----------------------------------------------------------------------------
 
-RELOAD_SECONDS = 1  # how often the configuration file is checked for changes
-Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
-Hook = Callable[[str], str | None] | None
-
 
 @contextmanager
 def running(
-    config: Source = None, *, authenticate: Hook = None, deterministic: bool = False
+    config: Source = None,
+    *,
+    authenticate: Callable[[str], str | None] | None = None,
+    deterministic: bool = False,
 ) -> Iterator[ScimServer]:
     """Run a server on a free port during a with block; see its url, token() and directory().
 
@@ -6797,7 +6754,9 @@ def running(
             thread.join()
 
 
-def wsgi(config: Source = None, *, authenticate: Hook = None) -> WsgiApplication:
+def wsgi(
+    config: Source = None, *, authenticate: Callable[[str], str | None] | None = None
+) -> WsgiApplication:
     """Return the server as a WSGI application, for gunicorn or to mount under a prefix.
 
     The arguments are those of running(). A configuration file is reloaded when it changes. Call
@@ -6824,7 +6783,7 @@ def follow_file(
     load: Callable[[], Config],
     signature: FileSignature,
 ) -> None:
-    """Reload the configuration whenever its file no longer has the signature.
+    """Reload the configuration within a second after its file no longer has the signature.
 
     This is for a daemon thread. It ends when nothing else refers to the application.
     """
@@ -6833,7 +6792,7 @@ def follow_file(
             signature[:] = latest
             log_line(f"{file}: {reload_config(application, load)}")
         del application
-        time.sleep(RELOAD_SECONDS)
+        time.sleep(1)
 
 
 def reload_config(application: Application, load: Callable[[], Config]) -> str:
@@ -6853,11 +6812,12 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
-    return f"loaded, {len(config.tenants)} tenant(s){later}"
+    return f"loaded, {len(config.tenants)} tenant(s)" + (
+        f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    )
 
 
-# -- Commands: those that return None end with status 0 ------------------------------
+# -- Commands: COMMANDS says what each of them does; None stands for status 0 --------
 
 
 class UsageError(Exception):
@@ -6865,7 +6825,7 @@ class UsageError(Exception):
 
 
 def chosen_file(options: argparse.Namespace) -> str:
-    """Return the configuration file to use, "" for the built-in demo."""
+    # "" stands for the built-in demo.
     sample = Path(__file__).with_name("sample_config.json")
     return options.config or (str(sample) if sample.exists() else "")
 
@@ -6874,9 +6834,8 @@ def chosen_config(options: argparse.Namespace) -> Config:
     """Return the configuration file's content with the options of the command line; ConfigError."""
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
-    if options.listen:
-        config = replace(config, **ConfigReader().result("--listen", options.listen, ADDRESS))
-    return replace(config, data_dir=options.data_dir or config.data_dir)
+    listen = ConfigReader().result("--listen", options.listen, ADDRESS) if options.listen else {}
+    return replace(config, data_dir=options.data_dir or config.data_dir, **listen)
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
@@ -6898,11 +6857,6 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
     except FileNotFoundError:
         raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
     return Store(path)
-
-
-def chosen_store(options: argparse.Namespace) -> Store:
-    """Return the store of --tenant; UsageError, StoreError."""
-    return existing_store(*chosen_tenant(options))
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -6933,7 +6887,6 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def raise_file_limit() -> None:
-    """Allow this process as many open files as the system permits."""
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
 
@@ -6955,7 +6908,7 @@ def open_listener(config: Config) -> socket.socket:
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only programs on this machine can reach a host."""
+    # Only programs on this machine can reach such a host.
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
@@ -6972,11 +6925,12 @@ def warn_about_setup(application: Application) -> None:
         )
 
 
-def usable_secrets(tenant: Tenant) -> list[str]:
-    """Return the secrets of a tenant that the configuration holds and that have not expired."""
-    return [
-        token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())
-    ]
+def usable_secret(tenant: Tenant) -> str:
+    """Return a secret of a tenant that is in the configuration and has not expired, or ""."""
+    return next(
+        (token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())),
+        "",
+    )
 
 
 def greeting(url: str, config: Config) -> str:
@@ -6994,16 +6948,12 @@ def greeting(url: str, config: Config) -> str:
             ),
         ]
         # This link signs in to the console. On loopback nobody else can use it.
-        if config.console and is_loopback(config.host):
-            lines += [
-                f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}"
-                for secret in usable_secrets(tenant)[:1]
-            ]
+        if config.console and is_loopback(config.host) and (secret := usable_secret(tenant)):
+            lines.append(f"  Console       {url.removesuffix(BASE_PATH)}/#token={quote(secret)}")
     return "\n".join(lines)
 
 
 def make_token(options: argparse.Namespace) -> None:
-    """Print a new secret, and its entry for the configuration."""
     secret = secrets.token_urlsafe(32)
     print(
         f"Secret Token, shown only once:\n\n  {secret}\n\n"
@@ -7013,7 +6963,6 @@ def make_token(options: argparse.Namespace) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Print what a configuration means for Entra ID."""
     config = chosen_config(options)
     if config.tls:
         Tls(*config.tls)  # raises OSError for unusable files
@@ -7040,14 +6989,12 @@ def check(options: argparse.Namespace) -> None:
 
 
 def back_up(options: argparse.Namespace) -> None:
-    """Copy a tenant's database to a new file. The server may be running."""
-    with closing(chosen_store(options)) as store:
+    with closing(existing_store(*chosen_tenant(options))) as store:
         store.backup(options.file)
     print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
 
 
 def restore(options: argparse.Namespace) -> None:
-    """Put a backup in the place of a tenant's database, while no server uses it."""
     config, tenant = chosen_tenant(options)
     path = store_path(config, tenant)
     if path == ":memory:":
@@ -7059,8 +7006,7 @@ def restore(options: argparse.Namespace) -> None:
 
 
 def show_employees(options: argparse.Namespace) -> None:
-    """Print a tenant's employees."""
-    directory = Directory.as_stored(chosen_store(options))
+    directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     active = None if options.active is None else options.active == "true"
     employees = directory.employees(active, options.changed_since, options.id)
     table = employee_table(employees, directory.link_names)
@@ -7075,15 +7021,17 @@ def show_employees(options: argparse.Namespace) -> None:
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
     """Yield a table as aligned lines, without empty columns; its first row has the titles."""
     rows = list(table)
-    columns = enumerate(zip(*rows, strict=True))
-    widths = {n: max(map(len, column)) for n, column in columns if any(column[1:]) or not rows[1:]}
+    widths = {
+        n: max(map(len, column))
+        for n, column in enumerate(zip(*rows, strict=True))
+        if any(column[1:]) or not rows[1:]
+    }
     for row in rows:
         yield "  ".join(row[n].ljust(width) for n, width in widths.items()).rstrip() + "\n"
 
 
 def show_changes(options: argparse.Namespace) -> None:
-    """Print a tenant's changes, a line of JSON each."""
-    directory = Directory.as_stored(chosen_store(options))
+    directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     with suppress(KeyboardInterrupt):
         for change in directory.follow(options.after, options.follow):
             print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
@@ -7109,103 +7057,64 @@ DEMO_BOB = {
     "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
 }
 LOOK_UP = "/Users?filter=userName%20eq%20%22"
-# A step: title, method, path, body, then the expected status and values of the answer. A label at
-# the end names the id in the answer, and {label} stands for it in later steps. The body of a PATCH
-# is a list of operations, or the values to change, which each dialect sends in its own way.
+# A step: title, method, path, body, then the status and values that the answer must have, and the
+# label of its id: {label} stands for the id in later steps. The body of a PATCH is a list of
+# operations, or the values to change, which each dialect sends in its own way.
 # fmt: off
-DEMO_STEPS: list[tuple[Any, ...]] = [
+DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
     ("Test Connection: look up a user who does not exist",
-     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}),
-    ("Ada is assigned: look her up", "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}),
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}, ""),
+    ("Ada is assigned: look her up",
+     "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}, ""),
     ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
-    ("Create her again: refused", "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}),
+    ("Create her again: refused",
+     "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}, ""),
     ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
-    ("Her job title changes", "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}),
+    ("Her job title changes",
+     "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}, ""),
     ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
-     200, {ENTERPRISE: {"department": "Roofs"}}),
+     200, {ENTERPRISE: {"department": "Roofs"}}, ""),
     ("The custom field {custom} is mapped",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200),
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200, {}, ""),
     ("A mapping mistake, no such custom field: refused",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400),
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400, {}, ""),
     ("The group Night Crew, with Ada", "POST", "/Groups",
      {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
      201, {}, "crew"),
     ("Bob joins the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200),
+     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200, {}, ""),
     ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200),
-    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}),
-    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}),
-    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204),
-    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204),
-    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204),
-    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404),
+     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200, {}, ""),
+    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}, ""),
+    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}, ""),
+    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204, {}, ""),
+    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204, {}, ""),
+    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204, {}, ""),
+    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404, {}, ""),
 ]
 # fmt: on
 
 
-class Demo:
-    """Sends Entra ID's requests to a server and prints them; wrong counts unexpected answers."""
-
-    def __init__(self, url: str, token: str) -> None:
-        self.url, self.token, self.wrong = url, token, 0
-        self.names: dict[str, str] = {}  # what the {names} in the steps stand for
-
-    def fill(self, text: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda match: self.names[match[1]], text)
-
-    def send(self, method: str, path: str, body: Json = None) -> tuple[int, Json]:
-        """Return status and JSON of the answer to a request; OSError if there is no answer."""
+def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> tuple[int, Json]:
+    """Return status and JSON of the answer to a request; UsageError if there is no answer."""
+    try:
         request = urllib.request.Request(
-            self.url + self.fill(path),
-            None if body is None else self.fill(to_json(body)).encode(),
+            url + path,
+            body.encode() or None,
             method=method,
-            headers={
-                "Authorization": f"Bearer {self.token}",
-                "Content-Type": "application/scim+json",
-            },
+            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"},
         )
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, json.loads(answer.read() or b"{}")
-        except urllib.error.HTTPError as error:
-            with suppress(ValueError):
-                return error.code, json.loads(error.read() or b"{}")
-            return error.code, {}
-
-    def play(self, dialect: str, custom: Json) -> None:
-        """Play the steps in a dialect of PATCH; custom is a custom field of /Schemas, or {}."""
-        self.names = {
-            "email": f"ada.{secrets.token_hex(4)}@demo.example",
-            **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
-            "custom": custom.get("name", ""),
-            "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
-        }
-        for title, method, path, body, *expected in DEMO_STEPS:
-            if method == "PATCH":
-                operations = body if isinstance(body, list) else changes_of(dialect, body)
-                body = {"schemas": [PATCH_OP], "Operations": operations}
-            if custom or "{custom}" not in title:
-                self.step(self.fill(title), method, path, body, *expected)
-
-    def step(
-        self,
-        title: str,
-        method: str,
-        path: str,
-        body: Json,
-        status: int,
-        values: Json = {},  # noqa: B006  is not changed
-        label: str = "",
-    ) -> None:
-        """Send a request and print whether its answer has the expected status and values."""
-        actual, answer = self.send(method, path, body)
-        good = actual == status and values.items() <= answer.items()
-        detail = answer.get("detail", "") or ("" if good else quoted(answer))
-        line = f"  {'ok   ' if good else 'WRONG'}  {title:<52} {actual}  {detail}".rstrip()
-        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
-        self.wrong += not good
-        self.names[label] = str(answer.get("id", "unknown"))
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status, json.loads(answer.read() or b"{}")
+    except urllib.error.HTTPError as error:
+        with suppress(ValueError):
+            return error.code, json.loads(error.read() or b"{}")
+        return error.code, {}
+    except (OSError, ValueError) as error:
+        raise UsageError(
+            f"{url}: no answer ({error}); start the server in another terminal: "
+            "python3 scim_server.py"
+        ) from error
 
 
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
@@ -7218,26 +7127,51 @@ def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
     ]
 
 
+def play(url: str, token: str, dialect: str, custom: Json) -> int:
+    """Play the steps in a dialect of PATCH and print them; return how many went wrong.
+
+    custom is a custom field of /Schemas, or {}.
+    """
+    names = {  # what the {names} in the steps stand for
+        "email": f"ada.{secrets.token_hex(4)}@demo.example",
+        **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
+        "custom": custom.get("name", ""),
+        "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
+    }
+
+    def fill(text: str) -> str:
+        return re.sub(r"\{(\w+)\}", lambda match: names[match[1]], text)
+
+    print(f"\n{url}, dialect {dialect}")
+    wrong = 0
+    for title, method, path, body, status, values, label in DEMO_STEPS:
+        if "{custom}" in title and not custom:
+            continue
+        if method == "PATCH":
+            operations = body if isinstance(body, list) else changes_of(dialect, body)
+            body = {"schemas": [PATCH_OP], "Operations": operations}
+        content = fill(to_json(body)) if body else ""
+        actual, answer = answer_to(method, url, fill(path), token, content)
+        good = actual == status and values.items() <= answer.items()
+        detail = answer.get("detail", "") or ("" if good else quoted(answer))
+        line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
+        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        wrong += not good
+        names[label] = str(answer.get("id", "unknown"))
+    return wrong
+
+
 def demo(options: argparse.Namespace) -> int:
-    """Play Entra ID's cycle in both dialects against a server; return 1 if a step went wrong."""
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    tokens = [options.token] if options.token else usable_secrets(config.tenants[0])
-    if not tokens:
+    token = options.token or usable_secret(config.tenants[0])
+    if not token:
         raise UsageError("--token is needed: the configuration has no usable secret")
-    player = Demo(url, tokens[0])
-    try:
-        status, schema = player.send("GET", f"/Schemas/{FACILIO}")
-        for dialect in ("default", "aadOptscim062020"):
-            print(f"\n{url}, dialect {dialect}")
-            player.play(dialect, schema["attributes"][0] if status == 200 else {})
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{url}: no answer ({error}); start the server in another terminal: "
-            "python3 scim_server.py"
-        ) from error
-    print(f"\n{player.wrong or 'no'} step(s) went wrong")
-    return 1 if player.wrong else 0
+    status, schema = answer_to("GET", url, f"/Schemas/{FACILIO}", token)
+    custom = schema["attributes"][0] if status == 200 else {}
+    wrong = sum(play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020"))
+    print(f"\n{wrong or 'no'} step(s) went wrong")
+    return 1 if wrong else 0
 
 
 # -- The command line ------------------------------------------------------------------

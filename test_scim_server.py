@@ -6174,7 +6174,7 @@ AT_HOME = {  # modules that few chapters may use
     "argparse": {18},
     "signal": {18},
     "secrets": {9, 15, 16, 18},
-    "uuid": {9, 16, 18},
+    "uuid": {9, 15, 16, 18},
     "hmac": {12},
 }
 

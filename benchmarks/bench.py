@@ -102,7 +102,10 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 class Server:
-    """A server process on a folder of its own; scim_server.py, also as a module, or what command says."""
+    """A server in a folder of its own: scim_server.py, also as a module, or another command.
+
+    With --processes, several processes share the address and the folder.
+    """
 
     def __init__(
         self,
@@ -114,7 +117,9 @@ class Server:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
-        (folder / "config.json").write_text(json.dumps(CONFIG | dict(options.set)))
+        self.processes = options.processes
+        shared = {"reuse_port": True} if self.processes > 1 else {}
+        (folder / "config.json").write_text(json.dumps(CONFIG | shared | dict(options.set)))
         delay = (
             []
             if options.commit_delay is None
@@ -129,41 +134,50 @@ class Server:
             "--config",
             str(folder / "config.json"),
         ]
-        self.process: subprocess.Popen[str] | None = None
+        self.running: list[subprocess.Popen[str]] = []
 
     def start(self) -> Target:
-        """Start the process and return where it listens."""
+        """Start the processes and return where they listen."""
+        self.target = Target.of(self.spawn(self.command), TOKEN)
+        for _ in range(1, self.processes):
+            address = f"{self.target.host}:{self.target.port}"
+            self.spawn([address if word == "127.0.0.1:0" else word for word in self.command])
+        return self.target
+
+    def spawn(self, command: Sequence[str]) -> str:
+        """Start a process and return the URL that it prints."""
         log = self.folder / "server.log"
-        with open(log, "w") as stream:
-            self.process = subprocess.Popen(
-                self.command,
+        with open(log, "a" if self.running else "w") as stream:
+            process = subprocess.Popen(
+                command,
                 stdout=subprocess.PIPE,
                 stderr=stream,
                 text=True,
                 env={**os.environ, "PYTHONPATH": str(SERVER.parent), "PYTHONDONTWRITEBYTECODE": ""},
             )
-        for line in self.process.stdout or ():
-            if found := re.match(r"(?:scim_server listening|Serving SCIM) on (\S+)", line):
-                self.target = Target.of(found[1], TOKEN)
-                return self.target
+        self.running.append(process)
+        for line in process.stdout or ():
+            if match := re.match(r"(?:scim_server listening|Serving SCIM) on (\S+)", line):
+                return match[1]
         raise BenchError(f"the server did not start:\n{log.read_text()[-2000:]}")
 
     def stop(self) -> None:
-        """End the process and wait for that."""
-        if self.process:
-            self.process.terminate()
+        """End the processes and wait for that."""
+        for process in self.running:
+            process.terminate()
+        for process in self.running:
             try:
-                self.process.wait(30)
+                process.wait(30)
             except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-            if self.process.stdout:
-                self.process.stdout.close()
-            self.process = None
+                process.kill()
+                process.wait()
+            if process.stdout:
+                process.stdout.close()
+        self.running.clear()
 
     def rss(self) -> float:
-        """Return the resident memory of the process and those it started, in MiB."""
-        pending = [self.process.pid] if self.process else []
+        """Return the resident memory of the processes and of those they started, in MiB."""
+        pending = [process.pid for process in self.running]
         kilobytes = 0
         for pid in pending:
             with suppress(OSError):  # a process that has ended meanwhile
@@ -738,6 +752,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Return what the command line asks for."""
     parser = argparse.ArgumentParser(description="The load bench of scim_server.")
     add = parser.add_argument
+    add("--processes", type=int, default=1, metavar="N", help="that share the address (default 1)")
     add("--users", type=int, default=10_000, metavar="N", help="users to fill in (default 10000)")
     add(
         "--sync-users",
