@@ -84,7 +84,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -3618,10 +3618,11 @@ def file_signature(*files: str) -> FileSignature:
 
 
 # ----------------------------------------------------------------------------
-# 11. Messages                                            RFC 7644 §3.1, §3.12
+# 11. Messages                                RFC 7644 §3.1, §3.12, RFC 9110, 9112
 #
-# What comes in and goes out, as plain Python: requests, responses, calls, bodies,
-# lists and errors.
+# What comes in and goes out. First as plain Python: requests, responses and calls,
+# their bodies, lists and errors. Then as octets of HTTP/1.1, read from a buffer and
+# written.
 # Uses chapters 1 to 10. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -3635,15 +3636,15 @@ unauthorized = partial(  # one answer for every problem with a bearer token
     "application",
     {"WWW-Authenticate": 'Bearer realm="scim"'},
 )
-NO_HEADERS: Mapping[str, str] = MappingProxyType({})
+
+
+# -- Requests, responses and calls --
 
 
 class Caller(NamedTuple):
-    """Who sent a request: tenant, token, and the tenant's directory or why it cannot be opened."""
-
     tenant: Tenant
     token: Token
-    directory: Directory | StoreError
+    directory: Directory | StoreError  # the tenant's, or why it cannot be opened
 
 
 class Request(NamedTuple):
@@ -3652,7 +3653,7 @@ class Request(NamedTuple):
     method: str
     path: str
     query: str = ""
-    headers: Mapping[str, str] = NO_HEADERS
+    headers: Mapping[str, str] = MappingProxyType({})
     body: bytes | Json = b""  # Bulk passes JSON that is already parsed
     scheme: str = "http"  # with host: the URL by which the client reached this server
     host: str = "localhost"
@@ -3668,7 +3669,7 @@ class Response(NamedTuple):
 
     status: int
     body: Json = None  # None is no body; another is application/scim+json unless headers say
-    headers: Mapping[str, str] = NO_HEADERS
+    headers: Mapping[str, str] = MappingProxyType({})
     tenant: str = ""  # for the logs, as is the route
     route: str = ""
     reason: tuple[str, ...] = ()  # of an error, for the provisioning log
@@ -3703,7 +3704,6 @@ class Call:
 
     @property
     def condition(self) -> Precondition:
-        """The precondition of the request's headers."""
         return Precondition(
             self.request.headers.get("if-match", ""), self.request.headers.get("if-none-match", "")
         )
@@ -3714,7 +3714,6 @@ class Call:
         return self.body
 
     def selection(self, resource_type: ResourceType) -> Selection:
-        """Return which attributes of a resource type the client wants."""
         return parse_selection(
             self.parameters.get("attributes", ""),
             self.parameters.get("excludedattributes", ""),
@@ -3737,32 +3736,37 @@ class Call:
         return max(least, min(int(text), most))
 
     def projected(self, resource: Resource | Encoded) -> Json:
-        """Return the part of a resource that the client selected."""
         if isinstance(resource, Encoded):
             return resource
         resource_type = self.directory.resource_types[resource["meta"]["resourceType"]]
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        """Return an answer with a resource."""
         headers = {"ETag": resource["meta"]["version"]}
         if status == 201:
             headers["Location"] = self.resource_types[0].location(self.base_url, resource["id"])
         return Response(status, self.projected(resource), headers)
 
 
-Queries = Mapping[str, tuple[Filter, Selection]]  # by the names of the resource types
 Operate = Callable[[Call], Response]
 
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """A path: who may call it, and for each method the lane and the operation."""
-
     label: str  # the path for the logs, "" for a path that does not exist
     access: str  # one of the constants of chapter 15
     type: str = ""  # the resource type at this path, "" for all of them
+    # By method: the lane and the operation.
     operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
+
+
+def credentials_of(request: Request) -> tuple[str, str]:
+    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
+    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
+    return scheme, secret.strip()
+
+
+# -- Bodies --
 
 
 def parse_body(request: Request) -> Json:
@@ -3775,33 +3779,34 @@ def parse_body(request: Request) -> Json:
         )
         # Only a body with escapes or many brackets can hold what the walk is for.
         if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
-            for path, text in texts_in(value):
-                if UNSTORABLE.search(text):
-                    raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+            check_texts(value)
         return value
     except (ValueError, RecursionError) as error:
         why = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise invalid_syntax(f"the body is not JSON: {why}", reason=("body", why)) from None
 
 
-def texts_in(value: Json, path: str = "", depth: int = 0) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) for each text in a JSON value, names too; ValueError if it is too deep."""
+def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
+    """Raise ValueError for JSON that is too deep, or has text that databases refuse."""
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, str):
-        yield path, value
-    elif isinstance(value, dict):
+    if isinstance(value, str) and UNSTORABLE.search(value):
+        raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+    if isinstance(value, dict):
         for name, item in value.items():
-            yield path, name
-            yield from texts_in(item, f"{path}.{name}" if path else name, depth + 1)
+            check_texts(name, path, depth)
+            check_texts(item, f"{path}.{name}" if path else name, depth + 1)
     elif isinstance(value, list):
         for number, item in enumerate(value):
-            yield from texts_in(item, f"{path}[{number}]", depth + 1)
+            check_texts(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
     """Refuse NaN and Infinity, which json.loads accepts and RFC 8259 does not allow."""
     raise ValueError(word)
+
+
+# -- Answers: lists and errors --
 
 
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
@@ -3819,31 +3824,26 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
     )
 
 
-def error_response(error: ScimError) -> Response:
-    """Return a SCIM error as an answer."""
-    return Response(error.status, error.body(), error.headers, reason=error.reason)
-
-
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
     return Response(200, body, {"Content-Type": type, **headers})
 
 
-def credentials_of(request: Request) -> tuple[str, str]:
-    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
-    scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    return scheme, secret.strip()
-
-
-def response_for(error: Exception) -> Response:
+def error_response(error: Exception) -> Response:
     """Return the answer to a request that failed; print an error that the client did not cause."""
-    if isinstance(error, ScimError):
-        return error_response(error)
-    with suppress(OSError, ValueError):  # standard error may be closed
-        traceback.print_exception(error)
-    if isinstance(error, StoreError):
-        detail = f"the tenant's database failed: {error.reason}; nothing was changed, try again"
-        return error_response(ScimError(error.status, "", detail, RETRY))
-    return error_response(ScimError(500, "", "the server failed; its log says why"))
+    if not isinstance(error, ScimError):
+        with suppress(OSError, ValueError):  # standard error may be closed
+            traceback.print_exception(error)
+        error = (
+            ScimError(
+                error.status,
+                "",
+                f"the tenant's database failed: {error.reason}; nothing was changed, try again",
+                RETRY,
+            )
+            if isinstance(error, StoreError)
+            else ScimError(500, "", "the server failed; its log says why")
+        )
+    return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
 # -- HTTP/1.1: generators that read a buffer (sans-IO) --
@@ -3851,11 +3851,11 @@ def response_for(error: Exception) -> Response:
 # A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
 # yields False while octets are missing, and True when it only lets other connections have a turn.
 
-MAX_REQUEST_LINE, MAX_HEAD, MAX_CHUNK_LINE = 8 * 1024, 32 * 1024, 1024  # octets
-MAX_FIELDS = 100
+MAX_REQUEST_LINE, MAX_CHUNK_LINE = 8 * 1024, 1024  # octets
+MAX_HEAD, MAX_FIELDS = 32 * 1024, 100  # octets of the header fields, their number
 CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
-FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)\r\n")
+FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
 ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
@@ -3865,16 +3865,13 @@ Reading = Generator[bool, None, bytes]
 
 
 class Head(NamedTuple):
-    """The head of a request: its header names are in lower case."""
-
     method: str
     target: str
     minor_version: int  # of HTTP/1
-    headers: dict[str, str]
+    headers: dict[str, str]  # names in lower case
 
 
 def read_exactly(buffer: bytearray, length: int) -> Reading:
-    """Read a number of octets."""
     while len(buffer) < length:
         yield False
     octets = bytes(buffer[:length])
@@ -3904,8 +3901,7 @@ def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
     # The end of the request line goes back, so that a head without fields ends like the others.
     buffer[:0] = b"\r\n"
     detail = f"the header fields take more than {MAX_HEAD} octets"
-    fields = yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)
-    headers = parse_fields(fields)
+    headers = parse_fields((yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)))
     check_framing(headers, int(start[4]))
     return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
 
@@ -3913,17 +3909,16 @@ def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
 def parse_fields(fields: bytes) -> dict[str, str]:
     """Return header fields, which stand between line ends, by names in lower case; ScimError."""
     headers: dict[str, str] = {}
-    position, end = 2, len(fields) - 2
-    while position < end:
-        if not (field_line := FIELD_LINE.match(fields, position)):
+    lines = fields.split(b"\r\n")[1:-2]
+    for field_line in map(FIELD_LINE.fullmatch, lines):
+        if not field_line:
             raise ScimError(400, "", "a header field is malformed")
-        position = field_line.end()
         name = field_line[1].decode().lower()
         value = field_line[2].rstrip(b" \t").decode("latin-1")
         if name in headers and name in ("host", "content-length", "transfer-encoding"):
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
-    if fields.count(b"\n") > MAX_FIELDS + 2:
+    if len(lines) > MAX_FIELDS:
         raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
     return headers
 
@@ -4164,12 +4159,10 @@ def create_resource(call: Call) -> Response:
 
 
 def get_resource(call: Call) -> Response:
-    """Answer GET /Users/{id}."""
     resource_type, condition = call.resource_types[0], call.condition
     resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
-    if condition.if_match:
-        condition._replace(if_none_match="").check(version)
+    condition._replace(if_none_match="").check(version)
     if condition.excludes(version):
         return Response(304, headers={"ETag": version})
     return call.answer(resource)
@@ -4182,13 +4175,12 @@ def replace_resource(call: Call) -> Response:
 
 
 def patch_resource(call: Call) -> Response:
-    """Answer PATCH /Users/{id}: 200 with the resource, or 204 for a group with many members."""
     (resource_type,) = call.resource_types
     call.operations = parse_operations(resource_type, call.json())
     resource = call.directory.patch(
         resource_type, call.id, call.operations, call.condition, call.selection(resource_type)
     )
-    return call.answer(resource) if resource else Response(204)
+    return call.answer(resource) if resource else Response(204)  # a group with many members
 
 
 def delete_resource(call: Call) -> Response:
@@ -4196,8 +4188,7 @@ def delete_resource(call: Call) -> Response:
     return Response(204)
 
 
-def refuse_me(call: Call) -> Response:
-    """Answer /Me (RFC 7644 §3.11)."""
+def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
     raise ScimError(501, "", "/Me: a bearer token stands for a tenant, not for a person")
 
 
@@ -4215,16 +4206,13 @@ def list_resources(call: Call) -> Response:
         for resource_type in types
     }
     sorting = parse_sorting(call.parameters, types)
+    base_url = call.base_url if call.request.encoded else ""
+    search = partial(call.directory.search, queries, sorting, base_url=base_url)
     if "cursor" in call.parameters:
-        return list_by_cursor(call, queries, sorting)
+        return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = call.directory.search(
-        queries,
-        sorting,
-        Window(count, start_index - 1),
-        call.base_url if call.request.encoded else "",
-    )
+    page = search(Window(count, start_index - 1))
     return list_response(
         map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
     )
@@ -4234,8 +4222,9 @@ def search_resources(call: Call) -> Response:
     """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in lowercase_keys(call.json()).items():
-        items = value if isinstance(value, list) else [value]
-        texts = [item for item in items if item is not None]
+        texts = [
+            text for text in (value if isinstance(value, list) else [value]) if text is not None
+        ]
         if not all(isinstance(text, (str, int)) for text in texts):
             raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
         if texts:
@@ -4258,25 +4247,25 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     return Sorting(AttributePath(target), order == "descending") if target else None
 
 
-def list_by_cursor(call: Call, queries: Queries, sorting: Sorting | None) -> Response:
+def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     """Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = call.directory.search(
-        queries,
-        sorting,
-        Window(count, 0, after, backward),
-        call.base_url if call.request.encoded else "",
-    )
+    page = search(Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
-    cursors = {}
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    if page.last and (page.more or backward):
-        cursors["nextCursor"] = make_cursor(call, total, page.last, backward=False)
-    if page.first and (page.more if backward else after is not None):
-        cursors["previousCursor"] = make_cursor(call, total, page.first, backward=True)
+    has_previous = page.more if backward else after is not None
+    ends = {
+        "nextCursor": page.last if backward or page.more else None,
+        "previousCursor": page.first if has_previous else None,
+    }
+    cursors = {
+        name: make_cursor(call, total, position, backward=name == "previousCursor")
+        for name, position in ends.items()
+        if position
+    }
     return list_response(map(call.projected, page.resources), total, **cursors)
 
 
@@ -4318,7 +4307,6 @@ def query_digest(call: Call) -> str:
 
 
 def signature(call: Call, content: bytes) -> bytes:
-    """Return the HMAC of a cursor's content under the tenant's key."""
     return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
 
 
@@ -4326,21 +4314,32 @@ def signature(call: Call, content: bytes) -> bytes:
 
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
+BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
+IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 
 
 class BulkOperation(NamedTuple):
-    """One operation of a bulk request."""
-
     method: str
     endpoint: str
+    type: ResourceType  # of the endpoint; an unknown one is refused later
     id: str  # the rest of the path, "" for none
     bulk_id: str
     version: str
     content: Json  # its data
-    references: set[str]  # the bulkIds that id and content refer to
+    references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
+
+    def target(self, id_of: IdOf) -> str:
+        """Return the id in the path; for a bulkId the id that it stands for, if there is one."""
+        reference = BULK_ID.fullmatch(self.id)
+        return (reference and id_of(reference[1])) or self.id
+
+    def body(self, id_of: IdOf) -> Json:
+        if self.method == "PATCH":
+            return patch_with_ids(self.content, self.type, id_of)
+        return with_ids(self.content, self.type.root, id_of)
 
 
-def parse_bulk_operation(item: Json) -> BulkOperation:
+def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
     """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
     members = lowercase_keys(item, "Operations: expected objects")
     texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
@@ -4349,27 +4348,97 @@ def parse_bulk_operation(item: Json) -> BulkOperation:
             raise invalid_syntax(f"Operations: {name} must be text, got {quoted(value)}")
     method, path, bulk_id, version = (value or "" for value in texts.values())
     endpoint, _, id = path.strip("/").partition("/")
-    content = members.get("data")
+    operation = BulkOperation(
+        method.upper(),
+        endpoint,
+        types.get(endpoint.removesuffix("s")) or types["User"],
+        id,
+        bulk_id,
+        version,
+        members.get("data"),
+    )
+    references: list[str] = []
     # Most operations refer to nothing, and need no walk through their content.
-    strings = texts_in([id, content]) if "bulkId:" in to_json([id, content]) else ()
-    references = {match[1] for _, text in strings if (match := BULK_ID.fullmatch(text))}
-    return BulkOperation(method.upper(), endpoint, id, bulk_id, version, content, references)
+    if "bulkId:" in to_json([id, operation.content]):
+        operation.target(references.append)
+        operation.body(references.append)
+    return operation._replace(references=frozenset(references))
 
 
-def with_ids(value: Json, ids: Mapping[str, str]) -> Json:
-    """Return JSON with ids in place of bulkIds, without objects whose bulkId is not in ids."""
-    if isinstance(value, str) and (reference := BULK_ID.fullmatch(value)):
-        return ids.get(reference[1])
+def holds_id(attribute: Attribute) -> bool:
+    """Return whether text in an attribute refers to a resource: it is a manager or a member."""
+    text = attribute.value_attribute or attribute
+    return text.name == "$ref" or (
+        text.name == "value" and text.type == "string" and text.case_exact
+    )
+
+
+def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
+    """Return an attribute's value with ids in place of bulkIds, null for a bulkId without id."""
+    if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
+        return id_of(reference[1])
     if isinstance(value, list):
-        return [item for item in (with_ids(item, ids) for item in value) if item is not None]
+        return [with_ids(item, attribute, id_of) for item in value]
     if isinstance(value, dict):
-        members = {name: with_ids(item, ids) for name, item in value.items()}
-        if any(members[name] is None and isinstance(item, str) for name, item in value.items()):
-            return None
-        return {
-            name: item for name, item in members.items() if item is not None or value[name] is None
+        members = {
+            name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
+            for name, item in value.items()
         }
+        lost = any(members[name] is None for name, item in value.items() if item is not None)
+        return None if lost and holds_id(attribute) else members
     return value
+
+
+def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
+    """Return the body of a PATCH, or a part of it, with ids in place of bulkIds."""
+    if isinstance(body, list):
+        return [patch_with_ids(item, resource_type, id_of) for item in body]
+    if not isinstance(body, dict):
+        return body
+    members = lowercase_keys(body)
+    path, value = members.get("path"), members.get("value")
+    if "operations" in members:
+        members["operations"] = patch_with_ids(members["operations"], resource_type, id_of)
+    elif path and isinstance(path, str):
+        members["path"], value = path_with_ids(path, value, resource_type, id_of)
+    elif isinstance(value, dict):
+        value = dict(path_with_ids(*pair, resource_type, id_of) for pair in value.items())
+    return members | ({"value": value} if "value" in members else {})
+
+
+def path_with_ids(
+    path: str, value: Json, resource_type: ResourceType, id_of: IdOf
+) -> tuple[str, Json]:
+    """Return a path of a PATCH and the value for it, with ids in place of bulkIds in both."""
+    name = re.sub(r"(?s)\[.*\]", "", path[:MAX_FILTER_LENGTH]).strip()
+    attributes = resolve(name, resource_type) or (resource_type.root,)
+    if any(map(holds_id, attributes)):
+        path = BULK_ID_TERM.sub(lambda term: f"{term[1]}{id_of(term[2])}", path)
+    return path, with_ids(value, attributes[-1], id_of)
+
+
+def order_of(needs: Sequence[set[int]]) -> Iterator[list[int]]:
+    """Yield operations in their order, but each after those it needs.
+
+    needs has the numbers of these for each operation. Operations that need each other are yielded
+    together, at the place of the last of them.
+    """
+    # Bit n of reach[m] says that operation m needs operation n, perhaps by way of others.
+    reach = [sum(1 << other for other in {number, *needed}) for number, needed in enumerate(needs)]
+    for middle in filter(needs.__getitem__, set().union(*needs)):
+        reach = [bits | reach[middle] if bits >> middle & 1 else bits for bits in reach]
+    cycles: dict[int, list[int]] = {}  # by what they reach; mostly of a single operation
+    for number, bits in enumerate(reach):
+        cycles.setdefault(bits, []).append(number)
+    done, waiting = 0, list[int]()
+    for number, bits in enumerate(reach):
+        if number == cycles[bits][-1]:
+            waiting.append(bits)
+        # A cycle is ready if what it reaches is done, except the cycle itself.
+        while ready := [at for at in waiting if (at & ~done).bit_count() == len(cycles[at])]:
+            waiting.remove(ready[0])
+            yield cycles[ready[0]]
+            done |= ready[0]
 
 
 class Bulk:
@@ -4379,127 +4448,108 @@ class Bulk:
         self, call: Call, perform: Callable[[Request], Response], operations: list[BulkOperation]
     ) -> None:
         self.call, self.perform, self.operations = call, perform, operations
-        self.answers: dict[int, Json] = {}  # by the operation's number, until now
+        self.answers: dict[int, Json] = {}  # by the operation's number
+        self.ids: dict[int, str] = {}  # of the resources that were created, likewise
         self.posts: dict[str, int] = {}  # bulkId to the number of its POST
-        self.ids: dict[str, str] = {}  # bulkId to the id of the created resource
-        self.incomplete: list[int] = []  # POSTs that were done before those they refer to
         for number, operation in enumerate(operations):
             if (
                 operation.method == "POST"
                 and self.posts.setdefault(operation.bulk_id, number) != number
             ):
                 raise invalid_value(f"bulkId {quoted(operation.bulk_id)}: each POST needs its own")
+        self.needs = [
+            {self.posts[bulk_id] for bulk_id in operation.references & self.posts.keys()}
+            for operation in operations
+        ]
 
     def run(self, fail_on_errors: int) -> list[Json]:
         """Return the answers in the order of the request; stop at that number of errors."""
-        for number in self._order():
-            self._perform(number)
-            fail_on_errors -= "response" in self.answers[number]
-            if not fail_on_errors:
+        for cycle in order_of(self.needs):
+            self._perform(cycle)
+            fail_on_errors -= sum("response" in self.answers[number] for number in cycle)
+            if fail_on_errors <= 0:
                 break
-        for number in list(self.incomplete):
-            self._complete(number)
         return [self.answers[number] for number in sorted(self.answers)]
 
-    def _order(self) -> Iterator[int]:
-        # Yield all numbers, each after the POSTs it refers to; a cycle is broken at its end.
-        started, done = set[int](), set[int]()
-        for first in range(len(self.operations)):
-            stack = [first]
-            while stack:
-                number = stack[-1]
-                if number not in started:
-                    started.add(number)
-                    needed = {
-                        self.posts.get(bulk_id, number)
-                        for bulk_id in self.operations[number].references
-                    }
-                    stack += sorted(needed - started, reverse=True)
-                elif stack.pop() not in done:
-                    done.add(number)
-                    yield number
-
-    def _perform(self, number: int) -> None:
-        # Then complete the operations that waited for the id of this one.
-        operation = self.operations[number]
-        missing = operation.references - self.ids.keys()
+    def _perform(self, cycle: list[int]) -> None:
+        # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
+        # does not need itself: then the directory does it whole or not at all.
+        needs_itself = self.needs[cycle[0]] & {*cycle}
         try:
-            self._check(operation, missing)
-            response = self._send(operation, operation.method, operation.id)
+            with self.call.directory.store.writing() if needs_itself else nullcontext():
+                for number in cycle:
+                    self._check(self.operations[number], cycle)
+                    response = self._send(number, self.operations[number].method)
+                    self._answer(number, response)
+                    if response.status == 201:
+                        self.ids[number] = response.body["id"]
+                for number in cycle:
+                    # It was created without the references to itself and to those after it.
+                    if any(other >= number for other in self.needs[number] & {*cycle}):
+                        response = self._send(number, "PUT")
+                        self.answers[number]["version"] = response.headers["ETag"]
         except ScimError as error:
-            response = error_response(error)
-        self._answer(number, response)
-        if response.status == 201:
-            self.ids[operation.bulk_id] = response.body["id"]
-            self.incomplete += [number] if missing else []
-            for other in list(self.incomplete):
-                if self.operations[other].references <= self.ids.keys():
-                    self._complete(other)
+            bulk_id = quoted(self.operations[number].bulk_id)
+            others = ScimError(
+                409, "", f"bulkId {bulk_id}: this operation and its own need each other"
+            )
+            for other in cycle:
+                self.ids.pop(other, None)
+                self._answer(other, error_response(error if other == number else others))
 
-    def _check(self, operation: BulkOperation, missing: set[str]) -> None:
+    def _id_of(self, bulk_id: str) -> str | None:
+        return self.ids.get(self.posts.get(bulk_id, -1))
+
+    def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         if method not in ("POST", "PUT", "PATCH", "DELETE"):
             raise invalid_value(
                 f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            expected = "/Users" if method == "POST" else "/Users/2819c223"
-            raise invalid_path(f"path: {method} needs one such as {expected}, got {quoted(path)}")
+            id = "" if method == "POST" else "/2819c223"
+            raise invalid_path(f"path: {method} needs one such as /Users{id}, got {quoted(path)}")
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
             raise invalid_value("bulkId: POST needs one")
-        for bulk_id in sorted(missing):
-            if self.posts.get(bulk_id) is None or self.posts[bulk_id] in self.answers:
+        for bulk_id in sorted(operation.references):
+            if self._id_of(bulk_id) is None and self.posts.get(bulk_id) not in cycle:
                 raise ScimError(
                     409, "", f"bulkId {quoted(bulk_id)}: no POST of this request created it"
                 )
 
-    def _send(self, operation: BulkOperation, method: str, id: str) -> Response:
-        request, path_id = self.call.request, quote(with_ids(id, self.ids) or "", safe="")
+    def _send(self, number: int, method: str) -> Response:
+        operation, request = self.operations[number], self.call.request
+        id = self.ids.get(number) or operation.target(self._id_of)
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
         headers |= {"if-match": operation.version} if operation.version else {}
-        return self.perform(
+        response = self.perform(
             request._replace(
                 method=method,
-                path=f"{BASE_PATH}/{operation.endpoint}/{path_id}",
+                path=f"{BASE_PATH}/{operation.endpoint}/{quote(id, safe='')}",
                 query="",
                 headers=headers,
                 caller=self.call.caller,
-                body=with_ids(operation.content, self.ids)
-                if operation.references
-                else operation.content,
+                body=operation.body(self._id_of) if operation.references else operation.content,
             )
         )
-
-    def _complete(self, number: int) -> None:
-        # Replace the resource now that its references have ids; delete it if one has none.
-        operation = self.operations[number]
-        id = f"bulkId:{operation.bulk_id}"
-        self.incomplete.remove(number)
-        response = error_response(
-            ScimError(409, "", "a bulkId that this resource refers to was not created")
-        )
-        if operation.references <= self.ids.keys():
-            response = self._send(operation, "PUT", id)
-        if response.status == 200:
-            self.answers[number]["version"] = response.headers["ETag"]
-        else:
-            self._send(operation, "DELETE", id)
-            self._answer(number, response)
+        if response.status >= 400:
+            scim_type, detail = response.body.get("scimType", ""), response.body["detail"]
+            raise ScimError(response.status, scim_type, detail, response.headers)
+        return response
 
     def _answer(self, number: int, response: Response) -> None:
         operation = self.operations[number]
-        id = with_ids(operation.id, self.ids) or operation.id
         answer = {
             "location": response.headers.get("Location", "")
             if operation.method == "POST"
-            else f"{self.call.base_url}/{operation.endpoint}/{id}",
+            else f"{self.call.base_url}/{operation.endpoint}/{operation.target(self._id_of)}",
             "method": operation.method,
             "bulkId": operation.bulk_id,
             "version": response.headers.get("ETag"),
             "status": str(response.status),
-            "response": response.body if response.status >= 300 else None,
+            "response": response.body if response.status >= 400 else None,
         }
         self.answers[number] = {name: value for name, value in answer.items() if value}
 
@@ -4517,8 +4567,8 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing():
-        bulk = Bulk(call, perform, list(map(parse_bulk_operation, items)))
-        answers = bulk.run(limit or len(items))
+        parse = partial(parse_bulk_operation, types=call.directory.resource_types)
+        answers = Bulk(call, perform, list(map(parse, items))).run(limit or len(items))
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
@@ -5426,7 +5476,7 @@ class Application(Tenants):
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk there is nothing to commit: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
-            responses = [cause or response_for(error)] * len(calls)
+            responses = [cause or error_response(error)] * len(calls)
         return [
             self._finish(call, response, started)
             for call, response in zip(calls, responses, strict=True)
@@ -5489,7 +5539,7 @@ class Application(Tenants):
                 self._admit_operator(request)
             return self._perform(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
-            return response_for(error)
+            return error_response(error)
 
     def _admit(self, request: Request, caller: Caller | None) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
@@ -5904,7 +5954,7 @@ class Watcher(http.server.HTTPServer, ABC):
         try:
             action(*arguments)
         except Exception as error:  # noqa: BLE001
-            response_for(error)  # prints it
+            error_response(error)  # prints it
             connection.then, connection.unsent = CLOSE, memoryview(b"")
             self.give_back(connection)
 

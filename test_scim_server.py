@@ -1889,6 +1889,220 @@ def test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing(scim: Scim) ->
     assert scim.get("/Groups")["totalResults"] == 0
 
 
+def managed(name: str, boss: str, **data: Any) -> Any:
+    """Return a bulk operation that creates a user, whose manager is that of another bulkId."""
+    return post("/Users", name, **{"userName": name, ENT: {"manager": {"value": boss}}, **data})
+
+
+FAILING_CYCLES = [  # name, operations, the statuses of their answers
+    (
+        "the first of three fails",
+        [managed("a", "bulkId:b", userName=""), managed("b", "bulkId:c"), managed("c", "bulkId:a")],
+        ["400", "409", "409"],
+    ),
+    (
+        "the last of three fails after the others were created",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:c"), managed("c", "bulkId:a", userName="")],
+        ["409", "409", "400"],
+    ),
+    (
+        "a name is taken by somebody outside",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="TAKEN")],
+        ["409", "409"],
+    ),
+    (
+        "both want the same name",
+        [managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="A")],
+        ["409", "409"],
+    ),
+    (
+        "one refers to nothing, too",
+        [
+            post("/Groups", "a", displayName="A", members=["bulkId:b"]),
+            post("/Groups", "b", displayName="B", members=["bulkId:a", "bulkId:nobody"]),
+        ],
+        ["409", "409"],
+    ),
+    ("one that refers to itself", [managed("a", "bulkId:a", userName="")], ["400"]),
+    (
+        "what refers to the cycle fails with it, before and after",
+        [
+            post("/Groups", "crew", displayName="Crew", members=["bulkId:b"]),
+            managed("a", "bulkId:b"),
+            managed("b", "bulkId:a", userName=""),
+            ("DELETE", "/Users/bulkId:a", None, None),
+            managed("c", "bulkId:a"),
+        ],
+        ["409", "409", "400", "409", "409"],
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "name, operations, statuses", FAILING_CYCLES, ids=[row[0] for row in FAILING_CYCLES]
+)
+def test_nothing_remains_of_a_cycle_that_cannot_be_completed(
+    scim: Scim, name: str, operations: Any, statuses: list[str]
+) -> None:
+    scim.user("taken")
+    before = [scim.get("/"), employees(scim), changes(scim)]
+    answers = bulk(scim, *operations)
+    assert [answer["status"] for answer in answers] == statuses
+    assert not any("version" in answer for answer in answers)
+    assert [scim.get("/"), employees(scim), changes(scim)] == before
+    assert bulk(scim, post("/Users", "x", userName="a"))[0]["status"] == "201"
+
+
+def test_the_operation_that_fails_a_cycle_gives_its_own_reason(scim: Scim) -> None:
+    scim.user("taken")
+    first, second = bulk(scim, managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="TAKEN"))
+    assert second["response"]["scimType"] == "uniqueness"
+    assert '"b"' in first["response"]["detail"]
+
+
+def test_operations_after_a_failed_cycle_are_done(scim: Scim) -> None:
+    answers = bulk(
+        scim,
+        managed("a", "bulkId:b"),
+        managed("b", "bulkId:a", userName=""),
+        post("/Users", "c", userName="a"),
+        failOnErrors=3,
+    )
+    assert [answer["status"] for answer in answers] == ["409", "400", "201"]
+    assert scim.names("userName pr") == ["a"]
+
+
+def test_a_waiting_operation_is_not_done_before_those_ahead_of_it(scim: Scim) -> None:
+    old = scim.user("ada")["id"]
+    boss, removed, ada, again = bulk(
+        scim,
+        managed("boss", "bulkId:ada"),
+        ("DELETE", f"/Users/{old}", None, None),
+        managed("ada", "bulkId:boss"),
+        post("/Users", "again", userName="ADA"),
+    )
+    assert [one["status"] for one in (boss, removed, ada)] == ["201", "204", "201"]
+    assert again["response"]["scimType"] == "uniqueness"
+
+
+ORDERS = [  # name, what each operation needs, the order in which they are done
+    ("nothing is needed", [set(), set(), set()], [[0], [1], [2]]),
+    ("the first waits for the last", [{2}, set(), set()], [[1], [2], [0]]),
+    ("a chain", [{1}, {2}, set()], [[2], [1], [0]]),
+    ("waiting ones go in their order", [{2}, {2}, set(), set()], [[2], [0], [1], [3]]),
+    ("the first that can be done goes first", [{3, 4}, {4}, {4}, {4}, set()], "4 1 2 3 0"),
+    ("it needs itself", [{0}, set()], [[0], [1]]),
+    ("a cycle is done at its last operation", [{2}, set(), {0}, set()], [[1], [0, 2], [3]]),
+    ("two cycles", [{1}, {0}, {3}, {2}], [[0, 1], [2, 3]]),
+    ("two cycles with one operation in common", [{1, 2}, {0}, {0}], [[0, 1, 2]]),
+    ("a cycle waits for another", [{1, 2}, {0}, {3}, {2}], [[2, 3], [0, 1]]),
+    ("an operation waits for a cycle", [{1}, {2}, {1}], [[1, 2], [0]]),
+]
+
+
+@pytest.mark.parametrize("name, needs, order", ORDERS, ids=[row[0] for row in ORDERS])
+def test_bulk_does_operations_in_this_order(name: str, needs: Any, order: Any) -> None:
+    if isinstance(order, str):
+        order = [[int(number)] for number in order.split()]
+    assert list(scim_server.order_of(needs)) == order
+
+
+def test_a_thousand_bulk_operations_that_refer_to_each_other_are_ordered() -> None:
+    everyone = set(range(1000))
+    assert list(scim_server.order_of([everyone] * 1000)) == [sorted(everyone)]
+    chain = [*({number + 1} for number in range(999)), set()]
+    assert len(list(scim_server.order_of(chain))) == 1000
+
+
+def test_text_like_a_bulk_id_stays_text_where_no_id_is_expected(scim: Scim) -> None:
+    texts = {"title": "bulkId:a", "displayName": "bulkId:nobody"}
+    emails = [{"value": "bulkId:a", "type": "bulkId:nobody"}]
+    created, changed = bulk(
+        scim,
+        post("/Users", "a", userName="bulkId:a", emails=emails, **texts),
+        (
+            "PATCH",
+            "/Users/bulkId:a",
+            None,
+            {
+                "Operations": [
+                    put('emails[value eq "bulkId:a"].display', "bulkId:nobody"),
+                    put("nickName", "bulkId:nobody"),
+                ]
+            },
+        ),
+    )
+    assert [created["status"], changed["status"]] == ["201", "200"]
+    user = scim.get(created["location"].removeprefix(scim.url))
+    assert user.items() >= {**texts, "userName": "bulkId:a", "nickName": "bulkId:nobody"}.items()
+    assert user["emails"] == [{**emails[0], "display": "bulkId:nobody"}]
+
+
+MANAGER = f"{ENT}:manager"
+CREW, NO_CREW, BOSS = ["ada", "new"], ["ada"], "new"
+BULK_PATCHES = [  # name, what is patched, operation, the members or the manager afterwards
+    ("value", "Groups", {"op": "add", "path": "members", "value": [{"value": "bulkId:n"}]}, CREW),
+    ("text", "Groups", {"op": "add", "path": "Members", "value": "bulkId:n"}, CREW),
+    ("no path", "Groups", {"OP": "Add", "Value": {"members": [{"value": "bulkId:n"}]}}, CREW),
+    ("manager", "Users", {"op": "add", "path": "manager", "value": "bulkId:n"}, BOSS),
+    ("URN path", "Users", {"op": "add", "path": MANAGER, "value": {"value": "bulkId:n"}}, BOSS),
+    (
+        "manager.value",
+        "Users",
+        {"op": "add", "path": f"{MANAGER}.value", "value": "bulkId:n"},
+        BOSS,
+    ),
+    ("path as a name", "Users", {"op": "add", "value": {f"{MANAGER}.value": "bulkId:n"}}, BOSS),
+    ("extension", "Users", {"op": "add", "value": {ENT: {"manager": "bulkId:n"}}}, BOSS),
+    ("filter", "Groups", {"op": "remove", "path": 'members[value eq "bulkId:a"]'}, []),
+    ("filter in any case", "Groups", {"op": "remove", "PATH": 'members[VALUE EQ "bulkId:a"]'}, []),
+    (
+        "the display of a member is text",
+        "Groups",
+        {"op": "replace", "path": 'members[value eq "bulkId:a"].display', "value": "bulkId:n"},
+        NO_CREW,
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "name, type, operation, expected", BULK_PATCHES, ids=[row[0] for row in BULK_PATCHES]
+)
+def test_a_bulk_id_in_a_patch_is_resolved(
+    scim: Scim, name: str, type: str, operation: Any, expected: Any
+) -> None:
+    target = f"/{type}/bulkId:{'g' if type == 'Groups' else 'a'}"
+    answers = bulk(
+        scim,
+        ("PATCH", target, None, {"Operations": [operation]}),
+        post("/Users", "a", userName="ada"),
+        post("/Users", "n", userName="new"),
+        post("/Groups", "g", displayName="Crew", members=["bulkId:a"]),
+    )
+    assert [answer["status"] for answer in answers] == ["200", "201", "201", "201"]
+    ids = {answer["location"].rpartition("/")[2]: answer for answer in answers[1:]}
+    names = {id: scim.get(f"/Users/{id}")["userName"] for id in list(ids)[:2]}
+    resource = scim.get(answers[0]["location"].removeprefix(scim.url))
+    if type == "Groups":
+        members = resource.get("members", [])
+        assert [names[member["value"]] for member in members] == expected
+        if "display" in operation.get("path", ""):
+            assert members[0]["display"] == "bulkId:n"
+    else:
+        assert names[resource[ENT]["manager"]["value"]] == expected
+
+
+@pytest.mark.parametrize(
+    "content", [[], "bulkId:a", {"Operations": "bulkId:a"}, {"Operations": ["bulkId:a"]}]
+)
+def test_a_malformed_patch_with_a_bulk_id_fails_alone(scim: Scim, content: Any) -> None:
+    created, patched = bulk(
+        scim, post("/Users", "a", userName="ada"), ("PATCH", "/Users/bulkId:a", None, content)
+    )
+    assert [created["status"], patched["status"]] == ["201", "400"]
+    assert patched["response"]["scimType"] == "invalidSyntax"
+
+
 def test_bulk_stops_after_as_many_errors_as_fail_on_errors_says(scim: Scim) -> None:
     wrong = [post("/Users", f"x{number}", userName="") for number in range(3)]
     answers = bulk(scim, post("/Users", "a", userName="a"), *wrong, failOnErrors=2)
@@ -5026,6 +5240,7 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
 
 FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "5000"))
 PATCH_COUNT = int(os.environ.get("SCIM_PATCHES", "2000"))
+GRAPH_COUNT = int(os.environ.get("SCIM_GRAPHS", "200"))
 TEXTS = [
     "a",
     "A",
@@ -5379,6 +5594,99 @@ def test_any_patch_does_what_a_naive_reading_of_the_rfc_does() -> None:
         assert after == expected, f"seed {SEED}: {json.dumps(before)} {json.dumps(sent)}"
 
 
+# What a naive reading of RFC 7644 §3.7 says of POSTs that refer to each other.
+
+
+def some_graph(chance: random.Random) -> tuple[list[set[int]], list[bool]]:
+    """Return which POSTs each of some POSTs refers to, maybe one that is not there, and what fails."""
+    size = chance.randint(1, 7)
+    references = [
+        {
+            chance.randrange(size + (chance.random() < 0.1))
+            for _ in range(chance.choice([0, 1, 1, 2]))
+        }
+        for _ in range(size)
+    ]
+    return references, [chance.random() < 0.15 for _ in range(size)]
+
+
+def reachable(references: list[set[int]], start: int) -> set[int]:
+    """Return what a POST refers to, perhaps by way of others."""
+    reached, stack = set[int](), [start]
+    while stack:
+        new = {n for n in references[stack.pop()] if n < len(references)} - reached
+        reached |= new
+        stack += new
+    return reached
+
+
+def naive_statuses(references: list[set[int]], fails: list[bool]) -> list[str]:
+    """Return the statuses of POSTs: cycle after cycle, each after those that it refers to."""
+    reach = [reachable(references, number) for number in range(len(fails))]
+    statuses: dict[int, str] = {}
+    while len(statuses) < len(fails):
+        for number in set(range(len(fails))) - statuses.keys():
+            cycle = sorted({number} | {n for n in reach[number] if number in reach[n]})
+            if not reach[number] - set(cycle) <= statuses.keys():
+                continue
+            own = {
+                n: "409"
+                if any(statuses.get(other) != "201" for other in references[n] - set(cycle))
+                else "400"
+                if fails[n]
+                else "201"
+                for n in cycle
+            }
+            first = next((n for n in cycle if own[n] != "201"), None)
+            for n in cycle:
+                statuses[n] = own[n] if first in (None, n) else "409"
+    return [statuses[number] for number in range(len(fails))]
+
+
+def test_any_bulk_graph_is_made_as_a_naive_reading_of_the_rfc_says() -> None:
+    chance = random.Random(SEED)
+    application = scim_server.Application(scim_server.to_config(CONFIG))
+    directory = application.directory("acme")
+    for graph in range(GRAPH_COUNT):
+        references, fails = some_graph(chance)
+        operations = [
+            {
+                "method": "POST",
+                "path": "/Groups",
+                "bulkId": f"b{number}",
+                "data": {
+                    "displayName": "" if fails[number] else f"{graph}-{number}",
+                    "members": [{"value": f"bulkId:b{other}"} for other in others],
+                },
+            }
+            for number, others in enumerate(references)
+        ]
+        size = directory.query("Group", count=0).total_results
+        response = application.handle(
+            scim_server.Request(
+                "POST",
+                "/scim/v2/Bulk",
+                headers={"authorization": "Bearer acme-secret"},
+                body={"Operations": operations},
+            )
+        )
+        answers = response.body["Operations"]
+        statuses = [answer["status"] for answer in answers]
+        assert statuses == naive_statuses(references, fails), f"seed {SEED}: {references} {fails}"
+        ids = {
+            number: answer["location"].rpartition("/")[2]
+            for number, answer in enumerate(answers)
+            if answer["status"] == "201"
+        }
+        assert directory.query("Group", count=0).total_results == size + len(ids)
+        for number, id in ids.items():
+            members = directory.get("Group", id).get("members", ())
+            assert {member["value"] for member in members} == {
+                ids[other] for other in references[number]
+            }
+    application.close()
+
+
 # -- RFC 7644, statement by statement ------------------------------------------------
 
 
@@ -5660,7 +5968,11 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.7.1",
         "circular references MUST be resolved",
-        [test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end],
+        [
+            test_a_circle_of_bulk_ids_is_made_whole_and_the_versions_are_those_of_the_end,
+            test_nothing_remains_of_a_cycle_that_cannot_be_completed,
+            test_any_bulk_graph_is_made_as_a_naive_reading_of_the_rfc_says,
+        ],
     ),
     (
         "3.7.2",
@@ -5668,6 +5980,8 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         [
             test_a_bulk_id_stands_for_the_id_of_what_is_made_before_or_after,
             test_what_refers_to_a_failed_bulk_id_fails_and_leaves_nothing,
+            test_a_bulk_id_in_a_patch_is_resolved,
+            test_text_like_a_bulk_id_stays_text_where_no_id_is_expected,
         ],
     ),
     (
