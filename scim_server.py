@@ -1854,7 +1854,6 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     """,
 )
 BUSY_SECONDS = 5  # how long a write waits for another process
-MAX_WRITES_PER_COMMIT = 64  # requests that share a commit
 READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 
@@ -2030,7 +2029,6 @@ class Session:
     # -- Employees --
 
     def put_employee(self, row: EmployeeRow) -> int:
-        """Store an employee, a new one if its id is 0; return the id."""
         values = [row.id or None, *row[1:-2], to_json(row.record)]
         written = self.run(PUT_EMPLOYEE, values)
         return row.id or written.lastrowid or 0
@@ -2167,7 +2165,6 @@ class Session:
         self.set_setting("feed_start", str(last["change"]))
 
     def setting(self, name: str) -> str:
-        """Return a stored setting, "" if it was never set."""
         row = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
         return row[0] if row else ""
 
@@ -3593,7 +3590,6 @@ def store_path(config: Config, tenant: Tenant) -> str:
 
 
 def make_data_dir(config: Config) -> None:
-    """Create the directory of the tenants' files if it does not exist; StoreError."""
     try:
         if config.data_dir != ":memory:":
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
@@ -3690,7 +3686,6 @@ class Call:
 
     @property
     def resource_types(self) -> tuple[ResourceType, ...]:
-        """The resource type of the endpoint; all of them at the root."""
         return tuple(
             resource_type
             for name, resource_type in self.directory.resource_types.items()
@@ -3699,7 +3694,6 @@ class Call:
 
     @property
     def base_url(self) -> str:
-        """The URL of the SCIM endpoint, as this client reached it."""
         return f"{self.request.scheme}://{self.request.host}{self.request.mount_point}{BASE_PATH}"
 
     @property
@@ -4043,7 +4037,6 @@ def attribute_document(attribute: Attribute) -> Json:
 
 
 def schema_documents(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return a tenant's schemas by URN (RFC 7643 §7)."""
     # Entra's validator wants externalId in a core schema, though RFC 7643 has it in none.
     return {
         schema.id: {
@@ -4068,7 +4061,6 @@ def schema_documents(directory: Directory, base_url: str) -> dict[str, Json]:
 
 
 def resource_type_documents(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return a tenant's resource types by name (RFC 7643 §6)."""
     return {
         name: {
             "schemas": [RESOURCE_TYPE],
@@ -5197,7 +5189,6 @@ class Metrics:
             self._counts[key] = (count + 1, total + seconds)
 
     def answer(self, call: Call) -> Response:
-        """Answer GET /metrics."""
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
@@ -5277,7 +5268,6 @@ class Tenants:
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
-        """Stop serving a tenant; its file stays."""
         with self._configuring:
             others = tuple(tenant for tenant in self.config.tenants if tenant.name != name)
             self.configure(replace(self.config, tenants=others))
@@ -6842,7 +6832,6 @@ def raise_file_limit() -> None:
 
 
 def open_listener(config: Config) -> socket.socket:
-    """Return a socket that listens on the configured address; UsageError."""
     try:
         return listen(config)
     except ValueError as error:
