@@ -64,6 +64,7 @@ import io
 import ipaddress
 import itertools
 import json
+import math
 import operator
 import os
 import queue
@@ -78,6 +79,7 @@ import sys
 import threading
 import time
 import traceback
+import unicodedata
 import urllib.error
 import urllib.request
 import uuid
@@ -200,7 +202,7 @@ TYPE_NAMES = {  # every other type is sent as a String
 INTEGER_LIMIT = 2**63
 INTEGER_TEXT = re.compile(r"-?\d{1,19}", re.ASCII)
 DATE_TIME = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?"
     r"(?:Z|([+-])(\d\d):(\d\d))?",
     re.ASCII | re.IGNORECASE,
 )
@@ -215,12 +217,27 @@ def date_time_key(text: str) -> str:
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
     with suppress(OverflowError):  # .NET's DateTime.MinValue or MaxValue with a UTC offset
         instant += -offset if parts[8] == "+" else offset
-    return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
+    return f"{instant.isoformat()}.{(parts[7] or '').rstrip('0'):0<9}"
+
+
+def integer_key(number: float) -> str:
+    """Return a number as text that sorts among the keys of 64-bit Integers."""
+    # A filter may compare an Integer with 41.5, or with a number that no Integer reaches.
+    whole = math.floor(min(max(number, -INTEGER_LIMIT - 1), INTEGER_LIMIT))
+    return f"{whole + INTEGER_LIMIT:020d}" + "." * (whole < number < INTEGER_LIMIT)
+
+
+def prepared(text: str) -> str:
+    """Return text for a comparison without case, in which é is one character (RFC 7644 §5)."""
+    if text.isascii():
+        return text.lower()
+    # Case folding can take characters apart, so they are composed before and after it.
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
 
 
 KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
     "boolean": lambda value: "true" if value else "false",
-    "integer": lambda value: f"{value + INTEGER_LIMIT:020d}",
+    "integer": integer_key,
     "dateTime": date_time_key,
     "complex": lambda value: "1",  # marks presence: complex values have no order of their own
 }
@@ -248,12 +265,18 @@ class Attribute:
     published: bool = True  # whether /Schemas lists it
     default: Json = None  # the value of a new resource if the client sends none
     is_membership: bool = False  # groups and members, which are stored as rows, not in the body
+    computed: bool = False  # made for each response: it cannot be sent, found or sorted by
+    identifies: bool = (
+        False  # another value means somebody else, whom the values beside it describe
+    )
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
+    unique_index: str = field(init=False)  # where unique keys are that differ from the key
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", self.path.lower())
+        object.__setattr__(self, "unique_index", f"{self.index} (unique)")
         object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
     def with_paths(self, prefix: str = "") -> Attribute:
@@ -266,6 +289,16 @@ class Attribute:
             path=path,
             sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
         )
+
+    @property
+    def read_only(self) -> bool:
+        """Whether what a client sends for it is ignored in a body, and refused in a PATCH path."""
+        return self.computed or self.mutability == "readOnly"
+
+    @property
+    def is_label(self) -> bool:
+        """Whether it says which of several values is meant, so that a value can be made from it."""
+        return self.name in ("type", "primary", "display")
 
     def sub_attribute(self, name: str) -> Attribute | None:
         """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
@@ -316,7 +349,11 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
-        return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
+        return value if self.case_exact else prepared(value)
+
+    def unique_key(self, value: Json) -> str:
+        """Return the key that no other resource may have: full-width letters equal normal ones."""
+        return self.key(unicodedata.normalize("NFKC", value))  # RFC 8265 §3.3
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -352,8 +389,8 @@ META = read_only("meta", "complex", sub_attributes=(
     read_only("resourceType", case_exact=True),
     read_only("created", "dateTime"),
     read_only("lastModified", "dateTime"),
-    read_only("location", "reference", case_exact=True),
-    read_only("version", case_exact=True),
+    read_only("location", "reference", case_exact=True, computed=True),
+    read_only("version", case_exact=True, computed=True),
 ))
 # fmt: on
 
@@ -434,7 +471,7 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
     )),
     read_only("groups", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         read_only("value", case_exact=True),
-        read_only("$ref", "reference", case_exact=True, reference_types=("Group",)),
+        read_only("$ref", "reference", case_exact=True, reference_types=("Group",), computed=True),
         read_only("display"),
         read_only("type", canonical_values=("direct",)),
     )),
@@ -446,19 +483,20 @@ GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
     # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
     Attribute("displayName", required=True, uniqueness="server"),
     Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
-        Attribute("value", required=True, case_exact=True),  # the id of a user or group
+        # The id of a user or group. Another id would be another member (RFC 7643 §8.7.1).
+        Attribute("value", required=True, case_exact=True, mutability="immutable"),
         # The server sets $ref. If it were not published, scim2-tester would send ids that do not
         # exist, and the server would ignore them.
         Attribute("$ref", "reference", case_exact=True, mutability="immutable",
-                  reference_types=("User", "Group")),
-        Attribute("type", canonical_values=("User", "Group")),
+                  reference_types=("User", "Group"), computed=True),
+        Attribute("type", canonical_values=("User", "Group"), mutability="immutable"),
         Attribute("display"),
     )),
 ))
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
     *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
-        Attribute("value", case_exact=True),
+        Attribute("value", case_exact=True, identifies=True),
         Attribute("$ref", "reference", case_exact=True, published=False,
                   reference_types=("User",)),
         Attribute("displayName"),
@@ -671,13 +709,13 @@ def resolve_sub_attribute(
 # -- The parser: a rule takes tokens and a position; it returns a filter and the next position --
 
 Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
-Scope = Callable[[str], Attributes | None]  # says what the names in a filter mean
+Scope = partial[Attributes | None]  # of resolve, or in brackets of resolve_sub_attribute
 Parsed = tuple[Filter, int]  # with the position after it
 TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
-          | (?P<name>   [A-Za-z$_][\w.:$-]* )
+          | (?P<name>   [A-Za-z$_][\w$-]* (?: [.:][\w$-]+ )* )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] )
           | (?P<error>  \S (?:.*\S)? ) )""",
@@ -751,9 +789,13 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
         return Not(inner), position
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
-    if following == "[":
-        return parse_value_path(tokens, position + 1, scope(text), text, depth)
-    return parse_expression(tokens, position + 1, scope(text), text)
+    attributes = scope(text)
+    if not attributes and text.rpartition(":")[2].count(".") > 1:
+        raise bad_filter(column, "an attribute name with at most one sub-attribute", text)
+    # In brackets there are no other brackets (RFC 7644 figure 1): they would have no meaning.
+    if following == "[" and scope.func is resolve:
+        return parse_value_path(tokens, position + 1, attributes, text, depth)
+    return parse_expression(tokens, position + 1, attributes, text)
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
@@ -800,11 +842,28 @@ def parse_expression(
     """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
+    refuse_computed(attributes, name)
     if op == "pr":
-        return (Present(AttributePath(attributes)) if attributes else NOTHING), position + 1
+        return present(attributes), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
+
+
+def refuse_computed(attributes: Attributes | None, name: str) -> None:
+    """Raise ScimError 400 if an attribute is not stored: nothing would ever be found by it."""
+    if attributes and attributes[-1].computed:
+        raise invalid_filter(f"{name}: resources cannot be found or sorted by this attribute")
+
+
+def present(attributes: Attributes | None) -> Filter:
+    """Return the filter that an attribute, or a part of a complex one, has a value that is not empty."""
+    if not attributes:
+        return NOTHING
+    parts = [sub for sub in attributes[-1].sub_attributes if not sub.computed]
+    if not parts:
+        return Present(AttributePath(attributes))
+    return Or(tuple(present((*attributes, part)) for part in parts))
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -829,10 +888,12 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
     check_comparison(attribute, name, op, literal)
     if literal is None:
         return Not(Present(target))
-    try:
-        value = attribute.convert(literal)
-    except ScimError as error:
-        raise invalid_filter(error.detail, reason=error.reason) from None
+    value = literal
+    if attribute.type != "integer" or type(literal) not in (int, float):
+        try:
+            value = attribute.convert(literal)
+        except ScimError as error:
+            raise invalid_filter(error.detail, reason=error.reason) from None
     return Compare(target, op, attribute.key(value), value)
 
 
@@ -864,11 +925,15 @@ class PatchPath:
     @property
     def read_only_attribute(self) -> Attribute | None:
         """The first attribute of the path that no client may change, or None."""
+        # Through a filter an immutable attribute may be sent if its value stays the same.
         return next(
             (
                 attribute
                 for attribute in (*self.attributes, self.sub_attribute)
-                if attribute and attribute.mutability in ("readOnly", "immutable")
+                if attribute
+                and (
+                    attribute.read_only or (attribute.mutability == "immutable" and not self.filter)
+                )
             ),
             None,
         )
@@ -942,7 +1007,8 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
         # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        if sub and sub.mutability == "readWrite" and item is not None:
+        writable = sub and not sub.read_only and sub.mutability != "writeOnly"
+        if sub and writable and item is not None:
             if sub.name in sent:
                 raise invalid_value(f"{sub.path}: sent twice")
             sent[sub.name] = item
@@ -959,16 +1025,14 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 def accept_value(attribute: Attribute, value: Json) -> Json:
     """Return the canonical value of an attribute; ScimError 400 invalidValue.
 
-    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5).
+    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5), and for ""
+    if the attribute is not a String.
     """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
         if value == [] and FACILIO not in attribute.path:
             return None
-        # Entra's tutorial sends the manager as a list with one item.
-        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        return accept_single(attribute, value)
+        return accept_single(attribute, unlisted(attribute, value))
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value]
     accepted = [
@@ -978,19 +1042,26 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
     return accepted or None
 
 
+def unlisted(attribute: Attribute, value: Json) -> Json:
+    """Return the item of a list with one item, if it stands for a single complex value."""
+    # Entra's tutorial sends the manager as a list.
+    is_list = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+    return value[0] if is_list else value
+
+
 def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
-    if value is None:
+    # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
+    # could empty the group.
+    is_text = attribute.type == "string" and not attribute.identifies
+    if value is None or (value == "" and not is_text and not attribute.is_membership):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
         if not isinstance(value, (dict, list)) and attribute.value_attribute:
             value = {"value": value}
         if isinstance(value, dict):
-            accepted = accept_complex(attribute, value)
-            # Entra sends "" to remove the manager.
-            no_manager = accepted.get("value") == "" and not attribute.multi_valued
-            return None if no_manager and attribute.value_attribute else accepted or None
+            return accept_complex(attribute, value) or None
     return attribute.convert(value)  # refuses a complex value that is not an object
 
 
@@ -1145,7 +1216,9 @@ def index_entries(
             else [(element, item)]
         )
         for number, part in items:
-            yield sub.index, sub.key(part), number
+            yield sub.index, (key := sub.key(part)), number
+            if sub.uniqueness == "server" and (unique_key := sub.unique_key(part)) != key:
+                yield sub.unique_index, unique_key, number
             if sub.type == "complex":
                 yield from index_entries(sub, part, number)
 
@@ -1177,9 +1250,10 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return the operations of a PATCH body; ScimError 400.
 
     An object that is merged becomes one operation for each of its attributes. Operations in a row
-    that change the same list become one operation.
+    that change the same list become one operation. An empty list, which Entra's older validator
+    sends, changes nothing.
     """
-    if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
+    if not isinstance(items := lowercase_keys(body).get("operations"), list):
         raise invalid_syntax("Operations: expected a list of PATCH operations")
     return list(
         merge_consecutive(step for item in items for step in parse_operation(resource_type, item))
@@ -1218,7 +1292,8 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
         raise invalid_path(f"path: expected text, got {quoted(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
     yield from (
-        bind_operation(op, path, value, merge=op == "add")
+        # To replace an extension by its URN is to replace all of it.
+        bind_operation(op, path, value, merge=op == "add" or ":" not in path.attributes[-1].name)
         if path.attributes
         else parse_pathless(resource_type, op, value)
     )
@@ -1241,7 +1316,7 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
         path = parse_path(name, resource_type)
         if not path.attributes:
             yield from parse_pathless(resource_type, op, item)
-        elif not path.read_only_attribute:
+        elif not path.attributes[0].read_only:
             yield from bind_operation(op, path, item, merge=True)
 
 
@@ -1249,19 +1324,21 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     """Yield the operation on a path, with its value accepted; ScimError 400.
 
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
-    sub-attributes keep their values.
+    sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
     if attribute := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{attribute.path} is read-only")
+        kind = "immutable" if attribute.mutability == "immutable" else "read-only"
+        raise ScimError(400, "mutability", f"{attribute.path} is {kind}")
     path, value = normal_form(op, path, value)
     attribute = path.sub_attribute or path.attributes[-1]
-    # An object with a "value", such as a manager, is replaced as a whole: its $ref would be wrong.
-    mergeable = not (attribute.multi_valued or attribute.value_attribute)
-    if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
-        for name, item in value.items():
-            sub = attribute.sub_attribute(name)
-            if sub and sub.mutability != "readOnly":
-                yield from bind_operation(op, PatchPath((*path.attributes, sub)), item, merge)
+    is_object = attribute.type == "complex" and isinstance(value, dict) and not path.filter
+    if merge and is_object and op != "remove" and not attribute.multi_valued:
+        parts = lowercase_keys(value)
+        # In the order of the schema: a new manager comes before the manager's displayName.
+        for sub in attribute.sub_attributes:
+            if sub.name.lower() in parts and not sub.read_only:
+                part = PatchPath((*path.attributes, sub))
+                yield from bind_operation(op, part, parts[sub.name.lower()], merge)
     else:
         yield Operation(op, path, accept_operand(op, path, attribute, value), value)
 
@@ -1270,32 +1347,48 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
     """Return the path and value of an operation in the form that apply_operation() expects.
 
     Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
-    from members. To change manager.value is to change manager to {"value": …}.
+    from members. Plain text for an object means its "value": a manager by id, or a new address for
+    emails[type eq "work"].
     """
-    match path.attributes, path.filter, path.sub_attribute:
-        case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
-            op == "remove" and members.is_membership and sub is members.value_attribute
+    *above, holder = path.attributes
+    match path.filter:
+        case Compare(AttributePath((sub,)), "eq", _, id) if (
+            op == "remove"
+            and holder.is_membership
+            and sub is holder.value_attribute
+            and not path.sub_attribute
         ):
-            return PatchPath((members,)), [{"value": id}]
-        case (*above, holder, sub), None, None if (
-            sub is holder.value_attribute and not holder.multi_valued
-        ):
-            return PatchPath((*above, holder)), {"value": value}
-    return path, value
+            return PatchPath((holder,)), [{"value": id}]
+    if path.sub_attribute or op == "remove" or (holder.multi_valued and not path.filter):
+        return path, value
+    value, sub = unlisted(holder, value), holder.value_attribute
+    if not sub or value is None or isinstance(value, (dict, list)):
+        return path, value
+    if path.filter:
+        return PatchPath((*above, holder), path.filter, sub), value
+    return PatchPath((*above, holder, sub)), value
 
 
 def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an operation on an attribute, or None; ScimError 400."""
+    """Return the canonical value of an operation on an attribute, or None; ScimError 400.
+
+    For values that a filter selects, it is an object with the parts that the client sent: None for
+    those to clear.
+    """
     if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
         return None
     if not path.filter or path.sub_attribute:
         return accept_value(attribute, value)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    terms = lowercase_keys(equal_terms(path.filter))
-    if terms and value and isinstance(value, dict):  # emails[type eq "work"] makes it a work e-mail
-        value = terms | lowercase_keys(value)
-    return accept_single(attribute, value)
+    if not isinstance(value, dict):
+        return accept_single(attribute, value)
+    parts = lowercase_keys(value)
+    # What the filter says of the selected values holds, and need not be sent again.
+    accepted = accept_single(attribute, lowercase_keys(equal_terms(path.filter)) | parts) or {}
+    return {
+        sub.name: accepted.get(sub.name)
+        for sub in attribute.sub_attributes
+        if sub.name.lower() in parts and not sub.read_only
+    }
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
@@ -1310,7 +1403,17 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
         and step.sent is not None
         for step in changes
     )
-    return {item["value"] for step in changes for item in step.value or ()} if listed else None
+    ids = {item["value"] for step in changes for item in step.value or ()}
+    # An id in another case may be that of any member.
+    return ids if listed and all(id == id.lower() for id in ids) else None
+
+
+def replaces_members(operations: Iterable[Operation]) -> bool:
+    """Return whether an operation replaces the list of members."""
+    return any(
+        step.op == "replace" and step.path.attributes[0].is_membership and not step.path.filter
+        for step in operations
+    )
 
 
 def apply_patch(
@@ -1318,8 +1421,13 @@ def apply_patch(
 ) -> Resource:
     """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
+    with_value = list(values_with_value(resource_type.root, patched))
     for operation in operations:
         apply_operation(patched, operation)
+    for value in with_value:
+        # What says only of which type it was is no e-mail any longer.
+        if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
+            value.clear()
     patched = pruned(patched)
     for sub in resource_type.root.sub_attributes:
         if sub.required and sub.name not in patched:
@@ -1331,6 +1439,13 @@ def apply_patch(
             )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
+
+
+def values_with_value(root: Attribute, resource: Resource) -> Iterator[Resource]:
+    """Yield the e-mails, phone numbers and the like of a resource that have a "value"."""
+    for attribute in root.sub_attributes:
+        if attribute.multi_valued and attribute.value_attribute and not attribute.is_membership:
+            yield from (value for value in attribute.values(resource) if value.get("value"))
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
@@ -1359,13 +1474,14 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
         holder[attribute.name] = without_values(
             attribute, attribute.values(holder), operation.value or []
         )
-    elif operation.value is None:
-        if operation.op != "add":
-            holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
-        add_values(attribute, holder.setdefault(attribute.name, []), operation.value)
+        add_values(attribute, holder.setdefault(attribute.name, []), operation.value or [])
     else:
+        if attribute.identifies and holder.get(attribute.name) != operation.value:
+            holder.clear()
         holder[attribute.name] = copy.deepcopy(operation.value)
+        if operation.value is None:
+            del holder[attribute.name]
 
 
 def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
@@ -1373,13 +1489,23 @@ def without_values(attribute: Attribute, values: list[Json], removed: list[Json]
 
     A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
     """
+    if attribute.is_membership:
+        ids = meant_ids(values, (value["value"] for value in removed))
+        return [value for value in values if value["value"] not in ids]
     removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
     return [
         value
         for value in values
-        if (key := identity_key(attribute, value)) not in removed_keys
-        and (attribute.is_membership or not any(part <= key for part in removed_keys))
+        if not any(part <= identity_key(attribute, value) for part in removed_keys)
     ]
+
+
+def meant_ids(members: list[Json], ids: Iterable[str]) -> set[str]:
+    """Return the ids of the members that ids mean: without case if only one member has such an id."""
+    exact = {member["value"] for member in members}
+    count = Counter(id.lower() for id in exact)
+    folded = {id.lower() for id in ids if id not in exact and count[id.lower()] == 1}
+    return {id for id in exact if id in ids or id.lower() in folded}
 
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
@@ -1409,38 +1535,66 @@ def change_selected(
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
+    if attribute.is_membership and not selected and (id := equal_terms(filter).get("value")):
+        ids = meant_ids(values, [id])
+        selected = [
+            value
+            for value in values
+            if value["value"] in ids and matches(filter, {**value, "value": id})
+        ]
     for value in selected:
-        change_value(value, operation)
-    if not selected and operation.op != "remove" and operation.value is not None:
-        values = [*values, new_value(attribute, values, operation, filter)]
+        change_value(attribute, value, operation, filter)
+    if not selected and operation.op != "remove" and not is_empty(operation.value):
+        values = [*values, new_value(attribute, operation, filter)]
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
 
 
-def new_value(
-    attribute: Attribute, values: list[Json], operation: Operation, filter: Filter
-) -> Resource:
+def is_empty(value: Json) -> bool:
+    """Return whether a value clears what it is assigned to, so that nothing is made for it."""
+    return all(map(is_empty, value.values())) if isinstance(value, dict) else value in (None, "")
+
+
+def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
-    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value.
+    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
+    # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    possible = bool(value) and (attribute.multi_valued or not values)
-    change_value(value, operation)
+    labels = all(attribute.by_name[name.lower()].is_label for name in value)
+    if possible := bool(value) and labels and not attribute.is_membership:
+        change_value(attribute, value, operation, filter)
     # A value that does not match the filter would be added again at each retry.
     if not possible or not matches(filter, value):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     return value
 
 
-def change_value(value: Resource, operation: Operation) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
-    if operation.path.sub_attribute:
-        change(operation.path.sub_attribute, value, operation)
+def change_value(
+    attribute: Attribute, value: Resource, operation: Operation, filter: Filter
+) -> None:
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+
+    ScimError 400 mutability for another value of an immutable sub-attribute, such as a member's id.
+    """
+    before, parts = dict(value), operation.value
+    if sub := operation.path.sub_attribute:
+        change(sub, value, operation)
+    elif parts is None and operation.op != "add":
+        value.clear()
     else:
-        if operation.op != "add":
-            value.clear()
-        if operation.op != "remove":
-            value.update(operation.value or {})
+        # A filter selects and does not write: what it says stays in the spelling that is stored.
+        kept = (
+            equal_terms(filter) if operation.op == "replace" and attribute.multi_valued else value
+        )
+        for name in value.keys() - kept.keys():
+            del value[name]
+        for name in parts or ():
+            sub = attribute.by_name[name.lower()]
+            change(sub, value, replace(operation, value=parts[name]))
+    for sub in attribute.sub_attributes:
+        if sub.mutability == "immutable" and value and before.get(sub.name) != value.get(sub.name):
+            raise ScimError(400, "mutability", f"{sub.path} is immutable")
 
 
 def equal_terms(filter: Filter) -> Resource:
@@ -1602,6 +1756,13 @@ def entries_of(attribute: Attribute) -> Sql:
     if linked := DERIVED_ENTRIES.get(attribute.index):
         return f"(SELECT {linked}) AS entry WHERE 1 = 1", []
     return "value AS entry WHERE path = ?", [attribute.index]
+
+
+def first_element(attribute: Attribute) -> str:
+    """Return the element of the value that an attribute sorts by, as SQL on an index entry."""
+    column = {"members": "member_seq", "groups": "group_seq"}.get(attribute.index.split(".")[0])
+    owner = "group_seq" if column == "member_seq" else "member_seq"
+    return f"(SELECT min({column}) FROM member WHERE {owner} = entry.seq)" if column else "0"
 
 
 class Sorting(NamedTuple):
@@ -1929,9 +2090,10 @@ class Session:
             if all(map(is_set, filters.values()))
             else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
         )
-        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} AND {among} ORDER BY key{down}"
+        first_value = f"element = {first_element(sorting.target.attribute)}"
+        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND {first_value} AND {walk} AND {among} ORDER BY key{down}"
         keyless = (
-            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
+            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND {first_value}) ORDER BY seq{down}"
         )
         limit = window.offset + window.count + 1
         halves = [
@@ -2720,7 +2882,7 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             accepted.update(kept | accepted)
-            return self._complete(session, self._save(session, row, before, accepted))
+            return self._complete(session, self._save(session, row, before, accepted, True))
 
     def patch(
         self,
@@ -2738,7 +2900,11 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
-            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            after, replaced = (
+                apply_patch(resource_type, before, operations),
+                replaces_members(operations),
+            )
+            row = self._save(session, row, before, after, replaced)
             # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -3080,7 +3246,10 @@ class Directory:
             unique = (
                 sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
             )
-            if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
+            if unique and any(
+                session.taken(row.type, index, sub.unique_key(resource[sub.name]), row.seq)
+                for index in (sub.index, sub.unique_index)
+            ):
                 raise ScimError(
                     409,
                     "uniqueness",
@@ -3088,10 +3257,21 @@ class Directory:
                     f"use by another {row.type}",
                 )
 
-    def _save(self, session: Session, row: Row, before: Resource, after: Resource) -> Row:
+    def _save(
+        self,
+        session: Session,
+        row: Row,
+        before: Resource,
+        after: Resource,
+        members_replaced: bool,
+    ) -> Row:
         """Store a resource that a client changed; where nothing differs, nothing is written."""
         self._check_unique(session, row, after)
         balance, changed = self._link(session, row, before, after)
+        # Beside known ids unknown ones are ignored. Alone they would empty the group.
+        if members_replaced and not row.member_count + balance and after.get("members"):
+            ids = ", ".join(quoted(member["value"]) for member in after["members"])
+            raise invalid_value(f"members: no user or group has one of these ids: {ids}")
         attributes = stored(after)
         differs = attributes != row.attributes
         if not differs and not changed:
@@ -3967,9 +4147,12 @@ def delete_resource(call: Call) -> Response:
 
 def list_resources(call: Call) -> Response:
     """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
-    text = call.parameters.get("filter", "").strip()
+    text = call.parameters.get("filter")
     asked = {
-        found.name: (parse_filter(text, found) if text else EVERYTHING, call.selection(found))
+        found.name: (
+            EVERYTHING if text is None else parse_filter(text, found),
+            call.selection(found),
+        )
         for found in call.resource_types
     }
     sorting = parse_sorting(call.parameters, call.resource_types)
@@ -4067,6 +4250,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
     if target and (standing := target[-1].value_attribute):
         target = (*target, standing)
+    refuse_computed(target, "sortBy")
     return Sorting(AttributePath(target), order == "descending") if target else None
 
 
