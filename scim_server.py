@@ -64,7 +64,6 @@ import io
 import ipaddress
 import itertools
 import json
-import math
 import operator
 import os
 import queue
@@ -79,7 +78,6 @@ import sys
 import threading
 import time
 import traceback
-import unicodedata
 import urllib.error
 import urllib.request
 import uuid
@@ -95,6 +93,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO
+from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -220,24 +219,15 @@ def date_time_key(text: str) -> str:
     return f"{instant.isoformat()}.{(parts[7] or '').rstrip('0'):0<9}"
 
 
-def integer_key(number: float) -> str:
-    """Return a number as text that sorts among the keys of 64-bit Integers."""
-    # A filter may compare an Integer with 41.5, or with a number that no Integer reaches.
-    whole = math.floor(min(max(number, -INTEGER_LIMIT - 1), INTEGER_LIMIT))
-    return f"{whole + INTEGER_LIMIT:020d}" + "." * (whole < number < INTEGER_LIMIT)
-
-
-def prepared(text: str) -> str:
-    """Return text for a comparison without case, in which é is one character (RFC 7644 §5)."""
-    if text.isascii():
-        return text.lower()
-    # Case folding can take characters apart, so they are composed before and after it.
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-
-
+# Full-width and half-width characters, and those that they equal in a name (RFC 8265 §3.3.2).
+WIDTHS = {code: normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFEF))}
 KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
     "boolean": lambda value: "true" if value else "false",
-    "integer": integer_key,
+    # A filter may compare with 41.5, or with a number beyond all Integers.
+    "integer": lambda number: (
+        f"{int(min(max(number, -INTEGER_LIMIT - 1), INTEGER_LIMIT) // 1) + INTEGER_LIMIT:020d}"
+        + "." * (number % 1 > 0)
+    ),
     "dateTime": date_time_key,
     "complex": lambda value: "1",  # marks presence: complex values have no order of their own
 }
@@ -266,17 +256,16 @@ class Attribute:
     default: Json = None  # the value of a new resource if the client sends none
     is_membership: bool = False  # groups and members, which are stored as rows, not in the body
     computed: bool = False  # made for each response: it cannot be sent, found or sorted by
+    is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
     identifies: bool = (
         False  # another value means somebody else, whom the values beside it describe
     )
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
-    unique_index: str = field(init=False)  # where unique keys are that differ from the key
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "index", self.path.lower())
-        object.__setattr__(self, "unique_index", f"{self.index} (unique)")
         object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
     def with_paths(self, prefix: str = "") -> Attribute:
@@ -289,16 +278,6 @@ class Attribute:
             path=path,
             sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
         )
-
-    @property
-    def read_only(self) -> bool:
-        """Whether what a client sends for it is ignored in a body, and refused in a PATCH path."""
-        return self.computed or self.mutability == "readOnly"
-
-    @property
-    def is_label(self) -> bool:
-        """Whether it says which of several values is meant, so that a value can be made from it."""
-        return self.name in ("type", "primary", "display")
 
     def sub_attribute(self, name: str) -> Attribute | None:
         """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
@@ -349,11 +328,11 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
-        return value if self.case_exact else prepared(value)
-
-    def unique_key(self, value: Json) -> str:
-        """Return the key that no other resource may have: full-width letters equal normal ones."""
-        return self.key(unicodedata.normalize("NFKC", value))  # RFC 8265 §3.3
+        if self.case_exact:
+            return value  # type: ignore[no-any-return]
+        # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
+        text = normalize("NFC", value.translate(WIDTHS) if self.is_name else value)
+        return normalize("NFC", text.casefold())
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -445,7 +424,7 @@ class ResourceType:
 
 # fmt: off
 USER_SCHEMA = Schema(USER, "User", "User Account", (
-    Attribute("userName", required=True, uniqueness="server"),
+    Attribute("userName", required=True, uniqueness="server", is_name=True),
     Attribute("name", "complex", sub_attributes=strings(
         "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix",
     )),
@@ -472,7 +451,7 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
     read_only("groups", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         read_only("value", case_exact=True),
         read_only("$ref", "reference", case_exact=True, reference_types=("Group",), computed=True),
-        read_only("display"),
+        read_only("display", is_name=True),  # the displayName of the group
         read_only("type", canonical_values=("direct",)),
     )),
     multi_valued("entitlements"),
@@ -481,14 +460,14 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
 ))
 GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
     # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
-    Attribute("displayName", required=True, uniqueness="server"),
+    Attribute("displayName", required=True, uniqueness="server", is_name=True),
     Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         # The id of a user or group. Another id would be another member (RFC 7643 §8.7.1).
         Attribute("value", required=True, case_exact=True, mutability="immutable"),
         # The server sets $ref. If it were not published, scim2-tester would send ids that do not
         # exist, and the server would ignore them.
-        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
-                  reference_types=("User", "Group"), computed=True),
+        read_only("$ref", "reference", case_exact=True, reference_types=("User", "Group"),
+                  computed=True),
         Attribute("type", canonical_values=("User", "Group"), mutability="immutable"),
         Attribute("display"),
     )),
@@ -639,21 +618,24 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def matches(filter: Filter, value: Json) -> bool:
-    """Return whether a resource, or one value of a complex attribute, satisfies a filter."""
+def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
+    """Return whether a resource, or one value of a complex attribute, satisfies a filter.
+
+    fold prepares keys for a looser comparison.
+    """
     match filter:
         case And(filters):
-            return all(matches(inner, value) for inner in filters)
+            return all(matches(inner, value, fold) for inner in filters)
         case Or(filters):
-            return any(matches(inner, value) for inner in filters)
+            return any(matches(inner, value, fold) for inner in filters)
         case Not(inner):
-            return not matches(inner, value)
+            return not matches(inner, value, fold)
         case ValuePath(target, inner):
-            return any(matches(inner, item) for item in target.items(value))
+            return any(matches(inner, item, fold) for item in target.items(value))
         case Present(target):
             return any(target.keys(value))  # empty text has an empty key: it is not present
         case Compare(target, op, key):
-            return any(OPERATORS[op](own_key, key) for own_key in target.keys(value))
+            return any(OPERATORS[op](fold(own_key), fold(key)) for own_key in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
@@ -715,7 +697,7 @@ TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
-          | (?P<name>   [A-Za-z$_][\w$-]* (?: [.:][\w$-]+ )* )
+          | (?P<name>   [A-Za-z$_][\w$-]* (?: (?:[.:][\w$-]+)* : [\w$-]+ (?:\.[\w$-]+)* | \.[\w$-]+ )? )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] )
           | (?P<error>  \S (?:.*\S)? ) )""",
@@ -789,13 +771,10 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
         return Not(inner), position
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
-    attributes = scope(text)
-    if not attributes and text.rpartition(":")[2].count(".") > 1:
-        raise bad_filter(column, "an attribute name with at most one sub-attribute", text)
     # In brackets there are no other brackets (RFC 7644 figure 1): they would have no meaning.
     if following == "[" and scope.func is resolve:
-        return parse_value_path(tokens, position + 1, attributes, text, depth)
-    return parse_expression(tokens, position + 1, attributes, text)
+        return parse_value_path(tokens, position + 1, scope(text), text, depth)
+    return parse_expression(tokens, position + 1, scope(text), text)
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
@@ -842,28 +821,19 @@ def parse_expression(
     """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
-    refuse_computed(attributes, name)
+    if attributes and attributes[-1].computed:
+        raise invalid_filter(f"{name}: made for each response; a filter cannot use it")
     if op == "pr":
-        return present(attributes), position + 1
+        return (present(attributes) if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
 
 
-def refuse_computed(attributes: Attributes | None, name: str) -> None:
-    """Raise ScimError 400 if an attribute is not stored: nothing would ever be found by it."""
-    if attributes and attributes[-1].computed:
-        raise invalid_filter(f"{name}: resources cannot be found or sorted by this attribute")
-
-
-def present(attributes: Attributes | None) -> Filter:
-    """Return the filter that an attribute, or a part of a complex one, has a value that is not empty."""
-    if not attributes:
-        return NOTHING
-    parts = [sub for sub in attributes[-1].sub_attributes if not sub.computed]
-    if not parts:
-        return Present(AttributePath(attributes))
-    return Or(tuple(present((*attributes, part)) for part in parts))
+def present(attributes: Attributes) -> Filter:
+    """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
+    parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
+    return Or(tuple(map(present, parts))) if parts else Present(AttributePath(attributes))
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -888,12 +858,11 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
     check_comparison(attribute, name, op, literal)
     if literal is None:
         return Not(Present(target))
-    value = literal
-    if attribute.type != "integer" or type(literal) not in (int, float):
-        try:
-            value = attribute.convert(literal)
-        except ScimError as error:
-            raise invalid_filter(error.detail, reason=error.reason) from None
+    try:  # a number need not be an Integer to compare with one
+        is_number = attribute.type == "integer" and type(literal) in (int, float)
+        value = literal if is_number else attribute.convert(literal)
+    except ScimError as error:
+        raise invalid_filter(error.detail, reason=error.reason) from None
     return Compare(target, op, attribute.key(value), value)
 
 
@@ -932,7 +901,8 @@ class PatchPath:
                 for attribute in (*self.attributes, self.sub_attribute)
                 if attribute
                 and (
-                    attribute.read_only or (attribute.mutability == "immutable" and not self.filter)
+                    attribute.mutability == "readOnly"
+                    or (attribute.mutability == "immutable" and not self.filter)
                 )
             ),
             None,
@@ -1007,8 +977,7 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
         # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        writable = sub and not sub.read_only and sub.mutability != "writeOnly"
-        if sub and writable and item is not None:
+        if sub and sub.mutability in ("readWrite", "immutable") and item is not None:
             if sub.name in sent:
                 raise invalid_value(f"{sub.path}: sent twice")
             sent[sub.name] = item
@@ -1045,8 +1014,9 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 def unlisted(attribute: Attribute, value: Json) -> Json:
     """Return the item of a list with one item, if it stands for a single complex value."""
     # Entra's tutorial sends the manager as a list.
-    is_list = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
-    return value[0] if is_list else value
+    if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
+        return value[0]
+    return value
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
@@ -1054,7 +1024,7 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
     # could empty the group.
     is_text = attribute.type == "string" and not attribute.identifies
-    if value is None or (value == "" and not is_text and not attribute.is_membership):
+    if value is None or (value == "" and not (is_text or attribute.is_membership)):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
@@ -1216,9 +1186,7 @@ def index_entries(
             else [(element, item)]
         )
         for number, part in items:
-            yield sub.index, (key := sub.key(part)), number
-            if sub.uniqueness == "server" and (unique_key := sub.unique_key(part)) != key:
-                yield sub.unique_index, unique_key, number
+            yield sub.index, sub.key(part), number
             if sub.type == "complex":
                 yield from index_entries(sub, part, number)
 
@@ -1271,8 +1239,8 @@ def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
         steps = list(run)
         if is_list and len(steps) > 1:
             sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
-            values = itertools.chain.from_iterable(step.value for step in steps)
-            yield Operation(op, path, list(values), list(itertools.chain.from_iterable(sent)))
+            values = [value for step in steps for value in step.value]
+            yield Operation(op, path, values, list(itertools.chain.from_iterable(sent)))
         else:
             yield from steps
 
@@ -1316,7 +1284,7 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
         path = parse_path(name, resource_type)
         if not path.attributes:
             yield from parse_pathless(resource_type, op, item)
-        elif not path.attributes[0].read_only:
+        elif path.attributes[0].mutability != "readOnly":
             yield from bind_operation(op, path, item, merge=True)
 
 
@@ -1327,20 +1295,20 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
     if attribute := path.read_only_attribute:
-        kind = "immutable" if attribute.mutability == "immutable" else "read-only"
-        raise ScimError(400, "mutability", f"{attribute.path} is {kind}")
+        raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
     path, value = normal_form(op, path, value)
-    attribute = path.sub_attribute or path.attributes[-1]
-    is_object = attribute.type == "complex" and isinstance(value, dict) and not path.filter
-    if merge and is_object and op != "remove" and not attribute.multi_valued:
+    attribute = path.attributes[-1]
+    single = attribute.type == "complex" and not (attribute.multi_valued or path.filter)
+    if merge and single and isinstance(value, dict):
         parts = lowercase_keys(value)
         # In the order of the schema: a new manager comes before the manager's displayName.
         for sub in attribute.sub_attributes:
-            if sub.name.lower() in parts and not sub.read_only:
-                part = PatchPath((*path.attributes, sub))
-                yield from bind_operation(op, part, parts[sub.name.lower()], merge)
+            if (name := sub.name.lower()) in parts and sub.mutability != "readOnly":
+                yield from bind_operation(
+                    op, PatchPath((*path.attributes, sub)), parts[name], merge
+                )
     else:
-        yield Operation(op, path, accept_operand(op, path, attribute, value), value)
+        yield Operation(op, path, accept_operand(path, value), value)
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
@@ -1348,47 +1316,50 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
 
     Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
     from members. Plain text for an object means its "value": a manager by id, or a new address for
-    emails[type eq "work"].
+    emails[type eq "work"]. A value is dropped if there is no list to remove it from.
     """
-    *above, holder = path.attributes
-    match path.filter:
-        case Compare(AttributePath((sub,)), "eq", _, id) if (
+    match path:
+        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
             op == "remove"
-            and holder.is_membership
-            and sub is holder.value_attribute
-            and not path.sub_attribute
+            and members.is_membership
+            and sub is members.value_attribute
+            and id == id.lower()  # an id in another case is compared with those of all members
         ):
-            return PatchPath((holder,)), [{"value": id}]
-    if path.sub_attribute or op == "remove" or (holder.multi_valued and not path.filter):
-        return path, value
-    value, sub = unlisted(holder, value), holder.value_attribute
-    if not sub or value is None or isinstance(value, (dict, list)):
-        return path, value
-    if path.filter:
-        return PatchPath((*above, holder), path.filter, sub), value
-    return PatchPath((*above, holder, sub)), value
+            return PatchPath((members,)), [{"value": id}]
+        case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
+            value = None if op == "remove" else unlisted(holder, value)
+            is_bare = not isinstance(value, (dict, list, type(None)))
+            if (sub := holder.value_attribute) and is_bare and not path.sub_attribute:
+                below = PatchPath((*path.attributes, sub))
+                path = replace(path, sub_attribute=sub) if filter else below
+    return path, value
 
 
-def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an operation on an attribute, or None; ScimError 400.
+def accept_operand(path: PatchPath, value: Json) -> Json:
+    """Return the canonical value of an operation on a path, or None; ScimError 400.
 
-    For values that a filter selects, it is an object with the parts that the client sent: None for
-    those to clear.
+    For the values that a filter selects, it is an object with the parts to change, None for those
+    to clear.
     """
-    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
+    attribute = path.attributes[-1]
+    if attribute.mutability == "writeOnly":
         return None
-    if not path.filter or path.sub_attribute:
+    if not path.filter:
         return accept_value(attribute, value)
+    if path.sub_attribute:
+        value = {path.sub_attribute.name: value}
     if not isinstance(value, dict):
         return accept_single(attribute, value)
-    parts = lowercase_keys(value)
-    # What the filter says of the selected values holds, and need not be sent again.
-    accepted = accept_single(attribute, lowercase_keys(equal_terms(path.filter)) | parts) or {}
-    return {
-        sub.name: accepted.get(sub.name)
+    sent, terms = lowercase_keys(value), equal_terms(path.filter)
+    parts = {
+        sub.name: accept_value(sub, sent[sub.name.lower()])
         for sub in attribute.sub_attributes
-        if sub.name.lower() in parts and not sub.read_only
+        if sub.name.lower() in sent and sub.mutability != "readOnly"
     }
+    for name, part in parts.items():
+        if attribute.by_name[name.lower()].mutability == "immutable" and part != terms.get(name):
+            raise ScimError(400, "mutability", f"{attribute.path}.{name} is immutable")
+    return parts
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
@@ -1403,17 +1374,7 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
         and step.sent is not None
         for step in changes
     )
-    ids = {item["value"] for step in changes for item in step.value or ()}
-    # An id in another case may be that of any member.
-    return ids if listed and all(id == id.lower() for id in ids) else None
-
-
-def replaces_members(operations: Iterable[Operation]) -> bool:
-    """Return whether an operation replaces the list of members."""
-    return any(
-        step.op == "replace" and step.path.attributes[0].is_membership and not step.path.filter
-        for step in operations
-    )
+    return {item["value"] for step in changes for item in step.value or ()} if listed else None
 
 
 def apply_patch(
@@ -1421,7 +1382,13 @@ def apply_patch(
 ) -> Resource:
     """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
-    with_value = list(values_with_value(resource_type.root, patched))
+    with_value = [
+        value
+        for sub in resource_type.root.sub_attributes
+        if sub.multi_valued and sub.value_attribute and not sub.is_membership
+        for value in sub.values(patched)
+        if value.get("value")
+    ]
     for operation in operations:
         apply_operation(patched, operation)
     for value in with_value:
@@ -1429,23 +1396,16 @@ def apply_patch(
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
-    for sub in resource_type.root.sub_attributes:
-        if sub.required and sub.name not in patched:
-            raise ScimError(
-                400,
-                "mutability",
-                f"{sub.path} is required and cannot be removed",
-                reason=("required", sub.path),
-            )
+    required = (sub for sub in resource_type.root.sub_attributes if sub.required)
+    if missing := next((sub.path for sub in required if sub.name not in patched), ""):
+        raise ScimError(
+            400,
+            "mutability",
+            f"{missing} is required and cannot be removed",
+            reason=("required", missing),
+        )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
-
-
-def values_with_value(root: Attribute, resource: Resource) -> Iterator[Resource]:
-    """Yield the e-mails, phone numbers and the like of a resource that have a "value"."""
-    for attribute in root.sub_attributes:
-        if attribute.multi_valued and attribute.value_attribute and not attribute.is_membership:
-            yield from (value for value in attribute.values(resource) if value.get("value"))
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
@@ -1479,9 +1439,10 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
     else:
         if attribute.identifies and holder.get(attribute.name) != operation.value:
             holder.clear()
-        holder[attribute.name] = copy.deepcopy(operation.value)
         if operation.value is None:
-            del holder[attribute.name]
+            holder.pop(attribute.name, None)
+        else:
+            holder[attribute.name] = copy.deepcopy(operation.value)
 
 
 def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
@@ -1489,23 +1450,13 @@ def without_values(attribute: Attribute, values: list[Json], removed: list[Json]
 
     A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
     """
-    if attribute.is_membership:
-        ids = meant_ids(values, (value["value"] for value in removed))
-        return [value for value in values if value["value"] not in ids]
     removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
     return [
         value
         for value in values
-        if not any(part <= identity_key(attribute, value) for part in removed_keys)
+        if (key := identity_key(attribute, value)) not in removed_keys
+        and (attribute.is_membership or not any(part <= key for part in removed_keys))
     ]
-
-
-def meant_ids(members: list[Json], ids: Iterable[str]) -> set[str]:
-    """Return the ids of the members that ids mean: without case if only one member has such an id."""
-    exact = {member["value"] for member in members}
-    count = Counter(id.lower() for id in exact)
-    folded = {id.lower() for id in ids if id not in exact and count[id.lower()] == 1}
-    return {id for id in exact if id in ids or id.lower() in folded}
 
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
@@ -1535,24 +1486,16 @@ def change_selected(
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
-    if attribute.is_membership and not selected and (id := equal_terms(filter).get("value")):
-        ids = meant_ids(values, [id])
-        selected = [
-            value
-            for value in values
-            if value["value"] in ids and matches(filter, {**value, "value": id})
-        ]
+    if attribute.is_membership and not selected:
+        # An id in another case is accepted if it means one member only.
+        loosely = [value for value in values if matches(filter, value, str.lower)]
+        selected = loosely if len(loosely) == 1 else []
     for value in selected:
         change_value(attribute, value, operation, filter)
-    if not selected and operation.op != "remove" and not is_empty(operation.value):
+    if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
         values = [*values, new_value(attribute, operation, filter)]
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
-
-
-def is_empty(value: Json) -> bool:
-    """Return whether a value clears what it is assigned to, so that nothing is made for it."""
-    return all(map(is_empty, value.values())) if isinstance(value, dict) else value in (None, "")
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
@@ -1561,11 +1504,10 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    labels = all(attribute.by_name[name.lower()].is_label for name in value)
-    if possible := bool(value) and labels and not attribute.is_membership:
-        change_value(attribute, value, operation, filter)
+    possible = value and value.keys() <= {"type", "primary", "display"}
+    change_value(attribute, value, operation, filter)
     # A value that does not match the filter would be added again at each retry.
-    if not possible or not matches(filter, value):
+    if attribute.is_membership or not possible or not matches(filter, value):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     return value
 
@@ -1573,28 +1515,14 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
 def change_value(
     attribute: Attribute, value: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
-
-    ScimError 400 mutability for another value of an immutable sub-attribute, such as a member's id.
-    """
-    before, parts = dict(value), operation.value
-    if sub := operation.path.sub_attribute:
-        change(sub, value, operation)
-    elif parts is None and operation.op != "add":
-        value.clear()
-    else:
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
+    if operation.op != "add" and not operation.path.sub_attribute:
         # A filter selects and does not write: what it says stays in the spelling that is stored.
-        kept = (
-            equal_terms(filter) if operation.op == "replace" and attribute.multi_valued else value
-        )
-        for name in value.keys() - kept.keys():
+        kept = equal_terms(filter) if attribute.multi_valued else value
+        for name in value.keys() - (kept.keys() if operation.value is not None else ()):
             del value[name]
-        for name in parts or ():
-            sub = attribute.by_name[name.lower()]
-            change(sub, value, replace(operation, value=parts[name]))
-    for sub in attribute.sub_attributes:
-        if sub.mutability == "immutable" and value and before.get(sub.name) != value.get(sub.name):
-            raise ScimError(400, "mutability", f"{sub.path} is immutable")
+    for name, part in (operation.value or {}).items():
+        change(attribute.by_name[name.lower()], value, replace(operation, value=part))
 
 
 def equal_terms(filter: Filter) -> Resource:
@@ -1629,8 +1557,15 @@ def pruned(value: Json) -> Json:
 
 # What other rows tell is not stored as index entries: these make them, under the attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
-MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
-GROUPS = "member_seq AS seq, group_seq AS element FROM member"
+# The first member or group is element 0: sorting uses it.
+MEMBERS = (
+    "group_seq AS seq, member_seq - (SELECT min(member_seq) FROM member AS other "
+    "WHERE other.group_seq = member.group_seq) AS element FROM member"
+)
+GROUPS = (
+    "member_seq AS seq, group_seq - (SELECT min(group_seq) FROM member AS other "
+    "WHERE other.member_seq = member.member_seq) AS element FROM member"
+)
 DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
     f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
@@ -1756,13 +1691,6 @@ def entries_of(attribute: Attribute) -> Sql:
     if linked := DERIVED_ENTRIES.get(attribute.index):
         return f"(SELECT {linked}) AS entry WHERE 1 = 1", []
     return "value AS entry WHERE path = ?", [attribute.index]
-
-
-def first_element(attribute: Attribute) -> str:
-    """Return the element of the value that an attribute sorts by, as SQL on an index entry."""
-    column = {"members": "member_seq", "groups": "group_seq"}.get(attribute.index.split(".")[0])
-    owner = "group_seq" if column == "member_seq" else "member_seq"
-    return f"(SELECT min({column}) FROM member WHERE {owner} = entry.seq)" if column else "0"
 
 
 class Sorting(NamedTuple):
@@ -2090,10 +2018,9 @@ class Session:
             if all(map(is_set, filters.values()))
             else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
         )
-        first_value = f"element = {first_element(sorting.target.attribute)}"
-        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND {first_value} AND {walk} AND {among} ORDER BY key{down}"
+        keyed = f"SELECT 0 AS missing, key, seq FROM {source} AND element = 0 AND {walk} AND {among} ORDER BY key{down}"
         keyless = (
-            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND {first_value}) ORDER BY seq{down}"
+            f"{rest} AND seq NOT IN (SELECT seq FROM {source} AND element = 0) ORDER BY seq{down}"
         )
         limit = window.offset + window.count + 1
         halves = [
@@ -2900,9 +2827,10 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
-            after, replaced = (
-                apply_patch(resource_type, before, operations),
-                replaces_members(operations),
+            after = apply_patch(resource_type, before, operations)
+            replaced = any(
+                step.op == "replace" and step.path.attributes[0].is_membership
+                for step in operations
             )
             row = self._save(session, row, before, after, replaced)
             # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
@@ -3246,10 +3174,7 @@ class Directory:
             unique = (
                 sub.uniqueness == "server" and sub.mutability != "readOnly" and sub.name in resource
             )
-            if unique and any(
-                session.taken(row.type, index, sub.unique_key(resource[sub.name]), row.seq)
-                for index in (sub.index, sub.unique_index)
-            ):
+            if unique and session.taken(row.type, sub.index, sub.key(resource[sub.name]), row.seq):
                 raise ScimError(
                     409,
                     "uniqueness",
@@ -4250,7 +4175,8 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     target = next(filter(None, (resolve(name, found) for found in types)), None) if name else None
     if target and (standing := target[-1].value_attribute):
         target = (*target, standing)
-    refuse_computed(target, "sortBy")
+    if target and target[-1].computed:
+        raise invalid_value(f"sortBy: {name} is made for each response; nothing is sorted by it")
     return Sorting(AttributePath(target), order == "descending") if target else None
 
 
