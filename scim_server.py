@@ -464,10 +464,10 @@ GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
     Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         # The id of a user or group. Another id would be another member (RFC 7643 §8.7.1).
         Attribute("value", required=True, case_exact=True, mutability="immutable"),
-        # The server sets $ref. If it were not published, scim2-tester would send ids that do not
-        # exist, and the server would ignore them.
-        read_only("$ref", "reference", case_exact=True, reference_types=("User", "Group"),
-                  computed=True),
+        # The server sets $ref. If it were not published, or as readOnly, scim2-tester would send
+        # ids that do not exist, and the server would ignore them.
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable", computed=True,
+                  reference_types=("User", "Group")),
         Attribute("type", canonical_values=("User", "Group"), mutability="immutable"),
         Attribute("display"),
     )),
@@ -901,7 +901,8 @@ class PatchPath:
                 for attribute in (*self.attributes, self.sub_attribute)
                 if attribute
                 and (
-                    attribute.mutability == "readOnly"
+                    attribute.computed
+                    or attribute.mutability == "readOnly"
                     or (attribute.mutability == "immutable" and not self.filter)
                 )
             ),
@@ -977,7 +978,9 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
         # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        if sub and sub.mutability in ("readWrite", "immutable") and item is not None:
+        if not sub or sub.computed or item is None:
+            continue
+        if sub.mutability in ("readWrite", "immutable"):
             if sub.name in sent:
                 raise invalid_value(f"{sub.path}: sent twice")
             sent[sub.name] = item
@@ -1354,7 +1357,7 @@ def accept_operand(path: PatchPath, value: Json) -> Json:
     parts = {
         sub.name: accept_value(sub, sent[sub.name.lower()])
         for sub in attribute.sub_attributes
-        if sub.name.lower() in sent and sub.mutability != "readOnly"
+        if sub.name.lower() in sent and not sub.computed
     }
     for name, part in parts.items():
         if attribute.by_name[name.lower()].mutability == "immutable" and part != terms.get(name):
@@ -1504,7 +1507,7 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    possible = value and value.keys() <= {"type", "primary", "display"}
+    possible = set() < value.keys() <= {"type", "primary", "display"}
     change_value(attribute, value, operation, filter)
     # A value that does not match the filter would be added again at each retry.
     if attribute.is_membership or not possible or not matches(filter, value):
