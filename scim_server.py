@@ -298,8 +298,9 @@ class Attribute:
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif self.type == "integer":
-            digits = isinstance(value, str) and INTEGER_TEXT.fullmatch(value)
-            if (digits or type(value) is int) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+            if (
+                type(value) is int or (isinstance(value, str) and INTEGER_TEXT.fullmatch(value))
+            ) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
                 return int(value)
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
@@ -328,11 +329,9 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
-        if self.case_exact:
-            return value  # type: ignore[no-any-return]
         # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
-        text = normalize("NFC", value.translate(WIDTHS) if self.is_name else value)
-        return normalize("NFC", text.casefold())
+        text = value.translate(WIDTHS) if self.is_name else value
+        return value if self.case_exact else normalize("NFC", normalize("NFC", text).casefold())
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -559,7 +558,8 @@ class AttributePath:
 class Compare:
     """Whether one of an attribute's values compares with a literal as op says.
 
-    value is the literal in the attribute's type, key is its key. op is one of OPERATORS.
+    value is the literal in the attribute's type (for an Integer any number), key is its key. op is
+    one of OPERATORS.
     """
 
     target: AttributePath
@@ -708,6 +708,8 @@ LITERAL = json.JSONDecoder(
     strict=False,  # text may contain control characters; 5.0 is the Integer 5
     parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
 )
+
+
 STRING_TYPES = ("string", "reference")
 
 
@@ -859,8 +861,11 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
     if literal is None:
         return Not(Present(target))
     try:  # a number need not be an Integer to compare with one
-        is_number = attribute.type == "integer" and type(literal) in (int, float)
-        value = literal if is_number else attribute.convert(literal)
+        value = (
+            literal
+            if attribute.type == "integer" and type(literal) in (int, float)
+            else attribute.convert(literal)
+        )
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
     return Compare(target, op, attribute.key(value), value)
@@ -869,8 +874,10 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
     """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
-        names = ", ".join(sub.name for sub in attribute.sub_attributes)
-        raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
+        raise invalid_filter(
+            f"{name}: compare one of its sub-attributes: "
+            + ", ".join(sub.name for sub in attribute.sub_attributes)
+        )
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     not_text = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
@@ -978,9 +985,12 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
         # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        if not sub or sub.computed or item is None:
-            continue
-        if sub.mutability in ("readWrite", "immutable"):
+        if (
+            sub
+            and sub.mutability in ("readWrite", "immutable")
+            and not sub.computed
+            and item is not None
+        ):
             if sub.name in sent:
                 raise invalid_value(f"{sub.path}: sent twice")
             sent[sub.name] = item
@@ -1017,17 +1027,19 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 def unlisted(attribute: Attribute, value: Json) -> Json:
     """Return the item of a list with one item, if it stands for a single complex value."""
     # Entra's tutorial sends the manager as a list.
-    if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
-        return value[0]
-    return value
+    is_item = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+    return value[0] if is_item else value
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
     # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
     # could empty the group.
-    is_text = attribute.type == "string" and not attribute.identifies
-    if value is None or (value == "" and not (is_text or attribute.is_membership)):
+    if value is None or (
+        value == ""
+        and (attribute.type != "string" or attribute.identifies)
+        and not attribute.is_membership
+    ):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
@@ -1241,9 +1253,16 @@ def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
     ):
         steps = list(run)
         if is_list and len(steps) > 1:
-            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
-            values = [value for step in steps for value in step.value]
-            yield Operation(op, path, values, list(itertools.chain.from_iterable(sent)))
+            yield Operation(
+                op,
+                path,
+                [value for step in steps for value in step.value],
+                [
+                    value
+                    for step in steps
+                    for value in (step.sent if isinstance(step.sent, list) else [step.sent])
+                ],
+            )
         else:
             yield from steps
 
@@ -1301,8 +1320,12 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
         raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
     path, value = normal_form(op, path, value)
     attribute = path.attributes[-1]
-    single = attribute.type == "complex" and not (attribute.multi_valued or path.filter)
-    if merge and single and isinstance(value, dict):
+    if (
+        merge
+        and isinstance(value, dict)
+        and attribute.type == "complex"
+        and not (attribute.multi_valued or path.filter)
+    ):
         parts = lowercase_keys(value)
         # In the order of the schema: a new manager comes before the manager's displayName.
         for sub in attribute.sub_attributes:
@@ -1331,10 +1354,16 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
             return PatchPath((members,)), [{"value": id}]
         case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
             value = None if op == "remove" else unlisted(holder, value)
-            is_bare = not isinstance(value, (dict, list, type(None)))
-            if (sub := holder.value_attribute) and is_bare and not path.sub_attribute:
-                below = PatchPath((*path.attributes, sub))
-                path = replace(path, sub_attribute=sub) if filter else below
+            if (
+                (value_attribute := holder.value_attribute)
+                and not path.sub_attribute
+                and not isinstance(value, (dict, list, type(None)))
+            ):
+                path = (
+                    PatchPath(path.attributes, filter, value_attribute)
+                    if filter
+                    else PatchPath((*path.attributes, value_attribute))
+                )
     return path, value
 
 
@@ -1345,10 +1374,8 @@ def accept_operand(path: PatchPath, value: Json) -> Json:
     to clear.
     """
     attribute = path.attributes[-1]
-    if attribute.mutability == "writeOnly":
-        return None
     if not path.filter:
-        return accept_value(attribute, value)
+        return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
     if path.sub_attribute:
         value = {path.sub_attribute.name: value}
     if not isinstance(value, dict):
@@ -1359,9 +1386,11 @@ def accept_operand(path: PatchPath, value: Json) -> Json:
         for sub in attribute.sub_attributes
         if sub.name.lower() in sent and not sub.computed
     }
-    for name, part in parts.items():
-        if attribute.by_name[name.lower()].mutability == "immutable" and part != terms.get(name):
-            raise ScimError(400, "mutability", f"{attribute.path}.{name} is immutable")
+    if any(
+        attribute.by_name[name.lower()].mutability == "immutable" and part != terms.get(name)
+        for name, part in parts.items()
+    ):
+        raise ScimError(400, "mutability", f"{attribute.path}: an id cannot be changed")
     return parts
 
 
@@ -1371,13 +1400,16 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     The directory reads these members only, so that a change costs the same in a large group.
     """
     changes = [step for step in operations if step.path.attributes[0].is_membership]
-    listed = all(
-        step.path == PatchPath(step.path.attributes[:1])
-        and step.op != "replace"
-        and step.sent is not None
-        for step in changes
+    return (
+        {item["value"] for step in changes for item in step.value or ()}
+        if all(
+            step.path == PatchPath(step.path.attributes[:1])
+            and step.op != "replace"
+            and step.sent is not None
+            for step in changes
+        )
+        else None
     )
-    return {item["value"] for step in changes for item in step.value or ()} if listed else None
 
 
 def apply_patch(
@@ -1399,13 +1431,16 @@ def apply_patch(
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
-    required = (sub for sub in resource_type.root.sub_attributes if sub.required)
-    if missing := next((sub.path for sub in required if sub.name not in patched), ""):
+    if missing := [
+        sub.path
+        for sub in resource_type.root.sub_attributes
+        if sub.required and sub.name not in patched
+    ]:
         raise ScimError(
             400,
             "mutability",
-            f"{missing} is required and cannot be removed",
-            reason=("required", missing),
+            f"{missing[0]} is required and cannot be removed",
+            reason=("required", missing[0]),
         )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
@@ -1489,10 +1524,13 @@ def change_selected(
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
-    if attribute.is_membership and not selected:
-        # An id in another case is accepted if it means one member only.
-        loosely = [value for value in values if matches(filter, value, str.lower)]
-        selected = loosely if len(loosely) == 1 else []
+    # The id of a member in another case is accepted if it means one member only.
+    if (
+        not selected
+        and attribute.is_membership
+        and len(loosely := [value for value in values if matches(filter, value, str.lower)]) == 1
+    ):
+        selected = loosely
     for value in selected:
         change_value(attribute, value, operation, filter)
     if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
@@ -2812,7 +2850,9 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             accepted.update(kept | accepted)
-            return self._complete(session, self._save(session, row, before, accepted, True))
+            return self._complete(
+                session, self._save(session, row, before, accepted, members_replaced=True)
+            )
 
     def patch(
         self,
@@ -2831,11 +2871,17 @@ class Directory:
             before = self._complete(session, row, named=named)
             condition.check(before["meta"]["version"])
             after = apply_patch(resource_type, before, operations)
-            replaced = any(
-                step.op == "replace" and step.path.attributes[0].is_membership
-                for step in operations
+            row = self._save(
+                session,
+                row,
+                before,
+                after,
+                members_replaced=any(
+                    step.op == "replace" and step.path == PatchPath(step.path.attributes[:1])
+                    for step in operations
+                    if step.path.attributes[0].is_membership
+                ),
             )
-            row = self._save(session, row, before, after, replaced)
             # Where some of its attributes are selected, RFC 7644 asks for them, be it large or not.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -3198,8 +3244,10 @@ class Directory:
         balance, changed = self._link(session, row, before, after)
         # Beside known ids unknown ones are ignored. Alone they would empty the group.
         if members_replaced and not row.member_count + balance and after.get("members"):
-            ids = ", ".join(quoted(member["value"]) for member in after["members"])
-            raise invalid_value(f"members: no user or group has one of these ids: {ids}")
+            raise invalid_value(
+                "members: no user or group has one of these ids: "
+                + ", ".join(quoted(member["value"]) for member in after["members"])
+            )
         attributes = stored(after)
         differs = attributes != row.attributes
         if not differs and not changed:

@@ -350,7 +350,11 @@ def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:  # 
         FAC: {"locker_no": "", "night_shift": "", "union_code": ""},
     }
     full = {FAC: {"locker_no": 1, "night_shift": True}, "name": NAME}
-    path = "/Users" if method == "POST" else f"/Users/{scim.create('/Users', userName='ada', **full)['id']}"
+    path = (
+        "/Users"
+        if method == "POST"
+        else f"/Users/{scim.create('/Users', userName='ada', **full)['id']}"
+    )
     found = scim.call(method, path, body).json()
     assert found[FAC] == {"union_code": ""} and found[ENT] == {"department": "D"}
     assert found["emails"] == [{"value": "h@x"}] and found["active"] is True
