@@ -1233,7 +1233,7 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return the operations of a PATCH body; ScimError 400.
 
     An object that is merged becomes one operation for each of its attributes. Operations in a row
-    that change the same list become one operation. An empty list, which Entra's older validator
+    that add members, or remove members, become one operation. An empty list, which Entra's older validator
     sends, changes nothing.
     """
     if not isinstance(items := lowercase_keys(body).get("operations"), list):
@@ -1244,12 +1244,19 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 
 def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations; those in a row that add to, or remove from, the same list become one."""
+    """Yield operations; those in a row that add members, or remove members, become one."""
     # Okta and Entra send one operation per member, with thousands in a request. If they were not
-    # merged, each of them would go through all those members.
+    # merged, each of them would go through all those members. Other lists have a primary value,
+    # which is that of the last operation.
     for (op, path, is_list), run in itertools.groupby(
         operations,
-        lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
+        lambda step: (
+            step.op,
+            step.path,
+            step.op != "replace"
+            and step.path.attributes[0].is_membership
+            and isinstance(step.value, list),
+        ),
     ):
         steps = list(run)
         if is_list and len(steps) > 1:
@@ -1376,18 +1383,17 @@ def accept_operand(path: PatchPath, value: Json) -> Json:
     attribute = path.attributes[-1]
     if not path.filter:
         return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
-    if path.sub_attribute:
-        value = {path.sub_attribute.name: value}
-    if not isinstance(value, dict):
+    if not (path.sub_attribute or isinstance(value, dict)):
         return accept_single(attribute, value)
-    sent, terms = lowercase_keys(value), equal_terms(path.filter)
+    sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
     parts = {
         sub.name: accept_value(sub, sent[sub.name.lower()])
         for sub in attribute.sub_attributes
         if sub.name.lower() in sent and not sub.computed
     }
     if any(
-        attribute.by_name[name.lower()].mutability == "immutable" and part != terms.get(name)
+        attribute.by_name[name.lower()].mutability == "immutable"
+        and part != equal_terms(path.filter).get(name)
         for name, part in parts.items()
     ):
         raise ScimError(400, "mutability", f"{attribute.path}: an id cannot be changed")
@@ -1533,7 +1539,7 @@ def change_selected(
         selected = loosely
     for value in selected:
         change_value(attribute, value, operation, filter)
-    if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
+    if not selected and operation.value:
         values = [*values, new_value(attribute, operation, filter)]
     kept = [value for value in values if value]
     holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
@@ -1541,14 +1547,19 @@ def change_selected(
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
+    if all(part in (None, "") for part in operation.value.values()):
+        return {}  # to clear what is not there makes nothing
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    possible = set() < value.keys() <= {"type", "primary", "display"}
     change_value(attribute, value, operation, filter)
     # A value that does not match the filter would be added again at each retry.
-    if attribute.is_membership or not possible or not matches(filter, value):
+    if (
+        attribute.is_membership
+        or not set() < equal_terms(filter).keys() <= {"type", "primary", "display"}
+        or not matches(filter, value)
+    ):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     return value
 

@@ -1,5 +1,7 @@
 """Tests of issue 16: never a wrong answer with a 200."""
 
+# ruff: noqa: F401, F811  the fixtures of the other file are imported by name
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -7,6 +9,8 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+
+import scim_server
 from test_scim_server import (
     ENT,
     FAC,
@@ -21,11 +25,9 @@ from test_scim_server import (
     pathless,
     put,
     remove,
-    scim,  # noqa: F401  a fixture
-    server,  # noqa: F401  a fixture
+    scim,
+    server,
 )
-
-import scim_server
 
 WORK = {"type": "work", "value": "h@x", "primary": True}
 NAME = {"givenName": "Ada", "familyName": "Quill", "formatted": "Ada Quill"}
@@ -163,13 +165,13 @@ def test_a_value_is_made_from_the_labels_of_a_filter(
 
 
 @pytest.fixture
-def crew(scim: Scim) -> tuple[Scim, str, list[str]]:  # noqa: F811
+def crew(scim: Scim) -> tuple[Scim, str, list[str]]:
     """A group with a member, and the ids of that member and of another user."""
     ids = [scim.user(name)["id"] for name in ("ada", "bob")]
     return scim, f"/Groups/{scim.group('Crew', ids[0])['id']}", ids
 
 
-def members_of(scim: Scim, path: str) -> list[str]:  # noqa: F811
+def members_of(scim: Scim, path: str) -> list[str]:
     """Return the ids of the members of a group."""
     return [member["value"] for member in scim.get(path).get("members", [])]
 
@@ -220,7 +222,7 @@ def test_an_id_in_capitals_removes_its_member_over_http(crew: Any) -> None:
     assert members_of(scim, path) == []
 
 
-def test_the_id_of_a_member_is_published_as_immutable(scim: Scim) -> None:  # noqa: F811
+def test_the_id_of_a_member_is_published_as_immutable(scim: Scim) -> None:
     attributes = {
         one["name"]: one for one in scim.get(f"/Schemas/{scim_server.GROUP}")["attributes"]
     }
@@ -339,7 +341,7 @@ def test_empty_text_clears_what_is_no_string(before: Any, operations: Any, after
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:  # noqa: F811
+def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:
     body = {
         "userName": "ada",
         "profileUrl": "",
@@ -361,7 +363,17 @@ def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:  # 
     assert found.keys().isdisjoint({"profileUrl", "name", "addresses"})
 
 
-def test_an_empty_list_of_operations_answers_with_the_unchanged_resource(scim: Scim) -> None:  # noqa: F811
+def test_the_primary_value_is_that_of_the_last_operation() -> None:
+    before = {"userName": "tom", "roles": [{"value": "a"}]}
+    operations = [
+        add("roles", [{"value": "b", "primary": True}]),
+        add("roles", [{"value": "a", "primary": True}]),
+    ]
+    found = patched(USER_TYPE, before, operations)["roles"]
+    assert found == [{"value": "a", "primary": True}, {"value": "b", "primary": False}]
+
+
+def test_an_empty_list_of_operations_answers_with_the_unchanged_resource(scim: Scim) -> None:
     user, group = scim.user("ada", title="x"), scim.group("Crew")
     assert scim.patch(f"/Users/{user['id']}") == user
     assert scim.patch(f"/Groups/{group['id']}") == group
@@ -410,7 +422,7 @@ COMPUTED = [  # type, name
 
 
 @pytest.mark.parametrize("type, name", COMPUTED)
-def test_a_computed_attribute_is_refused_by_name(scim: Scim, type: str, name: str) -> None:  # noqa: F811
+def test_a_computed_attribute_is_refused_by_name(scim: Scim, type: str, name: str) -> None:
     path, sub = f"/{type}s", name.rpartition(".")[2]
     for comparison in ('eq "x"', 'ne "x"', "pr", "eq null", 'co "x"'):
         answer = scim.call("GET", f"{path}?filter={name} {comparison}")
@@ -422,7 +434,7 @@ def test_a_computed_attribute_is_refused_by_name(scim: Scim, type: str, name: st
     assert_error(scim.call("GET", f"{path}?sortBy={name}"), 400, "invalidValue", name)
 
 
-def test_an_empty_filter_is_refused(scim: Scim) -> None:  # noqa: F811
+def test_an_empty_filter_is_refused(scim: Scim) -> None:
     scim.user("ada")
     for path in ("/Users?filter=", "/Groups?filter=", "/?filter=%20", "/Users?filter=&count=1"):
         assert_error(scim.call("GET", path), 400, "invalidFilter", "column 1")
@@ -571,7 +583,7 @@ SAME = [  # sentence, two names that are the same
 
 
 @pytest.mark.parametrize("one, other", [row[1:] for row in SAME], ids=[row[0] for row in SAME])
-def test_a_name_is_taken_in_every_spelling(scim: Scim, one: str, other: str) -> None:  # noqa: F811
+def test_a_name_is_taken_in_every_spelling(scim: Scim, one: str, other: str) -> None:
     user, group = scim.user(one), scim.group(one)
     assert (user["userName"], group["displayName"]) == (one, one)
     assert_error(scim.call("POST", "/Users", {"userName": other}), 409, "uniqueness")
@@ -588,7 +600,7 @@ def test_a_name_is_taken_in_every_spelling(scim: Scim, one: str, other: str) -> 
     assert scim.call("POST", "/Users", {"userName": other + "\u00b2"}).status_code == 201
 
 
-def test_other_text_is_composed_but_its_width_counts(scim: Scim) -> None:  # noqa: F811
+def test_other_text_is_composed_but_its_width_counts(scim: Scim) -> None:
     scim.user("ada", title=E_ACUTE[0], externalId=E_ACUTE[0], nickName="\uff41")
     assert scim.names(f'title eq "{E_ACUTE[1]}"') == ["ada"]
     assert scim.names(f'externalId eq "{E_ACUTE[1]}"') == []
