@@ -697,7 +697,8 @@ TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
-          | (?P<name>   [A-Za-z$_][\w$-]* (?: (?:[.:][\w$-]+)* : [\w$-]+ (?:\.[\w$-]+)* | \.[\w$-]+ )? )
+          | (?P<name>   [A-Za-z$_][\w$-]*
+                        (?: (?:[.:][\w$-]+)* : [\w$-]+ (?:\.[\w$-]+)* | \.[\w$-]+ )? )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] )
           | (?P<error>  \S (?:.*\S)? ) )""",
@@ -1233,8 +1234,8 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return the operations of a PATCH body; ScimError 400.
 
     An object that is merged becomes one operation for each of its attributes. Operations in a row
-    that add members, or remove members, become one operation. An empty list, which Entra's older validator
-    sends, changes nothing.
+    that add members, or remove members, become one operation. An empty list changes nothing:
+    Entra's older validator sends one.
     """
     if not isinstance(items := lowercase_keys(body).get("operations"), list):
         raise invalid_syntax("Operations: expected a list of PATCH operations")
@@ -1386,18 +1387,11 @@ def accept_operand(path: PatchPath, value: Json) -> Json:
     if not (path.sub_attribute or isinstance(value, dict)):
         return accept_single(attribute, value)
     sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
-    parts = {
+    return {
         sub.name: accept_value(sub, sent[sub.name.lower()])
         for sub in attribute.sub_attributes
         if sub.name.lower() in sent and not sub.computed
     }
-    if any(
-        attribute.by_name[name.lower()].mutability == "immutable"
-        and part != equal_terms(path.filter).get(name)
-        for name, part in parts.items()
-    ):
-        raise ScimError(400, "mutability", f"{attribute.path}: an id cannot be changed")
-    return parts
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
@@ -1541,8 +1535,9 @@ def change_selected(
         change_value(attribute, value, operation, filter)
     if not selected and operation.value:
         values = [*values, new_value(attribute, operation, filter)]
-    kept = [value for value in values if value]
-    holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
+    holder[attribute.name] = (
+        [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
+    )
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
@@ -1567,14 +1562,21 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
 def change_value(
     attribute: Attribute, value: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+
+    ScimError 400 mutability for another value of an immutable part, such as the id of a member.
+    """
+    immutable = [sub.name for sub in attribute.sub_attributes if sub.mutability == "immutable"]
+    before = {name: value[name] for name in immutable if name in value}
     if operation.op != "add" and not operation.path.sub_attribute:
         # A filter selects and does not write: what it says stays in the spelling that is stored.
-        kept = equal_terms(filter) if attribute.multi_valued else value
-        for name in value.keys() - (kept.keys() if operation.value is not None else ()):
+        kept = {*equal_terms(filter), *immutable} if attribute.multi_valued else set(value)
+        for name in value.keys() - (kept if operation.value is not None else ()):
             del value[name]
     for name, part in (operation.value or {}).items():
         change(attribute.by_name[name.lower()], value, replace(operation, value=part))
+    if value and any(before.get(name) != value.get(name) for name in immutable):
+        raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
 
 
 def equal_terms(filter: Filter) -> Resource:
