@@ -257,9 +257,7 @@ class Attribute:
     is_membership: bool = False  # groups and members, which are stored as rows, not in the body
     computed: bool = False  # made for each response: it cannot be sent, found or sorted by
     is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
-    identifies: bool = (
-        False  # another value means somebody else, whom the values beside it describe
-    )
+    identifies: bool = False  # a new value drops those beside it: they describe somebody else
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
@@ -1427,7 +1425,7 @@ def apply_patch(
     for operation in operations:
         apply_operation(patched, operation)
     for value in with_value:
-        # What says only of which type it was is no e-mail any longer.
+        # An e-mail that has lost its address is no e-mail any longer.
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
