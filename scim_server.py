@@ -92,6 +92,7 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
+from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
 # ----------------------------------------------------------------------------
@@ -199,7 +200,7 @@ TYPE_NAMES = {  # every other type is sent as a String
 INTEGER_LIMIT = 2**63
 INTEGER_TEXT = re.compile(r"-?\d{1,19}", re.ASCII)
 DATE_TIME = re.compile(
-    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?"
+    r"(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d+))?"
     r"(?:Z|([+-])(\d\d):(\d\d))?",
     re.ASCII | re.IGNORECASE,
 )
@@ -214,12 +215,18 @@ def date_time_key(text: str) -> str:
     offset = timedelta(hours=int(parts[9] or 0), minutes=int(parts[10] or 0))  # none means UTC
     with suppress(OverflowError):  # .NET's DateTime.MinValue or MaxValue with a UTC offset
         instant += -offset if parts[8] == "+" else offset
-    return f"{instant.isoformat()}.{(parts[7] or ''):0<9}"
+    return f"{instant.isoformat()}.{(parts[7] or '').rstrip('0'):0<9}"
 
 
+# Full-width and half-width characters, and those that they equal in a name (RFC 8265 §3.3.2).
+WIDTHS = {code: normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFEF))}
 KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
     "boolean": lambda value: "true" if value else "false",
-    "integer": lambda value: f"{value + INTEGER_LIMIT:020d}",
+    # A filter may compare with 41.5, or with a number beyond all Integers.
+    "integer": lambda number: (
+        f"{int(min(max(number, -INTEGER_LIMIT - 1), INTEGER_LIMIT) // 1) + INTEGER_LIMIT:020d}"
+        + "." * (number % 1 > 0)
+    ),
     "dateTime": date_time_key,
     "complex": lambda value: "1",  # marks presence: complex values have no order of their own
 }
@@ -247,6 +254,9 @@ class Attribute:
     published: bool = True  # whether /Schemas lists it
     default: Json = None  # the value of a new resource if the client sends none
     is_membership: bool = False  # groups and members, which are stored as rows, not in the body
+    computed: bool = False  # made for each response: it cannot be sent, found or sorted by
+    is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
+    identifies: bool = False  # a new value drops those beside it: they describe somebody else
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
@@ -285,8 +295,9 @@ class Attribute:
             if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
         elif self.type == "integer":
-            digits = isinstance(value, str) and INTEGER_TEXT.fullmatch(value)
-            if (digits or type(value) is int) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+            if (
+                type(value) is int or (isinstance(value, str) and INTEGER_TEXT.fullmatch(value))
+            ) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
                 return int(value)
         elif isinstance(value, str) and self.type != "complex":
             if len(value) > MAX_TEXT:
@@ -315,7 +326,9 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
-        return value if self.case_exact else value.casefold()  # type: ignore[no-any-return]
+        # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
+        text = value.translate(WIDTHS) if self.is_name else value
+        return value if self.case_exact else normalize("NFC", normalize("NFC", text).casefold())
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -351,8 +364,8 @@ META = read_only("meta", "complex", sub_attributes=(
     read_only("resourceType", case_exact=True),
     read_only("created", "dateTime"),
     read_only("lastModified", "dateTime"),
-    read_only("location", "reference", case_exact=True),
-    read_only("version", case_exact=True),
+    read_only("location", "reference", case_exact=True, computed=True),
+    read_only("version", case_exact=True, computed=True),
 ))
 # fmt: on
 
@@ -407,7 +420,7 @@ class ResourceType:
 
 # fmt: off
 USER_SCHEMA = Schema(USER, "User", "User Account", (
-    Attribute("userName", required=True, uniqueness="server"),
+    Attribute("userName", required=True, uniqueness="server", is_name=True),
     Attribute("name", "complex", sub_attributes=strings(
         "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix",
     )),
@@ -433,8 +446,8 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
     )),
     read_only("groups", "complex", multi_valued=True, is_membership=True, sub_attributes=(
         read_only("value", case_exact=True),
-        read_only("$ref", "reference", case_exact=True, reference_types=("Group",)),
-        read_only("display"),
+        read_only("$ref", "reference", case_exact=True, reference_types=("Group",), computed=True),
+        read_only("display", is_name=True),  # the displayName of the group
         read_only("type", canonical_values=("direct",)),
     )),
     multi_valued("entitlements"),
@@ -443,21 +456,22 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
 ))
 GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
     # RFC 7643 allows groups with the same name. Here a name is unique: Entra matches groups by it.
-    Attribute("displayName", required=True, uniqueness="server"),
+    Attribute("displayName", required=True, uniqueness="server", is_name=True),
     Attribute("members", "complex", multi_valued=True, is_membership=True, sub_attributes=(
-        Attribute("value", required=True, case_exact=True),  # the id of a user or group
-        # The server sets $ref. If it were not published, scim2-tester would send ids that do not
-        # exist, and the server would ignore them.
-        Attribute("$ref", "reference", case_exact=True, mutability="immutable",
+        # The id of a user or group. Another id would be another member (RFC 7643 §8.7.1).
+        Attribute("value", required=True, case_exact=True, mutability="immutable"),
+        # The server sets $ref. If it were not published, or as readOnly, scim2-tester would send
+        # ids that do not exist, and the server would ignore them.
+        Attribute("$ref", "reference", case_exact=True, mutability="immutable", computed=True,
                   reference_types=("User", "Group")),
-        Attribute("type", canonical_values=("User", "Group")),
+        Attribute("type", canonical_values=("User", "Group"), mutability="immutable"),
         Attribute("display"),
     )),
 ))
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
     *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
-        Attribute("value", case_exact=True),
+        Attribute("value", case_exact=True, identifies=True),
         Attribute("$ref", "reference", case_exact=True, published=False,
                   reference_types=("User",)),
         Attribute("displayName"),
@@ -541,7 +555,8 @@ class AttributePath:
 class Compare:
     """Whether one of an attribute's values compares with a literal as op says.
 
-    value is the literal in the attribute's type, key is its key. op is one of OPERATORS.
+    value is the literal in the attribute's type (for an Integer any number), key is its key. op is
+    one of OPERATORS.
     """
 
     target: AttributePath
@@ -600,21 +615,24 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def matches(filter: Filter, value: Json) -> bool:
-    """Return whether a resource, or one value of a complex attribute, satisfies a filter."""
+def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
+    """Return whether a resource, or one value of a complex attribute, satisfies a filter.
+
+    fold prepares keys for a looser comparison.
+    """
     match filter:
         case And(filters):
-            return all(matches(inner, value) for inner in filters)
+            return all(matches(inner, value, fold) for inner in filters)
         case Or(filters):
-            return any(matches(inner, value) for inner in filters)
+            return any(matches(inner, value, fold) for inner in filters)
         case Not(inner):
-            return not matches(inner, value)
+            return not matches(inner, value, fold)
         case ValuePath(target, inner):
-            return any(matches(inner, item) for item in target.items(value))
+            return any(matches(inner, item, fold) for item in target.items(value))
         case Present(target):
             return any(target.keys(value))  # empty text has an empty key: it is not present
         case Compare(target, op, key):
-            return any(OPERATORS[op](own_key, key) for own_key in target.keys(value))
+            return any(OPERATORS[op](fold(own_key), fold(key)) for own_key in target.keys(value))
 
 
 # -- Names -------------------------------------------------------------------
@@ -670,13 +688,14 @@ def resolve_sub_attribute(
 # -- The parser: a rule takes tokens and a position; it returns a filter and the next position --
 
 Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
-Scope = Callable[[str], Attributes | None]  # says what the names in a filter mean
+Scope = partial[Attributes | None]  # of resolve, or in brackets of resolve_sub_attribute
 Parsed = tuple[Filter, int]  # with the position after it
 TOKEN = re.compile(
     r"""
     \s* (?: (?P<string> "(?:[^"\\]|\\.)*" )
           | (?P<number> -?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w.]) )
-          | (?P<name>   [A-Za-z$_][\w.:$-]* )
+          | (?P<name>   [A-Za-z$_][\w$-]*
+                        (?: (?:[.:][\w$-]+)* : [\w$-]+ (?:\.[\w$-]+)* | \.[\w$-]+ )? )
           | (?P<sub>    \.[A-Za-z$][\w$-]* )
           | (?P<mark>   [()\[\]] )
           | (?P<error>  \S (?:.*\S)? ) )""",
@@ -687,6 +706,8 @@ LITERAL = json.JSONDecoder(
     strict=False,  # text may contain control characters; 5.0 is the Integer 5
     parse_float=lambda text: int(number) if (number := float(text)).is_integer() else number,
 )
+
+
 STRING_TYPES = ("string", "reference")
 
 
@@ -750,7 +771,8 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
         return Not(inner), position
     if kind != "name":
         raise bad_filter(column, "an attribute name", text)
-    if following == "[":
+    # In brackets there are no other brackets (RFC 7644 figure 1): they would have no meaning.
+    if following == "[" and scope.func is resolve:
         return parse_value_path(tokens, position + 1, scope(text), text, depth)
     return parse_expression(tokens, position + 1, scope(text), text)
 
@@ -799,11 +821,19 @@ def parse_expression(
     """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
+    if attributes and attributes[-1].computed:
+        raise invalid_filter(f"{name}: made for each response; a filter cannot use it")
     if op == "pr":
-        return (Present(AttributePath(attributes)) if attributes else NOTHING), position + 1
+        return (present(attributes) if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
+
+
+def present(attributes: Attributes) -> Filter:
+    """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
+    parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
+    return Or(tuple(map(present, parts))) if parts else Present(AttributePath(attributes))
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -828,8 +858,12 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
     check_comparison(attribute, name, op, literal)
     if literal is None:
         return Not(Present(target))
-    try:
-        value = attribute.convert(literal)
+    try:  # a number need not be an Integer to compare with one
+        value = (
+            literal
+            if attribute.type == "integer" and type(literal) in (int, float)
+            else attribute.convert(literal)
+        )
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
     return Compare(target, op, attribute.key(value), value)
@@ -838,8 +872,10 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
     """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
-        names = ", ".join(sub.name for sub in attribute.sub_attributes)
-        raise invalid_filter(f"{name}: compare one of its sub-attributes: {names}")
+        raise invalid_filter(
+            f"{name}: compare one of its sub-attributes: "
+            + ", ".join(sub.name for sub in attribute.sub_attributes)
+        )
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
     unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
     not_text = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
@@ -863,11 +899,17 @@ class PatchPath:
     @property
     def read_only_attribute(self) -> Attribute | None:
         """The first attribute of the path that no client may change, or None."""
+        # Through a filter an immutable attribute may be sent if its value stays the same.
         return next(
             (
                 attribute
                 for attribute in (*self.attributes, self.sub_attribute)
-                if attribute and attribute.mutability in ("readOnly", "immutable")
+                if attribute
+                and (
+                    attribute.computed
+                    or attribute.mutability == "readOnly"
+                    or (attribute.mutability == "immutable" and not self.filter)
+                )
             ),
             None,
         )
@@ -941,7 +983,12 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
     for name, item in value.items():
         sub = attribute.sub_attribute(name)
         # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        if sub and sub.mutability == "readWrite" and item is not None:
+        if (
+            sub
+            and sub.mutability in ("readWrite", "immutable")
+            and not sub.computed
+            and item is not None
+        ):
             if sub.name in sent:
                 raise invalid_value(f"{sub.path}: sent twice")
             sent[sub.name] = item
@@ -958,16 +1005,14 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 def accept_value(attribute: Attribute, value: Json) -> Json:
     """Return the canonical value of an attribute; ScimError 400 invalidValue.
 
-    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5).
+    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5), and for ""
+    if the attribute is not a String.
     """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
         if value == [] and FACILIO not in attribute.path:
             return None
-        # Entra's tutorial sends the manager as a list with one item.
-        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1:
-            value = value[0]
-        return accept_single(attribute, value)
+        return accept_single(attribute, unlisted(attribute, value))
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value]
     accepted = [
@@ -977,19 +1022,29 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
     return accepted or None
 
 
+def unlisted(attribute: Attribute, value: Json) -> Json:
+    """Return the item of a list with one item, if it stands for a single complex value."""
+    # Entra's tutorial sends the manager as a list.
+    is_item = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+    return value[0] if is_item else value
+
+
 def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
-    if value is None:
+    # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
+    # could empty the group.
+    if value is None or (
+        value == ""
+        and (attribute.type != "string" or attribute.identifies)
+        and not attribute.is_membership
+    ):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
         if not isinstance(value, (dict, list)) and attribute.value_attribute:
             value = {"value": value}
         if isinstance(value, dict):
-            accepted = accept_complex(attribute, value)
-            # Entra sends "" to remove the manager.
-            no_manager = accepted.get("value") == "" and not attribute.multi_valued
-            return None if no_manager and attribute.value_attribute else accepted or None
+            return accept_complex(attribute, value) or None
     return attribute.convert(value)  # refuses a complex value that is not an object
 
 
@@ -1232,9 +1287,10 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
     """Return the operations of a PATCH body; ScimError 400.
 
     An object that is merged becomes one operation for each of its attributes. Operations in a row
-    that change the same list become one operation.
+    that add members, or remove members, become one operation. An empty list changes nothing:
+    Entra's older validator sends one.
     """
-    if not isinstance(items := lowercase_keys(body).get("operations"), list) or not items:
+    if not isinstance(items := lowercase_keys(body).get("operations"), list):
         raise invalid_syntax("Operations: expected a list of PATCH operations")
     return list(
         merge_consecutive(step for item in items for step in parse_operation(resource_type, item))
@@ -1242,18 +1298,32 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 
 def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations; those in a row that add to, or remove from, the same list become one."""
+    """Yield operations; those in a row that add members, or remove members, become one."""
     # Okta and Entra send one operation per member, with thousands in a request. If they were not
-    # merged, each of them would go through all those members.
+    # merged, each of them would go through all those members. Other lists have a primary value,
+    # which is that of the last operation.
     for (op, path, is_list), run in itertools.groupby(
         operations,
-        lambda step: (step.op, step.path, step.op != "replace" and isinstance(step.value, list)),
+        lambda step: (
+            step.op,
+            step.path,
+            step.op != "replace"
+            and step.path.attributes[0].is_membership
+            and isinstance(step.value, list),
+        ),
     ):
         steps = list(run)
         if is_list and len(steps) > 1:
-            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
-            values = itertools.chain.from_iterable(step.value for step in steps)
-            yield Operation(op, path, list(values), list(itertools.chain.from_iterable(sent)))
+            yield Operation(
+                op,
+                path,
+                [value for step in steps for value in step.value],
+                [
+                    value
+                    for step in steps
+                    for value in (step.sent if isinstance(step.sent, list) else [step.sent])
+                ],
+            )
         else:
             yield from steps
 
@@ -1273,7 +1343,8 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
         raise invalid_path(f"path: expected text, got {quoted(text)}")
     path = parse_path(text, resource_type) if text else PatchPath(())
     yield from (
-        bind_operation(op, path, value, merge=op == "add")
+        # To replace an extension by its URN is to replace all of it.
+        bind_operation(op, path, value, merge=op == "add" or ":" not in path.attributes[-1].name)
         if path.attributes
         else parse_pathless(resource_type, op, value)
     )
@@ -1296,7 +1367,7 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
         path = parse_path(name, resource_type)
         if not path.attributes:
             yield from parse_pathless(resource_type, op, item)
-        elif not path.read_only_attribute:
+        elif path.attributes[0].mutability != "readOnly":
             yield from bind_operation(op, path, item, merge=True)
 
 
@@ -1304,53 +1375,76 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     """Yield the operation on a path, with its value accepted; ScimError 400.
 
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
-    sub-attributes keep their values.
+    sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
     if attribute := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{attribute.path} is read-only")
+        raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
     path, value = normal_form(op, path, value)
-    attribute = path.sub_attribute or path.attributes[-1]
-    # An object with a "value", such as a manager, is replaced as a whole: its $ref would be wrong.
-    mergeable = not (attribute.multi_valued or attribute.value_attribute)
-    if merge and mergeable and attribute.type == "complex" and isinstance(value, dict):
-        for name, item in value.items():
-            sub = attribute.sub_attribute(name)
-            if sub and sub.mutability != "readOnly":
-                yield from bind_operation(op, PatchPath((*path.attributes, sub)), item, merge)
+    attribute = path.attributes[-1]
+    if (
+        merge
+        and isinstance(value, dict)
+        and attribute.type == "complex"
+        and not (attribute.multi_valued or path.filter)
+    ):
+        parts = lowercase_keys(value)
+        # In the order of the schema: a new manager comes before the manager's displayName.
+        for sub in attribute.sub_attributes:
+            if (name := sub.name.lower()) in parts and sub.mutability != "readOnly":
+                yield from bind_operation(
+                    op, PatchPath((*path.attributes, sub)), parts[name], merge
+                )
     else:
-        yield Operation(op, path, accept_operand(op, path, attribute, value), value)
+        yield Operation(op, path, accept_operand(path, value), value)
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
     """Return the path and value of an operation in the form that apply_operation() expects.
 
     Two spellings are translated. To remove members[value eq "x"] is to remove [{"value": "x"}]
-    from members. To change manager.value is to change manager to {"value": …}.
+    from members. Plain text for an object means its "value": a manager by id, or a new address for
+    emails[type eq "work"]. A value is dropped if there is no list to remove it from.
     """
-    match path.attributes, path.filter, path.sub_attribute:
-        case (members,), Compare(AttributePath((sub,)), "eq", _, id), None if (
-            op == "remove" and members.is_membership and sub is members.value_attribute
+    match path:
+        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
+            op == "remove"
+            and members.is_membership
+            and sub is members.value_attribute
+            and id == id.lower()  # an id in another case is compared with those of all members
         ):
             return PatchPath((members,)), [{"value": id}]
-        case (*above, holder, sub), None, None if (
-            sub is holder.value_attribute and not holder.multi_valued
-        ):
-            return PatchPath((*above, holder)), {"value": value}
+        case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
+            value = None if op == "remove" else unlisted(holder, value)
+            if (
+                (value_attribute := holder.value_attribute)
+                and not path.sub_attribute
+                and not isinstance(value, (dict, list, type(None)))
+            ):
+                path = (
+                    PatchPath(path.attributes, filter, value_attribute)
+                    if filter
+                    else PatchPath((*path.attributes, value_attribute))
+                )
     return path, value
 
 
-def accept_operand(op: str, path: PatchPath, attribute: Attribute, value: Json) -> Json:
-    """Return the canonical value of an operation on an attribute, or None; ScimError 400."""
-    if attribute.mutability == "writeOnly" or (op == "remove" and not attribute.multi_valued):
-        return None
-    if not path.filter or path.sub_attribute:
-        return accept_value(attribute, value)
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    terms = lowercase_keys(equal_terms(path.filter))
-    if terms and value and isinstance(value, dict):  # emails[type eq "work"] makes it a work e-mail
-        value = terms | lowercase_keys(value)
-    return accept_single(attribute, value)
+def accept_operand(path: PatchPath, value: Json) -> Json:
+    """Return the canonical value of an operation on a path, or None; ScimError 400.
+
+    For the values that a filter selects, it is an object with the parts to change, None for those
+    to clear.
+    """
+    attribute = path.attributes[-1]
+    if not path.filter:
+        return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
+    if not (path.sub_attribute or isinstance(value, dict)):
+        return accept_single(attribute, value)
+    sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
+    return {
+        sub.name: accept_value(sub, sent[sub.name.lower()])
+        for sub in attribute.sub_attributes
+        if sub.name.lower() in sent and not sub.computed
+    }
 
 
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
@@ -1359,13 +1453,25 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     The directory reads these members only, so that a change costs the same in a large group.
     """
     changes = [step for step in operations if step.path.attributes[0].is_membership]
-    listed = all(
-        step.path == PatchPath(step.path.attributes[:1])
-        and step.op != "replace"
-        and step.sent is not None
-        for step in changes
+    return (
+        {item["value"] for step in changes for item in step.value or ()}
+        if all(
+            step.path == PatchPath(step.path.attributes[:1])
+            and step.op != "replace"
+            and step.sent is not None
+            for step in changes
+        )
+        else None
     )
-    return {item["value"] for step in changes for item in step.value or ()} if listed else None
+
+
+def replaces_members(operations: Iterable[Operation]) -> bool:
+    """Return whether an operation replaces all members of a group."""
+    return any(
+        step.op == "replace" and step.path == PatchPath(step.path.attributes[:1])
+        for step in operations
+        if step.path.attributes[0].is_membership
+    )
 
 
 def apply_patch(
@@ -1373,17 +1479,31 @@ def apply_patch(
 ) -> Resource:
     """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
+    with_value = [
+        value
+        for sub in resource_type.root.sub_attributes
+        if sub.multi_valued and sub.value_attribute and not sub.is_membership
+        for value in sub.values(patched)
+        if value.get("value")
+    ]
     for operation in operations:
         apply_operation(patched, operation)
+    for value in with_value:
+        # An e-mail that has lost its address is no e-mail any longer.
+        if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
+            value.clear()
     patched = pruned(patched)
-    for sub in resource_type.root.sub_attributes:
-        if sub.required and sub.name not in patched:
-            raise ScimError(
-                400,
-                "mutability",
-                f"{sub.path} is required and cannot be removed",
-                reason=("required", sub.path),
-            )
+    if missing := [
+        sub.path
+        for sub in resource_type.root.sub_attributes
+        if sub.required and sub.name not in patched
+    ]:
+        raise ScimError(
+            400,
+            "mutability",
+            f"{missing[0]} is required and cannot be removed",
+            reason=("required", missing[0]),
+        )
     require(resource_type.root, patched)
     return canonical(resource_type, patched)
 
@@ -1414,13 +1534,15 @@ def change(attribute: Attribute, holder: Resource, operation: Operation) -> None
         holder[attribute.name] = without_values(
             attribute, attribute.values(holder), operation.value or []
         )
-    elif operation.value is None:
-        if operation.op != "add":
-            holder.pop(attribute.name, None)
     elif operation.op == "add" and attribute.multi_valued:
-        add_values(attribute, holder.setdefault(attribute.name, []), operation.value)
+        add_values(attribute, holder.setdefault(attribute.name, []), operation.value or [])
     else:
-        holder[attribute.name] = copy.deepcopy(operation.value)
+        if attribute.identifies and holder.get(attribute.name) != operation.value:
+            holder.clear()
+        if operation.value is None:
+            holder.pop(attribute.name, None)
+        else:
+            holder[attribute.name] = copy.deepcopy(operation.value)
 
 
 def without_values(attribute: Attribute, values: list[Json], removed: list[Json]) -> list[Json]:
@@ -1464,38 +1586,59 @@ def change_selected(
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
+    # The id of a member in another case is accepted if it means one member only.
+    if (
+        not selected
+        and attribute.is_membership
+        and len(loosely := [value for value in values if matches(filter, value, str.lower)]) == 1
+    ):
+        selected = loosely
     for value in selected:
-        change_value(value, operation)
-    if not selected and operation.op != "remove" and operation.value is not None:
-        values = [*values, new_value(attribute, values, operation, filter)]
-    kept = [value for value in values if value]
-    holder[attribute.name] = kept if attribute.multi_valued else next(iter(kept), {})
+        change_value(attribute, value, operation, filter)
+    if not selected and operation.value:
+        values = [*values, new_value(attribute, operation, filter)]
+    holder[attribute.name] = (
+        [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
+    )
 
 
-def new_value(
-    attribute: Attribute, values: list[Json], operation: Operation, filter: Filter
-) -> Resource:
+def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
+    if all(part in (None, "") for part in operation.value.values()):
+        return {}  # to clear what is not there makes nothing
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
-    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value.
+    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
+    # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    possible = bool(value) and (attribute.multi_valued or not values)
-    change_value(value, operation)
+    change_value(attribute, value, operation, filter)
     # A value that does not match the filter would be added again at each retry.
-    if not possible or not matches(filter, value):
+    if (
+        attribute.is_membership
+        or not set() < equal_terms(filter).keys() <= {"type", "primary", "display"}
+        or not matches(filter, value)
+    ):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
     return value
 
 
-def change_value(value: Resource, operation: Operation) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path."""
-    if operation.path.sub_attribute:
-        change(operation.path.sub_attribute, value, operation)
-    else:
-        if operation.op != "add":
-            value.clear()
-        if operation.op != "remove":
-            value.update(operation.value or {})
+def change_value(
+    attribute: Attribute, value: Resource, operation: Operation, filter: Filter
+) -> None:
+    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+
+    ScimError 400 mutability for another value of an immutable part, such as the id of a member.
+    """
+    immutable = [sub.name for sub in attribute.sub_attributes if sub.mutability == "immutable"]
+    before = {name: value[name] for name in immutable if name in value}
+    if operation.op != "add" and not operation.path.sub_attribute:
+        # A filter selects and does not write: what it says stays in the spelling that is stored.
+        kept = {*equal_terms(filter), *immutable} if attribute.multi_valued else set(value)
+        for name in value.keys() - (kept if operation.value is not None else ()):
+            del value[name]
+    for name, part in (operation.value or {}).items():
+        change(attribute.by_name[name.lower()], value, replace(operation, value=part))
+    if value and any(before.get(name) != value.get(name) for name in immutable):
+        raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
 
 
 def equal_terms(filter: Filter) -> Resource:
@@ -1531,8 +1674,15 @@ def pruned(value: Json) -> Json:
 
 # Entries that are not stored, because other tables have the values, by their attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
-MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
-GROUPS = "member_seq AS seq, group_seq AS element FROM member"
+# The first member or group is element 0: sorting uses it.
+MEMBERS = (
+    "group_seq AS seq, member_seq - (SELECT min(member_seq) FROM member AS other "
+    "WHERE other.group_seq = member.group_seq) AS element FROM member"
+)
+GROUPS = (
+    "member_seq AS seq, group_seq - (SELECT min(group_seq) FROM member AS other "
+    "WHERE other.member_seq = member.member_seq) AS element FROM member"
+)
 DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
     f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
@@ -2813,7 +2963,8 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
-            return self._resource(session, self._save(session, row, before, resource))
+            row = self._save(session, row, before, resource, replaces_members=True)
+            return self._resource(session, row)
 
     def patch(
         self,
@@ -2834,7 +2985,8 @@ class Directory:
             row = self._find(session, type, id, writing=True)
             before = self._resource(session, row, only_members=touched_member_ids(operations))
             condition.check(before["meta"]["version"])
-            row = self._save(session, row, before, apply_patch(resource_type, before, operations))
+            patched = apply_patch(resource_type, before, operations)
+            row = self._save(session, row, before, patched, replaces_members(operations))
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -3106,10 +3258,20 @@ class Directory:
                 )
 
     def _save(
-        self, session: Session, row: StoredResource, before: Resource, after: Resource
+        self,
+        session: Session,
+        row: StoredResource,
+        before: Resource,
+        after: Resource,
+        replaces_members: bool,
     ) -> StoredResource:
         self._check_unique(session, row, before, after)
         growth, members_changed = self._save_members(session, row, before, after)
+        # Unknown ids are ignored beside known ones. Alone they would empty the group.
+        if replaces_members and after.get("members") and not row.member_count + growth:
+            ids = ", ".join(quoted(member["value"]) for member in after["members"][:3])
+            detail = f"members: no user or group has the id {ids}; the group is unchanged"
+            raise invalid_value(detail, reason=("members", ids))
         attributes = stored(after)
         if attributes != row.attributes:
             self._record(session, row, before, after)
@@ -4189,10 +4351,10 @@ def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
 
 def list_resources(call: Call) -> Response:
     """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
-    text, types = call.parameters.get("filter", "").strip(), call.resource_types
+    text, types = call.parameters.get("filter"), call.resource_types
     queries = {
         resource_type.name: (
-            parse_filter(text, resource_type) if text else EVERYTHING,
+            EVERYTHING if text is None else parse_filter(text, resource_type),
             call.selection(resource_type),
         )
         for resource_type in types
@@ -4236,6 +4398,8 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     target = next(filter(None, (resolve(name, type) for type in types)), None) if name else None
     if target and (value_attribute := target[-1].value_attribute):
         target = (*target, value_attribute)
+    if target and target[-1].computed:
+        raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
     return Sorting(AttributePath(target), order == "descending") if target else None
 
 
