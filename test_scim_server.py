@@ -2117,7 +2117,292 @@ def test_other_text_is_composed_but_its_width_counts(scim: Scim) -> None:
 # -- 7. Store --------------------------------------------------------------------------------------
 
 
-def test_a_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
+STORES: dict[str, Any] = {  # every kind of store: a function of an empty directory that opens one
+    "file": lambda directory: scim_server.Store(directory / "one.sqlite3"),
+    "memory": lambda directory: scim_server.Store(":memory:"),
+}
+
+
+DURABLE_STORES = ["file"]  # the kinds whose content outlives the store
+
+
+@pytest.fixture(params=STORES)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[scim_server.Store]:
+    """An empty store of each kind."""
+    with closing(STORES[request.param](tmp_path)) as store:
+        yield store
+
+
+@pytest.fixture(params=DURABLE_STORES)
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """A function that opens another store on the same content, for each durable kind."""
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(closing(STORES[request.param](tmp_path)))
+
+
+def settings(store: scim_server.Store, *names: str) -> list[str]:
+    """Return the values of settings, "" for those that are not set."""
+    with store.reading() as session:
+        return [session.setting(name) for name in names]
+
+
+def log_changes(store: scim_server.Store, *times: str, keep: int = 9, older_than: str = "") -> None:
+    """Append a change for each time to the feed, a commit each, and trim the feed."""
+    for time in times:
+        with store.writing() as session:
+            session.log([(time, "user.created", "1", "", "entra", "[]")], keep, older_than)
+
+
+class TestStore:
+    """What every store must do, whatever its engine. The kinds of stores are in STORES."""
+
+    # -- Atomic writes --
+
+    def test_step_that_fails_is_undone_alone(self, store: scim_server.Store) -> None:
+        with store.writing() as session:
+            session.set_setting("before", "1")
+            with suppress(ValueError), store.writing() as step:
+                step.set_setting("failed", "2")
+                raise ValueError
+            with store.writing() as step:
+                step.set_setting("after", "3")
+        assert settings(store, "before", "failed", "after") == ["1", "", "3"]
+
+    def test_step_in_a_failed_step_is_undone_with_it(self, store: scim_server.Store) -> None:
+        with store.writing() as session:
+            with suppress(ValueError), store.writing():
+                with store.writing() as step:
+                    step.set_setting("inner", "1")
+                raise ValueError
+            session.set_setting("outer", "2")
+        assert settings(store, "inner", "outer") == ["", "2"]
+
+    def test_write_that_fails_is_undone_with_its_steps(self, store: scim_server.Store) -> None:
+        with suppress(ValueError), store.writing() as session:
+            session.set_setting("first", "1")
+            with store.writing() as step:
+                step.set_setting("second", "2")
+            raise ValueError
+        assert settings(store, "first", "second") == ["", ""]
+
+    def test_nothing_follows_a_transaction_that_was_rolled_back(
+        self, store: scim_server.Store
+    ) -> None:
+        with pytest.raises(scim_server.StoreError), store.writing() as session:
+            session.set_setting("first", "1")
+            with suppress(ValueError), store.writing() as step:
+                step.run("ROLLBACK")  # SQLite does this when the disk is full.
+                raise ValueError
+            for _ in range(2):
+                with pytest.raises(scim_server.StoreError, match="earlier step"), store.writing():
+                    raise AssertionError("this step must not begin")
+        with store.writing() as session:
+            session.set_setting("second", "2")
+        assert settings(store, "first", "second") == ["", "2"]
+
+    # -- Several threads --
+
+    def test_writers_take_turns(self, store: scim_server.Store) -> None:
+        def count(_: int) -> None:
+            with store.writing() as session:
+                session.set_setting("count", str(int(session.setting("count") or 0) + 1))
+
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(count, range(80)))
+        assert settings(store, "count") == ["80"]
+
+    def test_reader_never_sees_half_a_write(self, store: scim_server.Store) -> None:
+        def write() -> None:
+            for number in range(100):
+                with store.writing() as session:
+                    session.set_setting("first", str(number))
+                    session.set_setting("second", str(number))
+
+        with ThreadPoolExecutor(1) as pool:
+            writing = pool.submit(write)
+            while not writing.done():
+                first, second = settings(store, "first", "second")
+                assert first == second
+            writing.result()
+        assert settings(store, "first", "second") == ["99", "99"]
+
+    def test_reader_sees_one_commit_while_others_follow(self, open_store: Any) -> None:
+        store = open_store()
+        with store.writing() as session:
+            session.set_setting("name", "old")
+        with store.reading() as reader:
+            assert reader.setting("name") == "old"
+            with store.writing() as session:
+                session.set_setting("name", "new")
+            assert reader.setting("name") == "old"
+        assert settings(store, "name") == ["new"]
+
+    def test_reader_does_not_wait_for_a_write(self, open_store: Any) -> None:
+        store = open_store()
+        with store.writing() as session, ThreadPoolExecutor(1) as pool:
+            session.set_setting("name", "new")
+            assert pool.submit(settings, store, "name").result(20) == [""]
+
+    # -- Durability and the end --
+
+    def test_another_store_sees_a_write_as_soon_as_it_ends(self, open_store: Any) -> None:
+        store, other = open_store(), open_store()
+        for value in ("1", "2"):
+            with store.writing() as session:
+                session.set_setting("first", value)
+            assert settings(other, "first") == [value]
+
+    def test_write_outlives_its_store(self, open_store: Any) -> None:
+        store = open_store()
+        with store.writing() as session:
+            session.set_setting("first", "1")
+        store.close()
+        assert settings(open_store(), "first") == ["1"]
+
+    def test_close_waits_for_the_write_in_progress(self, open_store: Any) -> None:
+        store = open_store()
+        with ThreadPoolExecutor(1) as pool:
+            with store.writing() as session:
+                closing_it = pool.submit(store.close)
+                wait_until(lambda: not store.wait(20))  # Closing begins with an interruption.
+                session.set_setting("first", "1")
+            closing_it.result(20)
+        assert settings(open_store(), "first") == ["1"]
+
+    def test_reader_may_finish_after_close(self, open_store: Any) -> None:
+        store = open_store()
+        with store.writing() as session:
+            session.set_setting("first", "1")
+        with store.reading() as reader:
+            store.close()
+            assert reader.setting("first") == "1"
+
+    @pytest.mark.parametrize("block", ["reading", "writing"])
+    def test_closed_store_can_not_be_used(self, store: scim_server.Store, block: str) -> None:
+        store.close()
+        with pytest.raises(scim_server.StoreError, match="closed"), getattr(store, block)():
+            raise AssertionError("this block must not begin")
+
+    # -- Waiting for a write --
+
+    # POLL_SECONDS is long here, so that only an event can end the waiting.
+
+    def test_write_ends_the_waiting(
+        self, store: scim_server.Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scim_server, "POLL_SECONDS", 60)
+
+        def write_until_noticed() -> bool:
+            with store.writing() as session:
+                session.set_setting("count", str(int(session.setting("count") or 0) + 1))
+            return waiting.done()
+
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(store.wait, 60)
+            wait_until(write_until_noticed)
+            assert waiting.result() is True
+
+    def test_interruption_ends_all_waiting_permanently(
+        self, store: scim_server.Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scim_server, "POLL_SECONDS", 60)
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(store.wait, 60) for _ in range(2)]
+            store.interrupt()
+            assert [future.result(20) for future in waiting] == [False, False]
+            assert pool.submit(store.wait, 60).result(20) is False
+
+    def test_interrupted_store_reads_and_writes(self, store: scim_server.Store) -> None:
+        store.interrupt()
+        with store.writing() as session:
+            session.set_setting("first", "1")
+        assert settings(store, "first") == ["1"]
+
+    # -- Settings and numbers --
+
+    def test_setting_keeps_its_last_value(self, store: scim_server.Store) -> None:
+        assert settings(store, "name") == [""]
+        for value in ("old", 'new "é%'):
+            with store.writing() as session:
+                session.set_setting("name", value)
+            assert settings(store, "name", "other") == [value, ""]
+
+    def test_number_of_a_deleted_resource_is_not_reused(self, store: scim_server.Store) -> None:
+        def numbers() -> tuple[int, int]:
+            with store.reading() as session:
+                numbers = session.numbers()
+            return numbers["resource"], numbers["employee"]
+
+        directory = scim_server.Directory(store)
+        directory.create("User", {"userName": "ada"})
+        bob = directory.create("User", {"userName": "bob"})
+        directory.delete("User", bob["id"])
+        assert numbers() == (2, 2)
+        directory.create("User", {"userName": "zoe"})
+        assert numbers() == (3, 3)
+
+    def test_numbering_continues_after_those_of_another_store(
+        self, store: scim_server.Store
+    ) -> None:
+        directory = scim_server.Directory(store)
+        directory.create("User", {"userName": "ada"})
+        with store.writing() as session:
+            session.continue_numbering({"resource": 0, "employee": 8, "change": 9})
+            numbers = session.numbers()
+        assert (numbers["resource"], numbers["employee"], numbers["change"]) == (1, 8, 10)
+        directory.create("User", {"userName": "zoe"})
+        assert [employee.id for employee in directory.employees()] == [1, 9]
+        assert [change.seq for change in directory.changes(10)] == [11, 12]
+
+    # -- The bounds of the change feed --
+
+    def test_empty_feed_is_read_from_0(self, store: scim_server.Store) -> None:
+        with store.reading() as session:
+            assert (session.change_bounds(), session.changes(0, 9)) == ((0, 0), [])
+            with pytest.raises(scim_server.ScimError, match="after=1: .* start again with after=0"):
+                session.changes(1, 9)
+
+    def test_feed_keeps_the_newest_changes(self, store: scim_server.Store) -> None:
+        log_changes(store, *"abcdef", keep=2)
+        with store.reading() as session:
+            assert session.change_bounds() == (4, 6)
+            assert [(change.seq, change.at) for change in session.changes(4, 9)] == [
+                (5, "e"),
+                (6, "f"),
+            ]
+
+    def test_feed_forgets_changes_that_are_too_old(self, store: scim_server.Store) -> None:
+        log_changes(store, *"abc")
+        log_changes(store, "d", older_than="c")
+        with store.reading() as session:
+            assert session.change_bounds() == (2, 4)
+
+    def test_page_of_the_feed_begins_after_a_number(self, store: scim_server.Store) -> None:
+        log_changes(store, *"abcdef")
+        with store.reading() as session:
+            assert [change.seq for change in session.changes(2, 3)] == [3, 4, 5]
+            assert session.changes(6, 3) == []
+
+    @pytest.mark.parametrize("after", [3, 7, -1])
+    def test_reading_outside_the_bounds_of_the_feed_is_410(
+        self, store: scim_server.Store, after: int
+    ) -> None:
+        log_changes(store, *"abcdef", keep=2)
+        with store.reading() as session, pytest.raises(scim_server.ScimError) as caught:
+            session.changes(after, 9)
+        assert caught.value.status == 410 and "start again with after=6" in caught.value.detail
+
+    def test_new_numbering_ends_the_feed_for_all_readers(self, store: scim_server.Store) -> None:
+        log_changes(store, *"ab")
+        with store.writing() as session:
+            session.continue_numbering({})
+        with store.reading() as session:
+            assert session.change_bounds() == (3, 3)
+            with pytest.raises(scim_server.ScimError, match="start again with after=3"):
+                session.changes(2, 9)
+
+
+def test_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "acme.sqlite3"
     scim_server.Store(path).close()
     with sqlite3.connect(path) as connection:
@@ -2126,7 +2411,7 @@ def test_a_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
         scim_server.Store(path)
 
 
-def test_the_file_of_a_tenant_is_for_its_owner_alone(
+def test_only_the_owner_may_read_a_tenants_file(
     tmp_path: Path, server: scim_server.ScimServer, scim: Scim
 ) -> None:
     scim.user("ada")
@@ -2135,23 +2420,43 @@ def test_the_file_of_a_tenant_is_for_its_owner_alone(
     assert set(modes.values()) == {0o600}
 
 
-def spoiled(server: scim_server.ScimServer, pragma: str) -> None:
-    """Make SQLite itself fail the writes of the tenant acme."""
-    server.directory("acme").store._writer.execute(f"PRAGMA {pragma}")
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """The connections to databases that are opened from now on."""
+    connections: list[sqlite3.Connection] = []
+
+    class Listed(sqlite3.Connection):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            connections.append(self)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Listed))
+    return connections
+
+
+def set_pragma(connections: list[sqlite3.Connection], pragma: str) -> None:
+    """Set a pragma of all connections to the database of the tenant acme."""
+    for connection in connections:
+        if connection.execute("PRAGMA database_list").fetchone()[2].endswith("acme.sqlite3"):
+            connection.execute(f"PRAGMA {pragma}")
+
+
+# fmt: off
+SPOILED_DATABASES = [  # name, pragma that makes writes fail, pragma that ends this, status
+    ("full", "max_page_count = 1", "max_page_count = 1000000", 507),
+    ("read-only", "query_only = 1", "query_only = 0", 503),
+]
+# fmt: on
 
 
 @pytest.mark.parametrize(
-    "spoil, mend, status",
-    [
-        ("max_page_count = 1", "max_page_count = 1000000", 507),
-        ("query_only = 1", "query_only = 0", 503),
-    ],
+    "name, spoil, mend, status", SPOILED_DATABASES, ids=[row[0] for row in SPOILED_DATABASES]
 )
-def test_a_full_or_read_only_database_undoes_the_write_and_recovers_by_itself(
-    server: scim_server.ScimServer, scim: Scim, globex: Scim, spoil: str, mend: str, status: int
+def test_spoiled_database_undoes_the_write_and_recovers(
+    connections: Any, scim: Scim, globex: Scim, name: str, spoil: str, mend: str, status: int
 ) -> None:
     ada = scim.user("ada")
-    spoiled(server, spoil)
+    set_pragma(connections, spoil)
     for number in range(200):  # the file has some pages to spare
         answer = scim.call("POST", "/Users", {"userName": f"u{number}", "title": "t" * 9_000})
         if answer.status_code != 201:
@@ -2161,17 +2466,15 @@ def test_a_full_or_read_only_database_undoes_the_write_and_recovers_by_itself(
     assert scim.get(f"/Users/{ada['id']}")["userName"] == "ada"
     assert scim.get("/Users")["totalResults"] == 1 + number
     globex.user("ada")
-    spoiled(server, mend)
+    set_pragma(connections, mend)
     scim.user("bob")
     assert len(employees(scim, "?count=999")) == 2 + number
 
 
-def test_a_bulk_request_that_meets_a_full_disk_leaves_nothing(
-    server: scim_server.ScimServer, scim: Scim
-) -> None:
+def test_bulk_on_a_full_disk_leaves_nothing(connections: Any, scim: Scim) -> None:
     scim.user("ada")
-    spoiled(server, "max_page_count = 1")
-    big = [
+    set_pragma(connections, "max_page_count = 1")
+    operations = [
         {
             "method": "POST",
             "path": "/Users",
@@ -2180,12 +2483,12 @@ def test_a_bulk_request_that_meets_a_full_disk_leaves_nothing(
         }
         for number in range(40)
     ]
-    assert scim.call("POST", "/Bulk", {"Operations": big}).status_code in (503, 507)
-    spoiled(server, "max_page_count = 1000000")
+    assert scim.call("POST", "/Bulk", {"Operations": operations}).status_code in (503, 507)
+    set_pragma(connections, "max_page_count = 1000000")
     assert scim.get("/Users")["totalResults"] == 1 == len(employees(scim))
 
 
-def test_a_file_that_another_process_locks_is_503_until_it_is_free(
+def test_file_that_another_process_locks_is_503_until_it_is_free(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
@@ -2203,29 +2506,27 @@ def test_a_file_that_another_process_locks_is_503_until_it_is_free(
 
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
-def test_a_disk_that_fills_up_under_the_server_loses_nothing(tmp_path: Path) -> None:
+def test_disk_that_fills_up_during_writes_loses_nothing(tmp_path: Path) -> None:
+    def create(number: int) -> requests.Response:
+        body = {"userName": f"u{number}", "title": "t" * 30_000}
+        return scim.call("POST", "/Users", body)
+
     with process("--data-dir", str(tmp_path)) as (running, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         scim.user("ada")
         unlimited = resource.prlimit(running.pid, resource.RLIMIT_FSIZE)
         resource.prlimit(running.pid, resource.RLIMIT_FSIZE, (1 << 20, unlimited[1]))
-        written = 1
-        while (
-            answer := scim.call(
-                "POST", "/Users", {"userName": f"u{written}", "title": "t" * 30_000}
-            )
-        ).status_code == 201:
-            written += 1
+        total = 1
+        while (answer := create(total)).status_code == 201:
+            total += 1
         assert answer.status_code in (503, 507) and "Retry-After" in answer.headers
-        assert scim.get("/Users")["totalResults"] == written
+        assert scim.get("/Users")["totalResults"] == total
         resource.prlimit(running.pid, resource.RLIMIT_FSIZE, unlimited)
         scim.user("bob")
-        assert scim.get("/Users")["totalResults"] == written + 1
+        assert scim.get("/Users")["totalResults"] == total + 1
 
 
-def test_a_damaged_file_is_refused_by_name_while_the_other_tenants_are_served(
-    tmp_path: Path,
-) -> None:
+def test_damaged_file_stops_its_own_tenant_only(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
     (tmp_path / "acme.sqlite3").write_bytes(b"SQLite format 3\0" + b"\xff" * 8192)
@@ -2235,12 +2536,12 @@ def test_a_damaged_file_is_refused_by_name_while_the_other_tenants_are_served(
         assert_error(Scim(url, "acme-secret").call("GET", "/Users"), 503, "", "log")
         Scim(url, "globex-secret").user("ada")
         assert requests.get(url.replace("/scim/v2", "/readyz")).status_code == 503
-        told = running.stderr.readline()
-        assert "tenant acme is not served" in told and "acme.sqlite3: damaged" in told
-        assert "restore" in told
+        line = running.stderr.readline()
+        assert "tenant acme is not served" in line and "acme.sqlite3: damaged" in line
+        assert "restore" in line
 
 
-def test_a_page_that_was_torn_by_a_crash_is_found_at_the_next_start(tmp_path: Path) -> None:
+def test_page_torn_by_a_crash_is_noticed_at_the_next_start(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path)) as (running, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         for number in range(100):
@@ -2252,86 +2553,92 @@ def test_a_page_that_was_torn_by_a_crash_is_found_at_the_next_start(tmp_path: Pa
     octets = bytearray(file.read_bytes())
     octets[8192 : len(octets) - 4096] = os.urandom(len(octets) - 12288)
     file.write_bytes(octets)
-    (tmp_path / "acme.sqlite3-wal").write_bytes(b"\0" * 32)  # an end that was not clean
+    (tmp_path / "acme.sqlite3-wal").write_bytes(b"\0" * 32)  # The server did not end cleanly.
     with pytest.raises(scim_server.StoreError, match="damaged"):
         scim_server.Store(file)
 
 
-def test_a_backup_made_while_writing_is_one_commit_and_can_be_restored(tmp_path: Path) -> None:
+def test_backup_during_writes_is_one_commit_and_can_be_restored(tmp_path: Path) -> None:
     place = ["--tenant", "acme", "--data-dir", str(tmp_path / "data")]
-    copy = tmp_path / "acme.backup"
-    with (
-        process("--data-dir", str(tmp_path / "data")) as (_, url, _),
-        ThreadPoolExecutor(1) as pool,
-    ):
+    copy, stop = tmp_path / "acme.backup", threading.Event()
+
+    def write(scim: Scim) -> int:
+        """Create users until stopped, and return how many there are."""
+        for number in itertools.count(30):
+            if stop.is_set():
+                return number
+            scim.user(f"u{number}")
+        raise AssertionError
+
+    with process(*place[2:]) as (_, url, _), ThreadPoolExecutor(1) as pool:
         scim = Scim(url, "acme-sample-secret-token")
         for number in range(30):
             scim.user(f"u{number}")
-        done = threading.Event()
-
-        def write() -> int:
-            number = 30
-            while not done.is_set():
-                scim.user(f"u{number}")
-                number += 1
-            return number
-
-        writing = pool.submit(write)
+        writing = pool.submit(write, scim)
         try:
-            saved = command("backup", *place, str(copy))
+            backup = command("backup", *place, str(copy))
         finally:
-            done.set()
-        assert saved.returncode == 0, saved.stderr
-        written = writing.result()
-        refused = command("restore", *place, str(copy))
-        assert refused.returncode == 2 and "stop the server" in refused.stderr
-        assert command("backup", *place, str(copy)).returncode == 2  # never over a file
+            stop.set()
+        assert backup.returncode == 0, backup.stderr
+        total_at_the_end = writing.result()
     assert copy.stat().st_mode & 0o777 == 0o600
     (tmp_path / "data" / "acme.sqlite3").write_bytes(b"rubbish" * 999)
-    refused = command("restore", *place, str(HERE / "README.md"))
-    assert refused.returncode == 2 and "README.md" in refused.stderr
-    brought = command("restore", *place, str(copy))
-    assert brought.returncode == 0, brought.stderr
-    with process("--data-dir", str(tmp_path / "data")) as (_, url, _):
+    restore = command("restore", *place, str(copy))
+    assert restore.returncode == 0, restore.stderr
+    with process(*place[2:]) as (_, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         total = scim.get("/Users")["totalResults"]
-        assert 30 <= total <= written
+        assert 30 <= total <= total_at_the_end
         assert len(employees(scim, "?count=1000")) == total
         scim.user("after")
 
 
-def test_a_restore_moves_nothing_away_before_there_is_something_better(tmp_path: Path) -> None:
+def test_backup_and_restore_refuse_to_lose_a_file(tmp_path: Path) -> None:
     place = ["--tenant", "acme", "--data-dir", str(tmp_path / "data")]
-    file, copy, rubbish = (
-        tmp_path / "data" / "acme.sqlite3",
-        tmp_path / "acme.backup",
-        b"rubbish" * 999,
-    )
-    (tmp_path / "data").mkdir()
+    copy = str(tmp_path / "acme.backup")
+    with process(*place[2:]) as (_, url, _):
+        Scim(url, "acme-sample-secret-token").user("ada")
+        assert command("backup", *place, copy).returncode == 0
+        restore = command("restore", *place, copy)
+        assert restore.returncode == 2 and "stop the server" in restore.stderr
+        assert command("backup", *place, copy).returncode == 2  # It never overwrites a file.
+    (tmp_path / "data" / "acme.sqlite3").write_bytes(b"rubbish" * 999)
+    restore = command("restore", *place, str(HERE / "README.md"))
+    assert restore.returncode == 2 and "README.md" in restore.stderr
+
+
+def test_restore_does_not_replace_a_newer_file(tmp_path: Path) -> None:
+    place = ["--tenant", "acme", "--data-dir", str(tmp_path / "data")]
+    file, copy = tmp_path / "data" / "acme.sqlite3", tmp_path / "acme.backup"
+    file.parent.mkdir()
     with closing(scim_server.Store(file)) as store:
         store.backup(str(copy))
     with closing(sqlite3.connect(file)) as newer:
         newer.execute("PRAGMA user_version = 999")
-    refused = command("restore", *place, str(copy))
-    assert (
-        refused.returncode == 2
-        and "newer" in refused.stderr
-        and list(file.parent.iterdir()) == [file]
-    )
+    restore = command("restore", *place, str(copy))
+    assert restore.returncode == 2 and "newer" in restore.stderr
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_restore_moves_a_damaged_file_only_for_a_good_one(tmp_path: Path) -> None:
+    place = ["--tenant", "acme", "--data-dir", str(tmp_path / "data")]
+    file, copy = tmp_path / "data" / "acme.sqlite3", tmp_path / "acme.backup"
+    rubbish = b"rubbish" * 999
+    file.parent.mkdir()
+    with closing(scim_server.Store(file)) as store:
+        store.backup(str(copy))
     for number in (1, 2):
         file.write_bytes(rubbish)
-        refused = command("restore", *place, str(HERE / "README.md"))
-        assert refused.returncode == 2 and file.read_bytes() == rubbish
-        assert (
-            command("restore", *place, str(copy)).returncode == 0 and file.read_bytes() != rubbish
-        )
-        kept = list(file.parent.glob("acme.sqlite3.damaged-*"))
-        assert [one.read_bytes() for one in kept] == [rubbish] * number and len(
-            list(file.parent.iterdir())
-        ) == number + 1
+        restore = command("restore", *place, str(HERE / "README.md"))
+        assert restore.returncode == 2 and file.read_bytes() == rubbish
+        assert command("restore", *place, str(copy)).returncode == 0
+        assert file.read_bytes() != rubbish
+        damaged = list(file.parent.glob("acme.sqlite3.damaged-*"))
+        assert [file.read_bytes() for file in damaged] == [rubbish] * number
+        assert len(list(file.parent.iterdir())) == number + 1
 
 
-def test_sigterm_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Path) -> None:
+def test_sigterm_during_writes_loses_no_acknowledged_one(tmp_path: Path) -> None:
     acknowledged: list[str] = []
 
     def write(url: str, writer: int) -> None:
@@ -2347,14 +2654,14 @@ def test_sigterm_in_the_middle_of_writes_loses_no_acknowledged_one(tmp_path: Pat
         assert running.wait(20) == 0
         for writer in writers:
             writer.result()
-    assert not list(tmp_path.glob("*-wal"))  # a clean end
+    assert not list(tmp_path.glob("*-wal"))  # The databases were closed.
     with process("--data-dir", str(tmp_path)) as (_, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         assert all(scim.call("GET", f"/Users/{id}").status_code == 200 for id in acknowledged)
 
 
-def test_the_file_of_a_removed_tenant_is_closed_and_can_be_served_again(tmp_path: Path) -> None:
-    def opened() -> int:
+def test_file_of_a_removed_tenant_is_closed_and_can_be_reopened(tmp_path: Path) -> None:
+    def open_files() -> int:
         files = {os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")}
         return sum(file.startswith(str(tmp_path)) and file.endswith(".sqlite3") for file in files)
 
@@ -2365,13 +2672,14 @@ def test_the_file_of_a_removed_tenant_is_closed_and_can_be_served_again(tmp_path
     with serving(tmp_path, {"tenants": tenants}) as server:
         for number in range(8):
             Scim(server.url, f"secret-{number}").user("ada")
-        assert opened() == 8
+        assert open_files() == 8
         removed = server.directory("t1").store
         with removed.reading() as session:
             config = server.application.config
             server.application.configure(replace(config, tenants=config.tenants[:1]))
-            assert session.total({"User": scim_server.EVERYTHING}) == 1  # it may end what it began
-        assert opened() == 1
+            # A read in progress may finish.
+            assert session.total({"User": scim_server.EVERYTHING}) == 1
+        assert open_files() == 1
         for block in (removed.reading, removed.writing):
             with pytest.raises(scim_server.StoreError, match="closed"), block():
                 pass
@@ -2379,102 +2687,64 @@ def test_the_file_of_a_removed_tenant_is_closed_and_can_be_served_again(tmp_path
         assert Scim(server.url, "secret-1").get("/Users")["totalResults"] == 1
 
 
-def test_a_store_is_closed_after_the_write_in_progress(tmp_path: Path) -> None:
-    store = scim_server.Store(tmp_path / "one.sqlite3")
-    with ThreadPoolExecutor(1) as pool:
-        with store.writing() as session:
-            closing_it = pool.submit(store.close)
-            wait_until(lambda: not store.wait(20))  # closing begins with an interruption
-            session.set_setting("first", "1")
-        closing_it.result(20)
-    with closing(scim_server.Store(store.path)) as again, again.reading() as session:
-        assert session.setting("first") == "1"
-
-
-@pytest.mark.parametrize("name", [":memory:", "one.sqlite3"])
-def test_a_step_that_fails_is_undone_alone(tmp_path: Path, name: str) -> None:
-    store = scim_server.Store(name if name == ":memory:" else tmp_path / name)
-    with store.writing() as session:
-        session.set_setting("first", "1")
-        with suppress(ValueError), store.writing() as step:
-            step.set_setting("second", "2")
-            raise ValueError
-        with store.writing() as step:
-            step.set_setting("third", "3")
-    with suppress(ValueError), store.writing() as session:
-        session.set_setting("fourth", "4")
-        raise ValueError
-    with store.reading() as session:
-        settings = [session.setting(name) for name in ("first", "second", "third", "fourth")]
-    assert settings == ["1", "", "3", ""]
-    store.close()
-
-
-def test_no_step_and_no_commit_follows_a_transaction_that_sqlite_gave_up(tmp_path: Path) -> None:
-    with closing(scim_server.Store(tmp_path / "one.sqlite3")) as store:
-        with pytest.raises(scim_server.StoreError), store.writing() as session:
-            session.set_setting("first", "1")
-            with suppress(ValueError), store.writing() as step:
-                step.run("ROLLBACK")  # as SQLite does when the disk is full
-                raise ValueError
-            for _ in range(2):
-                with pytest.raises(scim_server.StoreError, match="earlier step"), store.writing():
-                    raise AssertionError("this step must not begin")
-        with store.writing() as session:
-            session.set_setting("second", "2")
-        with store.reading() as session:
-            assert (session.setting("first"), session.setting("second")) == ("", "2")
-
-
-def test_no_way_leads_from_one_tenant_into_the_file_of_another(tmp_path: Path) -> None:
+def test_tenant_never_gets_the_file_of_another_one(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         Scim(server.url, "acme-secret").user("ada")
+        same_file = {"name": "ACME", "tokens": [{"name": "e", "secret": "z"}]}
         with pytest.raises(scim_server.ConfigError, match="the same name as tenant acme"):
-            server.application.add_tenant(
-                {"name": "ACME", "tokens": [{"name": "e", "secret": "z"}]}
-            )
+            server.application.add_tenant(same_file)
         server.directory("acme").store.backup(str(tmp_path / "acme.backup"))
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**CONFIG, "data_dir": "."}))
-    wrong = command(
-        "restore", "--tenant", "globex", "--config", str(file), str(tmp_path / "acme.backup")
-    )
-    assert wrong.returncode == 2 and "backup of tenant acme" in wrong.stderr
+    place = ["--tenant", "globex", "--config", str(file)]
+    restore = command("restore", *place, str(tmp_path / "acme.backup"))
+    assert restore.returncode == 2 and "backup of tenant acme" in restore.stderr
     (tmp_path / "globex.sqlite3").write_bytes((tmp_path / "acme.backup").read_bytes())
     with pytest.raises(scim_server.StoreError, match="file of tenant acme"), serving(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("empty", [False, True])
-def test_numbers_that_were_given_out_before_a_restore_are_not_given_out_again(
-    tmp_path: Path, empty: bool
+def test_store_in_use_is_not_restored(tmp_path: Path) -> None:
+    path, backup = str(tmp_path / "a.sqlite3"), str(tmp_path / "backup")
+    with closing(scim_server.Store(path)) as store:
+        store.backup(backup)
+        with pytest.raises(scim_server.StoreError, match="locked"):
+            scim_server.restore_file(path, backup, "a", "now")
+
+
+# fmt: off
+BACKUPS = [  # name, people in the backup, ids of the employees after the restore and one more
+    ("a backup of one person", ["ada"], [1, 3]),
+    ("an empty backup", [], [3]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, people, ids", BACKUPS, ids=[row[0] for row in BACKUPS])
+def test_numbers_used_before_a_restore_are_not_reused(
+    tmp_path: Path, name: str, people: list[str], ids: list[int]
 ) -> None:
-    directory = scim_server.Directory(scim_server.Store(tmp_path / "a.sqlite3"))
-    directory.create("User", {"userName": "ada"})
-    directory.store.backup(str(tmp_path / "backup"))
-    directory.create("User", {"userName": "ann"})
-    if empty:
-        scim_server.Directory(scim_server.Store(tmp_path / "new.sqlite3")).store.backup(
-            str(tmp_path / "backup2")
-        )
-        os.replace(tmp_path / "backup2", tmp_path / "backup")
-    path = str(tmp_path / "a.sqlite3")
-    with pytest.raises(scim_server.StoreError, match="locked"):  # while the store is open
-        scim_server.restore_file(path, str(tmp_path / "backup"), "a", "now")
-    directory.store.close()
-    assert scim_server.restore_file(path, str(tmp_path / "backup"), "a", "now") == ""
+    path, backup = str(tmp_path / "a.sqlite3"), str(tmp_path / "backup")
+    for file, names in ((tmp_path / "old.sqlite3", people), (path, ["ada", "ann"])):
+        directory = scim_server.Directory(scim_server.Store(file))
+        for person in names:
+            directory.create("User", {"userName": person})
+        if file != path:
+            directory.store.backup(backup)
+        directory.store.close()
+    assert scim_server.restore_file(path, backup, "a", "now") == ""
     directory = scim_server.Directory(scim_server.Store(path))
-    with pytest.raises(
-        scim_server.ScimError, match="after=5"
-    ) as gone:  # who had read all is told too
+    # A reader that had read all four changes must start again, too.
+    with pytest.raises(scim_server.ScimError, match="after=5") as caught:
         directory.changes(4)
-    assert gone.value.status == 410
+    assert caught.value.status == 410
     directory.create("User", {"userName": "zoe"})
-    assert [one.id for one in directory.employees()] == ([3] if empty else [1, 3])
-    assert [one.seq for one in directory.changes(5)] == [6, 7]
+    assert [employee.id for employee in directory.employees()] == ids
+    assert [change.seq for change in directory.changes(5)] == [6, 7]
+    directory.store.close()
 
 
-def test_after_the_restore_of_a_damaged_file_readers_of_changes_start_again(tmp_path: Path) -> None:
+def test_restore_over_a_damaged_file_restarts_readers_of_changes(tmp_path: Path) -> None:
     path, backup = str(tmp_path / "a.sqlite3"), str(tmp_path / "backup")
     directory = scim_server.Directory(scim_server.Store(path))
     directory.create("User", {"userName": "ada"})
@@ -2491,17 +2761,17 @@ def test_after_the_restore_of_a_damaged_file_readers_of_changes_start_again(tmp_
     directory.store.close()
 
 
-def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
-    acknowledged: dict[str, str] = {}
+def test_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
+    acknowledged: dict[str, str] = {}  # ids and titles
 
     def write(url: str, writer: int) -> None:
         scim = Scim(url, "acme-sample-secret-token")
         for number in range(10_000):
             try:
-                ada = scim.user(f"u{writer}-{number}")
-                acknowledged[ada["id"]] = ""
-                scim.patch(f"/Users/{ada['id']}", put("title", f"t{number}"))
-                acknowledged[ada["id"]] = f"t{number}"
+                user = scim.user(f"u{writer}-{number}")
+                acknowledged[user["id"]] = ""
+                scim.patch(f"/Users/{user['id']}", put("title", f"t{number}"))
+                acknowledged[user["id"]] = f"t{number}"
             except requests.ConnectionError:
                 return
 
@@ -2515,8 +2785,8 @@ def test_every_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path)) as (_, url, _):
         scim = Scim(url, "acme-sample-secret-token")
         for id, title in acknowledged.items():
-            found = scim.get(f"/Users/{id}").get("title", "")
-            assert found == title or (not title and found.startswith("t"))
+            stored_title = scim.get(f"/Users/{id}").get("title", "")
+            assert stored_title == title or (not title and stored_title.startswith("t"))
         rows = changes(scim, "after=0&count=1000")
         assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
         assert {row["id"] for row in rows if row["kind"] == "user.created"} >= acknowledged.keys()
