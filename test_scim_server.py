@@ -2814,74 +2814,85 @@ SPEAKS_DEFAULT = {
 }
 
 
-def test_entras_cycle_makes_an_employee_that_is_read_three_ways(tmp_path: Path) -> None:
+@pytest.fixture
+def tomas(scim: Scim) -> str:
+    """The id of a user, employee 2, after an update by Entra; boss@bw.example is employee 1."""
+    boss = scim.user("boss@bw.example")["id"]
+    id: str = scim.create("/Users", **TOMAS)["id"]
+    scim.patch(f"/Users/{id}", *filled(SPEAKS_DEFAULT["update"], boss=boss))
+    return id
+
+
+def test_entras_update_makes_this_employee(scim: Scim, tomas: str) -> None:
+    [employee] = employees(scim, "?id=2")
+    expected = {
+        "name": "Tomas Wirth",
+        "email": "tw@bw.example",
+        "phone": "0615550188",
+        "mobile": "079",
+        "designation": "Chief",
+        "employeeNumber": "004417",
+        "department": "Lifts",
+        "manager": 1,
+        "user_id": tomas,
+        "external_id": TOMAS["externalId"],
+        "custom_fields": {"union_code": "U9", "locker_no": 318, "night_shift": True},
+    }
+    assert {name: employee[name] for name in expected} == expected
+
+
+def test_employees_are_read_by_python_http_and_command(
+    server: scim_server.ScimServer, scim: Scim, tomas: str, tmp_path: Path
+) -> None:
+    [employee] = employees(scim, "?id=2")
+    assert [asdict(row) for row in server.directory("acme").employees()] == employees(scim)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": "data"}))
-    with serving(tmp_path / "data") as server:
-        scim = Scim(server.url, "acme-secret")
-        boss = scim.user("boss@bw.example")["id"]
-        id = scim.create("/Users", **TOMAS)["id"]
-        scim.patch(f"/Users/{id}", *filled(SPEAKS_DEFAULT["update"], boss=boss))
-        [tomas] = employees(scim, "?id=2")
-        assert tomas["custom_fields"] == {"union_code": "U9", "locker_no": 318, "night_shift": True}
-        assert {
-            name: tomas[name] for name in ("name", "email", "phone", "mobile", "designation")
-        } == {
-            "name": "Tomas Wirth",
-            "email": "tw@bw.example",
-            "phone": "0615550188",
-            "mobile": "079",
-            "designation": "Chief",
-        }
-        assert (tomas["employeeNumber"], tomas["department"], tomas["manager"]) == (
-            "004417",
-            "Lifts",
-            1,
-        )
-        assert (tomas["user_id"], tomas["external_id"]) == (id, TOMAS["externalId"])
-        directory = server.directory("acme")
-        assert [asdict(one) for one in directory.employees()] == employees(scim)
-        for form in ("json", "csv", "table"):
-            printed = command(
-                "employees",
-                "--tenant",
-                "acme",
-                "--config",
-                str(file),
-                "--format",
-                form,
-                "--id",
-                "2",
-            ).stdout
-            assert "Tomas Wirth" in printed and "318" in printed and "Chief" in printed
-            if form == "json":
-                assert json.loads(printed) == tomas
-            if form == "csv":
-                text = beside(scim, "/employees?id=2", "text/csv").text
-                assert text.replace("\r\n", "\n") == printed
-        scim.patch(f"/Users/{id}", *SPEAKS_DEFAULT["disable"])
-        assert [one["id"] for one in employees(scim, "?active=false")] == [2]
-        scim.call("DELETE", f"/Users/{id}")
-        assert [one["active"] for one in employees(scim)] == [True, False]
-        scim.create("/Users", **{**TOMAS, "userName": "other@bw.example"})
-        [again] = employees(scim, "?id=2")
-        assert again["active"] and again["user_id"] != id and len(employees(scim)) == 2
+    file.write_text(json.dumps({**CONFIG, "data_dir": "."}))
+    arguments = ["--tenant", "acme", "--config", str(file), "--id", "2", "--format"]
+    printed = {
+        form: command("employees", *arguments, form).stdout for form in ("json", "csv", "table")
+    }
+    for text in printed.values():
+        assert "Tomas Wirth" in text and "318" in text and "Chief" in text
+    assert json.loads(printed["json"]) == employee
+    answer = beside(scim, "/employees?id=2", "text/csv")
+    assert answer.text.replace("\r\n", "\n") == printed["csv"]
 
 
-def test_a_person_comes_back_by_external_id_or_else_by_user_name(scim: Scim) -> None:
-    for first, second, same in [
-        ({"userName": "a", "externalId": "1"}, {"userName": "b", "externalId": "1"}, True),
-        ({"userName": "c", "externalId": "2"}, {"userName": "C"}, True),
-        ({"userName": "d"}, {"userName": "D", "externalId": "4"}, True),
-        ({"userName": "e", "externalId": "5"}, {"userName": "f", "externalId": "6"}, False),
-    ]:
-        before = len(employees(scim))
-        scim.call("DELETE", f"/Users/{scim.create('/Users', **first)['id']}")
-        scim.call("DELETE", f"/Users/{scim.create('/Users', **second)['id']}")
-        assert len(employees(scim)) == before + (1 if same else 2)
+def test_disabled_or_deleted_user_is_an_inactive_employee(scim: Scim, tomas: str) -> None:
+    scim.patch(f"/Users/{tomas}", *SPEAKS_DEFAULT["disable"])
+    assert [employee["id"] for employee in employees(scim, "?active=false")] == [2]
+    scim.call("DELETE", f"/Users/{tomas}")
+    assert [employee["active"] for employee in employees(scim)] == [True, False]
+    scim.create("/Users", **{**TOMAS, "userName": "other@bw.example"})
+    [returning] = employees(scim, "?id=2")
+    assert returning["active"] and returning["user_id"] != tomas and len(employees(scim)) == 2
 
 
-def test_an_employee_is_never_lost_and_never_doubled() -> None:
+# fmt: off
+RETURNS = [  # name, a user who is deleted, a later user, whether both are one employee
+    ("the same externalId, another userName",
+     {"userName": "a", "externalId": "1"}, {"userName": "b", "externalId": "1"}, True),
+    ("the same userName, externalId lost",
+     {"userName": "c", "externalId": "2"}, {"userName": "C"}, True),
+    ("the same userName, externalId new",
+     {"userName": "d"}, {"userName": "D", "externalId": "4"}, True),
+    ("another userName and externalId",
+     {"userName": "e", "externalId": "5"}, {"userName": "f", "externalId": "6"}, False),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, first, second, same", RETURNS, ids=[row[0] for row in RETURNS])
+def test_returning_person_is_the_same_employee(
+    scim: Scim, name: str, first: Any, second: Any, same: bool
+) -> None:
+    for body in (first, second):
+        scim.call("DELETE", f"/Users/{scim.create('/Users', **body)['id']}")
+    assert len(employees(scim)) == (1 if same else 2)
+
+
+def test_employee_is_never_lost_or_doubled() -> None:
     chance = random.Random(SEED)
     for _ in range(12):
         store = scim_server.Store(":memory:")
@@ -2891,11 +2902,8 @@ def test_an_employee_is_never_lost_and_never_doubled() -> None:
         for _ in range(40):
             person = chance.choice("abcde")
             if person not in users.values():
-                body = {
-                    "userName": person,
-                    "externalId": f"o-{person}",
-                    "active": chance.random() < 0.8,
-                }
+                active = chance.random() < 0.8
+                body = {"userName": person, "externalId": f"o-{person}", "active": active}
                 users[directory.create(USER_TYPE, body)["id"]] = person
             else:
                 id = next(id for id, name in users.items() if name == person)
@@ -2908,34 +2916,49 @@ def test_an_employee_is_never_lost_and_never_doubled() -> None:
             rows = list(directory.employees())
             for row in rows:
                 assert everybody.setdefault(row.external_id, row.id) == row.id, SEED
-                here = users.get(row.user_id)
-                assert row.active == (
-                    here is not None and directory.get(USER_TYPE, row.user_id)["active"]
-                ), SEED
+                user = directory.get(USER_TYPE, row.user_id) if row.user_id in users else None
+                assert row.active == (user is not None and user["active"]), SEED
             assert len(rows) == len(everybody) == len({row.id for row in rows}), SEED
         store.close()
 
 
-def test_employees_are_filtered_and_paged(scim: Scim) -> None:
+@pytest.fixture
+def five(scim: Scim) -> Scim:
+    """The client of a tenant with the users u0 to u4; u1 and u3 are inactive."""
     for number in range(5):
         scim.user(f"u{number}", active=number % 2 == 0)
-    assert [one["name"] for one in employees(scim, "?active=true")] == ["u0", "u2", "u4"]
-    page = beside(scim, "/employees?count=2&active=true")
+    return scim
+
+
+def test_employees_are_filtered_by_active_and_changed(five: Scim) -> None:
+    assert [row["name"] for row in employees(five, "?active=true")] == ["u0", "u2", "u4"]
+    since = employees(five)[3]["changed"]
+    assert [row["name"] for row in employees(five, f"?changed_since={since}")][-2:] == ["u3", "u4"]
+    assert employees(five, "?changed_since=2999-01-01T00:00:00Z") == []
+
+
+def test_employees_are_read_page_by_page(five: Scim) -> None:
+    page = beside(five, "/employees?count=2&active=true")
     assert page.json()["nextCursor"] == "3" and "cursor=3" in page.links["next"]["url"]
-    rest = scim.session.get(page.links["next"]["url"]).json()
-    assert [one["name"] for one in rest["employees"]] == ["u4"] and "nextCursor" not in rest
-    since = employees(scim)[3]["changed"]
-    assert [one["name"] for one in employees(scim, f"?changed_since={since}")][-2:] == ["u3", "u4"]
-    assert employees(scim, "?changed_since=2999-01-01T00:00:00Z") == []
-    for query in ("active=perhaps", "changed_since=today", "count=x", "cursor=x", "id=x"):
-        assert_error(beside(scim, f"/employees?{query}"), 400, "invalidValue", query.split("=")[0])
-    assert beside(scim, "/employees/3").json()["name"] == "u2"
-    for id in ("0", "99", "x", "9" * 30):
-        assert_error(beside(scim, f"/employees/{id}"), 404)
+    rest = five.session.get(page.links["next"]["url"]).json()
+    assert [row["name"] for row in rest["employees"]] == ["u4"] and "nextCursor" not in rest
     assert requests.get(page.url).status_code == 401
 
 
-def test_csv_has_the_custom_fields_as_columns_and_runs_no_formula(scim: Scim) -> None:
+@pytest.mark.parametrize(
+    "query", ["active=perhaps", "changed_since=today", "count=x", "cursor=x", "id=x"]
+)
+def test_wrong_parameter_of_employees_is_refused_by_name(scim: Scim, query: str) -> None:
+    assert_error(beside(scim, f"/employees?{query}"), 400, "invalidValue", query.split("=")[0])
+
+
+def test_one_employee_is_read_by_number(five: Scim) -> None:
+    assert beside(five, "/employees/3").json()["name"] == "u2"
+    for id in ("0", "99", "x", "9" * 30):
+        assert_error(beside(five, f"/employees/{id}"), 404)
+
+
+def test_csv_has_custom_fields_as_columns_and_no_formula(scim: Scim) -> None:
     scim.user(
         "ada",
         displayName="=1+1",
@@ -2945,77 +2968,83 @@ def test_csv_has_the_custom_fields_as_columns_and_runs_no_formula(scim: Scim) ->
         **{FAC: {"locker_no": -7}},
     )
     text = beside(scim, "/employees", "text/csv").text
-    header, row = csv.reader(io.StringIO(text, newline=""))
-    found = dict(zip(header, row, strict=True))
+    header, values = csv.reader(io.StringIO(text, newline=""))
+    row = dict(zip(header, values, strict=True))
     assert header[-3:] == ["union_code", "locker_no", "night_shift"]
-    assert found["name"] == "'=1+1" and found["phone"] == "'+41 61"
-    assert found["designation"] == 'a "b", c\nd'
-    assert (found["locker_no"], found["active"], found["manager"]) == ("-7", "true", "")
+    assert row["name"] == "'=1+1" and row["phone"] == "'+41 61"
+    assert row["designation"] == 'a "b", c\nd'
+    assert (row["locker_no"], row["active"], row["manager"]) == ("-7", "true", "")
     assert text.endswith("\r\n")
 
 
 def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     path = tmp_path / "acme.sqlite3"
-    store = scim_server.Store(path)
-    scim_server.Directory(store, FIELDS).create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
-    store.close()
-    with sqlite3.connect(path) as connection:  # as the first version made it
+    with closing(scim_server.Store(path)) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        directory.create(USER_TYPE, {"userName": "ada", "title": "Engineer"})
+    with sqlite3.connect(path) as connection:  # The first version made such a file.
         connection.executescript(
             "DROP TABLE employee; DROP TABLE change; DROP TABLE tally;"
             "DROP TABLE request; PRAGMA user_version = 1;"
             "INSERT INTO value SELECT 'id', id, seq, 0 FROM resource;"
             "DELETE FROM setting WHERE name = 'employees'"
         )
-    store = scim_server.Store(path)
-    directory = scim_server.Directory(store, FIELDS)
-    [ada] = directory.employees()
-    assert (ada.id, ada.designation) == (1, "Engineer")
-    for filter in (
-        f'id eq "{ada.user_id}"',
-        "meta pr",
-        'meta.resourceType eq "User"',
-        f'schemas eq "{USER}"',
-    ):
-        assert directory.query("User", filter).total_results == 1
-    directory.delete("User", ada.user_id)
-    assert directory.query("User", f'id eq "{ada.user_id}"').total_results == 0
-    store.close()
+    with closing(scim_server.Store(path)) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        [ada] = directory.employees()
+        assert (ada.id, ada.designation) == (1, "Engineer")
+        by_id = f'id eq "{ada.user_id}"'
+        for filter in (by_id, "meta pr", 'meta.resourceType eq "User"', f'schemas eq "{USER}"'):
+            assert directory.query("User", filter).total_results == 1
+        directory.delete("User", ada.user_id)
+        assert directory.query("User", by_id).total_results == 0
 
 
-def test_a_user_whose_active_is_taken_away_is_no_employee_again(scim: Scim) -> None:
-    for number, operation in enumerate(
-        (put("active", None), remove("active"), pathless({"active": None}))
-    ):
-        id = scim.user(f"u{number}", active=False)["id"]
-        assert "active" not in scim.patch(f"/Users/{id}", operation)  # as scim2-tester wants it
-        assert "active" not in scim.call("PUT", f"/Users/{id}", {"userName": f"u{number}"}).json()
-    assert [one["active"] for one in employees(scim)] == [False] * 3
+# fmt: off
+REMOVALS_OF_ACTIVE = [  # name, operation
+    ("replace with null", put("active", None)),
+    ("remove", remove("active")),
+    ("replace with null, without a path", pathless({"active": None})),
+]
+# fmt: on
 
 
-def test_a_user_name_that_is_given_out_again_is_another_employee(scim: Scim) -> None:
+@pytest.mark.parametrize(
+    "name, operation", REMOVALS_OF_ACTIVE, ids=[row[0] for row in REMOVALS_OF_ACTIVE]
+)
+def test_removing_active_does_not_reactivate_the_employee(
+    scim: Scim, name: str, operation: Any
+) -> None:
+    path = f"/Users/{scim.user('ada', active=False)['id']}"
+    assert "active" not in scim.patch(path, operation)  # scim2-tester expects this.
+    assert "active" not in scim.call("PUT", path, {"userName": "ada"}).json()
+    assert [employee["active"] for employee in employees(scim)] == [False]
+
+
+def test_reused_user_name_is_another_employee(scim: Scim) -> None:
+    def employee_ids() -> dict[str, int]:
+        return {row["user_id"]: row["id"] for row in employees(scim)}
+
     amy = scim.user("amy.old")["id"]
     scim.patch(f"/Users/{amy}", put("userName", "amy.new"))
     john = scim.user("jsmith", externalId="OID-1")["id"]
     for id in (amy, john):
         scim.call("DELETE", f"/Users/{id}")
-    ids = {one["user_id"]: one["id"] for one in employees(scim)}
-    again, other, jane = (
-        scim.user("amy.new"),
-        scim.user("amy.old"),
-        scim.user("jsmith", externalId="OID-2"),
-    )
-    found = {one["user_id"]: one["id"] for one in employees(scim)}
-    assert found[again["id"]] == ids[amy]
-    assert found[other["id"]] not in ids.values() and found[jane["id"]] not in ids.values()
+    former = employee_ids()
+    returning, other = scim.user("amy.new")["id"], scim.user("amy.old")["id"]
+    jane = scim.user("jsmith", externalId="OID-2")["id"]
+    present = employee_ids()
+    assert present[returning] == former[amy]
+    assert present[other] not in former.values() and present[jane] not in former.values()
 
 
-def test_a_manager_who_comes_back_has_the_same_reports() -> None:
+def test_returning_manager_has_the_same_reports() -> None:
     directory = scim_server.Directory(scim_server.Store(":memory:"))
     ada = directory.create("User", {"userName": "ada", "externalId": "a"})["id"]
     directory.create("User", {"userName": "bob", ENT: {"manager": {"value": ada}}})
     directory.delete("User", ada)
     directory.create("User", {"userName": "ada", "externalId": "a"})
-    assert [(one.id, one.manager) for one in directory.employees()] == [(1, None), (2, 1)]
+    assert [(row.id, row.manager) for row in directory.employees()] == [(1, None), (2, 1)]
 
 
 # -- 9. Directory ----------------------------------------------------------------------------------
