@@ -2239,7 +2239,7 @@ class TestStore:
 
     def test_reader_does_not_wait_for_a_write(self, open_store: Any) -> None:
         store = open_store()
-        with store.writing() as session, ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1) as pool, store.writing() as session:
             session.set_setting("name", "new")
             assert pool.submit(settings, store, "name").result(20) == [""]
 
@@ -2383,7 +2383,9 @@ class TestStore:
             assert [change.seq for change in session.changes(2, 3)] == [3, 4, 5]
             assert session.changes(6, 3) == []
 
-    @pytest.mark.parametrize("after", [3, 7, -1])
+    @pytest.mark.parametrize(
+        "after", [3, 7, -1], ids=["before the first", "after the last", "negative"]
+    )
     def test_reading_outside_the_bounds_of_the_feed_is_410(
         self, store: scim_server.Store, after: int
     ) -> None:
@@ -2795,7 +2797,7 @@ def test_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
 # -- 8. Employees ----------------------------------------------------------------------------------
 
 
-SPEAKS_DEFAULT = {
+ENTRA_DEFAULT = {
     "update": [
         put("title", "Chief"),
         add("nickName", "Tom"),
@@ -2819,7 +2821,7 @@ def tomas(scim: Scim) -> str:
     """The id of a user, employee 2, after an update by Entra; boss@bw.example is employee 1."""
     boss = scim.user("boss@bw.example")["id"]
     id: str = scim.create("/Users", **TOMAS)["id"]
-    scim.patch(f"/Users/{id}", *filled(SPEAKS_DEFAULT["update"], boss=boss))
+    scim.patch(f"/Users/{id}", *filled(ENTRA_DEFAULT["update"], boss=boss))
     return id
 
 
@@ -2860,7 +2862,7 @@ def test_employees_are_read_by_python_http_and_command(
 
 
 def test_disabled_or_deleted_user_is_an_inactive_employee(scim: Scim, tomas: str) -> None:
-    scim.patch(f"/Users/{tomas}", *SPEAKS_DEFAULT["disable"])
+    scim.patch(f"/Users/{tomas}", *ENTRA_DEFAULT["disable"])
     assert [employee["id"] for employee in employees(scim, "?active=false")] == [2]
     scim.call("DELETE", f"/Users/{tomas}")
     assert [employee["active"] for employee in employees(scim)] == [True, False]
@@ -2923,24 +2925,27 @@ def test_employee_is_never_lost_or_doubled() -> None:
 
 
 @pytest.fixture
-def five(scim: Scim) -> Scim:
+def five_users(scim: Scim) -> Scim:
     """The client of a tenant with the users u0 to u4; u1 and u3 are inactive."""
     for number in range(5):
         scim.user(f"u{number}", active=number % 2 == 0)
     return scim
 
 
-def test_employees_are_filtered_by_active_and_changed(five: Scim) -> None:
-    assert [row["name"] for row in employees(five, "?active=true")] == ["u0", "u2", "u4"]
-    since = employees(five)[3]["changed"]
-    assert [row["name"] for row in employees(five, f"?changed_since={since}")][-2:] == ["u3", "u4"]
-    assert employees(five, "?changed_since=2999-01-01T00:00:00Z") == []
+def test_employees_are_filtered_by_active_and_changed(five_users: Scim) -> None:
+    assert [row["name"] for row in employees(five_users, "?active=true")] == ["u0", "u2", "u4"]
+    since = employees(five_users)[3]["changed"]
+    assert [row["name"] for row in employees(five_users, f"?changed_since={since}")][-2:] == [
+        "u3",
+        "u4",
+    ]
+    assert employees(five_users, "?changed_since=2999-01-01T00:00:00Z") == []
 
 
-def test_employees_are_read_page_by_page(five: Scim) -> None:
-    page = beside(five, "/employees?count=2&active=true")
+def test_employees_are_read_page_by_page(five_users: Scim) -> None:
+    page = beside(five_users, "/employees?count=2&active=true")
     assert page.json()["nextCursor"] == "3" and "cursor=3" in page.links["next"]["url"]
-    rest = five.session.get(page.links["next"]["url"]).json()
+    rest = five_users.session.get(page.links["next"]["url"]).json()
     assert [row["name"] for row in rest["employees"]] == ["u4"] and "nextCursor" not in rest
     assert requests.get(page.url).status_code == 401
 
@@ -2952,10 +2957,10 @@ def test_wrong_parameter_of_employees_is_refused_by_name(scim: Scim, query: str)
     assert_error(beside(scim, f"/employees?{query}"), 400, "invalidValue", query.split("=")[0])
 
 
-def test_one_employee_is_read_by_number(five: Scim) -> None:
-    assert beside(five, "/employees/3").json()["name"] == "u2"
+def test_one_employee_is_read_by_number(five_users: Scim) -> None:
+    assert beside(five_users, "/employees/3").json()["name"] == "u2"
     for id in ("0", "99", "x", "9" * 30):
-        assert_error(beside(five, f"/employees/{id}"), 404)
+        assert_error(beside(five_users, f"/employees/{id}"), 404)
 
 
 def test_csv_has_custom_fields_as_columns_and_no_formula(scim: Scim) -> None:
@@ -4077,7 +4082,7 @@ def test_query_may_be_empty_or_in_capitals_or_unknown(scim: Scim) -> None:
 MICROSOFT_GROUP = "http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group"
 
 
-SPEAKS_FLAG = {
+ENTRA_FLAG = {
     "update": [
         {"op": "replace", "path": 'emails[type eq "work"].value', "value": "tw@bw.example"},
         {"op": "add", "path": 'phoneNumbers[type eq "mobile"].value', "value": "079"},
@@ -4101,9 +4106,9 @@ SPEAKS_FLAG = {
 
 
 # fmt: off
-DIALECTS = [  # name, the operations of Entra in this dialect, the query that chooses it
-    ("Entra's default dialect", SPEAKS_DEFAULT, ""),
-    ("Entra with aadOptscim062020", SPEAKS_FLAG, "?aadOptscim062020"),
+DIALECTS = [  # name, the operations of each step in it, the query that chooses it
+    ("Entra's default dialect", ENTRA_DEFAULT, ""),
+    ("Entra with aadOptscim062020", ENTRA_FLAG, "?aadOptscim062020"),
 ]
 # fmt: on
 
@@ -4111,7 +4116,7 @@ DIALECTS = [  # name, the operations of Entra in this dialect, the query that ch
 def in_each_dialect(test: Any) -> Any:
     """Run a test for each of Entra's dialects."""
     ids = [row[0] for row in DIALECTS]
-    return pytest.mark.parametrize("name, speaks, query", DIALECTS, ids=ids)(test)
+    return pytest.mark.parametrize("name, steps, query", DIALECTS, ids=ids)(test)
 
 
 def test_entras_test_connection_succeeds(either: Scim) -> None:
@@ -4129,7 +4134,7 @@ def test_entras_test_connection_succeeds(either: Scim) -> None:
 
 @in_each_dialect
 def test_entra_creates_a_person_and_finds_it(
-    either: Scim, name: str, speaks: Any, query: str
+    either: Scim, name: str, steps: Any, query: str
 ) -> None:
     answer = either.call("POST", f"/Users{query}", TOMAS)
     user = answer.json()
@@ -4147,11 +4152,11 @@ def test_entra_creates_a_person_and_finds_it(
 
 @in_each_dialect
 def test_entra_updates_all_attributes_at_once(
-    either: Scim, name: str, speaks: Any, query: str
+    either: Scim, name: str, steps: Any, query: str
 ) -> None:
     boss = either.user("boss@bw.example")["id"]
     id = either.create("/Users", **TOMAS)["id"]
-    user = either.patch(f"/Users/{id}{query}", *filled(speaks["update"], boss=boss))
+    user = either.patch(f"/Users/{id}{query}", *filled(steps["update"], boss=boss))
     assert user[FAC] == {"union_code": "U9", "locker_no": 318, "night_shift": True}
     assert user[ENT] == {**TOMAS[ENT], "manager": {"value": boss}}
     assert user["emails"] == [{"value": "tw@bw.example", "type": "work", "primary": True}]
@@ -4166,7 +4171,7 @@ def test_entra_updates_all_attributes_at_once(
 
 
 @in_each_dialect
-def test_entra_manages_a_group(either: Scim, name: str, speaks: Any, query: str) -> None:
+def test_entra_manages_a_group(either: Scim, name: str, steps: Any, query: str) -> None:
     id = either.create("/Users", **TOMAS)["id"]
     group = either.create(
         "/Groups",
@@ -4176,27 +4181,27 @@ def test_entra_manages_a_group(either: Scim, name: str, speaks: Any, query: str)
         meta={"resourceType": "Group"},
     )
     crew = f"/Groups/{group['id']}"
-    either.patch(crew, *filled(speaks["join"], id=id))
+    either.patch(crew, *filled(steps["join"], id=id))
     check = f'id eq "{group["id"]}" and members eq "{id}"'
     assert either.names(check, "/Groups") == ["Night Crew"]
     either.patch(crew, put("displayName", "Night Crew West"))
     groups = either.get(f"/Users/{id}")["groups"]
     assert [group["display"] for group in groups] == ["Night Crew West"]
     assert "members" not in either.get(crew, excludedAttributes="members")
-    either.patch(crew, *filled(speaks["leave"], id=id))
+    either.patch(crew, *filled(steps["leave"], id=id))
     assert either.names(check, "/Groups") == []
 
 
 @in_each_dialect
 def test_entra_disables_restores_and_deletes_a_person(
-    either: Scim, name: str, speaks: Any, query: str
+    either: Scim, name: str, steps: Any, query: str
 ) -> None:
     id = either.create("/Users", **TOMAS)["id"]
-    disabled = either.patch(f"/Users/{id}{query}", *speaks["disable"])
+    disabled = either.patch(f"/Users/{id}{query}", *steps["disable"])
     assert disabled["active"] is False
     by_name = f'userName eq "{TOMAS["userName"]}"'
     assert either.get("/Users", filter=by_name)["Resources"] == [disabled]
-    assert either.patch(f"/Users/{id}{query}", *speaks["restore"])["active"] is True
+    assert either.patch(f"/Users/{id}{query}", *steps["restore"])["active"] is True
     assert either.call("DELETE", f"/Users/{id}").status_code == 204
     assert_error(either.call("GET", f"/Users/{id}"), 404)
     assert either.create("/Users", **TOMAS)["id"] != id
@@ -4204,18 +4209,18 @@ def test_entra_disables_restores_and_deletes_a_person(
 
 @in_each_dialect
 def test_entras_whole_cycle_works_in_one_go(
-    either: Scim, name: str, speaks: Any, query: str
+    either: Scim, name: str, steps: Any, query: str
 ) -> None:
     boss = either.user("boss@bw.example")["id"]
     id = either.call("POST", f"/Users{query}", TOMAS).json()["id"]
     path = f"/Users/{id}{query}"
-    either.patch(path, *filled(speaks["update"], boss=boss))
+    either.patch(path, *filled(steps["update"], boss=boss))
     crew = f"/Groups/{either.group('Night Crew')['id']}"
-    for step in ("join", "leave"):
-        either.patch(crew, *filled(speaks[step], id=id))
-    disabled = either.patch(path, *speaks["disable"])
+    for action in ("join", "leave"):
+        either.patch(crew, *filled(steps[action], id=id))
+    disabled = either.patch(path, *steps["disable"])
     assert either.get("/Users", filter='userName eq "tw@bw.example"')["Resources"] == [disabled]
-    either.patch(path, *speaks["restore"])
+    either.patch(path, *steps["restore"])
     assert either.call("DELETE", f"/Users/{id}").status_code == 204
     assert either.create("/Users", **TOMAS)["id"] != id
 
