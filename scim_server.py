@@ -5619,12 +5619,13 @@ class Application(Tenants):
         try:
             if not (caller := self.caller_of(requests[0])):
                 raise unauthorized()
-            if isinstance(directory := caller.directory, StoreError):
-                return list(map(self.handle, requests))
+            directory = caller.directory
+            if len(requests) == 1 or isinstance(directory, StoreError):  # no savepoint is needed
+                return [self.handle(request._replace(caller=caller)) for request in requests]
             with directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
-            # After an error such as a full disk there is nothing to commit: that error is the cause.
+            # After an error such as a full disk nothing can be committed: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
             responses = [cause or error_response(error)] * len(calls)
         return [
