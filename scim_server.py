@@ -5999,16 +5999,6 @@ class Connection:
         self.state = IDLE
         self.allow(IDLE_SECONDS)
 
-    @property
-    def evictable(self) -> bool:
-        """Whether it may be closed to make room: not while it executes or sends a real answer."""
-        return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
-
-    def shut(self, how: int) -> None:
-        """End receiving, sending or both; SSLSocket.shutdown() would end the encryption too."""
-        with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)
-
 
 def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
@@ -6049,7 +6039,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Watch all connections until stop(), and then until all requests are answered."""
+        """Watch all connections until stopping is set, and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -6070,12 +6060,6 @@ class Watcher(http.server.HTTPServer, ABC):
             self._close(connection)
         for end_point in (self._selector, self._wakeup, self._alarm):
             end_point.close()
-
-    def stop(self) -> None:
-        """Accept nothing more, wait for the requests in flight, close all connections."""
-        self.stopping.set()
-        self._wake()
-        self.stopped.wait()
 
     @abstractmethod
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
@@ -6162,9 +6146,9 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _evict(self) -> None:
         # Close the connection that was without a request with a good token longest; OSError.
-        evictable = [peer for peer in self.connections if peer.evictable]
-        for connection in sorted(evictable, key=lambda peer: peer.since):
-            if not connection.has_unread():
+        for connection in sorted(self.connections, key=lambda peer: peer.since):
+            sending = connection.state == SENDING and connection.authenticated
+            if not (sending or connection.state == ANSWERING or connection.has_unread()):
                 self._close(connection)
                 return
         raise OSError("all connections are in use")
@@ -6181,7 +6165,6 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _close(self, connection: Connection) -> None:
         self._watch(connection, 0)
-        connection.shut(socket.SHUT_WR)
         connection.socket.close()
         self.connections.discard(connection)
 
@@ -6212,7 +6195,8 @@ class Watcher(http.server.HTTPServer, ABC):
         elif connection.then == LINGER:
             # Unread octets would make the system reset the connection, and the answer be lost.
             connection.state = LINGERING
-            connection.shut(socket.SHUT_WR)
+            with suppress(OSError):  # SSLSocket.shutdown() would end the encryption, too
+                socket.socket.shutdown(connection.socket, socket.SHUT_WR)
             connection.allow(LINGER_SECONDS)
             self._watch(connection, selectors.EVENT_READ)
         else:
@@ -6291,7 +6275,9 @@ class ScimServer(Watcher):
     def stop(self) -> None:
         """Accept nothing more, end long polls, wait for the other requests, close everything."""
         self.application.interrupt()
-        super().stop()
+        self.stopping.set()
+        self._wake()
+        self.stopped.wait()
 
     # -- Requests --
 
@@ -6360,7 +6346,9 @@ class ScimServer(Watcher):
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; faults come first.
-        fault = self._next_fault(request) if self.faults else None
+        with self._lock:
+            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
+                fault.times -= 1
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
         response = fault.response() if fault and fault.status else self.application.handle(request)
@@ -6403,13 +6391,6 @@ class ScimServer(Watcher):
                 del self._writes[tenant]
         return waiting[:size]
 
-    def _next_fault(self, request: Request) -> Fault | None:
-        # Return the fault that a request meets, counted.
-        with self._lock:
-            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
-                fault.times -= 1
-        return fault
-
     # -- Answers --
 
     def _send(
@@ -6421,7 +6402,12 @@ class ScimServer(Watcher):
         cut: bool = False,
     ) -> None:
         # Note and send an answer, half of its body if it is to be cut; give the connection back.
-        self._keep(request, response)
+        if self.exchanges is not None:
+            parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
+            self.exchanges.append(
+                Exchange(request, response._replace(body=parsed or response.body))
+            )
+            del self.exchanges[:-MAX_EXCHANGES]
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
@@ -6438,13 +6424,6 @@ class ScimServer(Watcher):
         self._note(request, response, time.perf_counter() - connection.started, len(body))
         connection.send(octets + body[: len(body) // 2 if cut else None])
         self.give_back(connection)
-
-    def _keep(self, request: Request, response: Response) -> None:
-        if self.exchanges is not None:
-            if isinstance(response.body, dict):
-                response = response._replace(body=from_json(body_text(response.body)))
-            self.exchanges.append(Exchange(request, response))
-            del self.exchanges[:-MAX_EXCHANGES]
 
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
