@@ -4899,157 +4899,100 @@ def test_an_error_carries_its_reason_for_the_log(
     assert caught.value.reason == reason
 
 
-def test_the_error_of_a_filter_hands_on_the_reason_of_its_value() -> None:
+def test_a_filter_error_keeps_the_reason_of_its_value() -> None:
     with pytest.raises(scim_server.ScimError) as caught:
         scim_server.parse_filter('active eq "maybe"', USER_TYPE)
     assert caught.value.scim_type == "invalidFilter"
     assert caught.value.reason == ("boolean", "active", '"maybe"')
 
 
-def test_removing_a_required_attribute_is_an_error_with_its_reason() -> None:
+def test_removing_a_required_attribute_has_its_reason() -> None:
     operations = scim_server.parse_operations(USER_TYPE, {"Operations": [remove("userName")]})
     with pytest.raises(scim_server.ScimError) as caught:
         scim_server.apply_patch(USER_TYPE, {"userName": "ada"}, operations)
     assert caught.value.reason == ("required", "userName")
 
 
-def test_the_operation_that_fails_a_cycle_gives_its_own_reason(scim: Scim) -> None:
+def test_a_failed_bulk_cycle_names_the_operation_at_fault(scim: Scim) -> None:
     scim.user("taken")
     first, second = bulk(scim, managed("a", "bulkId:b"), managed("b", "bulkId:a", userName="TAKEN"))
     assert second["response"]["scimType"] == "uniqueness"
     assert '"b"' in first["response"]["detail"]
 
 
-@pytest.mark.parametrize("style", ["text", "json", "off"])
-def test_each_request_is_a_line_of_the_access_log_without_secrets(
-    tmp_path: Path, style: str
-) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": ":memory:", "access_log": style}))
-    with logging_process("--config", str(file)) as (running, url, _):
-        scim = Scim(url, "acme-secret")
-        answer = scim.call(
-            "POST",
-            "/Users",
-            {"userName": "ada", "password": "pass-secret"},
-            X_Request_Id="from-entra.1",
-        )
-        assert answer.headers["X-Request-Id"] == "from-entra.1"
-        forged = scim.call("GET", "/Users/a%0d%0aforged", X_Request_Id='x" 200 forged')
-        assert re.fullmatch(r"[0-9a-f]+-\d+", forged.headers["X-Request-Id"])
-        Scim(url, "wrong-secret").call("GET", "/Users?token=query-secret")
-        running.terminate()
-        lines = running.stderr.read().splitlines()
-    assert "secret" not in "".join(lines) and "forged" not in "".join(lines)
-    if style == "text":
-        told = [line.split()[1:5] for line in lines]  # two connections, in any order
-        assert sorted(told) == [
-            ["-", "GET", "-", "401"],
-            ["acme", "GET", "/Users/{id}", "404"],
-            ["acme", "POST", "/Users", "201"],
-        ]
-        assert lines[0].endswith(" from-entra.1")
-    elif style == "json":
-        first = json.loads(lines[0])
-        assert (first["tenant"], first["route"], first["status"]) == ("acme", "/Users", 201)
-        assert first["bytes"] > 100 and first["milliseconds"] > 0 and len(lines) == 3
-    else:
-        assert lines == []
+def console_of(server: scim_server.ScimServer, secret: str = "acme-secret") -> Scim:
+    """Return a client of the console's API, below / instead of /scim/v2."""
+    return Scim(server.url.removesuffix("/scim/v2"), secret)
 
 
 USERS = "/scim/v2/Users"
 
 
-TROUBLES = [  # method, path, body; level and kind of trouble, what is said
-    (
-        "POST",
-        USERS,
-        {"userName": "x", FAC: {"unoin_code": "7"}},
-        1,
-        "mapping",
-        "mean “union_code”?",
-    ),
-    (
-        "POST",
-        USERS,
-        {"userName": "x", FAC: {"locker_no": "A7"}},
-        2,
-        "mapping",
-        "“locker_no” takes a whole",
-    ),
-    ("POST", USERS, {"userName": "x", "active": "False"}, 1, "mapping", "Switch("),
-    ("POST", USERS, {"userName": "x", "active": "off"}, 2, "mapping", "true or false"),
-    ("POST", USERS, {"userName": "x", "externalId": "x.nick"}, 1, "mapping", "not an objectId"),
-    (
-        "POST",
-        USERS,
-        {"userName": "x", "emails": [{"type": "work", "value": "mail@x"}]},
-        1,
-        "mapping",
-        "is not the userName",
-    ),
-    ("POST", USERS, {"userName": "Ada"}, 2, "mapping", "Another User already has the userName"),
-    ("POST", USERS, {"title": "x"}, 2, "mapping", "without a value"),
-    (
-        "PATCH",
-        USERS + "/{ada}",
-        {"Operations": [{"op": "add", "path": f"{FAC}:lokcer_no", "value": 1}]},
-        2,
-        "mapping",
-        "mean “locker_no”?",
-    ),
-    (
-        "PATCH",
-        USERS + "/{ada}",
-        {
-            "Operations": [
-                {"op": "replace", "value": {"emails": [{"type": "work", "value": "mail@x"}]}}
-            ]
-        },
-        1,
-        "mapping",
-        "is not the userName",
-    ),
-    (
-        "PATCH",
-        USERS + "/gone",
-        {"Operations": [{"op": "add", "path": "title", "value": "x"}]},
-        2,
-        "mapping",
-        "User that no longer exists",
-    ),
-    ("PATCH", USERS + "/{ada}", {"Operations": [{"op": "move"}]}, 2, "mapping", "op: expected add"),
-    (
-        "POST",
-        "/scim/v2/Groups",
-        {"displayName": "Crew", "members": [{"value": "{ada}"}, {"value": "who"}]},
-        1,
-        "mapping",
-        'the id "who"',
-    ),
-    ("GET", "/Users", None, 2, "connection", "went to /Users"),
+# fmt: off
+LOGGED_PROBLEMS = [  # name, method, path, body; level and kind of the note, words of its text
+    ("a misspelt custom field", "POST", USERS, {"userName": "x", FAC: {"unoin_code": "7"}},
+     1, "mapping", "mean “union_code”?"),
+    ("text for an Integer field", "POST", USERS, {"userName": "x", FAC: {"locker_no": "A7"}},
+     2, "mapping", "“locker_no” takes a whole"),
+    ("False as text", "POST", USERS, {"userName": "x", "active": "False"},
+     1, "mapping", "Switch("),
+    ("active is no Boolean", "POST", USERS, {"userName": "x", "active": "off"},
+     2, "mapping", "true or false"),
+    ("externalId is no objectId", "POST", USERS, {"userName": "x", "externalId": "x.nick"},
+     1, "mapping", "not an objectId"),
+    ("another work e-mail than the userName", "POST", USERS,
+     {"userName": "x", "emails": [{"type": "work", "value": "mail@x"}]},
+     1, "mapping", "is not the userName"),
+    ("a userName that is taken", "POST", USERS, {"userName": "Ada"},
+     2, "mapping", "Another User already has the userName"),
+    ("no userName", "POST", USERS, {"title": "x"},
+     2, "mapping", "without a value"),
+    ("a misspelt custom field in a path", "PATCH", USERS + "/{ada}",
+     {"Operations": [{"op": "add", "path": f"{FAC}:lokcer_no", "value": 1}]},
+     2, "mapping", "mean “locker_no”?"),
+    ("another work e-mail by PATCH", "PATCH", USERS + "/{ada}",
+     {"Operations": [pathless({"emails": [{"type": "work", "value": "mail@x"}]})]},
+     1, "mapping", "is not the userName"),
+    ("a user that was deleted", "PATCH", USERS + "/gone",
+     {"Operations": [{"op": "add", "path": "title", "value": "x"}]},
+     2, "mapping", "User that no longer exists"),
+    ("an unknown operation", "PATCH", USERS + "/{ada}", {"Operations": [{"op": "move"}]},
+     2, "mapping", "op: expected add"),
+    ("a member that does not exist", "POST", "/scim/v2/Groups",
+     {"displayName": "Crew", "members": [{"value": "{ada}"}, {"value": "who"}]},
+     1, "mapping", 'the id "who"'),
+    ("a Tenant URL without its path", "GET", "/Users", None,
+     2, "connection", "went to /Users"),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("method, path, body, level, kind, words", TROUBLES)
-def test_the_log_explains_a_trouble_and_says_what_to_do(
-    scim: Scim, console: Scim, method: str, path: str, body: Any, level: int, kind: str, words: str
+@pytest.mark.parametrize(
+    "name, method, path, body, level, kind, words",
+    LOGGED_PROBLEMS,
+    ids=[row[0] for row in LOGGED_PROBLEMS],
+)
+def test_the_log_explains_a_problem_and_its_remedy(
+    scim: Scim,
+    console: Scim,
+    name: str,
+    method: str,
+    path: str,
+    body: Any,
+    level: int,
+    kind: str,
+    words: str,
 ) -> None:
     ada = scim.user("Ada")["id"]
-    scim.session.request(
-        method,
-        console.url + path.replace("{ada}", ada),
-        json=json.loads(json.dumps(body).replace("{ada}", ada)),
-    )
+    url = console.url + path.replace("{ada}", ada)
+    scim.session.request(method, url, json=filled(body, ada=ada))
     entry = logged(console, 2)[0]
     assert entry["level"] == level and entry["method"] == method
     assert [note["kind"] for note in entry["notes"]] == [kind]
     assert words in entry["notes"][0]["text"] and entry["notes"][0]["remedy"]
 
 
-def test_the_log_tells_of_members_as_they_were_when_the_call_was_done(
-    scim: Scim, console: Scim
-) -> None:
+def test_a_member_deleted_after_a_call_is_no_problem_of_it(scim: Scim, console: Scim) -> None:
     ada, crew = scim.user("ada")["id"], scim.group("Crew")["id"]
     scim.patch(f"/Groups/{crew}", add("members", [{"value": ada}]))
     scim.patch(
@@ -5061,15 +5004,23 @@ def test_the_log_tells_of_members_as_they_were_when_the_call_was_done(
     assert notes[:1] + notes[2:] == [[]] * 4
 
 
-@pytest.mark.parametrize("path", ["/scim/v2/users", "/scim/v2/scim/v2/Users"])
-def test_the_log_explains_a_tenant_url_that_is_wrong(scim: Scim, console: Scim, path: str) -> None:
+WRONG_URLS = [  # name, path
+    ("in lower case", "/scim/v2/users"),
+    ("with its path twice", "/scim/v2/scim/v2/Users"),
+]
+
+
+@pytest.mark.parametrize("name, path", WRONG_URLS, ids=[row[0] for row in WRONG_URLS])
+def test_the_log_explains_a_wrong_tenant_url(
+    scim: Scim, console: Scim, name: str, path: str
+) -> None:
     answer = scim.session.get(console.url + path)
     assert_error(answer, 404, "", "case matters", "/scim/v2")
     [note] = logged(console, 1)[0]["notes"]
     assert note["kind"] == "connection" and "end in /scim/v2, exactly once" in note["remedy"]
 
 
-def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -> None:
+def test_the_log_names_each_operation_and_its_subject(scim: Scim, console: Scim) -> None:
     ids = [scim.user(name, displayName=name.title())["id"] for name in ("ada", "bob", "eve")]
     crew = scim.group("Night Crew")["id"]
     members = [{"value": id} for id in ids]
@@ -5080,8 +5031,7 @@ def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -
     scim.patch(f"/Users/{ids[0]}", put("active", False))
     scim.call("DELETE", f"/Users/{ids[0]}")
     scim.call("GET", "/Schemas")
-    entries = logged(console, 11)
-    assert [f"{entry['operation']} {entry['name']}" for entry in entries] == [
+    assert [f"{entry['operation']} {entry['name']}" for entry in logged(console, 11)] == [
         "Call /Schemas ",
         "Delete user Ada",
         "Deactivate user Ada",
@@ -5094,26 +5044,34 @@ def test_the_log_says_in_words_who_did_what_to_whom(scim: Scim, console: Scim) -
         "Create user Bob",
         "Create user Ada",
     ]
-    update = entries[3]
-    assert (update["attributes"], update["token"], update["status"], update["subject"]) == (
-        ["title", "nickName"],
-        "entra",
-        200,
-        ids[0],
-    )
-    assert (update["client"], update["level"], update["notes"]) == ("127.0.0.1", 0, [])
-    assert datetime.fromisoformat(update["at"][:-1]) and update["milliseconds"] > 0
-    seqs = [entry["seq"] for entry in entries]
+
+
+def test_a_log_entry_has_the_details_of_its_call(scim: Scim, console: Scim) -> None:
+    ada = scim.user("ada")["id"]
+    scim.patch(f"/Users/{ada}", put("title", "Chief"), put("nickName", "Al"))
+    entry = logged(console, 2)[0]
+    assert entry["attributes"] == ["title", "nickName"]
+    assert (entry["token"], entry["client"], entry["subject"]) == ("entra", "127.0.0.1", ada)
+    assert (entry["status"], entry["level"], entry["notes"]) == (200, 0, [])
+    assert datetime.fromisoformat(entry["at"][:-1]) and entry["milliseconds"] > 0
+
+
+def test_the_log_can_be_searched_and_read_in_pages(scim: Scim, console: Scim) -> None:
+    ada, crew = scim.user("ada")["id"], scim.group("Night Crew")["id"]
+    scim.patch(f"/Groups/{crew}", add("members", [{"value": ada}]))
+    scim.patch(f"/Groups/{crew}", remove("members", [{"value": ada}]))
+    scim.patch(f"/Users/{ada}", put("title", "Chief"))
+    scim.call("DELETE", f"/Users/{ada}")
+    scim.call("GET", "/Schemas")
+    seqs = [entry["seq"] for entry in logged(console, 7)]
     assert seqs == sorted(seqs, reverse=True)
-    assert [one["seq"] for one in logged(console, 11, subject=ids[0], count=2)] == seqs[1:3]
-    assert [one["seq"] for one in logged(console, 11, text="night crew", before=seqs[5])] == seqs[
-        6:8
-    ]
+    about_ada = logged(console, 7, subject=ada, count=2)
+    assert [entry["seq"] for entry in about_ada] == seqs[1:3]
+    about_crew = logged(console, 7, text="night crew", before=seqs[3])
+    assert [entry["seq"] for entry in about_crew] == seqs[4:6]
 
 
-def test_a_patch_that_is_refused_shows_the_attribute_that_is_wrong(
-    scim: Scim, console: Scim
-) -> None:
+def test_a_refused_patch_is_logged_with_its_wrong_attribute(scim: Scim, console: Scim) -> None:
     ada = scim.user("ada")["id"]
     scim.try_patch(f"/Users/{ada}", put(f"{FAC}:locker_no", "A7"))
     scim.try_patch(f"/Users/{ada}", put(f"{FAC}:lokcer_no", 7))
@@ -5132,91 +5090,102 @@ def test_every_reason_of_an_error_has_an_explanation() -> None:
     assert len(keys) > 7 and keys <= scim_server.EXPLANATIONS.keys()
 
 
-def test_a_query_by_post_is_a_look_up_and_creates_nobody(scim: Scim, console: Scim) -> None:
+def test_a_query_by_post_is_logged_as_a_look_up(scim: Scim, console: Scim) -> None:
     scim.call("POST", "/Users/.search", {"filter": 'userName eq "ada"'})
-    assert [one["operation"] for one in logged(console, 1)] == ["Look up user"]
-    done = {step["title"]: bool(step["at"]) for step in console.get("/console/api/setup")["steps"]}
-    assert done["A person is looked up"] and not done["A person is created"]
+    assert [entry["operation"] for entry in logged(console, 1)] == ["Look up user"]
+    steps = console.get("/console/api/setup")["steps"]
+    is_done = {step["title"]: bool(step["at"]) for step in steps}
+    assert is_done["A person is looked up"] and not is_done["A person is created"]
 
 
-def test_no_secret_enters_the_log(tmp_path: Path, scim: Scim) -> None:
+SECRET_OPERATIONS = [
+    put("password", "s3cr3t"),
+    pathless({"password": "s3cr3t"}),
+    put("password", {"value": "s3cr3t"}),
+    put("password.of", "s3cr3t"),
+]
+
+
+SECRET_BODIES = [
+    b'{"userName": "x", "password": ["s3cr3t"]}',
+    b'{"userName": "x", "pass\\u0077ord": ["s3cr3t"]}',
+    b'{"userName": "x", "title": "%s", "password": ["s3cr3t"]}' % (b"x" * 40_000),
+]
+
+
+def test_no_secret_enters_the_log(tmp_path: Path) -> None:
     tenant = {**CONFIG["tenants"][0], "log": {"bodies": True, "keep": 10}}
-    with serving(tmp_path / "own", {"tenants": [tenant]}) as server:
+    with serving(tmp_path, {"tenants": [tenant]}) as server:
         scim = Scim(server.url, "acme-secret")
         ada = scim.user("ada", password="s3cr3t", title="Engineer")["id"]
-        for operation in (
-            put("password", "s3cr3t"),
-            pathless({"password": "s3cr3t"}),
-            put("password", {"value": "s3cr3t"}),
-            put("password.of", "s3cr3t"),
-        ):
+        for operation in SECRET_OPERATIONS:
             scim.try_patch(f"/Users/{ada}", operation)
-        scim.call("POST", "/Users", {"userName": "x", "password": ["s3cr3t"]})
-        scim.session.post(
-            f"{scim.url}/Users", data=b'{"userName": "x", "pass\\u0077ord": ["s3cr3t"]}'
-        )
-        long = {"userName": "x", "title": "x" * 40_000, "password": ["s3cr3t"]}
-        scim.call("POST", "/Users", long)
+        for body in SECRET_BODIES:
+            headers = {"Content-Type": "application/scim+json"}
+            scim.session.post(f"{scim.url}/Users", data=body, headers=headers)
         scim.call("GET", '/Users?filter=password eq "s3cr3t"')
         for _ in range(3):
             scim.call("GET", "/Users?filter=password eq s3cr3t")
-        console = Scim(server.url.removesuffix("/scim/v2"), "acme-secret")
-        text = json.dumps(logged(console, 12))
-        entries = json.loads(text)
-    assert len(entries) == 10 and '"password": "\\u2022' in text
-    for place in (
-        text,
-        *(file.read_bytes().decode("latin-1") for file in (tmp_path / "own").iterdir()),
-    ):
-        assert "s3cr3t" not in place and "acme-secret" not in place
+        entries = logged(console_of(server), 12)
+    text = json.dumps(entries)
+    files = [file.read_bytes().decode("latin-1") for file in tmp_path.iterdir()]
+    assert len(entries) == 10 and '"password": "\\u2022' in text and files
+    assert not any(
+        secret in place for place in (text, *files) for secret in ("s3cr3t", "acme-secret")
+    )
 
 
-def test_refused_callers_are_told_to_the_tenant_of_their_token_alone(tmp_path: Path) -> None:
-    tenant = {
-        "name": "acme",
-        "tokens": [
-            {"name": "new", "secret": "new-secret"},
-            {"name": "old", "secret": "old-secret", "expires": "2020-01-01T00:00:00Z"},
-        ],
-    }
-    with serving(tmp_path, {"tenants": [tenant, CONFIG["tenants"][1]]}) as server:
-        for secret in ("old-secret", "wrong", "wrong"):
-            headers = {"Authorization": f"Bearer {secret}"}
-            assert requests.get(server.url + "/Users", headers=headers).status_code == 401
-        console, globex = (
-            Scim(server.url.removesuffix("/scim/v2"), secret)
-            for secret in ("new-secret", "globex-secret")
-        )
+EXPIRED_TOKEN = {"name": "old", "secret": "old-secret", "expires": "2020-01-01T00:00:00Z"}
+
+
+WITH_EXPIRED_TOKEN = {
+    "tenants": [
+        {"name": "acme", "tokens": [{"name": "new", "secret": "new-secret"}, EXPIRED_TOKEN]},
+        CONFIG["tenants"][1],
+    ]
+}
+
+
+def test_an_expired_token_is_reported_to_its_tenant_alone(tmp_path: Path) -> None:
+    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+        assert_error(Scim(server.url, "old-secret").call("GET", "/Users"), 401)
+        console = console_of(server, "new-secret")
         [entry] = logged(console, 1)
-        assert (
-            "“old” expired on 2020-01-01T00:00; a call from 127.0.0.1" in entry["notes"][0]["text"]
-        )
-        assert entry["notes"][0]["kind"] == "authentication"
+        [note] = entry["notes"]
+        assert note["kind"] == "authentication"
+        assert "“old” expired on 2020-01-01T00:00; a call from 127.0.0.1" in note["text"]
         setup = console.get("/console/api/setup")
-        assert [one["seq"] for one in setup["refused"]] == [entry["seq"]]
-        assert [(one["name"], one["expired"]) for one in setup["tokens"]] == [
-            ("new", False),
-            ("old", True),
-        ]
-        assert setup["strangers"] == 2 and setup["strange_since"]
-        other = globex.get("/console/api/setup")
-        assert (other["strangers"], other["refused"], other["last"]) == (2, [], [])
+        assert [call["seq"] for call in setup["refused"]] == [entry["seq"]]
+        tokens = [(token["name"], token["expired"]) for token in setup["tokens"]]
+        assert tokens == [("new", False), ("old", True)]
+        other_setup = console_of(server, "globex-secret").get("/console/api/setup")
+        assert (other_setup["refused"], other_setup["last"]) == ([], [])
 
 
-def test_the_log_outlives_the_server_and_keeps_what_is_configured(tmp_path: Path) -> None:
+def test_calls_with_an_unknown_token_are_counted_for_all(tmp_path: Path) -> None:
+    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+        for secret in ("old-secret", "wrong", "wrong"):
+            assert_error(Scim(server.url, secret).call("GET", "/Users"), 401)
+        logged(console_of(server, "new-secret"), 1)
+        for secret in ("new-secret", "globex-secret"):
+            setup = console_of(server, secret).get("/console/api/setup")
+            assert setup["strangers"] == 2 and setup["strange_since"]
+
+
+def test_the_log_survives_a_restart_and_keeps_its_last_entries(tmp_path: Path) -> None:
     tenant = {**CONFIG["tenants"][0], "log": {"keep": 3}}
     with serving(tmp_path, {"tenants": [tenant]}) as server:
         for name in "abcde":
             Scim(server.url, "acme-secret").user(name)
     with serving(tmp_path, {"tenants": [tenant]}) as server:
-        console = Scim(server.url.removesuffix("/scim/v2"), "acme-secret")
-        assert [entry["name"] for entry in logged(console, 1)] == ["e", "d", "c"]
+        assert [entry["name"] for entry in logged(console_of(server), 1)] == ["e", "d", "c"]
 
 
-def test_a_log_that_cannot_be_written_harms_no_request(scim: Scim, server: Any) -> None:
-    directory = server.application.directories["acme"]
+def test_a_request_succeeds_even_if_its_log_cannot_be_written(
+    scim: Scim, server: scim_server.ScimServer
+) -> None:
     log, server.application.log = server.application.log, scim_server.ProvisioningLog()
-    with directory.store.writing() as session:
+    with server.directory("acme").store.writing() as session:
         session.run("ALTER TABLE request RENAME TO elsewhere")
     scim.user("ada")
     assert scim.names("title pr or not (title pr)") == ["ada"]
@@ -5225,42 +5194,46 @@ def test_a_log_that_cannot_be_written_harms_no_request(scim: Scim, server: Any) 
     server.application.log = log
 
 
-def test_a_hook_that_fails_is_503_and_prints_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
-    vault = {"good": "demo", "odd": ["demo"]}
-    with scim_server.running(authenticate=lambda secret: vault[secret]) as server:  # type: ignore
-        assert Scim(server.url, "good").get("/Users")["totalResults"] == 0
-        assert_error(Scim(server.url, "top-secret").call("GET", "/Users"), 503, "", "KeyError")
-        assert_error(Scim(server.url, "odd").call("GET", "/Users"), 401)
-    assert "top-secret" not in capsys.readouterr().err
-
-
 # -- 14. Other endpoints ---------------------------------------------------------------------------
 
 
-def test_health_readiness_and_metrics_tell_the_operator_and_nobody_else(tmp_path: Path) -> None:
+def test_health_and_readiness_need_no_token(server: scim_server.ScimServer) -> None:
+    root = server.url.removesuffix("/scim/v2")
+    assert requests.get(f"{root}/healthz").text == "ok\n"
+    assert requests.get(f"{root}/readyz").text == "ready\n"
+
+
+def test_metrics_count_requests_by_route_and_status(scim: Scim) -> None:
+    scim.user("ada")
+    scim.call("GET", "/Users/nobody")
+    scim.call("BREW", "/Users")
+    text = requests.get(f"{scim.url.removesuffix('/scim/v2')}/metrics").text
+    created = '{tenant="acme",method="POST",route="/Users",status="201"} 1'
+    assert f"scim_requests_total{created}" in text
+    assert 'method="GET",route="/Users/{id}",status="404"' in text and "BREW" not in text
+
+
+METRICS_CALLERS = [  # name, the Authorization of a call from elsewhere, status
+    ("without a token", None, 401),
+    ("with the token of the metrics", "Bearer watcher", 200),
+    ("with the token of a tenant", "Bearer acme-secret", 401),
+]
+
+
+@pytest.mark.parametrize(
+    "name, authorization, status", METRICS_CALLERS, ids=[row[0] for row in METRICS_CALLERS]
+)
+def test_metrics_from_elsewhere_need_their_token(
+    tmp_path: Path, name: str, authorization: str | None, status: int
+) -> None:
     with serving(tmp_path, {**CONFIG, "metrics_token": "watcher"}) as server:
-        root = server.url.removesuffix("/scim/v2")
-        scim = Scim(server.url, "acme-secret")
-        scim.user("ada")
-        scim.call("GET", "/Users/nobody")
-        scim.call("BREW", "/Users")
-        assert requests.get(f"{root}/healthz").text == "ok\n"
-        assert requests.get(f"{root}/readyz").text == "ready\n"
-        text = requests.get(f"{root}/metrics").text
-        assert (
-            'scim_requests_total{tenant="acme",method="POST",route="/Users",status="201"} 1' in text
-        )
-        assert 'method="GET",route="/Users/{id}",status="404"' in text and "BREW" not in text
-        far = {"X-Forwarded-For": "1.2.3.4"}
-        for headers, status in [
-            (far, 401),
-            ({**far, "Authorization": "Bearer watcher"}, 200),
-            ({**far, "Authorization": "Bearer acme-secret"}, 401),
-        ]:
-            assert requests.get(f"{root}/metrics", headers=headers).status_code == status
+        url = f"{server.url.removesuffix('/scim/v2')}/metrics"
+        assert requests.get(url).status_code == 200
+        headers = {"X-Forwarded-For": "1.2.3.4", "Authorization": authorization}
+        assert requests.get(url, headers=headers).status_code == status
 
 
-def test_the_set_up_turns_green_step_by_step(scim: Scim, console: Scim) -> None:
+def test_the_set_up_marks_each_step_that_is_done(scim: Scim, console: Scim) -> None:
     def done() -> list[str]:
         return [step["title"] for step in console.get("/console/api/setup")["steps"] if step["at"]]
 
@@ -5272,26 +5245,28 @@ def test_the_set_up_turns_green_step_by_step(scim: Scim, console: Scim) -> None:
     scim.patch(f"/Users/{ada}", put("title", "Chief"))
     scim.patch(f"/Users/{ada}", put("active", False))
     logged(console, 4)
+    assert all(step["at"] for step in console.get("/console/api/setup")["steps"])
+
+
+def test_the_set_up_lists_the_custom_fields_and_their_use(scim: Scim, console: Scim) -> None:
+    scim.user("ada", **{FAC: {"locker_no": 7}})
     setup = console.get("/console/api/setup")
-    assert all(step["at"] for step in setup["steps"])
     assert (setup["tenant"], setup["url"]) == ("acme", scim.url)
-    assert [(one["urn"], one["type"], one["people"]) for one in setup["fields"]] == [
+    assert [(field["urn"], field["type"], field["people"]) for field in setup["fields"]] == [
         (f"{FAC}:union_code", "String", 0),
         (f"{FAC}:locker_no", "Integer", 1),
         (f"{FAC}:night_shift", "Boolean", 0),
     ]
 
 
-def test_a_history_has_the_employee_and_every_change_newest_first(
-    scim: Scim, console: Scim
-) -> None:
+def test_the_history_of_a_user_lists_all_changes_newest_first(scim: Scim, console: Scim) -> None:
     scim.user("other")
     ada = scim.user("ada")["id"]
-    crew = scim.group("Crew", ada)["id"]
+    scim.group("Crew", ada)
     scim.call("DELETE", f"/Users/{ada}")
-    found = console.get(f"/console/api/history/{ada}")
-    assert (found["employee"]["id"], found["employee"]["active"]) == (2, False)
-    assert [change["kind"] for change in found["changes"]] == [
+    history = console.get(f"/console/api/history/{ada}")
+    assert (history["employee"]["id"], history["employee"]["active"]) == (2, False)
+    assert [change["kind"] for change in history["changes"]] == [
         "employee.deactivated",
         "user.deleted",
         "member.removed",
@@ -5299,9 +5274,15 @@ def test_a_history_has_the_employee_and_every_change_newest_first(
         "employee.created",
         "user.created",
     ]
-    of_group = console.get(f"/console/api/history/{crew}")
-    assert of_group["employee"] is None
-    assert [change["kind"] for change in of_group["changes"]] == [
+
+
+def test_the_history_of_a_group_has_no_employee(scim: Scim, console: Scim) -> None:
+    ada = scim.user("ada")["id"]
+    crew = scim.group("Crew", ada)["id"]
+    scim.call("DELETE", f"/Users/{ada}")
+    history = console.get(f"/console/api/history/{crew}")
+    assert history["employee"] is None
+    assert [change["kind"] for change in history["changes"]] == [
         "member.removed",
         "member.added",
         "group.created",
@@ -5311,63 +5292,66 @@ def test_a_history_has_the_employee_and_every_change_newest_first(
 # -- 15. Application -------------------------------------------------------------------------------
 
 
-def test_every_refused_token_gets_the_same_answer(tmp_path: Path) -> None:
-    secret = "old-secret"
-    tenant = {
-        "name": "acme",
-        "tokens": [
-            {"name": "new", "sha256": scim_server.digest("new-secret")},
-            {"name": "old", "secret": secret, "expires": "2020-01-01T00:00:00Z"},
-        ],
-    }
-    with serving(tmp_path, {"tenants": [tenant]}) as server:
-        answers = [
-            requests.request(method, server.url + "/Users", data="{}", headers=headers)
-            for method in ("GET", "POST")
-            for headers in (
-                {},
-                {"Authorization": ""},
-                {"Authorization": "new-secret"},
-                {"Authorization": "Basic new-secret"},
-                {"Authorization": "Bearer"},
-                {"Authorization": "Bearer wrong"},
-                {"Authorization": f"Bearer {secret}"},
-                {"Authorization": "Bearer n\u00e9w".encode("latin-1")},
-            )
-        ]
-        for answer in answers:
-            assert_error(answer, 401, "", "Secret Token")
-            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
-        assert len({answer.text for answer in answers}) == 1
-        for scheme in ("Bearer", "bearer", "BEARER"):
-            headers = {"Authorization": f"{scheme} new-secret"}
-            assert requests.get(server.url + "/Users", headers=headers).status_code == 200
-
-
-def test_the_token_alone_selects_the_tenant(scim: Scim, globex: Scim) -> None:
-    ada = scim.user("ada")
-    other = globex.user("ada")
-    assert_error(globex.call("GET", f"/Users/{ada['id']}"), 404)
-    assert "members" not in globex.group("Crew", ada["id"])
-    assert globex.get("/Users")["Resources"] == [other]
-    assert FAC not in [one["id"] for one in globex.get("/Schemas")["Resources"]]
-
-
-METHODS = [  # path, the methods it takes
-    ("/Users", "GET, POST, HEAD, OPTIONS"),
-    ("/Groups/1", "GET, PUT, PATCH, DELETE, HEAD, OPTIONS"),
-    ("/Schemas", "GET, HEAD, OPTIONS"),
-    ("/ServiceProviderConfig", "GET, HEAD, OPTIONS"),
-    ("/ResourceTypes/User", "GET, HEAD, OPTIONS"),
-    ("/Bulk", "POST, OPTIONS"),
-    ("/.search", "POST, OPTIONS"),
-    ("/Users/.search", "POST, OPTIONS"),
+REFUSED_CREDENTIALS = [  # no Authorization at all, and header values
+    None,
+    "",
+    "new-secret",
+    "Basic new-secret",
+    "Bearer",
+    "Bearer wrong",
+    "Bearer old-secret",
+    "Bearer n\u00e9w".encode("latin-1"),
 ]
 
 
-@pytest.mark.parametrize("path, allowed", METHODS)
-def test_a_path_says_which_methods_it_takes_and_refuses_others(
-    scim: Scim, path: str, allowed: str
+def test_every_refused_token_gets_the_same_answer(tmp_path: Path) -> None:
+    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+        answers = [
+            requests.request(
+                method, f"{server.url}/Users", data="{}", headers={"Authorization": credentials}
+            )
+            for method in ("GET", "POST")
+            for credentials in REFUSED_CREDENTIALS
+        ]
+    for answer in answers:
+        assert_error(answer, 401, "", "Secret Token")
+        assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+    assert len({answer.text for answer in answers}) == 1
+
+
+@pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
+def test_a_token_may_be_configured_by_its_digest(tmp_path: Path, scheme: str) -> None:
+    token = {"name": "new", "sha256": scim_server.digest("new-secret")}
+    with serving(tmp_path, {"tenants": [{"name": "acme", "tokens": [token]}]}) as server:
+        headers = {"Authorization": f"{scheme} new-secret"}
+        assert requests.get(f"{server.url}/Users", headers=headers).status_code == 200
+
+
+def test_the_token_alone_selects_the_tenant(scim: Scim, globex: Scim) -> None:
+    ada, other = scim.user("ada"), globex.user("ada")
+    assert_error(globex.call("GET", f"/Users/{ada['id']}"), 404)
+    assert "members" not in globex.group("Crew", ada["id"])
+    assert globex.get("/Users")["Resources"] == [other]
+    assert FAC not in [schema["id"] for schema in globex.get("/Schemas")["Resources"]]
+
+
+# fmt: off
+METHODS = [  # name, path, the methods it has
+    ("all users",            "/Users",                 "GET, POST, HEAD, OPTIONS"),
+    ("one group",            "/Groups/1",              "GET, PUT, PATCH, DELETE, HEAD, OPTIONS"),
+    ("all schemas",          "/Schemas",               "GET, HEAD, OPTIONS"),
+    ("the configuration",    "/ServiceProviderConfig", "GET, HEAD, OPTIONS"),
+    ("one resource type",    "/ResourceTypes/User",    "GET, HEAD, OPTIONS"),
+    ("Bulk",                 "/Bulk",                  "POST, OPTIONS"),
+    ("a query of all types", "/.search",               "POST, OPTIONS"),
+    ("a query of one type",  "/Users/.search",         "POST, OPTIONS"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, path, allowed", METHODS, ids=[row[0] for row in METHODS])
+def test_a_path_lists_its_methods_and_refuses_others(
+    scim: Scim, name: str, path: str, allowed: str
 ) -> None:
     answer = scim.call("OPTIONS", path)
     assert (answer.status_code, answer.headers["Allow"]) == (204, allowed)
@@ -5377,7 +5361,7 @@ def test_a_path_says_which_methods_it_takes_and_refuses_others(
         assert refused.headers["Allow"] == allowed
 
 
-def test_head_answers_as_get_without_a_body(scim: Scim) -> None:
+def test_head_answers_like_get_without_a_body(scim: Scim) -> None:
     path = f"/Users/{scim.user('ada')['id']}"
     head, get = scim.call("HEAD", path), scim.call("GET", path)
     assert head.status_code == 200 and head.content == b""
@@ -5385,32 +5369,37 @@ def test_head_answers_as_get_without_a_body(scim: Scim) -> None:
         assert head.headers[name] == get.headers[name]
 
 
-@pytest.mark.parametrize(
-    "path, status",
-    [
-        ("/Me", 501),
-        ("/Nowhere", 404),
-        ("/Users/1/2", 404),
-        ("/Schemas/none", 404),
-        ("/ResourceTypes/Nobody", 404),
-        ("/Schemas?filter=id+pr", 403),
-        ("/ResourceTypes?filter=id+pr", 403),
-        ("/ServiceProviderConfig?filter=id+pr", 403),
-    ],
-)
-def test_what_is_not_served_is_a_scim_error(scim: Scim, path: str, status: int) -> None:
+# fmt: off
+NOT_SERVED = [  # name, path, status
+    ("/Me is not implemented",            "/Me",                              501),
+    ("an unknown path",                   "/Nowhere",                         404),
+    ("a path below a user",               "/Users/1/2",                       404),
+    ("an unknown schema",                 "/Schemas/none",                    404),
+    ("an unknown resource type",          "/ResourceTypes/Nobody",            404),
+    ("a filter of schemas",               "/Schemas?filter=id+pr",            403),
+    ("a filter of resource types",        "/ResourceTypes?filter=id+pr",      403),
+    ("a filter of the configuration",     "/ServiceProviderConfig?filter=id+pr", 403),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("name, path, status", NOT_SERVED, ids=[row[0] for row in NOT_SERVED])
+def test_a_path_that_is_not_served_is_a_scim_error(
+    scim: Scim, name: str, path: str, status: int
+) -> None:
     assert_error(scim.call("GET", path), status)
 
 
-def test_of_two_tokens_in_one_request_neither_counts(server: scim_server.ScimServer) -> None:
+def connect(stack: ExitStack, server: scim_server.ScimServer) -> socket.socket:
+    """Return a connection to a server, which the stack closes."""
+    return stack.enter_context(socket.create_connection(server.server_address[:2], timeout=20))
+
+
+def test_a_request_with_two_tokens_is_refused(server: scim_server.ScimServer) -> None:
     with ExitStack() as stack:
-        good, doubtful = (
-            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=20))
-            for _ in range(2)
-        )
-        with server.directory(
-            "acme"
-        ).store._writing:  # else it would share the commit of the good one
+        good, doubtful = connect(stack, server), connect(stack, server)
+        # The refusal does not wait for the writes of the tenant, whose token is one of the two.
+        with server.directory("acme").store.writing():
             good.sendall(posted("ada"))
             wait_until(lambda: is_answering(server))
             doubtful.sendall(posted("bob", b"Authorization: Bearer nonsense\r\n" + HEAD))
@@ -5418,29 +5407,37 @@ def test_of_two_tokens_in_one_request_neither_counts(server: scim_server.ScimSer
         assert good.recv(65536)[9:12] == b"201"
 
 
-LOOKUPS = [  # the end of a target that starts with /scim/v2/, and whether GET of it is quick
-    ("Users/2819c223", True),
-    ("Users/2819c223?excludedAttributes=groups", True),
-    ("Users?filter=userName%20eq%20%22a%40b%22", True),
-    ("Users?filter=externalId+eq+%22a%22&attributes=id", True),
-    ("Groups?excludedAttributes=members&filter=displayName%20eq%20%22Crew%22", True),
-    ("Groups?filter=displayName%20eq%20%22Crew%22&excludedAttributes=members", True),
-    ("Groups?filter=displayName%20eq%20%22Crew%22", False),
-    ("Groups/2819c223", False),
-    ("Users", False),
-    ("Users?filter=userName%20co%20%22a%22", False),
-    ("Users?filter=title%20eq%20%22a%22", False),
-    ("Users?filter=userName%20eq%20%22a%22%20or%20title%20co%20%22b%22", False),
-    ('Users?filter=userName+eq+%22a"+or+title+co+%22b%22', False),
-    ("Users?filter=userName+eq+%22a%5C%22+or+title+co+%22b%22", False),
-    ("Users?filter=userName+eq+%22a%22&filter=title+co+%22b%22", False),
-    ("Users?filter=userName+eq+%22a%22&%66ilter=title+co+%22b%22", False),
-    ("Users?filter=userName+eq+%22a%22&sortBy=title", False),
-    ("Users/.search", False),
-    ("Users?filter=displayName+eq+%22a%22", False),
-    ("Users?count=999&filter=userName+eq+%22a%22", False),
-    ("Groups?excludedAttributes=members&filter=displayName+eq+%22a%22&excludedAttributes=", False),
+# fmt: off
+LOOKUPS = [  # name, the end of a target that starts with /scim/v2/, whether its GET is quick
+    ("a user by id", "Users/2819c223", True),
+    ("a user by id without its groups", "Users/2819c223?excludedAttributes=groups", True),
+    ("a user by userName", "Users?filter=userName%20eq%20%22a%40b%22", True),
+    ("a user by externalId", "Users?filter=externalId+eq+%22a%22&attributes=id", True),
+    ("a group by displayName without members",
+     "Groups?excludedAttributes=members&filter=displayName%20eq%20%22Crew%22", True),
+    ("the same in another order",
+     "Groups?filter=displayName%20eq%20%22Crew%22&excludedAttributes=members", True),
+    ("a group by displayName with members", "Groups?filter=displayName%20eq%20%22Crew%22", False),
+    ("a group by id", "Groups/2819c223", False),
+    ("all users", "Users", False),
+    ("a part of a userName", "Users?filter=userName%20co%20%22a%22", False),
+    ("an attribute that many may share", "Users?filter=title%20eq%20%22a%22", False),
+    ("a second term", "Users?filter=userName%20eq%20%22a%22%20or%20title%20co%20%22b%22", False),
+    ("a second term after a bare quote",
+     'Users?filter=userName+eq+%22a"+or+title+co+%22b%22', False),
+    ("an escaped quote in the value",
+     "Users?filter=userName+eq+%22a%5C%22+or+title+co+%22b%22", False),
+    ("two filters", "Users?filter=userName+eq+%22a%22&filter=title+co+%22b%22", False),
+    ("a second filter with an escaped name",
+     "Users?filter=userName+eq+%22a%22&%66ilter=title+co+%22b%22", False),
+    ("a sorted page", "Users?filter=userName+eq+%22a%22&sortBy=title", False),
+    ("the path of a query by POST", "Users/.search", False),
+    ("users by displayName", "Users?filter=displayName+eq+%22a%22", False),
+    ("a count", "Users?count=999&filter=userName+eq+%22a%22", False),
+    ("members excluded and then included",
+     "Groups?excludedAttributes=members&filter=displayName+eq+%22a%22&excludedAttributes=", False),
 ]
+# fmt: on
 
 
 def lane(
@@ -5452,34 +5449,36 @@ def lane(
     return application.lane_of(scim_server.Request(method, path, query, headers))
 
 
-@pytest.mark.parametrize("end, quick", LOOKUPS)
+@pytest.mark.parametrize("name, end, quick", LOOKUPS, ids=[row[0] for row in LOOKUPS])
 def test_look_ups_are_quick_and_other_reads_are_not(
-    server: scim_server.ScimServer, end: str, quick: bool
+    server: scim_server.ScimServer, name: str, end: str, quick: bool
 ) -> None:
     target = f"/scim/v2/{end}".replace(" ", "%20")
     assert lane(server.application, "GET", target) == ("quick" if quick else "read")
 
 
-LANES = [  # what, method, target, lane
-    ("a health check", "GET", "/healthz", "quick"),
-    ("the console's page", "GET", "/", "quick"),
-    ("a path that does not exist", "GET", "/scim/v2/Nothing", "quick"),
-    ("discovery", "GET", "/scim/v2/Schemas", "quick"),
-    ("a query by POST", "POST", "/scim/v2/Users/.search", "read"),
-    ("the health of all databases", "GET", "/readyz", "read"),
-    ("a list of employees", "GET", "/employees?wait=60", "read"),
-    ("changes that are there", "GET", "/changes?after=1", "read"),
-    ("changes to wait for", "GET", "/changes?after=1&wait=60", "slow"),
-    ("changes to wait for, written in another way", "GET", "/changes?%57ait=60", "slow"),
-    ("a log to wait for", "GET", "/console/api/log?wait=20", "slow"),
-    ("a new user", "POST", "/scim/v2/Users", "write"),
-    ("a PATCH", "PATCH", "/scim/v2/Groups/2819c223", "write"),
-    ("a bulk request", "POST", "/scim/v2/Bulk", "write"),
+# fmt: off
+LANES = [  # name, method, target, lane
+    ("a health check",                   "GET",   "/healthz",                  "quick"),
+    ("the console's page",               "GET",   "/",                         "quick"),
+    ("a path that does not exist",       "GET",   "/scim/v2/Nothing",          "quick"),
+    ("discovery",                        "GET",   "/scim/v2/Schemas",          "quick"),
+    ("a query by POST",                  "POST",  "/scim/v2/Users/.search",    "read"),
+    ("the health of all databases",      "GET",   "/readyz",                   "read"),
+    ("a list of employees",              "GET",   "/employees?wait=60",        "read"),
+    ("changes without waiting",          "GET",   "/changes?after=1",          "read"),
+    ("changes with waiting",             "GET",   "/changes?after=1&wait=60",  "slow"),
+    ("changes with an escaped wait",     "GET",   "/changes?%57ait=60",        "slow"),
+    ("a log with waiting",               "GET",   "/console/api/log?wait=20",  "slow"),
+    ("a new user",                       "POST",  "/scim/v2/Users",            "write"),
+    ("a PATCH",                          "PATCH", "/scim/v2/Groups/2819c223",  "write"),
+    ("a bulk request",                   "POST",  "/scim/v2/Bulk",             "write"),
 ]
+# fmt: on
 
 
 @pytest.mark.parametrize("name, method, target, expected", LANES, ids=[row[0] for row in LANES])
-def test_a_request_has_its_lane(
+def test_each_kind_of_request_has_its_lane(
     server: scim_server.ScimServer, name: str, method: str, target: str, expected: str
 ) -> None:
     assert lane(server.application, method, target) == expected
@@ -5492,115 +5491,157 @@ def test_only_a_hook_makes_an_unknown_token_slow(server: scim_server.ScimServer)
         assert lane(other.application, "GET", "/healthz", "unknown") == scim_server.QUICK
 
 
-def test_a_store_in_memory_has_no_quick_look_up() -> None:
-    with scim_server.running(CONFIG) as server:  # its readers wait for the writer
+def test_look_ups_in_memory_are_not_quick() -> None:
+    # A database in memory has one connection: its readers wait for the writer.
+    with scim_server.running(CONFIG) as server:
         assert lane(server.application, "GET", "/scim/v2/Users/2819c223") == scim_server.READ
 
 
-def test_a_hook_that_knows_nobody_is_asked_once_for_writes_that_came_together() -> None:
-    asked: list[str] = []
-
-    def ask(secret: str) -> None:
-        asked.append(secret)
-
-    requests_ = [
-        scim_server.Request("POST", "/scim/v2/Users", headers={"authorization": "Bearer x"})
-    ] * 5
-    with closing(scim_server.Application(scim_server.to_config(CONFIG), ask)) as application:
-        assert [one.status for one in application.handle_all(requests_)] == [401] * 5
-    assert asked == ["x"]
+def test_the_hook_is_asked_once_for_a_batch_of_writes() -> None:
+    secrets: list[str] = []
+    headers = {"authorization": "Bearer x"}
+    batch = [scim_server.Request("POST", "/scim/v2/Users", headers=headers)] * 5
+    config = scim_server.to_config(CONFIG)
+    with closing(scim_server.Application(config, secrets.append)) as application:
+        assert [answer.status for answer in application.handle_all(batch)] == [401] * 5
+    assert secrets == ["x"]
 
 
-def test_nothing_of_a_tenant_can_be_told_from_what_does_not_exist_by_another(
-    scim: Scim, globex: Scim
-) -> None:
-    user, absent = scim.user("ada", externalId="e1", title="Chief"), str(uuid.uuid4())
-    group = scim.group("Crew", user["id"])
-    scim.user("bob", title="x")
-    cursor = scim.get("/Users", cursor="", count=1, filter="title pr")["nextCursor"]
+def test_a_hook_that_fails_is_503_and_prints_no_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    vault = {"good": "demo", "odd": ["demo"]}
+    with scim_server.running(authenticate=lambda secret: vault[secret]) as server:  # type: ignore
+        assert Scim(server.url, "good").get("/Users")["totalResults"] == 0
+        assert_error(Scim(server.url, "top-secret").call("GET", "/Users"), 503, "", "KeyError")
+        assert_error(Scim(server.url, "odd").call("GET", "/Users"), 401)
+    assert "top-secret" not in capsys.readouterr().err
 
-    def told(answer: requests.Response) -> Any:
-        """Return all that an answer says, but for what names the request itself."""
-        text = answer.text
-        for id in (user["id"], group["id"], absent):
-            text = text.replace(id, "ID")
-        return answer.status_code, re.sub(r'"(created|lastModified)":"[^"]*"', "", text)
 
-    for kind, id in (("Users", user["id"]), ("Groups", group["id"])):
-        body = {"userName": "x", "displayName": "x"}
-        patch = {"schemas": [PATCH_OP], "Operations": [put("displayName", "x")]}
-        for method, content in (("GET", None), ("PUT", body), ("PATCH", patch), ("DELETE", None)):
-            for path in (f"/{kind}/{id}", f"/{kind}/{id}?attributes=members"):
-                assert told(globex.call(method, path, content)) == told(
-                    globex.call(method, path.replace(id, absent), content)
-                ), (method, path)
-        operations = [(method, f"/{kind}/{id}", "", patch) for method in ("PATCH", "DELETE")]
-        assert [one["status"] for one in bulk(globex, *operations)] == ["404", "404"]
-    for text in (
-        f'id eq "{user["id"]}"',
-        'userName eq "ada"',
-        'externalId eq "e1"',
-        "title pr",
-        f'members.value eq "{user["id"]}"',
+def without_ids(answer: requests.Response, *ids: str) -> Any:
+    """Return the status and the text of an answer, without some ids and times."""
+    text = answer.text
+    for id in ids:
+        text = text.replace(id, "ID")
+    return answer.status_code, re.sub(r'"(created|lastModified)":"[^"]*"', "", text)
+
+
+def test_an_id_of_another_tenant_is_like_an_unknown_one(scim: Scim, globex: Scim) -> None:
+    user, absent = scim.user("ada", title="Chief")["id"], str(uuid.uuid4())
+    group = scim.group("Crew", user)["id"]
+    body = {"userName": "x", "displayName": "x"}
+    patch = {"schemas": [PATCH_OP], "Operations": [put("displayName", "x")]}
+    methods = [("GET", None), ("PUT", body), ("PATCH", patch), ("DELETE", None)]
+    for path in (f"/Users/{user}", f"/Groups/{group}"):
+        for (method, content), query in itertools.product(methods, ("", "?attributes=members")):
+            unknown = path.rpartition("/")[0] + "/" + absent
+            hidden, missing = (globex.call(method, p + query, content) for p in (path, unknown))
+            assert without_ids(hidden, user, group) == without_ids(missing, absent), (method, path)
+        operations = [(method, path, "", patch) for method in ("PATCH", "DELETE")]
+        assert [answer["status"] for answer in bulk(globex, *operations)] == ["404", "404"]
+    assert scim.get(f"/Users/{user}")["title"] == "Chief"
+
+
+def test_no_query_finds_anything_of_another_tenant(scim: Scim, globex: Scim) -> None:
+    user = scim.user("ada", externalId="e1", title="Chief")["id"]
+    scim.group("Crew", user)
+    for path, text in (
+        ("/Users", f'id eq "{user}"'),
+        ("/Users", 'userName eq "ada"'),
+        ("/Users", 'externalId eq "e1"'),
+        ("/Users", "title pr"),
+        ("/Groups", f'members.value eq "{user}"'),
     ):
-        path = "/Groups" if "members" in text else "/Users"
         assert globex.get(path, filter=text)["totalResults"] == 0
         assert globex.call("POST", f"{path}/.search", {"filter": text}).json()["totalResults"] == 0
     assert globex.get("/")["totalResults"] == 0
-    assert_error(
-        globex.call("GET", f"/Users?filter=title+pr&count=1&cursor={cursor}"), 400, "invalidCursor"
-    )
     assert employees(globex) == [] and beside(globex, "/employees/1").status_code == 404
     assert changes(globex) == []
-    own = globex.user("ada", externalId="e1", **{ENT: {"manager": {"value": user["id"]}}})
-    crew = globex.group("Crew", user["id"], absent, own["id"])
-    assert [one["value"] for one in crew["members"]] == [own["id"]]
-    assert [one["manager"] for one in employees(globex)] == [None]
-    assert scim.get(f"/Users/{user['id']}")["title"] == "Chief"
-    assert {one["name"] for one in employees(scim)} == {"ada", "bob"}
 
 
-def test_wsgi_mounted_under_a_prefix_names_it_in_every_location(tmp_path: Path) -> None:
-    application = scim_server.wsgi(CONFIG)
-    with mounted(application) as url:
+def test_a_cursor_of_another_tenant_is_invalid(scim: Scim, globex: Scim) -> None:
+    for name in ("ada", "bob"):
+        scim.user(name, title="x")
+    cursor = scim.get("/Users", cursor="", count=1, filter="title pr")["nextCursor"]
+    path = f"/Users?filter=title+pr&count=1&cursor={cursor}"
+    assert scim.call("GET", path).status_code == 200
+    assert_error(globex.call("GET", path), 400, "invalidCursor")
+
+
+def test_a_reference_to_another_tenant_is_an_unknown_one(scim: Scim, globex: Scim) -> None:
+    user, absent = scim.user("ada", externalId="e1")["id"], str(uuid.uuid4())
+    own = globex.user("ada", externalId="e1", **{ENT: {"manager": {"value": user}}})["id"]
+    crew = globex.group("Crew", user, absent, own)
+    assert [member["value"] for member in crew["members"]] == [own]
+    assert [employee["manager"] for employee in employees(globex)] == [None]
+    assert [employee["name"] for employee in employees(scim)] == ["ada"]
+
+
+def test_wsgi_below_a_prefix_has_it_in_every_location() -> None:
+    with mounted(scim_server.wsgi(CONFIG)) as url:
         scim = Scim(url, "acme-secret")
         ada = scim.call("POST", "/Users", {"userName": "ada é"}, X_Request_Id="r-1")
         assert ada.headers["Location"] == f"{url}/Users/{ada.json()['id']}"
         assert ada.headers["X-Request-Id"] == "r-1"
         assert scim.session.get(ada.headers["Location"]).json() == ada.json()
+
+
+def test_wsgi_answers_what_the_server_answers() -> None:
+    with mounted(scim_server.wsgi(CONFIG)) as url:
+        scim = Scim(url, "acme-secret")
         assert scim.call("HEAD", "/Users").text == ""
         assert scim.call("GET", "/Users/a%2Fb").status_code == 404
         assert_error(scim.session.post(f"{url}/Users", data=b"x" * (2 * 1024 * 1024 + 1)), 413)
         assert_error(Scim(url, "wrong").call("GET", "/Users"), 401)
 
 
-def test_a_hook_knows_tokens_and_tenants_come_and_go_while_the_server_runs() -> None:
-    secrets = {"vault-secret": "initech"}
-    with scim_server.running(authenticate=secrets.get) as server:
+INITECH = {"name": "initech", "tokens": [{"name": "entra", "secret": "initech-secret"}]}
+
+
+def test_the_hook_may_name_a_tenant_that_is_added_later() -> None:
+    with scim_server.running(authenticate={"vault-secret": "initech"}.get) as server:
         vault = Scim(server.url, "vault-secret")
-        assert_error(vault.call("GET", "/Users"), 401)  # the tenant is not there yet
-        token = {"name": "entra", "secret": "initech-secret"}
-        directory = server.application.add_tenant({"name": "initech", "tokens": [token]})
+        assert_error(vault.call("GET", "/Users"), 401)
+        server.application.add_tenant(INITECH)
         vault.user("ada")
         assert changes(vault)[0]["token"] == "authenticate"
-        fields = [{"link_name": "desk", "type": "Integer"}]
-        server.application.add_tenant(
-            {"name": "initech", "tokens": [token], "custom_fields": fields}
-        )
-        Scim(server.url, "initech-secret").user("bob", **{FAC: {"desk": 7}})
-        assert directory.query("User").total_results == 2  # the same store
-        with pytest.raises(scim_server.ConfigError, match="initech"):
-            server.application.add_tenant({"name": "other", "tokens": [token]})
-        with pytest.raises(
-            scim_server.ConfigError, match="tenant.name: the same name as tenant in"
-        ):
-            server.application.add_tenant({"name": "Initech", "tokens": [{"secret": "new"}]})
         server.application.remove_tenant("initech")
         assert_error(vault.call("GET", "/Users"), 401)
-        assert_error(Scim(server.url, "initech-secret").call("GET", "/Users"), 401)
 
 
-def test_a_tenant_that_was_locked_at_the_start_is_served_when_it_is_free(
+def test_a_tenant_that_is_added_again_keeps_its_store() -> None:
+    with scim_server.running() as server:
+        scim = Scim(server.url, "initech-secret")
+        directory = server.application.add_tenant(INITECH)
+        scim.user("ada")
+        fields = [{"link_name": "desk", "type": "Integer"}]
+        server.application.add_tenant({**INITECH, "custom_fields": fields})
+        scim.user("bob", **{FAC: {"desk": 7}})
+        assert directory.query("User").total_results == 2
+        server.application.remove_tenant("initech")
+        assert_error(scim.call("GET", "/Users"), 401)
+
+
+# fmt: off
+CONFLICTING_TENANTS = [  # name, a tenant, a pattern of the error
+    ("a token of another tenant",     {**INITECH, "name": "other"}, "initech"),
+    ("a name in other case",          {"name": "Initech", "tokens": [{"secret": "new"}]},
+     "tenant.name: the same name as tenant in"),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(
+    "name, tenant, pattern", CONFLICTING_TENANTS, ids=[row[0] for row in CONFLICTING_TENANTS]
+)
+def test_a_tenant_that_conflicts_with_another_is_refused(
+    name: str, tenant: Any, pattern: str
+) -> None:
+    with scim_server.running() as server:
+        server.application.add_tenant(INITECH)
+        with pytest.raises(scim_server.ConfigError, match=pattern):
+            server.application.add_tenant(tenant)
+
+
+def test_a_tenant_is_served_again_once_its_file_is_unlocked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
@@ -6771,11 +6812,11 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         "attribute names with and without their schema's URN",
         [test_a_client_sees_the_attributes_it_asks_for_on_every_method],
     ),
-    ("3.11", "/Me MAY be 501", [test_what_is_not_served_is_a_scim_error]),
+    ("3.11", "/Me MAY be 501", [test_a_path_that_is_not_served_is_a_scim_error]),
     (
         "3.12",
         "errors MUST be JSON of the Error schema with a status as text",
-        [test_what_is_not_served_is_a_scim_error, test_a_patch_is_done_whole_or_not_at_all],
+        [test_a_path_that_is_not_served_is_a_scim_error, test_a_patch_is_done_whole_or_not_at_all],
     ),
     (
         "3.14",
@@ -6789,8 +6830,8 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         "4",
         "a filter on discovery SHALL be 403; other methods are refused; HEAD, OPTIONS",
         [
-            test_what_is_not_served_is_a_scim_error,
-            test_a_path_says_which_methods_it_takes_and_refuses_others,
+            test_a_path_that_is_not_served_is_a_scim_error,
+            test_a_path_lists_its_methods_and_refuses_others,
         ],
     ),
 ]
