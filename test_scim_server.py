@@ -5660,28 +5660,65 @@ def test_a_tenant_is_served_again_once_its_file_is_unlocked(
 # -- 16. HTTP server -------------------------------------------------------------------------------
 
 
-def test_one_connection_carries_refused_and_served_requests_in_order(
-    server: scim_server.ScimServer,
-) -> None:
+def test_requests_of_one_connection_are_answered_in_order(server: scim_server.ScimServer) -> None:
     body = b'{"userName": "ada"}'
     length = b"Content-Length: %d\r\n" % len(body)
+    chunks = b"8\r\n" + body[:8] + b"\r\nb;x=1\r\n" + body[8:] + b"\r\n0\r\nTrailer: x\r\n\r\n"
     answer = exchange(
         server,
         b"POST /scim/v2/Users HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n" + body,  # no token
         b"POST /nowhere HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
         b"PUT /scim/v2/Users HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
-        b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n"
-        + HEAD
-        + b"\r\n8\r\n"
-        + body[:8]
-        + b"\r\nb;x=1\r\n"
-        + body[8:]
-        + b"\r\n0\r\nTrailer: x\r\n\r\n",
+        b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD + b"\r\n" + chunks,
         LAST,
     )
     statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
     assert statuses == [b"401", b"404", b"405", b"201", b"200"]
     assert answer.count(b"Content-Length: ") == 5 and b'"totalResults":1' in answer
+
+
+def test_a_request_id_is_kept_if_it_is_safe_for_the_log(scim: Scim) -> None:
+    safe = scim.call("GET", "/Users", X_Request_Id="from-entra.1")
+    assert safe.headers["X-Request-Id"] == "from-entra.1"
+    forged = scim.call("GET", "/Users", X_Request_Id='x" 200 forged')
+    assert re.fullmatch(r"[0-9a-f]+-\d+", forged.headers["X-Request-Id"])
+
+
+def access_log(folder: Path, style: str) -> list[str]:
+    """Return the access log, in a style, of three requests that have secrets and line breaks."""
+    file = folder / "config.json"
+    file.write_text(json.dumps({**CONFIG, "data_dir": ":memory:", "access_log": style}))
+    with logging_process("--config", str(file)) as (running, url, _):
+        scim = Scim(url, "acme-secret")
+        ada = {"userName": "ada", "password": "pass-secret"}
+        assert scim.call("POST", "/Users", ada, X_Request_Id="from-entra.1").status_code == 201
+        scim.call("GET", "/Users/a%0d%0aforged", X_Request_Id='x" 200 forged')
+        Scim(url, "wrong-secret").call("GET", "/Users?token=query-secret")
+        running.terminate()
+        lines: list[str] = running.stderr.read().splitlines()
+    assert "secret" not in "".join(lines) and "forged" not in "".join(lines)
+    return lines
+
+
+def test_the_access_log_has_a_line_per_request(tmp_path: Path) -> None:
+    lines = access_log(tmp_path, "text")
+    assert sorted(line.split()[1:5] for line in lines) == [  # two connections, in any order
+        ["-", "GET", "-", "401"],
+        ["acme", "GET", "/Users/{id}", "404"],
+        ["acme", "POST", "/Users", "201"],
+    ]
+    assert lines[0].endswith(" from-entra.1")
+
+
+def test_the_access_log_may_be_json(tmp_path: Path) -> None:
+    lines = access_log(tmp_path, "json")
+    first = json.loads(lines[0])
+    assert (first["tenant"], first["route"], first["status"]) == ("acme", "/Users", 201)
+    assert first["bytes"] > 100 and first["milliseconds"] > 0 and len(lines) == 3
+
+
+def test_the_access_log_may_be_switched_off(tmp_path: Path) -> None:
+    assert access_log(tmp_path, "off") == []
 
 
 def test_a_client_that_waits_for_100_continue_gets_it(server: scim_server.ScimServer) -> None:
@@ -5697,158 +5734,180 @@ def test_a_client_that_waits_for_100_continue_gets_it(server: scim_server.ScimSe
         assert connection.recv(65536).startswith(b"HTTP/1.1 201 ")
 
 
-@pytest.mark.parametrize(
-    "method, body",
-    [("GET", b""), ("PATCH", b'{"Operations": [{"op": "add", "path": "title", "value": "x"}]}')],
-)
-def test_a_client_that_is_slow_to_read_keeps_nobody_waiting_and_gets_it_all(
-    server: scim_server.ScimServer, scim: Scim, method: str, body: bytes
+def shrink_send_buffers(server: scim_server.ScimServer) -> None:
+    """Have connections that the server accepts from now on keep only a few octets to send."""
+    server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+
+
+def slow_reader(stack: ExitStack, server: scim_server.ScimServer) -> socket.socket:
+    """Return a connection whose client side has room for only a few octets."""
+    connection = stack.enter_context(socket.socket())
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(server.server_address[:2])
+    return connection
+
+
+SLOWLY_READ = [  # name, method, body
+    ("the answer to a GET", "GET", b""),
+    ("the answer to a PATCH", "PATCH", json.dumps({"Operations": [add("title", "x")]}).encode()),
+]
+
+
+@pytest.mark.parametrize("name, method, body", SLOWLY_READ, ids=[row[0] for row in SLOWLY_READ])
+def test_a_slow_reader_delays_no_other_and_gets_its_whole_answer(
+    server: scim_server.ScimServer, scim: Scim, name: str, method: str, body: bytes
 ) -> None:
-    long = {
-        name: "x" * 60_000
-        for name in ("title", "nickName", "userType", "locale", "timezone", "displayName")
-    }
-    path = f"/Users/{scim.user('ada', **long, roles=[{'value': 'y' * 60_000 + str(n)} for n in range(20)])['id']}"
-    server.socket.setsockopt(
-        socket.SOL_SOCKET, socket.SO_SNDBUF, 4096
-    )  # which its connections inherit
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        slow.connect(server.server_address[:2])
-        slow.sendall(
-            f"{method} /scim/v2{path} HTTP/1.1\r\n".encode()
-            + HEAD
-            + b"Connection: close\r\n"
-            + b"Content-Length: %d\r\n\r\n" % len(body)
-            + body
-        )
+    long_texts = ("title", "nickName", "userType", "locale", "timezone", "displayName")
+    roles = [{"value": "y" * 60_000 + str(number)} for number in range(20)]
+    ada = scim.user("ada", roles=roles, **dict.fromkeys(long_texts, "x" * 60_000))
+    shrink_send_buffers(server)
+    head = f"{method} /scim/v2/Users/{ada['id']} HTTP/1.1\r\nConnection: close\r\n".encode()
+    with ExitStack() as stack:
+        slow = slow_reader(stack, server)
+        slow.sendall(head + HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
         wait_until(lambda: is_answering(server))
         assert scim.names('userName eq "ada"', attributes="userName") == ["ada"]
         assert exchange(server, posted("bob", HEAD + b"Connection: close\r\n"))[9:12] == b"201"
         answer = b"".join(iter(partial(slow.recv, 65536), b""))
-    assert json.loads(answer.partition(b"\r\n\r\n")[2])["roles"] == scim.get(path)["roles"]
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["roles"] == roles
 
 
-def together(server: scim_server.ScimServer, *names: str) -> list[bytes]:
-    """Return the answers to POSTs of users of acme, each on its connection, that come while another write is at it."""
+class Commits:
+    """The commits that change something, of connections that are opened after it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count, self.fail = 0, False
+        commits = self
+
+        class Connection(sqlite3.Connection):
+            committed_changes = 0
+
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+                if sql == "COMMIT" and self.total_changes > self.committed_changes:
+                    self.committed_changes = self.total_changes
+                    commits.count += 1
+                    if commits.fail:
+                        raise sqlite3.OperationalError("disk I/O error")
+                return super().execute(sql, *parameters)
+
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Connection))
+
+
+@pytest.fixture
+def commits(monkeypatch: pytest.MonkeyPatch) -> Commits:
+    """The commits of a server; this fixture must come before that of the server."""
+    return Commits(monkeypatch)
+
+
+def simultaneous_posts(server: scim_server.ScimServer, *names: str) -> list[bytes]:
+    """Return the answers to POSTs of users of acme that all arrive during another write."""
     with ExitStack() as stack:
-        connections = [
-            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=20))
-            for _ in names
-        ]
-        with server.directory("acme").store._writing:
+        connections = [connect(stack, server) for _ in names]
+        with server.directory("acme").store.writing():
             for name, connection in zip(names, connections, strict=True):
                 connection.sendall(posted(name))
-            wait_until(
-                lambda: (
-                    len(names) == sum(peer.state != "idle" for peer in server.connections.copy())
-                )
-            )
+
+            def have_all_arrived() -> bool:
+                busy = [peer for peer in server.connections.copy() if peer.state != "idle"]
+                return len(busy) == len(names)
+
+            wait_until(have_all_arrived)
         return [connection.recv(65536) for connection in connections]
 
 
-def test_writes_that_wait_share_a_commit_and_one_that_fails_harms_no_other(
-    server: scim_server.ScimServer,
+def statuses_of(answers: list[bytes]) -> list[int]:
+    """Return the statuses of answers, in ascending order."""
+    return sorted(int(answer[9:12]) for answer in answers)
+
+
+def test_waiting_writes_share_a_commit_but_not_an_error(
+    commits: Commits, server: scim_server.ScimServer, scim: Scim
 ) -> None:
-    commits: list[str] = []
-    server.directory("acme").store._writer.set_trace_callback(
-        lambda sql: commits.append(sql) if sql == "COMMIT" else None
-    )
-    answers = together(server, *(f"u{number}" for number in range(40)), "u7")
-    assert sorted(answer[9:12] for answer in answers) == [b"201"] * 40 + [b"409"]
-    assert len(commits) < 10
-    assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 40
+    commits.count = 0
+    answers = simultaneous_posts(server, *(f"u{number}" for number in range(40)), "u7")
+    assert statuses_of(answers) == [201] * 40 + [409]
+    assert 0 < commits.count < 10
+    assert scim.get("/Users")["totalResults"] == 40
 
 
-def test_a_commit_that_fails_is_told_to_all_who_share_it(server: scim_server.ScimServer) -> None:
-    writer, scim = server.directory("acme").store._writer, Scim(server.url, "acme-secret")
-    writer.set_authorizer(lambda action, name, *rest: int((action, name) == (22, "COMMIT")))
-    answers = together(server, "u1", "u2", "u3", "u4")
-    assert {answer[9:12] for answer in answers} == {b"503"}
+def test_a_failed_commit_fails_all_writes_that_share_it(
+    commits: Commits, server: scim_server.ScimServer, scim: Scim
+) -> None:
+    commits.fail = True
+    answers = simultaneous_posts(server, "u1", "u2", "u3", "u4")
+    assert statuses_of(answers) == [503] * 4
     assert all(b"nothing was changed" in answer for answer in answers)
-    writer.set_authorizer(lambda *rest: 0)
+    commits.fail = False
     assert scim.get("/Users")["totalResults"] == 0 and employees(scim) == []
-    answers = together(server, "u1", "u2", "u3", "u4")
-    assert {answer[9:12] for answer in answers} == {b"201"}
+    assert statuses_of(simultaneous_posts(server, "u1", "u2", "u3", "u4")) == [201] * 4
     server.application.log.close()
     log = beside(scim, "/console/api/log").json()["entries"]
     assert [entry["status"] for entry in log if entry["method"] == "POST"] == [201] * 4 + [503] * 4
 
 
-def test_who_has_no_token_and_reads_no_answer_makes_room_at_the_limit(tmp_path: Path) -> None:
+def test_a_slow_reader_without_a_token_is_evicted_at_the_limit(tmp_path: Path) -> None:
     with serving(tmp_path, {**CONFIG, "max_connections": 2}) as server, ExitStack() as stack:
-        server.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        shrink_send_buffers(server)
         for _ in range(2):
-            greedy = stack.enter_context(socket.socket())
-            greedy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            greedy.connect(server.server_address[:2])
-            greedy.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40)  # the console, 40 times
+            console_pages = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40
+            slow_reader(stack, server).sendall(console_pages)
         assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 0
 
 
-def test_a_connection_knows_what_has_come_before_it_is_read() -> None:
+def test_a_connection_knows_of_octets_that_it_has_not_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         peer = scim_server.Connection(ours, "")
         assert not peer.has_unread()
         theirs.sendall(b"GET")
-        assert peer.has_unread()  # so it does not make room for others
+        assert peer.has_unread()
         assert peer.receive() and not peer.has_unread() and peer.buffer == b"GET"
 
 
-def test_a_lookup_waits_for_no_write(server: scim_server.ScimServer, scim: Scim) -> None:
-    with server.directory("acme").store.writing():  # nor does it write when its token was used
+def test_a_look_up_waits_for_no_write(server: scim_server.ScimServer, scim: Scim) -> None:
+    with server.directory("acme").store.writing():
         assert scim.names('userName eq "ada"') == []
 
 
-def test_a_server_whose_errors_nobody_reads_answers_on(
-    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
+def test_a_broken_standard_error_stops_no_answer(
+    monkeypatch: pytest.MonkeyPatch, commits: Commits, server: scim_server.ScimServer
 ) -> None:
-    class Broken(io.StringIO):
+    class BrokenPipe(io.StringIO):
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
-    monkeypatch.setattr(sys, "stderr", Broken())
-    writer = server.directory("acme").store._writer
-    writer.set_authorizer(lambda action, name, *rest: int((action, name) == (22, "COMMIT")))
-    assert {answer[9:12] for answer in together(server, "u1", "u2")} == {b"503"}
-    writer.set_authorizer(lambda *rest: 0)
-    assert {answer[9:12] for answer in together(server, "u1", "u2")} == {b"201"}
+    monkeypatch.setattr(sys, "stderr", BrokenPipe())
+    commits.fail = True
+    assert statuses_of(simultaneous_posts(server, "u1", "u2")) == [503] * 2
+    commits.fail = False
+    assert statuses_of(simultaneous_posts(server, "u1", "u2")) == [201] * 2
 
 
-def test_what_has_come_when_the_server_stops_is_answered(server: scim_server.ScimServer) -> None:
+def test_requests_that_arrived_before_a_stop_are_answered(server: scim_server.ScimServer) -> None:
     with ExitStack() as stack:
-        connections = [
-            stack.enter_context(socket.create_connection(server.server_address[:2], timeout=20))
-            for _ in range(20)
-        ]
+        connections = [connect(stack, server) for _ in range(20)]
         wait_until(lambda: len(server.connections) == 20)
         for number, connection in enumerate(connections):
             connection.sendall(posted(f"u{number}"))
         server.stop()
         server.stop()
-        assert {connection.recv(65536)[9:12] for connection in connections} == {b"201"}
+        answers = [connection.recv(65536) for connection in connections]
+        assert statuses_of(answers) == [201] * 20
 
 
-def test_a_write_that_has_come_makes_room_for_nobody(tmp_path: Path) -> None:
+def test_a_complete_request_is_never_evicted(tmp_path: Path) -> None:
     with serving(tmp_path, {**CONFIG, "max_connections": 3}) as server, ExitStack() as stack:
-
-        def connect() -> socket.socket:
-            return stack.enter_context(
-                socket.create_connection(server.server_address[:2], timeout=20)
-            )
-
-        with server.directory("acme").store._writing:
-            writers = [connect(), connect()]
+        with server.directory("acme").store.writing():
+            writers = [connect(stack, server), connect(stack, server)]
             for number, connection in enumerate(writers):
                 connection.sendall(posted(f"u{number}"))
                 wait_until(lambda: is_answering(server))
             for _ in range(5):
-                assert connect().sendall(LAST) is None
-        assert {connection.recv(65536)[9:12] for connection in writers} == {b"201"}
+                connect(stack, server).sendall(LAST)
+        assert statuses_of([connection.recv(65536) for connection in writers]) == [201] * 2
 
 
-def test_many_small_chunks_are_a_body(server: scim_server.ScimServer) -> None:
+def test_a_body_may_arrive_in_many_small_chunks(server: scim_server.ScimServer) -> None:
     body = b'{"userName": "%s"}' % (b"a" * 3 * scim_server.CHUNKS_PER_ROUND)
     chunks = b"".join(b"1\r\n%c\r\n" % octet for octet in body)
     request = b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD
@@ -5856,27 +5915,27 @@ def test_many_small_chunks_are_a_body(server: scim_server.ScimServer) -> None:
     assert answer[9:12] == b"201"
 
 
-def test_a_read_that_takes_long_holds_up_no_other(
+def test_a_slow_read_delays_no_other_read(
     monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
 ) -> None:
-    started, go_on, handle = threading.Event(), threading.Event(), server.application.handle
+    started, finish, handle = threading.Event(), threading.Event(), server.application.handle
 
-    def slow(request: scim_server.Request) -> scim_server.Response:
+    def handle_slowly(request: scim_server.Request) -> scim_server.Response:
         if "startIndex" in request.query:
             started.set()
-            go_on.wait(60)
+            finish.wait(60)
         return handle(request)
 
-    monkeypatch.setattr(server.application, "handle", slow)
+    monkeypatch.setattr(server.application, "handle", handle_slowly)
     with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(Scim(server.url, "acme-secret").get, "/Users", startIndex=1)
+        slow = pool.submit(Scim(server.url, "acme-secret").get, "/Users", startIndex=1)
         assert started.wait(60)
         assert Scim(server.url, "acme-secret").get("/Groups")["totalResults"] == 0
-        go_on.set()
-        assert first.result()["totalResults"] == 0
+        finish.set()
+        assert slow.result()["totalResults"] == 0
 
 
-def test_a_tenant_that_writes_slowly_holds_up_no_other(server: scim_server.ScimServer) -> None:
+def test_a_slow_write_delays_no_other_tenant(server: scim_server.ScimServer) -> None:
     with ThreadPoolExecutor(1) as pool, server.directory("acme").store.writing():
         slow = pool.submit(Scim(server.url, "acme-secret").user, "ada")
         wait_until(lambda: is_answering(server))
@@ -5885,30 +5944,36 @@ def test_a_tenant_that_writes_slowly_holds_up_no_other(server: scim_server.ScimS
     assert slow.result()["userName"] == "ada"
 
 
-SLOW = [  # what is sent and then no more, the answer to it
-    (b"", b""),
-    (b"GET /scim/v2/Users HT", b"408"),
-    (b"GET /scim/v2/Users HTTP/1.1\r\n" + HEAD, b"408"),
-    (b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Content-Length: 90\r\n\r\n{", b"408"),
-    (
-        b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{",
-        b"408",
-    ),
-    (LAST.replace(b"Connection: close\r\n", b""), b"200"),
+# fmt: off
+STALLED = [  # name, what is sent before the client falls silent, the status of the answer
+    ("before a request", b"", None),
+    ("in the request line", b"GET /scim/v2/Users HT", 408),
+    ("in the fields", b"GET /scim/v2/Users HTTP/1.1\r\n" + HEAD, 408),
+    ("in a body", b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Content-Length: 90\r\n\r\n{", 408),
+    ("in a chunk",
+     b"POST /scim/v2/Users HTTP/1.1\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n9\r\n{", 408),
+    ("after a request", LAST.replace(b"Connection: close\r\n", b""), 200),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("octets, status", SLOW)
-def test_a_client_that_falls_silent_is_let_go(
-    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer, octets: bytes, status: bytes
+@pytest.mark.parametrize("name, octets, status", STALLED, ids=[row[0] for row in STALLED])
+def test_a_client_that_falls_silent_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch,
+    server: scim_server.ScimServer,
+    name: str,
+    octets: bytes,
+    status: int | None,
 ) -> None:
     monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)
     monkeypatch.setattr(scim_server, "IDLE_SECONDS", 0.2)
     answer = exchange(server, octets)
-    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == ([status] if status else [])
+    assert [int(text) for text in re.findall(rb"HTTP/1\.1 (\d+) ", answer)] == (
+        [status] if status else []
+    )
 
 
-def test_three_hundred_slow_clients_keep_nobody_out(tmp_path: Path) -> None:
+def test_three_hundred_slow_clients_block_no_other(tmp_path: Path) -> None:
     limit = 64
     with serving(tmp_path, {**CONFIG, "max_connections": limit}) as server:
         slow: deque[socket.socket] = deque(maxlen=300)  # the oldest is closed as it is dropped
@@ -5933,11 +5998,11 @@ def test_three_hundred_slow_clients_keep_nobody_out(tmp_path: Path) -> None:
             assert flooding.result() >= 300
         assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 40
         assert threading.active_count() < 2 * limit
-        for one in slow:
-            one.close()
+        for connection in slow:
+            connection.close()
 
 
-def test_at_the_limit_a_newcomer_waits_for_an_answer_but_never_cuts_one(tmp_path: Path) -> None:
+def test_at_the_limit_a_new_connection_waits_for_an_answer(tmp_path: Path) -> None:
     with (
         serving(tmp_path, {**CONFIG, "max_connections": 1}) as server,
         ThreadPoolExecutor(2) as pool,
@@ -5945,116 +6010,68 @@ def test_at_the_limit_a_newcomer_waits_for_an_answer_but_never_cuts_one(tmp_path
         poll = pool.submit(changes, Scim(server.url, "acme-secret"), "after=0&wait=60")
         wait_until(lambda: is_answering(server))
         newcomer = pool.submit(Scim(server.url, "globex-secret").get, "/Users")
-        directory = server.directory("acme")
-        directory.create(TYPES["User"], {"userName": "ada"})
-        assert {row["kind"] for row in poll.result()} == {"employee.created", "user.created"}
+        server.directory("acme").create(TYPES["User"], {"userName": "ada"})
+        assert {change["kind"] for change in poll.result()} == {"employee.created", "user.created"}
         assert newcomer.result()["totalResults"] == 0
 
 
-def test_two_thousand_broken_requests_make_no_500_and_leave_the_server_whole(
+# fmt: off
+BROKEN_PATHS = [
+    "Users", "Groups", "Bulk", ".search", "Schemas", "employees", "changes", "..", "%00", "%",
+    "Me", "", "Users.search", FAC,
+]
+BROKEN_FIELDS = [
+    b"Content-Length: 3", b'If-Match: W/"1"', b"X: \xff", b"Accept: text/csv", b"Expect: x",
+    b"Connection: close", b"X-Request-Id: a\tb", b"Range: bytes=0-1",
+]
+BROKEN_NAMES = [
+    "userName", "displayName", "members", "emails", "Operations", "schemas", FAC, ENT, "filter",
+    "name", "active", "meta", "id", "failOnErrors", "count", "startIndex", "attributes", "groups",
+]
+BROKEN_VALUES: list[Any] = [
+    "x", 1, -1.5, True, None, [], {}, [[]], ["x"], {"value": 1}, [{"value": "x"}], "a" * 300,
+    10**30, [{"op": "add"}], [{"op": "replace", "path": "emails[", "value": {}}],
+]
+# fmt: on
+
+
+def broken_request(chance: random.Random, user: str, group: str) -> bytes:
+    """Return a random request, which may be broken in its HTTP, its JSON or its content."""
+    parts = [*BROKEN_PATHS, user, group]
+    removal = {"op": "remove", "path": f'members[value eq "{user}"]'}
+    values = [*BROKEN_VALUES, user, [removal]]
+    queries = [
+        "",
+        f"?{chance.choice(BROKEN_NAMES)}={chance.choice(parts)}",
+        "?filter=" + "".join(chance.choices('ab("[]%20. andeqr)', k=9)),
+        f"?cursor={chance.choice(parts)}&sortBy={chance.choice(BROKEN_NAMES)}",
+    ]
+    method = chance.choice(["GET", "POST", "PUT", "PATCH", "DELETE", "BREW"])
+    path = chance.choice(["/scim/v2/", "/"]) + "/".join(chance.sample(parts, chance.randint(0, 2)))
+    names = chance.sample(BROKEN_NAMES, chance.randint(0, 4))
+    body = json.dumps({name: chance.choice(values) for name in names}).encode()
+    if chance.random() < 0.2:  # the JSON is broken
+        body = body[: chance.randrange(len(body))] + bytes(chance.choices(range(256), k=3))
+    fields = chance.sample(BROKEN_FIELDS, chance.randint(0, 2))
+    octets = f"{method} {path.replace(' ', '')}{chance.choice(queries)} HTTP/1.1\r\n".encode()
+    octets += HEAD + b"".join(field + b"\r\n" for field in fields)
+    octets += b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
+    if chance.random() < 0.2:  # the HTTP is broken
+        place = chance.randrange(len(octets))
+        octets = octets[:place] + bytes([chance.randrange(256)]) + octets[place + 1 :]
+    return octets
+
+
+def test_two_thousand_broken_requests_never_make_a_500(
     server: scim_server.ScimServer, scim: Scim
 ) -> None:
     chance = random.Random(SEED)
-    id = scim.create("/Users", **TOMAS)["id"]
-    group = scim.group("Crew", id)["id"]
-    scraps = [
-        "Users",
-        "Groups",
-        id,
-        group,
-        "Bulk",
-        ".search",
-        "Schemas",
-        "employees",
-        "changes",
-        "..",
-        "%00",
-        "%",
-        "Me",
-        "",
-        "Users.search",
-        FAC,
-    ]
-    headers = [
-        b"Content-Length: 3",
-        b'If-Match: W/"1"',
-        b"X: \xff",
-        b"Accept: text/csv",
-        b"Expect: x",
-        b"Connection: close",
-        b"X-Request-Id: a\tb",
-        b"Range: bytes=0-1",
-    ]
-    values: list[Any] = [
-        "x",
-        1,
-        -1.5,
-        True,
-        None,
-        [],
-        {},
-        [[]],
-        ["x"],
-        {"value": 1},
-        [{"value": "x"}],
-        id,
-        "a" * 300,
-        10**30,
-        [{"op": "add"}],
-        [{"op": "replace", "path": "emails[", "value": {}}],
-        [{"op": "remove", "path": f'members[value eq "{id}"]'}],
-    ]
-    names = [
-        "userName",
-        "displayName",
-        "members",
-        "emails",
-        "Operations",
-        "schemas",
-        FAC,
-        ENT,
-        "filter",
-        "name",
-        "active",
-        "meta",
-        "id",
-        "failOnErrors",
-        "count",
-        "startIndex",
-        "attributes",
-        "groups",
-    ]
+    user = scim.create("/Users", **TOMAS)["id"]
+    group = scim.group("Crew", user)["id"]
     statuses: list[bytes] = []
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(2_000):
-        path = "/".join(chance.sample(scraps, chance.randint(0, 2)))
-        query = chance.choice(
-            [
-                "",
-                f"?{chance.choice(names)}={chance.choice(scraps)}",
-                "?filter=" + "".join(chance.choices('ab("[]%20. andeqr)', k=9)),
-                f"?cursor={chance.choice(scraps)}&sortBy={chance.choice(names)}",
-            ]
-        )
-        document = {
-            name: chance.choice(values) for name in chance.sample(names, chance.randint(0, 4))
-        }
-        body = json.dumps(document).encode()
-        if chance.random() < 0.2:  # broken below JSON
-            body = body[: chance.randrange(len(body))] + bytes(chance.choices(range(256), k=3))
-        line = (
-            f"{chance.choice(['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'BREW'])} "
-            f"{chance.choice(['/scim/v2/', '/'])}{path.replace(' ', '')}{query} HTTP/1.1\r\n"
-        )
-        octets = (
-            line.encode()
-            + HEAD
-            + b"".join(field + b"\r\n" for field in chance.sample(headers, chance.randint(0, 2)))
-        )
-        octets += b"Content-Length: %d\r\nConnection: close\r\n\r\n" % len(body) + body
-        if chance.random() < 0.2:  # broken below HTTP
-            place = chance.randrange(len(octets))
-            octets = octets[:place] + bytes([chance.randrange(256)]) + octets[place + 1 :]
+        octets = broken_request(chance, user, group)
         statuses += re.findall(rb"HTTP/1\.1 (\d+) ", exchange(server, octets, end=True))
         assert b"500" not in statuses, (SEED, number, octets)
     assert len(statuses) > 1_500
@@ -6106,60 +6123,74 @@ def tls_files(folder: Path, number: int = 0) -> Any:
     """Write a certificate with its key; return the configuration that names them."""
     file = folder / "tls.pem"
     file.write_text(CERTIFICATES[number])
-    os.utime(file, ns=(number, number))  # another time for another file
+    os.utime(file, ns=(number, number))  # each file has its own time
     return {"certificate": str(file), "key": str(file)}
 
 
+@pytest.fixture
+def tls_server(tmp_path: Path) -> Iterator[scim_server.ScimServer]:
+    """A server with the first certificate, which is in the file tls.pem of tmp_path."""
+    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
+        yield server
+
+
 def peer_certificate(server: scim_server.ScimServer) -> str:
-    """Return the certificate that a server shows."""
+    """Return the certificate that a server presents."""
     return ssl.get_server_certificate(server.server_address[:2], timeout=20)
 
 
-def test_tls_is_served_and_its_files_are_taken_anew_without_a_restart(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_tls_is_served_beside_stalled_and_plain_clients(
+    tls_server: scim_server.ScimServer, tmp_path: Path
 ) -> None:
-    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
-        assert server.url.startswith("https://")
-        assert server.tls and server.tls.context().minimum_version == ssl.TLSVersion.TLSv1_2
-        with (
-            socket.create_connection(server.server_address[:2], timeout=20) as silent,
-            socket.create_connection(server.server_address[:2], timeout=20) as plain,
-        ):
-            silent.sendall(b"\x16")  # a handshake that stalls
-            plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
-            scim = Scim(server.url, "acme-secret")
-            scim.session.verify, scim.session.trust_env = str(tmp_path / "tls.pem"), False
-            location = scim.create("/Users", userName="ada")["meta"]["location"]
-            assert location.startswith(server.url)
-            with suppress(ConnectionResetError):
-                assert not plain.recv(100).startswith(b"HTTP")
-        first = peer_certificate(server)
-        assert first in CERTIFICATES[0]
-        tls_files(tmp_path, 1)
-        assert peer_certificate(server) in CERTIFICATES[1]
-        (tmp_path / "tls.pem").write_text("half a certifi")
-        assert peer_certificate(server) in CERTIFICATES[1]
-        assert "tls.pem" in capsys.readouterr().err
-        (tmp_path / "tls.pem").unlink()
-        assert peer_certificate(server) in CERTIFICATES[1]
+    assert tls_server.url.startswith("https://") and tls_server.tls
+    assert tls_server.tls.context().minimum_version == ssl.TLSVersion.TLSv1_2
+    with ExitStack() as stack:
+        silent, plain = connect(stack, tls_server), connect(stack, tls_server)
+        silent.sendall(b"\x16")  # a handshake that stalls
+        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        scim = Scim(tls_server.url, "acme-secret")
+        scim.session.verify, scim.session.trust_env = str(tmp_path / "tls.pem"), False
+        assert scim.user("ada")["meta"]["location"].startswith(tls_server.url)
+        with suppress(ConnectionResetError):
+            assert not plain.recv(100).startswith(b"HTTP")
 
 
-def test_a_silent_tls_client_loses_its_connection_too(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_new_certificate_is_served_without_a_restart(
+    tls_server: scim_server.ScimServer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)  # for the handshake and a first request
-    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
-        trusting = ssl.create_default_context(cafile=str(tmp_path / "tls.pem"))
-        trusting.check_hostname = False
-        with (
-            socket.create_connection(server.server_address[:2], timeout=20) as plain,
-            trusting.wrap_socket(plain) as connection,
-        ):
-            assert connection.recv(1) == b""
-        wait_until(lambda: not server.connections)
+    assert peer_certificate(tls_server) in CERTIFICATES[0]
+    tls_files(tmp_path, 1)
+    assert peer_certificate(tls_server) in CERTIFICATES[1]
 
 
-def test_a_handshake_that_stalls_makes_room_at_the_limit(
+def test_a_certificate_that_cannot_be_used_is_not_taken(
+    tls_server: scim_server.ScimServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tls.pem").write_text("half a certifi")
+    assert peer_certificate(tls_server) in CERTIFICATES[0]
+    assert "tls.pem" in capsys.readouterr().err
+    (tmp_path / "tls.pem").unlink()
+    assert peer_certificate(tls_server) in CERTIFICATES[0]
+    tls_files(tmp_path, 1)
+    assert peer_certificate(tls_server) in CERTIFICATES[1]
+
+
+def test_a_silent_tls_client_is_disconnected(
+    monkeypatch: pytest.MonkeyPatch, tls_server: scim_server.ScimServer, tmp_path: Path
+) -> None:
+    # It is the limit of the handshake and of a first request.
+    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "tls.pem"))
+    trusting.check_hostname = False
+    with (
+        socket.create_connection(tls_server.server_address[:2], timeout=20) as plain,
+        trusting.wrap_socket(plain) as connection,
+    ):
+        assert connection.recv(1) == b""
+    wait_until(lambda: not tls_server.connections)
+
+
+def test_a_stalled_handshake_is_evicted_at_the_limit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(scim_server, "HEAD_SECONDS", 60)
@@ -6174,7 +6205,7 @@ def test_a_handshake_that_stalls_makes_room_at_the_limit(
         assert silent.recv(1) == b""
 
 
-def test_a_system_that_hands_on_the_mode_of_the_listener_is_served(
+def test_a_socket_may_inherit_the_mode_of_its_listener(
     monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
 ) -> None:
     def accept() -> Any:
@@ -6186,31 +6217,58 @@ def test_a_system_that_hands_on_the_mode_of_the_listener_is_served(
     test_a_client_that_waits_for_100_continue_gets_it(server)
 
 
-def test_faults_meet_the_requests_that_they_name_so_many_times() -> None:
+@pytest.fixture
+def demo() -> Iterator[scim_server.ScimServer]:
+    """An embedded server as a test of a client would use it, with the tenant demo."""
     with scim_server.running() as server:
-        scim = Scim(server.url, server.token("demo"))
-        server.faults.append(scim_server.Fault(429, times=2, method="GET", path="/Users"))
-        scim.user("ada")
-        for _ in range(2):
-            answer = scim.call("GET", "/Users")
-            assert_error(answer, 429)
-            assert answer.headers["Retry-After"] == "1"
-        for status in (500, 503, 401, 412):
-            server.faults.append(scim_server.Fault(status))
-            assert_error(scim.call("GET", "/Users"), status)
-        assert scim.get("/Users")["totalResults"] == 1
-        server.faults.append(scim_server.Fault(cut=True, method="POST"))
-        with pytest.raises((requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
-            scim.call("POST", "/Users", {"userName": "bob"})
-        assert scim.get("/Users")["totalResults"] == 2  # it was done all the same
-        server.faults.append(scim_server.Fault(delay=60))
-        with pytest.raises(requests.Timeout):
-            scim.session.get(scim.url + "/Users", timeout=0.2)
-        asked = [(one.request.method, one.response.status) for one in server.exchanges or ()]
-        assert asked[:3] == [("POST", 201), ("GET", 429), ("GET", 429)]
+        yield server
 
 
-def test_a_delay_is_for_the_requests_that_it_meets_alone(
+@pytest.fixture
+def demo_scim(demo: scim_server.ScimServer) -> Scim:
+    """The client of the tenant demo."""
+    return Scim(demo.url, demo.token("demo"))
+
+
+def test_a_fault_meets_matching_requests_a_number_of_times(
+    demo: scim_server.ScimServer, demo_scim: Scim
+) -> None:
+    demo.faults.append(scim_server.Fault(429, times=2, method="GET", path="/Users"))
+    demo_scim.user("ada")
+    for _ in range(2):
+        answer = demo_scim.call("GET", "/Users")
+        assert_error(answer, 429)
+        assert answer.headers["Retry-After"] == "1"
+    assert demo_scim.get("/Users")["totalResults"] == 1
+    exchanges = [(item.request.method, item.response.status) for item in demo.exchanges or ()]
+    assert exchanges == [("POST", 201), ("GET", 429), ("GET", 429), ("GET", 200)]
+
+
+@pytest.mark.parametrize("status", [500, 503, 401, 412])
+def test_a_fault_answers_one_request_with_its_status(
+    demo: scim_server.ScimServer, demo_scim: Scim, status: int
+) -> None:
+    demo.faults.append(scim_server.Fault(status))
+    assert_error(demo_scim.call("GET", "/Users"), status)
+    assert demo_scim.get("/Users")["totalResults"] == 0
+
+
+def test_a_fault_may_cut_the_answer_of_an_executed_request(
+    demo: scim_server.ScimServer, demo_scim: Scim
+) -> None:
+    demo.faults.append(scim_server.Fault(cut=True, method="POST"))
+    with pytest.raises((requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
+        demo_scim.call("POST", "/Users", {"userName": "bob"})
+    assert demo_scim.get("/Users")["totalResults"] == 1
+
+
+def test_a_fault_may_delay_an_answer(demo: scim_server.ScimServer, demo_scim: Scim) -> None:
+    demo.faults.append(scim_server.Fault(delay=60))
+    with pytest.raises(requests.Timeout):
+        demo_scim.session.get(demo_scim.url + "/Users", timeout=0.2)
+
+
+def test_a_fault_delays_no_request_that_it_does_not_match(
     server: scim_server.ScimServer, scim: Scim
 ) -> None:
     id = scim.user("ada")["id"]
@@ -6223,46 +6281,52 @@ def test_a_delay_is_for_the_requests_that_it_meets_alone(
         assert scim.names('userName eq "ada"') == ["ada"]
 
 
-def test_an_embedded_server_that_runs_for_long_keeps_no_more_than_the_last_exchanges() -> None:
-    with scim_server.running() as server, requests.Session() as session:
+def test_an_embedded_server_keeps_only_the_last_exchanges(demo: scim_server.ScimServer) -> None:
+    with requests.Session() as session:
         for number in range(scim_server.MAX_EXCHANGES + 5):
-            session.get(f"{server.url}/{number}")
-        paths = [one.request.path for one in server.exchanges or ()]
-    assert paths == [f"/scim/v2/{n}" for n in range(5, scim_server.MAX_EXCHANGES + 5)]
+            session.get(f"{demo.url}/{number}")
+    paths = [item.request.path for item in demo.exchanges or ()]
+    assert paths == [f"/scim/v2/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
 
 
 # -- 17. Console -----------------------------------------------------------------------------------
 
 
-def test_the_console_is_one_page_under_a_strict_policy(server: scim_server.ScimServer) -> None:
+def test_the_console_is_one_small_page(server: scim_server.ScimServer) -> None:
     base = server.url.removesuffix("/scim/v2")
     answer = requests.get(base + "/")
     assert answer.status_code == 200 and len(answer.content) < 60 * 1024
     assert answer.headers["Content-Type"] == "text/html; charset=utf-8"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert_error(requests.post(base + "/"), 405)
+    assert requests.get(base + "/index.html").status_code == 404
+
+
+def test_the_console_runs_its_own_script_alone(server: scim_server.ScimServer) -> None:
+    answer = requests.get(server.url.removesuffix("/scim/v2") + "/")
     policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'none'" in policy and "frame-ancestors 'none'" in policy
     for tag in ("script", "style"):
         [text] = re.findall(f"<{tag}>(.*?)</{tag}>", answer.text, re.DOTALL)
         digest = hashlib.sha256(text.encode()).digest()
         assert f"{tag}-src 'sha256-{base64.b64encode(digest).decode()}'" in policy
-    assert (answer.headers["X-Content-Type-Options"], answer.headers["Cache-Control"]) == (
-        "nosniff",
-        "no-store",
-    )
     assert "innerHTML" not in answer.text and not re.search(r"(src|href)=.https?:", answer.text)
-    assert_error(requests.post(base + "/"), 405)
-    assert requests.get(base + "/index.html").status_code == 404
-    for path in ("log", "setup", "mapping", "history/1"):
-        assert_error(requests.get(f"{base}/console/api/{path}"), 401)
-        headers = {"Authorization": "Bearer acme-secret"}
-        assert (
-            requests.get(f"{base}/console/api/{path}", headers=headers).headers["Cache-Control"]
-            == "no-store"
-        )
-        assert_error(requests.post(f"{base}/console/api/{path}", headers=headers), 405)
 
 
-def test_a_console_that_is_switched_off_is_not_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["log", "setup", "mapping", "history/1"])
+def test_the_api_of_the_console_needs_a_token_and_no_cache(
+    server: scim_server.ScimServer, path: str
+) -> None:
+    url = f"{server.url.removesuffix('/scim/v2')}/console/api/{path}"
+    headers = {"Authorization": "Bearer acme-secret"}
+    assert_error(requests.get(url), 401)
+    assert_error(requests.post(url, headers=headers), 405)
+    answer = requests.get(url, headers=headers)
+    assert answer.status_code == 200 and answer.headers["Cache-Control"] == "no-store"
+
+
+def test_a_console_that_is_switched_off_is_404(tmp_path: Path) -> None:
     with serving(tmp_path, {**CONFIG, "console": False}) as server:
         base, headers = server.url.removesuffix("/scim/v2"), {"Authorization": "Bearer acme-secret"}
         for path in ("/", "/console/api/log", "/console/api/setup"):
