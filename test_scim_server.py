@@ -5105,7 +5105,6 @@ SECRET_OPERATIONS = [
     put("password.of", "s3cr3t"),
 ]
 
-
 SECRET_BODIES = [
     b'{"userName": "x", "password": ["s3cr3t"]}',
     b'{"userName": "x", "pass\\u0077ord": ["s3cr3t"]}',
@@ -5136,7 +5135,6 @@ def test_no_secret_enters_the_log(tmp_path: Path) -> None:
 
 
 EXPIRED_TOKEN = {"name": "old", "secret": "old-secret", "expires": "2020-01-01T00:00:00Z"}
-
 
 WITH_EXPIRED_TOKEN = {
     "tenants": [
@@ -6405,7 +6403,7 @@ def test_a_broken_configuration_is_reported_and_not_loaded(tmp_path: Path) -> No
         assert scim.get("/Users")["totalResults"] == 1
 
 
-def test_a_burst_of_signals_stops_no_server(tmp_path: Path) -> None:
+def test_a_burst_of_sighup_does_not_stop_the_server(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path)) as (running, url, _):
         for _ in range(2_000):
             running.send_signal(signal.SIGHUP)
@@ -6961,7 +6959,6 @@ def test_each_section_of_rfc_7644_for_servers_has_a_test() -> None:
 
 README = (HERE / "README.md").read_text("utf-8")
 
-
 RANDOM_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\bada\.[0-9a-f]{8}")
 
 
@@ -7119,15 +7116,12 @@ def test_the_configuration_in_the_readme_is_valid() -> None:
 
 SOURCE = (HERE / "scim_server.py").read_text("utf-8")
 
-
 TREE = ast.parse(SOURCE)
-
 
 CHAPTERS = [  # line of the banner's title, number
     (SOURCE[: banner.start()].count("\n"), int(banner[1]))
     for banner in re.finditer(r"^# -{70,}\n# (\d+)\. ", SOURCE, re.MULTILINE)
 ]
-
 
 CHAPTERS_OF = {  # modules and names that only some chapters may use
     "sqlite3": {7},
