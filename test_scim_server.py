@@ -87,6 +87,11 @@ def each_row(names: str, table: Any) -> Any:
     return pytest.mark.parametrize(names.split(", "), values, ids=ids)
 
 
+def patch_body(*operations: Any) -> Any:
+    """Return the body of a PATCH."""
+    return {"schemas": [PATCH_OP], "Operations": list(operations)}
+
+
 class Scim:
     """The client of a tenant: paths below /scim/v2, bodies and answers as JSON."""
 
@@ -123,7 +128,7 @@ class Scim:
 
     def try_patch(self, path: str, *operations: Any) -> requests.Response:
         """Send operations as one PATCH."""
-        return self.call("PATCH", path, {"schemas": [PATCH_OP], "Operations": list(operations)})
+        return self.call("PATCH", path, patch_body(*operations))
 
     def patch(self, path: str, *operations: Any) -> Any:
         """Return the resource after a PATCH that succeeds."""
@@ -551,14 +556,27 @@ def test_comparison_of_the_wrong_type_names_the_attribute(
     assert_error(answer, 400, "invalidFilter", *words)
 
 
-@pytest.mark.parametrize("literal", ["true", '"x"', '"41.5"'])
+NO_INTEGER = [("a Boolean", "true"), ("text", '"x"'), ("text of a fraction", '"41.5"')]
+
+
+@each_row("literal", NO_INTEGER)
 def test_integer_attribute_compares_only_with_numbers(literal: str) -> None:
     with pytest.raises(scim_server.ScimError, match="Integer") as caught:
         scim_server.parse_filter(f"{LOCKER} eq {literal}", USER_TYPE)
     assert caught.value.scim_type == "invalidFilter"
 
 
-@pytest.mark.parametrize("path", ["emails..value", "emails.", "title.", f"{MANAGER}..value"])
+# fmt: off
+EMPTY_NAMES = [  # name, path
+    ("between two dots", "emails..value"),
+    ("after the dot of a list", "emails."),
+    ("after the dot of a simple attribute", "title."),
+    ("between two dots after a URN", f"{MANAGER}..value"),
+]
+# fmt: on
+
+
+@each_row("path", EMPTY_NAMES)
 def test_path_with_an_empty_name_is_refused(path: str) -> None:
     assert patched(USER_TYPE, {"userName": "tom"}, [put(path, "x")]) == "invalidPath"
 
@@ -801,7 +819,7 @@ SIMPLE_PATCHES = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", SIMPLE_PATCHES)
-def test_patch_of_a_simple_attribute(before: Any, operations: Any, after: Any) -> None:
+def test_patch_sets_or_clears_a_simple_attribute(before: Any, operations: Any, after: Any) -> None:
     check_patch(before, operations, after)
 
 
@@ -850,7 +868,7 @@ PATCH_ERRORS = [  # name, before, operations, scimType
 
 
 @each_row("before, operations, scim_type", PATCH_ERRORS)
-def test_patch_is_refused(before: Any, operations: Any, scim_type: str) -> None:
+def test_invalid_patch_is_refused(before: Any, operations: Any, scim_type: str) -> None:
     check_patch(before, operations, scim_type)
 
 
@@ -930,7 +948,7 @@ LIST_PATCHES = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", LIST_PATCHES)
-def test_patch_of_a_list(before: Any, operations: Any, after: Any) -> None:
+def test_patch_adds_and_removes_values_of_a_list(before: Any, operations: Any, after: Any) -> None:
     check_patch(before, operations, after)
 
 
@@ -1001,7 +1019,9 @@ SELECTED = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", SELECTED)
-def test_patch_of_the_value_that_a_filter_selects(before: Any, operations: Any, after: Any) -> None:
+def test_patch_changes_the_value_that_a_filter_selects(
+    before: Any, operations: Any, after: Any
+) -> None:
     check_patch(before, operations, after)
 
 
@@ -1095,7 +1115,9 @@ PATHLESS = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", PATHLESS)
-def test_patch_without_a_path(before: Any, operations: Any, after: Any) -> None:
+def test_patch_without_a_path_reads_names_as_paths(
+    before: Any, operations: Any, after: Any
+) -> None:
     check_patch(before, operations, after)
 
 
@@ -1120,7 +1142,7 @@ EXTENSION_PATCHES = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", EXTENSION_PATCHES)
-def test_patch_of_an_extension(before: Any, operations: Any, after: Any) -> None:
+def test_patch_changes_an_extension(before: Any, operations: Any, after: Any) -> None:
     check_patch(before, operations, after)
 
 
@@ -1194,7 +1216,7 @@ MANAGER_PATCHES = [  # name, before, operations, after
 
 
 @each_row("before, operations, after", MANAGER_PATCHES)
-def test_patch_of_the_manager(before: Any, operations: Any, after: Any) -> None:
+def test_patch_sets_or_clears_the_manager(before: Any, operations: Any, after: Any) -> None:
     check_patch(before, operations, after)
 
 
@@ -1356,7 +1378,7 @@ def test_patch_changes_or_removes_the_selected_members(operations: Any, members:
 
 
 @each_row("operations, scim_type", MEMBER_ERRORS)
-def test_patch_never_adds_a_member_by_accident(operations: Any, scim_type: str) -> None:
+def test_patch_never_changes_who_is_a_member_by_accident(operations: Any, scim_type: str) -> None:
     assert crew_after(operations) == scim_type
 
 
@@ -1447,10 +1469,6 @@ def test_detail_of_an_unknown_custom_field_lists_the_known_ones(scim: Scim) -> N
 
 
 LONG = "x" * 100_000
-
-
-def patch_body(*operations: Any) -> Any:
-    return {"schemas": [PATCH_OP], "Operations": list(operations)}
 
 
 # fmt: off
@@ -1825,11 +1843,11 @@ FILTERS = [  # name, filter, matching people
     ("% is no wildcard", 'displayName co "%"', {"straße"}),
     ("_ is no wildcard", 'displayName sw "100_"', set()),
     ("escaped quotes and backslashes", r'displayName co "\"sure\" \\"', {"straße"}),
-    ("sw or ew", 'userName sw "al" or userName ew "OB"', {"alice", "bob"}),
+    ("one of two terms", 'userName sw "al" or userName ew "OB"', {"alice", "bob"}),
     ("all text starts with no text", 'userName sw ""', EVERYONE),
     ("and binds more than or", 'active eq false or title pr and userName eq "dave"', {"bob"}),
-    ("brackets bind most", '(active eq false or title pr) and userName eq "alice"', {"alice"}),
-    ("not of one term", "not (active eq true) and emails pr", {"bob"}),
+    ("brackets bind more than and", '(active eq false or title pr) and userName eq "alice"', {"alice"}),
+    ("not before a bracket", "not (active eq true) and emails pr", {"bob"}),
     ("a part after a value filter",
      'emails[type eq "work"].value eq "ALICE@x.example"', {"alice"}),
     ("both terms hold of one value", 'emails[type eq "home" and primary eq true]', {"bob"}),
@@ -1843,15 +1861,15 @@ FILTERS = [  # name, filter, matching people
     ("a complex attribute compares by its value", 'emails eq "bob@x.example"', {"bob"}),
     ("JSON text in a value", 'roles[primary eq "True"].value eq "{\\"id\\":1}"', {"straße"}),
     ("letters with diaeresis ignore case", 'name.familyName eq "üNAL"', {"alice"}),
-    ("pr of a complex attribute", "name pr", {"alice"}),
-    ("the core URN", f'{USER}:userName eq "dave"', {"dave"}),
+    ("pr matches a complex attribute", "name pr", {"alice"}),
+    ("a name after the core URN", f'{USER}:userName eq "dave"', {"dave"}),
     ("a sub-attribute after the core URN", f'{USER}:name.givenName sw "A"', {"alice"}),
     ("digits as text", f'{ENT}:employeeNumber eq "004417"', {"alice"}),
     ("URNs ignore case", f'{ENT.upper()}:DEPARTMENT eq "lifts"', {"alice"}),
     ("the manager compares by its id", f'{MANAGER} eq "b0ss"', {"alice"}),
     ("the manager's id is case-sensitive", f'{MANAGER}.value eq "B0SS"', set()),
     ("the manager without the URN", 'manager eq "b0ss"', {"alice"}),
-    ("pr of an extension", f"{ENT} pr", {"alice"}),
+    ("pr matches an extension", f"{ENT} pr", {"alice"}),
     ("a custom field ignores case", f'{FAC}:union_code eq "u7"', {"alice"}),
     ("an Integer is ordered as a number", f"{LOCKER} gt 9", {"straße"}),
     ("text for an Integer", f'{LOCKER} ge "9"', {"alice", "straße"}),
@@ -1864,7 +1882,7 @@ FILTERS = [  # name, filter, matching people
     ("an unknown attribute has no value", 'nothing eq "x"', set()),
     ("an unknown attribute is not equal", 'nothing ne "x"', EVERYONE),
     ("a value filter of an unknown attribute", 'nothing[value eq "x"]', set()),
-    ("more blanks", '  userName   eq   "dave"  ', {"dave"}),
+    ("more blanks than needed", '  userName   eq   "dave"  ', {"dave"}),
     ("the order of text ignores case", 'userName gt "bob" and userName le "DAVE"', {"dave"}),
 ]
 # fmt: on
@@ -1905,7 +1923,7 @@ EDGE_VALUES: dict[str, Any] = {  # user name, attributes
 }
 ALL, ALL_NUMBERS = set(EDGE_VALUES), {"number", "low", "full", "high"}
 EDGE_FILTERS = [  # name, filter, matching users
-    ("name with an empty part is not pr", "name pr", {"full"}),
+    ("a name with an empty part is not pr", "name pr", {"full"}),
     ("not pr matches a name with an empty part", "not (name pr)", ALL - {"full"}),
     ("an e-mail with false is pr", "emails pr", {"full", "number"}),
     ("an extension with empty text is not pr", f"{ENT} pr", {"full"}),
@@ -1950,7 +1968,7 @@ def edge_users() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
 
 
 @each_row("text, expected", EDGE_FILTERS)
-def test_filter_on_empty_values_and_large_numbers(
+def test_filter_handles_empty_values_and_large_numbers(
     edge_users: Any, text: str, expected: set[str]
 ) -> None:
     check_filter(*edge_users, text, expected)
