@@ -4299,6 +4299,9 @@ def test_text_like_a_bulk_id_stays_text_where_no_id_is_expected(scim: Scim) -> N
     assert user["emails"] == [{**emails[0], "display": "bulkId:nobody"}]
 
 
+MANAGER = f"{ENT}:manager"
+
+
 CREW, NO_CREW, BOSS = ["ada", "new"], ["ada"], "new"
 
 
