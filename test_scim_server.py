@@ -428,7 +428,7 @@ def process(
     file: Path = HERE / "scim_server.py",
     stderr: Any = subprocess.DEVNULL,
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """Run a server as a process; yields the process, its URL, and a list of its first line."""
+    """Run a server as a process; yields it, its URL, and a list with its first line."""
     running = subprocess.Popen(
         [sys.executable, str(file), "--listen", "127.0.0.1:0", *arguments],
         stdout=subprocess.PIPE,
@@ -1701,7 +1701,9 @@ def naive_step(resource: Any, step: Step) -> None:
     holder, name, value = resource, step.name, step.value
     for holder_name in step.holders:
         holder = holder.setdefault(holder_name, {})
-    before = [item for item in holder.get(name, []) if is_true(item)] if step.multi_valued else []
+    before = (
+        [item for item in holder.get(name, []) if is_primary(item)] if step.multi_valued else []
+    )
     if step.filter:
         naive_selected(holder, step)
     elif step.multi_valued:
@@ -1774,16 +1776,16 @@ def naive_selected(holder: Any, step: Step) -> None:
         raise NoTarget
 
 
-def is_true(item: Any) -> bool:
+def is_primary(item: Any) -> bool:
     """Return whether a value of a list is the primary one."""
     return item.get("primary") is True
 
 
 def one_primary(items: Any, before: Any) -> Any:
     """Keep only the last value primary that became so; before has those that were."""
-    fresh = [item for item in items if is_true(item) and not any(item is old for old in before)]
+    fresh = [item for item in items if is_primary(item) and not any(item is old for old in before)]
     for item in items:
-        if fresh and item is not fresh[-1] and is_true(item):
+        if fresh and item is not fresh[-1] and is_primary(item):
             item["primary"] = False
     return items
 
