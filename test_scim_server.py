@@ -38,7 +38,7 @@ from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import requests
@@ -46,25 +46,17 @@ import requests
 import scim_server
 
 USER = scim_server.USER
-
-
 GROUP = scim_server.GROUP
-
-
 ENT = scim_server.ENTERPRISE
-
-
 FAC = scim_server.FACILIO
-
-
+MANAGER = f"{ENT}:manager"
+LOCKER = f"{FAC}:locker_no"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
-
 
 HERE = Path(__file__).parent
 
-
+# A failed property test prints its seed; SCIM_SEED repeats it.
 SEED = int(os.environ.get("SCIM_SEED", "0")) or random.randrange(1, 10**9)
-
 
 CONFIG = {
     "tenants": [
@@ -80,23 +72,28 @@ CONFIG = {
         {"name": "globex", "tokens": [{"name": "entra", "secret": "globex-secret"}]},
     ]
 }
-
-
 FIELDS = scim_server.parse_config(CONFIG).tenants[0].custom_fields
-
-
 TYPES = scim_server.resource_types(FIELDS)
-
-
 USER_TYPE, GROUP_TYPE = TYPES["User"], TYPES["Group"]
 
+# No test waits longer than this for an answer.
+with_timeout = functools.partialmethod(requests.Session.request, timeout=60)
+requests.Session.request = with_timeout  # type: ignore
 
-# No test waits for ever for an answer.
-requests.Session.request = functools.partialmethod(requests.Session.request, timeout=60)  # type: ignore
+
+def each_row(names: str, table: Any) -> Any:
+    """Parametrize a test with a table; the first item of a row is its name and becomes the id."""
+    values, ids = [row[1:] for row in table], [row[0] for row in table]
+    return pytest.mark.parametrize(names.split(", "), values, ids=ids)
+
+
+def patch_body(*operations: Any) -> Any:
+    """Return the body of a PATCH."""
+    return {"schemas": [PATCH_OP], "Operations": list(operations)}
 
 
 class Scim:
-    """A tenant seen by its client: paths below /scim/v2, bodies and answers as JSON."""
+    """The client of a tenant: paths below /scim/v2, bodies and answers as JSON."""
 
     def __init__(self, url: str, token: str) -> None:
         self.url = url
@@ -121,17 +118,17 @@ class Scim:
         assert answer.status_code == 201, answer.text
         return answer.json()
 
-    def user(self, name: str, **attributes: Any) -> Any:
+    def user(self, name: str, /, **attributes: Any) -> Any:
         """Return a new user."""
         return self.create("/Users", userName=name, **attributes)
 
     def group(self, name: str, *members: str) -> Any:
-        """Return a new group with members of those ids."""
+        """Return a new group; members are ids."""
         return self.create("/Groups", displayName=name, members=[{"value": id} for id in members])
 
     def try_patch(self, path: str, *operations: Any) -> requests.Response:
         """Send operations as one PATCH."""
-        return self.call("PATCH", path, {"schemas": [PATCH_OP], "Operations": list(operations)})
+        return self.call("PATCH", path, patch_body(*operations))
 
     def patch(self, path: str, *operations: Any) -> Any:
         """Return the resource after a PATCH that succeeds."""
@@ -140,13 +137,13 @@ class Scim:
         return answer.json()
 
     def names(self, filter: str, path: str = "/Users", **parameters: Any) -> list[str]:
-        """Return the userNames or displayNames that a filter finds, in order."""
-        found = self.get(path, filter=filter, **parameters)["Resources"]
-        return [one.get("userName") or one["displayName"] for one in found]
+        """Return the userNames or displayNames of the resources that match, in order."""
+        resources = self.get(path, filter=filter, **parameters)["Resources"]
+        return [resource.get("userName") or resource["displayName"] for resource in resources]
 
 
 def assert_error(answer: requests.Response, status: int, scim_type: str = "", *words: str) -> None:
-    """Check that an answer is a SCIM error (RFC 7644 §3.12) whose detail has some words."""
+    """Check that an answer is a SCIM error (RFC 7644 §3.12) whose detail contains the words."""
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"].startswith("application/scim+json")
     error = answer.json()
@@ -157,7 +154,7 @@ def assert_error(answer: requests.Response, status: int, scim_type: str = "", *w
 
 
 def serving(data_dir: Path, document: Any = CONFIG) -> Any:
-    """Run a server on a free port of this process, its data in files."""
+    """Run a server in this process, on a free port, with its data in files."""
     return scim_server.running({**document, "data_dir": str(data_dir)})
 
 
@@ -180,21 +177,21 @@ def globex(server: scim_server.ScimServer) -> Scim:
     return Scim(server.url, "globex-secret")
 
 
-def wait_until(holds: Any) -> None:
-    """Wait for what another thread or process is about to make true."""
+def wait_until(condition: Any) -> None:
+    """Wait until a condition holds that another thread or process makes true."""
     for _ in range(3_000):
-        if holds():
+        if condition():
             return
         threading.Event().wait(0.01)
-    raise AssertionError("it did not happen")
+    raise AssertionError("the condition did not become true within 30 seconds")
 
 
 def is_answering(server: scim_server.ScimServer) -> bool:
-    """Return whether a request is at work."""
+    """Return whether a request is being answered."""
     return any(peer.state in ("answering", "sending") for peer in server.connections.copy())
 
 
-PEOPLE = {  # made to hurt
+PEOPLE = {  # values that break careless code: mixed case, ß, empty text, quotes, wildcards
     "alice": {
         "userName": "Alice",
         "externalId": "5B0c",
@@ -240,12 +237,12 @@ def put(path: str, value: Any) -> Any:
 
 
 def remove(path: str, *value: Any) -> Any:
-    """Return a remove operation, with a value or without."""
+    """Return a remove operation, with or without a value."""
     return {"op": "Remove", "path": path} | ({"value": value[0]} if value else {})
 
 
 def pathless(value: Any, op: str = "replace") -> Any:
-    """Return an operation without path."""
+    """Return an operation without a path."""
     return {"op": op, "value": value}
 
 
@@ -272,7 +269,7 @@ TOMAS = {
 
 
 def filled(operations: Any, **ids: str) -> Any:
-    """Return operations with real ids for {id} and {boss}."""
+    """Return operations with real ids in place of {id} and {boss}."""
     text = json.dumps(operations)
     for name, id in ids.items():
         text = text.replace("{" + name + "}", id)
@@ -287,7 +284,7 @@ def crew(scim: Scim) -> tuple[str, list[str]]:
 
 
 def beside(scim: Scim, path: str, accept: str = "application/json") -> requests.Response:
-    """Return the answer to a GET of a path beside /scim/v2."""
+    """Return the answer to a GET of a path outside of /scim/v2, such as /employees."""
     return scim.session.get(scim.url.removesuffix("/scim/v2") + path, headers={"Accept": accept})
 
 
@@ -306,24 +303,24 @@ def changes(scim: Scim, query: str = "after=0") -> Any:
 
 
 def bulk(scim: Scim, *operations: Any, **members: Any) -> Any:
-    """Return the answers to the operations of a bulk request; each is (method, path, bulkId, data)."""
-    listed = [
+    """Return the answers to operations (method, path, bulkId, data) of a bulk request."""
+    sent = [
         {"method": method, "path": path, "bulkId": bulk_id, "data": data}
         for method, path, bulk_id, data in operations
     ]
-    answer = scim.call("POST", "/Bulk", {"Operations": listed, **members})
+    answer = scim.call("POST", "/Bulk", {"Operations": sent, **members})
     assert answer.status_code == 200, answer.text
     assert answer.json()["schemas"] == [scim_server.BULK_RESPONSE]
     return answer.json()["Operations"]
 
 
 def post(path: str, bulk_id: str, **data: Any) -> Any:
-    """Return a bulk operation that creates."""
+    """Return a bulk operation that creates a resource."""
     return "POST", path, bulk_id, data
 
 
 def exchange(server: scim_server.ScimServer, *pieces: bytes, end: bool = False) -> bytes:
-    """Return all that a server answers to octets on one connection, until either side closes it."""
+    """Return all octets that a server sends on one connection until either side closes it."""
     with socket.create_connection(server.server_address[:2], timeout=10) as connection:
         for piece in pieces:
             connection.sendall(piece)
@@ -336,8 +333,6 @@ def exchange(server: scim_server.ScimServer, *pieces: bytes, end: bool = False) 
 
 
 HEAD = b"Host: x\r\nAuthorization: Bearer acme-secret\r\n"
-
-
 LAST = b"GET /scim/v2/Users HTTP/1.1\r\nConnection: close\r\n" + HEAD + b"\r\n"
 
 
@@ -371,7 +366,7 @@ class QuietHandler(wsgiref.simple_server.WSGIRequestHandler):
 
 @contextmanager
 def mounted(application: Any, prefix: str = "/idp") -> Iterator[str]:
-    """Run a WSGI application below a prefix, watched by wsgiref's validator; gives its URL."""
+    """Run a WSGI application below a prefix, checked by wsgiref's validator; yields its URL."""
 
     def mount(environ: Any, start_response: Any) -> Any:
         assert wsgiref.util.shift_path_info(environ) == prefix[1:]
@@ -388,22 +383,35 @@ def mounted(application: Any, prefix: str = "/idp") -> Iterator[str]:
         thread.join()
 
 
+@pytest.fixture(params=["http", "wsgi"])
+def either(request: Any, tmp_path: Path) -> Iterator[Scim]:
+    """The client of the tenant acme, once on the built-in server and once on WSGI."""
+    if request.param == "http":
+        with serving(tmp_path) as server:
+            yield Scim(server.url, "acme-secret")
+    else:
+        application = scim_server.wsgi({**CONFIG, "data_dir": str(tmp_path)})
+        with mounted(application) as url:
+            yield Scim(url, "acme-secret")
+        application.application.close()
+
+
 @pytest.fixture
 def console(server: scim_server.ScimServer) -> Scim:
-    """What the console of the tenant acme asks its server."""
+    """The client that the console of the tenant acme is to its server."""
     client = Scim(server.url.removesuffix("/scim/v2"), "acme-secret")
     client.session.headers["X-Console"] = "1"
     return client
 
 
 def logged(console: Scim, number: int, /, **parameters: Any) -> list[Any]:
-    """Return the log, newest first, once it has so many entries."""
+    """Return the log, newest first, once it has that number of entries."""
     console.get("/console/api/log", after=number - 1, wait=20)
     return console.get("/console/api/log", **parameters)["entries"]  # type: ignore[no-any-return]
 
 
 def command(*arguments: str, cwd: Path = HERE, file: Path = HERE / "scim_server.py") -> Any:
-    """Run the command line to its end."""
+    """Run a command of the command line and wait for its end."""
     return subprocess.run(
         [sys.executable, str(file), *arguments],
         cwd=cwd,
@@ -420,7 +428,7 @@ def process(
     file: Path = HERE / "scim_server.py",
     stderr: Any = subprocess.DEVNULL,
 ) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """Run a server as a process of its own; gives it, its URL, and the lines it prints."""
+    """Run a server as a process; yields it, its URL, and a list with its first line."""
     running = subprocess.Popen(
         [sys.executable, str(file), "--listen", "127.0.0.1:0", *arguments],
         stdout=subprocess.PIPE,
@@ -428,7 +436,7 @@ def process(
         text=True,
     )
     assert running.stdout
-    watchdog = threading.Timer(120, running.kill)  # who waits for what it prints waits no longer
+    watchdog = threading.Timer(120, running.kill)  # so that no test waits permanently for output
     watchdog.start()
     try:
         lines = [running.stdout.readline().rstrip()]
@@ -441,314 +449,279 @@ def process(
         running.stdout.close()
 
 
-EXACT = {("photos", "value"), ("x509Certificates", "value")}  # the values that have a case
-
-
-def folded(text: str) -> str:
-    """Return text as it compares without case."""
-    composed = unicodedata.normalize("NFC", text).casefold()
-    return unicodedata.normalize("NFC", composed)
-
-
-def bare(name: str, value: Any) -> Any:
-    """Return what tells a value of an attribute from others."""
-    return {
-        sub: folded(item) if isinstance(item, str) and (name, sub) not in EXACT else item
-        for sub, item in value.items()
-        if sub != "primary"
-    }
-
-
-def same(name: str, one: Any, other: Any) -> bool:
-    """Return whether two values of an attribute are the same, whatever is said of primary."""
-    both = []
-    for value in (bare(name, one), bare(name, other)):
-        subs = ("type", "value") if "value" in value else tuple(value)
-        both.append({sub: value[sub] for sub in subs if sub in value})
-    return both[0] == both[1]
-
-
 NAME = {"givenName": "Ada", "familyName": "Quill", "formatted": "Ada Quill"}
-
-
-def boss(**parts: Any) -> Any:
-    """Return the enterprise extension with another manager."""
-    return {ENT: {"manager": parts, "department": "Lifts"}}
-
-
-def patched(resource_type: Any, before: Any, operations: Any) -> Any:
-    """Return a resource after a PATCH, without its schemas, or the scimType of the error."""
-    resource = scim_server.canonical(resource_type, before)
-    try:
-        steps = scim_server.parse_operations(resource_type, {"Operations": operations})
-        after = scim_server.apply_patch(resource_type, resource, steps)
-    except scim_server.ScimError as error:
-        assert error.status == 400
-        return error.scim_type
-    return {name: value for name, value in after.items() if name not in ("schemas", "userName")}
 
 
 # -- 2. Schemas ------------------------------------------------------------------------------------
 
 
-def test_a_custom_field_may_be_called_value() -> None:
-    field = scim_server.CustomField
-    directory = scim_server.Directory(
-        scim_server.Store(":memory:"), [field("value"), field("code")]
-    )
+def test_custom_field_may_be_named_value() -> None:
+    fields = [scim_server.CustomField("value"), scim_server.CustomField("code")]
+    directory = scim_server.Directory(scim_server.Store(":memory:"), fields)
     ada = directory.create("User", {"userName": "ada", FAC: {"value": "", "code": "7"}})
     assert ada[FAC] == {"value": "", "code": "7"}
     patched = directory.patch("User", ada["id"], {"Operations": [add(FAC, {"code": "8"})]})
     assert patched and patched[FAC] == {"value": "", "code": "8"}
 
 
-INSTANTS = [  # two dateTimes in ascending order
-    ("2026-01-01T00:00:00Z", "2026-01-01T00:00:00.0000000000000001Z"),
-    ("2026-01-01T00:00:00.1234567891Z", "2026-01-01T00:00:00.12345678911Z"),
-    ("2026-01-01T00:00:00.123456789Z", "2026-01-01T00:00:00.1234567891Z"),
-    ("2026-01-01T00:00:00.9999999999999Z", "2026-01-01T00:00:01Z"),
+# fmt: off
+INSTANTS = [  # name, two dateTimes in ascending order
+    ("none and sixteen", "2026-01-01T00:00:00Z", "2026-01-01T00:00:00.0000000000000001Z"),
+    ("ten and eleven", "2026-01-01T00:00:00.1234567891Z", "2026-01-01T00:00:00.12345678911Z"),
+    ("nine and ten", "2026-01-01T00:00:00.123456789Z", "2026-01-01T00:00:00.1234567891Z"),
+    ("thirteen nines and none", "2026-01-01T00:00:00.9999999999999Z", "2026-01-01T00:00:01Z"),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("earlier, later", INSTANTS)
-def test_a_date_time_may_have_any_number_of_fraction_digits(earlier: str, later: str) -> None:
+@each_row("earlier, later", INSTANTS)
+def test_date_times_compare_with_any_fraction_digits(earlier: str, later: str) -> None:
     assert scim_server.date_time_key(earlier) < scim_server.date_time_key(later)
-    same = earlier.replace("Z", "" if "." in earlier else ".") + "0" * 12 + "Z"
-    assert scim_server.date_time_key(earlier) == scim_server.date_time_key(same)
+
+
+@each_row("earlier, later", INSTANTS)
+def test_trailing_zeros_of_a_date_time_do_not_count(earlier: str, later: str) -> None:
+    for text in (earlier, later):
+        longer = text.replace("Z", "" if "." in text else ".") + "0" * 12 + "Z"
+        assert scim_server.date_time_key(text) == scim_server.date_time_key(longer)
 
 
 # -- 3. Filters and paths --------------------------------------------------------------------------
 
 
-FILTER_MISTAKES = [  # filter, the column of its error, 0 for none
-    ("userName", 9),
-    ("userName eq", 12),
-    ('userName eq "x', 13),
-    ("userName eq bob", 13),
-    ('userName is "x"', 10),
-    ('(userName eq "x"', 17),
-    ('userName eq "x")', 16),
-    ('eq "x"', 4),
-    ('userName eq "x" and', 20),
-    ('emails[type eq "x"', 19),
-    ("not title pr", 5),
-    ('"a" eq "a"', 1),
-    ('userName eq "x" title pr', 17),
-    ("userName eq 1.5.2", 13),
-    ("", 1),
-    ("userName eq '1'", 13),
-    ('emails[type eq "work"].nothing', 31),
-    ('userName eq "\\ud800"', 13),
-    ("tw1979 'x'", 8),
+# fmt: off
+FILTER_SYNTAX_ERRORS = [  # name, filter, the column of its error
+    ("an attribute without operator", "userName", 9),
+    ("an operator without value", "userName eq", 12),
+    ("a string without its closing quote", 'userName eq "x', 13),
+    ("a value without quotes", "userName eq bob", 13),
+    ("single quotes", "userName eq '1'", 13),
+    ("an unknown operator", 'userName is "x"', 10),
+    ("text that is no filter", "tw1979 'x'", 8),
+    ("no closing round bracket", '(userName eq "x"', 17),
+    ("no opening round bracket", 'userName eq "x")', 16),
+    ("no closing square bracket", 'emails[type eq "x"', 19),
+    ("an operator without attribute", 'eq "x"', 4),
+    ("and without a second term", 'userName eq "x" and', 20),
+    ("two terms without and", 'userName eq "x" title pr', 17),
+    ("not without round brackets", "not title pr", 5),
+    ("a string in place of an attribute", '"a" eq "a"', 1),
+    ("a number with two points", "userName eq 1.5.2", 13),
+    ("an unknown name after a value filter", 'emails[type eq "work"].nothing', 31),
+    ("half a surrogate pair", 'userName eq "\\ud800"', 13),
+    ("two dots", 'emails..value eq "x"', 7),
+    ("a dot before a bracket", 'emails.[type eq "work"]', 7),
+    ("a dot at the end of a name", 'userName. eq "x"', 9),
+    ("two dots after a URN", f'{MANAGER}..value eq "x"', 67),
+    ("three names", 'name.familyName.x eq "y"', 16),
+    ("a value filter of another attribute in a value filter",
+     'emails[addresses[type eq "work"]]', 17),
+    ("a value filter of a sub-attribute in a value filter", f'{ENT}[manager[value eq "x"]]', 67),
+    ("a value filter in round brackets in a value filter", 'emails[(type[value eq "x"])]', 13),
+    ("no text", "", 1),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("text, column", FILTER_MISTAKES)
-def test_a_filter_that_does_not_parse_is_refused_with_its_column(text: str, column: int) -> None:
+@each_row("text, column", FILTER_SYNTAX_ERRORS)
+def test_invalid_filter_is_refused_with_the_column(text: str, column: int) -> None:
     with pytest.raises(scim_server.ScimError) as caught:
         scim_server.parse_filter(text, USER_TYPE)
     assert (caught.value.status, caught.value.scim_type) == (400, "invalidFilter")
     assert f"column {column}:" in caught.value.detail
 
 
-FILTER_TYPE_MISTAKES = [  # filter, the words of the detail
-    ('active eq "maybe"', ("active", "Boolean")),
-    ("userName eq 7", ("userName", "String")),
-    (f'{FAC}:locker_no gt "seven"', ("locker_no", "Integer")),
-    ("active gt true", ("active", "boolean")),
-    (f"{FAC}:locker_no co 4", ("locker_no", "integer")),
-    ('meta.created gt "yesterday"', ("meta.created", "dateTime")),
-    ('name eq "x"', ("name", "familyName")),
-    ('title[value eq "x"]', ("title", "complex")),
-    ("title gt null", ("title", "null")),
-    ("(" * 51 + "title pr" + ")" * 51, ("50",)),
-    ('title eq "' + "x" * 9000 + '"', ("8192",)),
+# fmt: off
+FILTER_TYPE_ERRORS = [  # name, filter, words of the detail
+    ("text for a Boolean", 'active eq "maybe"', ("active", "Boolean")),
+    ("a number for a String", "userName eq 7", ("userName", "String")),
+    ("text for an Integer", f'{LOCKER} gt "seven"', ("locker_no", "Integer")),
+    ("an order of Booleans", "active gt true", ("active", "boolean")),
+    ("a substring of an Integer", f"{LOCKER} co 4", ("locker_no", "integer")),
+    ("text for a dateTime", 'meta.created gt "yesterday"', ("meta.created", "dateTime")),
+    ("a complex attribute as text", 'name eq "x"', ("name", "familyName")),
+    ("a value filter of a simple attribute", 'title[value eq "x"]', ("title", "complex")),
+    ("an order of null", "title gt null", ("title", "null")),
+    ("51 nested brackets", "(" * 51 + "title pr" + ")" * 51, ("50",)),
+    ("more than 8192 characters", 'title eq "' + "x" * 9000 + '"', ("8192",)),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("text, words", FILTER_TYPE_MISTAKES)
-def test_a_comparison_that_makes_no_sense_is_refused_by_name(
+@each_row("text, words", FILTER_TYPE_ERRORS)
+def test_comparison_of_the_wrong_type_names_the_attribute(
     scim: Scim, text: str, words: tuple[str, ...]
 ) -> None:
     answer = scim.call("POST", "/Users/.search", {"filter": text})
     assert_error(answer, 400, "invalidFilter", *words)
 
 
-MISTAKES = [  # sentence, filter, the column of its error
-    ("two dots", 'emails..value eq "x"', 7),
-    ("a dot before a bracket", 'emails.[type eq "work"]', 7),
-    ("a dot at the end", 'userName. eq "x"', 9),
-    ("two dots after a URN", f'{ENT}:manager..value eq "x"', 67),
-    ("three names", 'name.familyName.x eq "y"', 16),
-    ("a value filter in a value filter", 'emails[addresses[type eq "work"]]', 17),
-    ("one that exists", f'{ENT}[manager[value eq "x"]]', 67),
-    ("in round brackets", 'emails[(type[value eq "x"])]', 13),
-    ("nothing", "", 1),
+NO_INTEGER = [("a Boolean", "true"), ("text", '"x"'), ("text of a fraction", '"41.5"')]
+
+
+@each_row("literal", NO_INTEGER)
+def test_integer_attribute_compares_only_with_numbers(literal: str) -> None:
+    with pytest.raises(scim_server.ScimError, match="Integer") as caught:
+        scim_server.parse_filter(f"{LOCKER} eq {literal}", USER_TYPE)
+    assert caught.value.scim_type == "invalidFilter"
+
+
+# fmt: off
+EMPTY_NAMES = [  # name, path
+    ("between two dots", "emails..value"),
+    ("after the dot of a list", "emails."),
+    ("after the dot of a simple attribute", "title."),
+    ("between two dots after a URN", f"{MANAGER}..value"),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize(
-    "text, column", [row[1:] for row in MISTAKES], ids=[row[0] for row in MISTAKES]
-)
-def test_a_filter_without_meaning_is_refused_with_its_column(text: str, column: int) -> None:
-    with pytest.raises(scim_server.ScimError) as caught:
-        scim_server.parse_filter(text, USER_TYPE)
-    assert (caught.value.status, caught.value.scim_type) == (400, "invalidFilter")
-    assert f"column {column}:" in caught.value.detail
-
-
-@pytest.mark.parametrize("text", ["emails..value", "emails.", "title.", f"{ENT}:manager..value"])
-def test_a_path_with_an_empty_name_is_refused(text: str) -> None:
-    assert patched(USER_TYPE, {"userName": "tom"}, [put(text, "x")]) == "invalidPath"
-
-
-LOCKER = f"{FAC}:locker_no"
-
-
-@pytest.mark.parametrize("name", [f"{LOCKER} eq true", f'{LOCKER} eq "x"', f'{LOCKER} eq "41.5"'])
-def test_what_is_no_number_does_not_compare_with_an_integer(name: str) -> None:
-    with pytest.raises(scim_server.ScimError):
-        scim_server.parse_filter(name, USER_TYPE)
+@each_row("path", EMPTY_NAMES)
+def test_path_with_an_empty_name_is_refused(path: str) -> None:
+    assert patched(USER_TYPE, {"userName": "tom"}, [put(path, "x")]) == "invalidPath"
 
 
 # -- 4. Resources ----------------------------------------------------------------------------------
 
 
-ACCEPTED = [  # a body, what is stored of it beside userName and active
-    ({"title": None, "emails": [], "name": {}, "addresses": None}, {}),
-    ({"TITLE": "x", "Name": {"FAMILYNAME": "y"}}, {"title": "x", "name": {"familyName": "y"}}),
-    ({"nothing": 1, "department": None, "manager": None, "id": None, "groups": []}, {}),
-    ({"roles": [{"value": "x", "id": "1", "displayName": "foreign"}]}, {"roles": [{"value": "x"}]}),
-    (
-        {"roles": ['{"id":"1","value":"Planner"}']},
-        {"roles": [{"value": '{"id":"1","value":"Planner"}'}]},
-    ),
-    ({"emails": {"value": "x", "primary": "TRUE"}}, {"emails": [{"value": "x", "primary": True}]}),
-    (
-        {"emails": [{"value": "a", "primary": True}, {"value": "b", "primary": True}]},
-        {"emails": [{"value": "a", "primary": False}, {"value": "b", "primary": True}]},
-    ),
-    (
-        {"emails": [{"value": None, "type": "work"}, {"value": None}, None]},
-        {"emails": [{"type": "work"}]},
-    ),
-    (
-        {"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"},
-        {"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"},
-    ),
-    (
-        {"profileUrl": "no url", "timezone": "Mars/Phobos"},
-        {"profileUrl": "no url", "timezone": "Mars/Phobos"},
-    ),
-    (
-        {ENT: {"manager": "b0ss", "employeeNumber": "004417"}},
-        {ENT: {"manager": {"value": "b0ss"}, "employeeNumber": "004417"}},
-    ),
-    ({ENT: {"manager": {"managerId": "x"}, "department": None}}, {}),
-    ({ENT.lower(): {"Department": "D"}}, {ENT: {"department": "D"}}),
-    (
-        {FAC: {"union_code": "007", "locker_no": "42", "night_shift": "False"}},
-        {FAC: {"union_code": "007", "locker_no": 42, "night_shift": False}},
-    ),
-    ({FAC: {"LOCKER_NO": 0, "costcentre": "unknown"}}, {FAC: {"locker_no": 0}}),
-    ({FAC: {"locker_no": -9223372036854775808}}, {FAC: {"locker_no": -9223372036854775808}}),
-    ({"password": "secret"}, {}),
+# fmt: off
+ACCEPTED = [  # name, a body, what is stored of it in addition to userName and active
+    ("null and empty values are not stored",
+     {"title": None, "emails": [], "name": {}, "addresses": None}, {}),
+    ("names ignore case",
+     {"TITLE": "x", "Name": {"FAMILYNAME": "y"}}, {"title": "x", "name": {"familyName": "y"}}),
+    ("unknown and read-only attributes are ignored",
+     {"nothing": 1, "department": None, "manager": None, "id": None, "groups": []}, {}),
+    ("unknown parts of a value are ignored",
+     {"roles": [{"value": "x", "id": "1", "displayName": "foreign"}]}, {"roles": [{"value": "x"}]}),
+    ("text in a list is a value",
+     {"roles": ['{"id":"1","value":"Planner"}']},
+     {"roles": [{"value": '{"id":"1","value":"Planner"}'}]}),
+    ("one object stands for a list",
+     {"emails": {"value": "x", "primary": "TRUE"}}, {"emails": [{"value": "x", "primary": True}]}),
+    ("the last of two primary values stays primary",
+     {"emails": [{"value": "a", "primary": True}, {"value": "b", "primary": True}]},
+     {"emails": [{"value": "a", "primary": False}, {"value": "b", "primary": True}]}),
+    ("empty items of a list are not stored",
+     {"emails": [{"value": None, "type": "work"}, {"value": None}, None]},
+     {"emails": [{"type": "work"}]}),
+    ("a telephone number, a type and a locale are not checked",
+     {"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"},
+     {"phoneNumbers": [{"value": " 061/555 01-88 ", "type": "Wörk"}], "locale": "xx YY"}),
+    ("a URL and a time zone are not checked",
+     {"profileUrl": "no url", "timezone": "Mars/Phobos"},
+     {"profileUrl": "no url", "timezone": "Mars/Phobos"}),
+    ("text for the manager is its id",
+     {ENT: {"manager": "b0ss", "employeeNumber": "004417"}},
+     {ENT: {"manager": {"value": "b0ss"}, "employeeNumber": "004417"}}),
+    ("an extension without known values is not stored",
+     {ENT: {"manager": {"managerId": "x"}, "department": None}}, {}),
+    ("URNs ignore case", {ENT.lower(): {"Department": "D"}}, {ENT: {"department": "D"}}),
+    ("text is an Integer or a Boolean where one is declared",
+     {FAC: {"union_code": "007", "locker_no": "42", "night_shift": "False"}},
+     {FAC: {"union_code": "007", "locker_no": 42, "night_shift": False}}),
+    ("unknown custom fields are ignored",
+     {FAC: {"LOCKER_NO": 0, "costcentre": "unknown"}}, {FAC: {"locker_no": 0}}),
+    ("the lowest Integer has 64 bits",
+     {FAC: {"locker_no": -9223372036854775808}}, {FAC: {"locker_no": -9223372036854775808}}),
+    ("a password is not stored", {"password": "secret"}, {}),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("body, kept", ACCEPTED)
-def test_a_body_is_taken_as_identity_providers_send_it(
-    scim: Scim, body: Any, kept: dict[str, Any]
+@each_row("body, stored", ACCEPTED)
+def test_body_is_accepted_as_identity_providers_send_it(
+    scim: Scim, body: Any, stored: dict[str, Any]
 ) -> None:
     created = scim.create("/Users", userName="ada", **body)
-    assert created["schemas"] == [USER, *(urn for urn in (ENT, FAC) if urn in kept)]
-    rest = {
-        name: value
-        for name, value in created.items()
-        if name not in ("schemas", "id", "meta", "userName", "active")
-    }
-    assert rest == kept and created["active"] is True
+    assert created["schemas"] == [USER, *(urn for urn in (ENT, FAC) if urn in stored)]
+    others = created.keys() - {"schemas", "id", "meta", "userName", "active"}
+    assert {name: created[name] for name in others} == stored
+    assert created["active"] is True
     assert scim.get(f"/Users/{created['id']}") == created
 
 
-@pytest.mark.parametrize("text, expected", [("True", True), ("FALSE", False), (True, True)])
-def test_active_as_text_is_a_boolean(scim: Scim, text: Any, expected: bool) -> None:
-    assert scim.user("ada", active=text)["active"] is expected
+# fmt: off
+ACTIVE = [("True as text", "True", True), ("FALSE as text", "FALSE", False), ("true", True, True)]
+# fmt: on
+
+
+@each_row("sent, expected", ACTIVE)
+def test_text_for_active_becomes_a_boolean(scim: Scim, sent: Any, expected: bool) -> None:
+    assert scim.user("ada", active=sent)["active"] is expected
     assert scim.names(f"active eq {str(expected).lower()}") == ["ada"]
 
 
-REFUSED = [  # a body, the attribute and the words of its error
-    ({}, ("userName",)),
-    ({"userName": " "}, ("userName",)),
-    ({"userName": 7}, ("userName", "String", "7")),
-    ({"userName": "x", "active": "maybe"}, ("active", "Boolean", '"maybe"')),
-    ({"userName": "x", "active": 1}, ("active", "Boolean")),
-    ({"userName": "x", "name": "Ada"}, ("name", "object")),
-    ({"userName": "x", "emails": [{"value": 1}]}, ("emails.value", "String")),
-    ({"userName": "x", "emails": [[]]}, ("emails",)),
-    ({"userName": "x", "title": ["a"]}, ("title", "String")),
-    ({"userName": "x", "Title": "a", "title": "b"}, ("title", "twice")),
-    ({"userName": "x", FAC: {"locker_no": "A7"}}, (FAC + ":locker_no", "Integer", '"A7"')),
-    ({"userName": "x", FAC: {"locker_no": 1.5}}, ("locker_no", "Integer", "1.5")),
-    ({"userName": "x", FAC: {"locker_no": True}}, ("locker_no", "Integer", "true")),
-    ({"userName": "x", FAC: {"locker_no": 2**63}}, ("locker_no", "64")),
-    ({"userName": "x", FAC: {"night_shift": 0}}, ("night_shift", "Boolean")),
-    ({"userName": "x", FAC: {"union_code": 7}}, ("union_code", "String", "7")),
-    ({"userName": "x", FAC: {"union_code": {"a": 1}}}, ("union_code", "String")),
-    ({"userName": "x", FAC: "U7"}, ("facilio", "object")),
+# fmt: off
+REFUSED = [  # name, a body, words of the error
+    ("no userName", {}, ("userName",)),
+    ("a blank userName", {"userName": " "}, ("userName",)),
+    ("a number for a String", {"userName": 7}, ("userName", "String", "7")),
+    ("text for a Boolean", {"userName": "x", "active": "maybe"}, ("active", "Boolean", '"maybe"')),
+    ("a number for a Boolean", {"userName": "x", "active": 1}, ("active", "Boolean")),
+    ("text for a complex attribute", {"userName": "x", "name": "Ada"}, ("name", "object")),
+    ("a number in a list", {"userName": "x", "emails": [{"value": 1}]}, ("emails.value", "String")),
+    ("a list in a list", {"userName": "x", "emails": [[]]}, ("emails",)),
+    ("a list for a String", {"userName": "x", "title": ["a"]}, ("title", "String")),
+    ("an attribute in two spellings",
+     {"userName": "x", "Title": "a", "title": "b"}, ("title", "twice")),
+    ("text for an Integer",
+     {"userName": "x", FAC: {"locker_no": "A7"}}, (LOCKER, "Integer", '"A7"')),
+    ("a fraction for an Integer",
+     {"userName": "x", FAC: {"locker_no": 1.5}}, ("locker_no", "Integer", "1.5")),
+    ("a Boolean for an Integer",
+     {"userName": "x", FAC: {"locker_no": True}}, ("locker_no", "Integer", "true")),
+    ("an Integer of 65 bits", {"userName": "x", FAC: {"locker_no": 2**63}}, ("locker_no", "64")),
+    ("a number for a Boolean custom field",
+     {"userName": "x", FAC: {"night_shift": 0}}, ("night_shift", "Boolean")),
+    ("a number for a String custom field",
+     {"userName": "x", FAC: {"union_code": 7}}, ("union_code", "String", "7")),
+    ("an object for a String custom field",
+     {"userName": "x", FAC: {"union_code": {"a": 1}}}, ("union_code", "String")),
+    ("text for an extension", {"userName": "x", FAC: "U7"}, ("facilio", "object")),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("body, words", REFUSED)
-def test_a_wrong_value_is_refused_by_name_and_leaves_nothing(
+@each_row("body, words", REFUSED)
+def test_wrong_value_is_refused_by_name_and_nothing_stored(
     scim: Scim, body: Any, words: tuple[str, ...]
 ) -> None:
     assert_error(scim.call("POST", "/Users", body), 400, "invalidValue", *words)
     assert scim.get("/Users")["totalResults"] == 0
 
 
-def test_schemas_of_other_makers_are_neither_refused_nor_echoed(scim: Scim) -> None:
-    foreign = [
+def test_unknown_schemas_are_accepted_and_not_returned(scim: Scim) -> None:
+    unknown = [
         "http://schemas.microsoft.com/2006/11/ResourceManagement/ADSCIM/2.0/Group",
         "urn:ietf:params:scim:schemas:extension:enterprise:2.0User",
         "urn:scim:schemas:core:1.0",
     ]
-    assert scim.user("ada", schemas=[USER, *foreign])["schemas"] == [USER]
-    assert scim.create("/Groups", displayName="Crew", schemas=foreign)["schemas"] == [GROUP]
+    assert scim.user("ada", schemas=[USER, *unknown])["schemas"] == [USER]
+    assert scim.create("/Groups", displayName="Crew", schemas=unknown)["schemas"] == [GROUP]
 
 
-PROJECTIONS = [  # parameters, the names that are left beside schemas and id
-    ({"attributes": "userName"}, {"userName"}),
-    ({"attributes": "USERNAME,name.familyName"}, {"userName", "name"}),
-    ({"attributes": f"{ENT}:department"}, {ENT}),
-    ({"attributes": f"{USER}:title"}, {"title"}),
-    ({"attributes": "id"}, set()),
-    ({"attributes": "password,nothing"}, set()),
-    ({"attributes": "emails.value"}, {"emails"}),
-    ({"excludedAttributes": "emails,name,meta,active"}, {"userName", "title", ENT}),
-    (
-        {"excludedAttributes": f"id,schemas,{ENT},meta,emails.type,title"},
-        {"userName", "name", "emails", "active"},
-    ),
+# fmt: off
+PROJECTIONS = [  # name, parameters, the names that are returned in addition to schemas and id
+    ("one attribute", {"attributes": "userName"}, {"userName"}),
+    ("names ignore case", {"attributes": "USERNAME,name.familyName"}, {"userName", "name"}),
+    ("an attribute of an extension", {"attributes": f"{ENT}:department"}, {ENT}),
+    ("an attribute with the core URN", {"attributes": f"{USER}:title"}, {"title"}),
+    ("the id is always returned", {"attributes": "id"}, set()),
+    ("a password is never returned", {"attributes": "password,nothing"}, set()),
+    ("a part of each value", {"attributes": "emails.value"}, {"emails"}),
+    ("excluded attributes",
+     {"excludedAttributes": "emails,name,meta,active"}, {"userName", "title", ENT}),
+    ("excluded parts and extensions",
+     {"excludedAttributes": f"id,schemas,{ENT},meta,emails.type,title"},
+     {"userName", "name", "emails", "active"}),
 ]
+# fmt: on
 
 
-@pytest.fixture(params=["http", "wsgi"])
-def either(request: Any, tmp_path: Path) -> Iterator[Scim]:
-    """The client of the tenant acme, by the built-in server and by WSGI."""
-    if request.param == "http":
-        with serving(tmp_path) as server:
-            yield Scim(server.url, "acme-secret")
-    else:
-        application = scim_server.wsgi({**CONFIG, "data_dir": str(tmp_path)})
-        with mounted(application) as url:
-            yield Scim(url, "acme-secret")
-        application.application.close()
-
-
-@pytest.mark.parametrize("parameters, left", PROJECTIONS)
-def test_a_client_sees_the_attributes_it_asks_for_on_every_method(
-    either: Scim, parameters: dict[str, str], left: set[str]
+@each_row("parameters, names", PROJECTIONS)
+def test_attributes_are_selected_on_every_method(
+    either: Scim, parameters: dict[str, str], names: set[str]
 ) -> None:
     scim = either
     query = "?" + "&".join(f"{name}={value}" for name, value in parameters.items())
@@ -760,26 +733,25 @@ def test_a_client_sees_the_attributes_it_asks_for_on_every_method(
         "emails": [{"value": "b"}, {"value": "a"}],
         ENT: {"department": "D", "division": "V"},
     }
-    created = scim.call("POST", "/Users" + query, body)
-    path = f"/Users/{created.json()['id']}{query}"
+    created = scim.call("POST", "/Users" + query, body).json()
+    path = f"/Users/{created['id']}{query}"
     answers = [
-        created.json(),
+        created,
         scim.call("GET", path).json(),
         scim.call("PUT", path, body).json(),
         scim.patch(path, {"op": "add", "path": "title", "value": "E"}),
         scim.call("GET", f"/Users{query}").json()["Resources"][0],
         scim.call("POST", "/Users/.search", parameters).json()["Resources"][0],
     ]
-    assert [set(one) - {"id", "schemas"} for one in answers] == [left] * 6
-    for one in answers:
-        assert {"id", "schemas"} <= one.keys()
-        assert set(one.get("name", {})) <= {"familyName"} or "attributes" not in parameters
-        assert set(one.get(ENT, {})) <= {"department"} or "attributes" not in parameters
-        assert [mail["value"] for mail in one.get("emails", [])] in ([], ["b", "a"])
+    for user in answers:
+        assert user.keys() == names | {"id", "schemas"}
+        assert set(user.get("name", {})) <= {"familyName"} or "attributes" not in parameters
+        assert set(user.get(ENT, {})) <= {"department"} or "attributes" not in parameters
+        assert [mail["value"] for mail in user.get("emails", [])] in ([], ["b", "a"])
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:
+def test_empty_text_in_a_body_clears_what_is_no_string(scim: Scim, method: str) -> None:
     body = {
         "userName": "ada",
         "profileUrl": "",
@@ -789,420 +761,783 @@ def test_a_body_clears_with_empty_text_too(scim: Scim, method: str) -> None:
         ENT: {"manager": "", "department": "D"},
         FAC: {"locker_no": "", "night_shift": "", "union_code": ""},
     }
-    full = {FAC: {"locker_no": 1, "night_shift": True}, "name": NAME}
-    path = (
-        "/Users"
-        if method == "POST"
-        else f"/Users/{scim.create('/Users', userName='ada', **full)['id']}"
-    )
-    found = scim.call(method, path, body).json()
-    assert found[FAC] == {"union_code": ""} and found[ENT] == {"department": "D"}
-    assert found["emails"] == [{"value": "h@x"}] and found["active"] is True
-    assert found.keys().isdisjoint({"profileUrl", "name", "addresses"})
+    path = "/Users"
+    if method == "PUT":
+        before = {FAC: {"locker_no": 1, "night_shift": True}, "name": NAME}
+        path += f"/{scim.user('ada', **before)['id']}"
+    user = scim.call(method, path, body).json()
+    assert user[FAC] == {"union_code": ""} and user[ENT] == {"department": "D"}
+    assert user["emails"] == [{"value": "h@x"}] and user["active"] is True
+    assert user.keys().isdisjoint({"profileUrl", "name", "addresses"})
 
 
 # -- 5. PATCH --------------------------------------------------------------------------------------
 
 
-WORK, HOME = {"type": "work", "value": "w"}, {"type": "home", "value": "h", "primary": True}
-
-
-PATCHES = [  # before, operations, after or the scimType of the error
-    ({"name": {"familyName": "A"}}, [put('name[familyName eq "B"].givenName', "x")], "noTarget"),
-    # one value
-    ({}, [add("nickName", "Tom")], {"nickName": "Tom"}),
-    ({"nickName": "x"}, [add("nickName", "Tom")], {"nickName": "Tom"}),
-    ({}, [put("NICKNAME", "Tom")], {"nickName": "Tom"}),
-    ({"nickName": "x"}, [remove("nickName")], {}),
-    ({}, [remove("nickName")], {}),
-    ({"nickName": "x"}, [put("nickName", None)], {}),
-    ({"title": "x"}, [remove("title"), add("title", "y"), put("title", "z")], {"title": "z"}),
-    ({}, [put("active", "False")], {"active": False}),
-    ({}, [put("active", "nope")], "invalidValue"),
-    ({}, [put("userName", "")], "invalidValue"),
-    ({}, [remove("userName")], "mutability"),
-    ({}, [put("id", "x")], "mutability"),
-    ({}, [put("groups", [])], "mutability"),
-    ({}, [put("meta.created", "x")], "mutability"),
-    ({}, [add("nothing", "x")], "invalidPath"),
-    ({}, [add("title[x eq 1]", "x")], "invalidFilter"),
-    ({}, [add('emails[type eq "work"].nothing', "x")], "invalidPath"),
-    ({}, [add('emails[type eq "work"', "x")], "invalidFilter"),
-    ({}, [{"op": "remove"}], "noTarget"),
-    ({}, [{"op": "burn", "path": "title"}], "invalidSyntax"),
-    ({}, [{"path": "title", "value": "x"}], "invalidSyntax"),
-    ({}, [{"op": "add", "path": "title"}], "invalidValue"),
-    ({}, [{"op": "add", "path": 7, "value": "x"}], "invalidPath"),
-    ({}, ["add"], "invalidSyntax"),
-    ({}, [{"OP": "ADD", "Path": "title", "VALUE": "x", "name": "addMember"}], {"title": "x"}),
-    ({}, [put("password", "secret")], {}),
-    # complex
-    (
-        {"name": {"givenName": "T"}},
-        [add("name", {"familyName": "W"})],
-        {"name": {"givenName": "T", "familyName": "W"}},
-    ),
-    (
-        {"name": {"givenName": "T"}},
-        [put("name", {"familyName": "W"})],
-        {"name": {"givenName": "T", "familyName": "W"}},
-    ),
-    (
-        {"name": {"givenName": "T"}},
-        [put("NAME.FamilyName", "W")],
-        {"name": {"givenName": "T", "familyName": "W"}},
-    ),
-    ({"name": {"givenName": "T"}}, [remove("name.givenName")], {}),
-    ({}, [put(f"{USER}:name.givenName", "T")], {"name": {"givenName": "T"}}),
-    # multi-valued, by filter
-    ({}, [add('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
-    ({}, [put('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
-    ({"emails": [HOME]}, [put('emails[type eq "work"].value', "w")], {"emails": [HOME, WORK]}),
-    (
-        {"emails": [HOME, {**WORK, "value": "old"}]},
-        [put('Emails[Type EQ "WORK"].Value', "w")],
-        {"emails": [HOME, WORK]},
-    ),
-    (
-        {},
-        [
-            add('addresses[type eq "work"].locality', "B"),
-            add('addresses[type eq "work"].country', "CH"),
-            add('addresses[type eq "work"].Formatted', "F"),
-        ],
-        {"addresses": [{"type": "work", "locality": "B", "country": "CH", "formatted": "F"}]},
-    ),
-    (
-        {},
-        [add('emails[type eq "work"].value', "w"), add('emails[type eq "work"].display', "d")],
-        {"emails": [{**WORK, "display": "d"}]},
-    ),
-    (
-        {"emails": [HOME, WORK]},
-        [put('emails[type eq "work"].primary', "True")],
-        {"emails": [{**HOME, "primary": False}, {**WORK, "primary": True}]},
-    ),
-    (
-        {},
-        [put('roles[primary eq "True"].value', "Planner")],
-        {"roles": [{"primary": True, "value": "Planner"}]},
-    ),
-    (
-        {"roles": [{"primary": True, "value": "x"}]},
-        [put('roles[primary eq "True"].value', "y")],
-        {"roles": [{"primary": True, "value": "y"}]},
-    ),
-    ({"emails": [HOME, WORK]}, [remove('emails[type eq "work"]')], {"emails": [HOME]}),
-    ({"emails": [WORK]}, [remove('emails[type eq "work"]')], {}),
-    ({"emails": [WORK]}, [add('emails[type eq "work"]', None)], {"emails": [WORK]}),
-    ({"emails": [WORK]}, [put('emails[type eq "work"]', None)], {}),
-    ({"emails": [HOME]}, [remove('emails[type eq "work"].value')], {"emails": [HOME]}),
-    (
-        {"emails": [HOME, WORK]},
-        [put('emails[type eq "work"]', {"value": "n"})],
-        {"emails": [HOME, {"type": "work", "value": "n"}]},
-    ),
-    ({}, [put('emails[type ne "work"].value', "x")], "noTarget"),
-    ({}, [put('emails[type eq "work" and value eq "old"].value', "x")], "noTarget"),
-    ({}, [put('addresses[primary eq "True"].primary', False)], "noTarget"),
-    ({"emails": [WORK]}, [put('emails[typ eq "work"].value', "x")], "invalidPath"),
-    ({"emails": [WORK]}, [remove("emails[not (typ pr)]")], "invalidPath"),
-    (
-        {},
-        [add('emails[type eq "work"]', {"Type": "WORK", "Value": "w"})],
-        {"emails": [{**WORK, "type": "WORK"}]},
-    ),
-    ({"title": "x", "name": {"givenName": "T"}}, [put("title", []), put("name", [])], {}),
-    ({FAC: {"locker_no": 1}}, [put(f"{FAC}:locker_no", [])], "invalidValue"),
-    (
-        {},
-        [add('emails[type eq "work" and primary eq true].value', "w")],
-        {"emails": [{**WORK, "primary": True}]},
-    ),
-    # multi-valued, as a whole
-    ({"emails": [HOME]}, [add("emails", [WORK])], {"emails": [HOME, WORK]}),
-    ({"emails": [WORK]}, [add("emails", [WORK])], {"emails": [WORK]}),
-    ({"emails": [HOME]}, [put("emails", [WORK])], {"emails": [WORK]}),
-    ({"emails": [HOME]}, [put("emails", [])], {}),
-    ({"emails": [HOME, WORK]}, [remove("emails")], {}),
-    ({"emails": [HOME, WORK]}, [remove("emails", [WORK])], {"emails": [HOME]}),
-    ({"emails": [HOME, WORK]}, [remove("emails", [{"primary": True}])], {"emails": [HOME, WORK]}),
-    (
-        {"emails": [HOME, WORK]},
-        [remove("emails", [{"nothing": "x", "primary": False}])],
-        {"emails": [HOME, WORK]},
-    ),
-    (
-        {"emails": [{**WORK, "display": "d"}]},
-        [add("emails", [{**WORK, "primary": True}])],
-        {"emails": [{**WORK, "display": "d", "primary": True}]},
-    ),
-    (
-        {"emails": [WORK]},
-        [add("emails", [{**WORK, "type": "home"}])],
-        {"emails": [WORK, {**WORK, "type": "home"}]},
-    ),
-    (
-        {"roles": [{"value": "x"}]},
-        [add("roles", ['{"id":"1","value":"Planner"}'])],
-        {"roles": [{"value": "x"}, {"value": '{"id":"1","value":"Planner"}'}]},
-    ),
-    # without path
-    (
-        {"name": {"givenName": "T"}},
-        [
-            pathless(
-                {
-                    "displayName": "TW",
-                    "name.familyName": "W",
-                    f"{ENT}:department": "E",
-                    f"{FAC}:union_code": "U9",
-                }
-            )
-        ],
-        {
-            "displayName": "TW",
-            "name": {"givenName": "T", "familyName": "W"},
-            ENT: {"department": "E"},
-            FAC: {"union_code": "U9"},
-        },
-    ),
-    (
-        {"name": {"givenName": "T"}},
-        [pathless({"name": {"familyName": "W"}})],
-        {"name": {"givenName": "T", "familyName": "W"}},
-    ),
-    (
-        {ENT: {"division": "D"}},
-        [pathless({ENT: {"department": "E"}}, "Add")],
-        {ENT: {"division": "D", "department": "E"}},
-    ),
-    (
-        {},
-        [pathless({"id": "x", "schemas": [], "meta": {}, "nothing": 1, "active": "False"})],
-        {"active": False},
-    ),
-    ({}, [pathless({'emails[type eq "work"].value': "w"}, "add")], {"emails": [WORK]}),
-    ({}, [pathless({USER: {"title": "x"}})], {"title": "x"}),
-    ({}, [pathless({f"{FAC}:costcenter": "x"})], "invalidPath"),
-    ({}, [pathless("x")], "invalidValue"),
-    # extensions
-    ({}, [add(f"{FAC}:locker_no", "318")], {FAC: {"locker_no": 318}}),
-    (
-        {FAC: {"locker_no": 1, "union_code": "U7"}},
-        [remove(f"{FAC}:locker_no")],
-        {FAC: {"union_code": "U7"}},
-    ),
-    ({FAC: {"locker_no": 1}}, [remove(f"{FAC}:locker_no")], {}),
-    ({FAC: {"locker_no": 1}}, [remove(FAC)], {}),
-    ({FAC: {"locker_no": 1}}, [put(FAC, {"union_code": "U7"})], {FAC: {"union_code": "U7"}}),
-    (
-        {FAC: {"locker_no": 1}},
-        [add(FAC, {"union_code": "U7"})],
-        {FAC: {"locker_no": 1, "union_code": "U7"}},
-    ),
-    ({}, [put(f"{FAC}.night_shift", "True")], {FAC: {"night_shift": True}}),
-    ({}, [put(f"{FAC}:night_shift", 1)], "invalidValue"),
-    ({}, [put(f"{FAC}:costcenter", "x")], "invalidPath"),
-    # manager
-    ({}, [add(f"{ENT}:manager", "b0ss")], {ENT: {"manager": {"value": "b0ss"}}}),
-    ({}, [put(f"{ENT}:manager", {"value": "b0ss"})], {ENT: {"manager": {"value": "b0ss"}}}),
-    (
-        {},
-        [add("manager", [{"$ref": "http://x/b0ss", "value": "b0ss"}])],
-        {ENT: {"manager": {"value": "b0ss", "$ref": "http://x/b0ss"}}},
-    ),
-    ({}, [put(f"{ENT}:manager.value", "b0ss")], {ENT: {"manager": {"value": "b0ss"}}}),
-    ({}, [pathless({f"{ENT}:manager": "b0ss"}, "add")], {ENT: {"manager": {"value": "b0ss"}}}),
-    ({ENT: {"manager": {"value": "x"}}}, [remove(f"{ENT}:manager")], {}),
-    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", "")], {}),
-    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", {"value": ""})], {}),
-    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", {"Value": ""})], {}),
-    ({ENT: {"manager": {"value": "x", "displayName": "X"}}}, [put(f"{ENT}:manager.value", "")], {}),
-    (
-        {ENT: {"manager": {"value": "x", "displayName": "X"}}},
-        [put(f"{ENT}:manager.value", None)],
-        {},
-    ),
-    ({ENT: {"manager": {"value": "x", "displayName": "X"}}}, [remove(f"{ENT}:manager.value")], {}),
-    (
-        {ENT: {"manager": {"value": "x", "displayName": "X"}}},
-        [put(f"{ENT}:manager.value", "y")],
-        {ENT: {"manager": {"value": "y"}}},
-    ),
-    ({ENT: {"manager": {"value": "x"}}}, [put(f"{ENT}:manager", [])], {}),
-]
-
-
-@pytest.mark.parametrize("before, operations, after", PATCHES)
-def test_a_patch_does_what_entra_means(before: Any, operations: Any, after: Any) -> None:
-    resource = scim_server.canonical(USER_TYPE, {"userName": "tom", **before})
+def patched(resource_type: Any, before: Any, operations: Any) -> Any:
+    """Return a resource after a PATCH, without schemas, or the scimType of the error."""
+    resource = scim_server.canonical(resource_type, before)
     original = json.dumps(resource)
     try:
-        parsed = scim_server.parse_operations(USER_TYPE, {"Operations": operations})
-        patched = scim_server.apply_patch(USER_TYPE, resource, parsed)
+        parsed = scim_server.parse_operations(resource_type, {"Operations": operations})
+        after = scim_server.apply_patch(resource_type, resource, parsed)
     except scim_server.ScimError as error:
-        assert (error.status, error.scim_type) == (400, after), error.detail
-    else:
-        schemas = [USER, *(urn for urn in (ENT, FAC) if urn in after)]
-        assert patched == {"schemas": schemas, "userName": "tom", **after}
-    assert json.dumps(resource) == original
+        assert error.status == 400
+        return error.scim_type
+    finally:
+        assert json.dumps(resource) == original
+    extensions = [urn for urn in (ENT, FAC) if urn in after]
+    assert after["schemas"] == [USER if resource_type is USER_TYPE else GROUP, *extensions]
+    return {name: value for name, value in after.items() if name != "schemas"}
 
 
-def test_an_unknown_custom_field_in_a_path_carries_the_names_of_those_that_exist() -> None:
-    for operation in (put(f"{FAC}:costcenter", "x"), pathless({f"{FAC}:costcenter": "x"})):
-        with pytest.raises(scim_server.ScimError) as caught:
-            scim_server.parse_operations(USER_TYPE, {"Operations": [operation]})
-        key, name, known_names = caught.value.reason
-        assert (key, name) == ("link_name", "costcenter")
-        assert known_names.split(", ") == ["union_code", "locker_no", "night_shift"]
+def check_patch(before: Any, operations: Any, after: Any) -> None:
+    """Check a user after a PATCH; before and after are without userName and schemas."""
+    expected = {"userName": "tom", **after} if isinstance(after, dict) else after
+    assert patched(USER_TYPE, {"userName": "tom", **before}, operations) == expected
 
 
-SENT = [  # name, resource type, an operation, what the client sent for each operation
-    ("text for a Boolean", "User", put("active", "True"), ["True"]),
-    ("an object that is merged", "User", pathless({"active": "True", "title": "x"}), ["True", "x"]),
-    ("a remove without value", "User", remove("title"), [None]),
-    ("a list", "Group", add("members", [{"value": "a"}]), [[{"value": "a"}]]),
-    ("a member in the path", "Group", remove('members[value eq "a"]'), [[{"value": "a"}]]),
+# fmt: off
+SIMPLE_PATCHES = [  # name, before, operations, after
+    ("add sets a value", {}, [add("nickName", "Tom")], {"nickName": "Tom"}),
+    ("add replaces a value", {"nickName": "x"}, [add("nickName", "Tom")], {"nickName": "Tom"}),
+    ("replace sets a value, names ignore case", {}, [put("NICKNAME", "Tom")], {"nickName": "Tom"}),
+    ("remove clears a value", {"nickName": "x"}, [remove("nickName")], {}),
+    ("remove without a value to remove", {}, [remove("nickName")], {}),
+    ("null clears a value", {"nickName": "x"}, [put("nickName", None)], {}),
+    ("operations are done in order",
+     {"title": "x"}, [remove("title"), add("title", "y"), put("title", "z")], {"title": "z"}),
+    ("no operation", {"title": "x"}, [], {"title": "x"}),
+    ("text for a Boolean", {}, [put("active", "False")], {"active": False}),
+    ("op, path and value ignore case, other keys are ignored",
+     {}, [{"OP": "ADD", "Path": "title", "VALUE": "x", "name": "addMember"}], {"title": "x"}),
+    ("a password is not stored", {}, [put("password", "secret")], {}),
+    ("an empty list clears simple and complex attributes",
+     {"title": "x", "name": {"givenName": "T"}}, [put("title", []), put("name", [])], {}),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("name, type, operation, sent", SENT, ids=[row[0] for row in SENT])
-def test_an_operation_keeps_what_the_client_sent(
-    name: str, type: str, operation: Any, sent: Any
+@each_row("before, operations, after", SIMPLE_PATCHES)
+def test_patch_sets_or_clears_a_simple_attribute(before: Any, operations: Any, after: Any) -> None:
+    check_patch(before, operations, after)
+
+
+WORK, HOME = {"type": "work", "value": "w"}, {"type": "home", "value": "h", "primary": True}
+WORK_MAIL = {"type": "work", "value": "h@x", "primary": True}
+
+
+# fmt: off
+PATCH_ERRORS = [  # name, before, operations, scimType
+    ("text that is no Boolean", {}, [put("active", "nope")], "invalidValue"),
+    ("an empty userName", {}, [put("userName", "")], "invalidValue"),
+    ("remove of userName", {}, [remove("userName")], "mutability"),
+    ("the id", {}, [put("id", "x")], "mutability"),
+    ("the groups of a user", {}, [put("groups", [])], "mutability"),
+    ("the time of creation", {}, [put("meta.created", "x")], "mutability"),
+    ("an unknown attribute", {}, [add("nothing", "x")], "invalidPath"),
+    ("a filter on a simple attribute", {}, [add("title[x eq 1]", "x")], "invalidFilter"),
+    ("an unknown sub-attribute",
+     {}, [add('emails[type eq "work"].nothing', "x")], "invalidPath"),
+    ("a filter without its closing bracket",
+     {}, [add('emails[type eq "work"', "x")], "invalidFilter"),
+    ("an unknown name in a filter",
+     {"emails": [WORK]}, [put('emails[typ eq "work"].value', "x")], "invalidPath"),
+    ("an unknown name in a negated filter",
+     {"emails": [WORK]}, [remove("emails[not (typ pr)]")], "invalidPath"),
+    ("a filter that does not select the complex value",
+     {"name": {"familyName": "A"}}, [put('name[familyName eq "B"].givenName', "x")], "noTarget"),
+    ("remove without a path", {}, [{"op": "remove"}], "noTarget"),
+    ("an unknown op", {}, [{"op": "burn", "path": "title"}], "invalidSyntax"),
+    ("an operation without op", {}, [{"path": "title", "value": "x"}], "invalidSyntax"),
+    ("add without a value", {}, [{"op": "add", "path": "title"}], "invalidValue"),
+    ("a number for a path", {}, [{"op": "add", "path": 7, "value": "x"}], "invalidPath"),
+    ("text for an operation", {}, ["add"], "invalidSyntax"),
+    ("text without a path", {}, [pathless("x")], "invalidValue"),
+    ("an unknown custom field", {}, [put(f"{FAC}:costcenter", "x")], "invalidPath"),
+    ("an unknown custom field without a path",
+     {}, [pathless({f"{FAC}:costcenter": "x"})], "invalidPath"),
+    ("a number for a Boolean", {}, [put(f"{FAC}:night_shift", 1)], "invalidValue"),
+    ("an empty list for an Integer", {FAC: {"locker_no": 1}}, [put(LOCKER, [])], "invalidValue"),
+    ("text for an address",
+     {"addresses": [{"type": "work"}]}, [put('addresses[type eq "work"]', "x")], "invalidValue"),
+    ("a number for an e-mail",
+     {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', 7)], "invalidValue"),
+]
+# fmt: on
+
+
+@each_row("before, operations, scim_type", PATCH_ERRORS)
+def test_invalid_patch_is_refused(before: Any, operations: Any, scim_type: str) -> None:
+    check_patch(before, operations, scim_type)
+
+
+GIVEN, FULL = {"name": {"givenName": "T"}}, {"name": {"givenName": "T", "familyName": "W"}}
+ADA, EDA = {"name": NAME}, {"name": {**NAME, "givenName": "Eda"}}
+UNFORMATTED = {"name": {"givenName": "Ada", "familyName": "Quill"}}
+
+
+# fmt: off
+COMPLEX_PATCHES = [  # name, before, operations, after
+    ("add of a part", GIVEN, [add("name", {"familyName": "W"})], FULL),
+    ("replace of a part", GIVEN, [put("name", {"familyName": "W"})], FULL),
+    ("a part without a path", GIVEN, [pathless({"name": {"familyName": "W"}})], FULL),
+    ("the path of a part", GIVEN, [put("NAME.FamilyName", "W")], FULL),
+    ("the path of a part with the core URN", {}, [put(f"{USER}:name.givenName", "T")], GIVEN),
+    ("remove of the only part", GIVEN, [remove("name.givenName")], {}),
+    ("add of one of three parts", ADA, [add("name", {"givenName": "Eda"})], EDA),
+    ("replace of one of three parts", ADA, [put("name", {"givenName": "Eda"})], EDA),
+    ("the core URN in front", ADA, [put(f"{USER}:name", {"GIVENNAME": "Eda"})], EDA),
+    ("one of three parts without a path", ADA, [pathless({"name": {"givenName": "Eda"}})], EDA),
+    ("one of three parts below the core URN",
+     ADA, [pathless({USER: {"name": {"givenName": "Eda"}}})], EDA),
+    ("one of three parts by filter",
+     ADA, [put('name[familyName eq "quill"]', {"givenName": "Eda"})], EDA),
+    ("replace with null for a part", ADA, [put("name", {"formatted": None})], UNFORMATTED),
+    ("add of null for a part", ADA, [add("name", {"formatted": None})], UNFORMATTED),
+    ("null for a part without a path", ADA, [pathless({"name": {"formatted": None}})], UNFORMATTED),
+    ("null for a part, its path as a name",
+     ADA, [pathless({"name.formatted": None}, "add")], UNFORMATTED),
+    ("null for the only part", GIVEN, [put("name", {"givenName": None})], {}),
+    ("null for the whole", ADA, [put("name", None)], {}),
+    ("an empty object changes nothing", ADA, [put("name", {})], ADA),
+    ("unknown names change nothing", ADA, [put("name", {"nothing": "x"})], ADA),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", COMPLEX_PATCHES)
+def test_patch_keeps_the_parts_that_it_does_not_name(
+    before: Any, operations: Any, after: Any
 ) -> None:
-    parsed = scim_server.parse_operations(
-        {"User": USER_TYPE, "Group": GROUP_TYPE}[type], {"Operations": [operation]}
-    )
-    assert [step.sent for step in parsed] == sent
+    check_patch(before, operations, after)
 
 
-def test_operations_that_become_one_keep_what_the_client_sent_for_each() -> None:
-    sent = [add("members", {"value": "a"}), add("members", ["b", {"value": "c"}])]
-    (merged,) = scim_server.parse_operations(GROUP_TYPE, {"Operations": sent})
+# fmt: off
+LIST_PATCHES = [  # name, before, operations, after
+    ("add appends", {"emails": [HOME]}, [add("emails", [WORK])], {"emails": [HOME, WORK]}),
+    ("add of a value that exists", {"emails": [WORK]}, [add("emails", [WORK])], {"emails": [WORK]}),
+    ("replace", {"emails": [HOME]}, [put("emails", [WORK])], {"emails": [WORK]}),
+    ("replace with an empty list", {"emails": [HOME]}, [put("emails", [])], {}),
+    ("remove", {"emails": [HOME, WORK]}, [remove("emails")], {}),
+    ("remove of one value",
+     {"emails": [HOME, WORK]}, [remove("emails", [WORK])], {"emails": [HOME]}),
+    ("remove of what has nothing but primary",
+     {"emails": [HOME, WORK]}, [remove("emails", [{"primary": True}])], {"emails": [HOME, WORK]}),
+    ("remove of what has nothing but unknown names",
+     {"emails": [HOME, WORK]},
+     [remove("emails", [{"nothing": "x", "primary": False}])], {"emails": [HOME, WORK]}),
+    ("add of a value that exists, with primary",
+     {"emails": [{**WORK, "display": "d"}]},
+     [add("emails", [{**WORK, "primary": True}])],
+     {"emails": [{**WORK, "display": "d", "primary": True}]}),
+    ("add of a value with another type",
+     {"emails": [WORK]},
+     [add("emails", [{**WORK, "type": "home"}])], {"emails": [WORK, {**WORK, "type": "home"}]}),
+    ("add of JSON text is a value",
+     {"roles": [{"value": "x"}]},
+     [add("roles", ['{"id":"1","value":"Planner"}'])],
+     {"roles": [{"value": "x"}, {"value": '{"id":"1","value":"Planner"}'}]}),
+    ("the value added last stays primary",
+     {"roles": [{"value": "a"}]},
+     [add("roles", [{"value": "b", "primary": True}]),
+      add("roles", [{"value": "a", "primary": True}])],
+     {"roles": [{"value": "a", "primary": True}, {"value": "b", "primary": False}]}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", LIST_PATCHES)
+def test_patch_adds_and_removes_values_of_a_list(before: Any, operations: Any, after: Any) -> None:
+    check_patch(before, operations, after)
+
+
+# fmt: off
+SELECTED = [  # name, before, operations, after
+    ("replace of a part of the selected value, names and values ignore case",
+     {"emails": [HOME, {**WORK, "value": "old"}]},
+     [put('Emails[Type EQ "WORK"].Value', "w")], {"emails": [HOME, WORK]}),
+    ("the selected value becomes the only primary one",
+     {"emails": [HOME, WORK]},
+     [put('emails[type eq "work"].primary', "True")],
+     {"emails": [{**HOME, "primary": False}, {**WORK, "primary": True}]}),
+    ("a part of the primary value",
+     {"roles": [{"primary": True, "value": "x"}]},
+     [put('roles[primary eq "True"].value', "y")], {"roles": [{"primary": True, "value": "y"}]}),
+    ("remove of the selected value",
+     {"emails": [HOME, WORK]}, [remove('emails[type eq "work"]')], {"emails": [HOME]}),
+    ("remove of the only value", {"emails": [WORK]}, [remove('emails[type eq "work"]')], {}),
+    ("remove of a part where nothing is selected",
+     {"emails": [HOME]}, [remove('emails[type eq "work"].value')], {"emails": [HOME]}),
+    ("add of null changes nothing",
+     {"emails": [WORK]}, [add('emails[type eq "work"]', None)], {"emails": [WORK]}),
+    ("replace with null removes", {"emails": [WORK]}, [put('emails[type eq "work"]', None)], {}),
+    ("replace with an object",
+     {"emails": [HOME, WORK]},
+     [put('emails[type eq "work"]', {"value": "n"})],
+     {"emails": [HOME, {"type": "work", "value": "n"}]}),
+    ("add of a part keeps the stored value",
+     {"emails": [{"value": "h@x"}]},
+     [add('emails[value eq "H@X"]', {"primary": True})],
+     {"emails": [{"value": "h@x", "primary": True}]}),
+    ("replace keeps the stored value",
+     {"emails": [{"value": "h@x"}]},
+     [put('emails[value eq "H@X"]', {"primary": True})],
+     {"emails": [{"value": "h@x", "primary": True}]}),
+    ("replace keeps the stored type and drops other parts",
+     {"emails": [WORK_MAIL]},
+     [put('emails[type eq "WORK"]', {"value": "n@x"})],
+     {"emails": [{"type": "work", "value": "n@x"}]}),
+    ("add keeps the stored type and other parts",
+     {"emails": [WORK_MAIL]},
+     [add('emails[type eq "WORK"]', {"value": "n@x"})],
+     {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("the object sets another spelling of the type",
+     {"emails": [WORK_MAIL]},
+     [add('emails[type eq "WORK"]', {"TYPE": "Work"})],
+     {"emails": [{**WORK_MAIL, "type": "Work"}]}),
+    ("replace with text sets the value",
+     {"emails": [WORK_MAIL]},
+     [put('emails[type eq "work"]', "n@x")], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("add of text sets the value",
+     {"emails": [WORK_MAIL]},
+     [add('emails[type eq "work"]', "n@x")], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("text in a list sets the value",
+     {"emails": [WORK_MAIL]},
+     [put('emails[type eq "work"]', ["n@x"])], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("text without a path sets the value",
+     {"emails": [WORK_MAIL]},
+     [pathless({'emails[type eq "work"]': "n@x"})], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("JSON text sets the value of a role",
+     {"roles": [{"type": "t", "value": "x"}]},
+     [put('roles[type eq "t"]', '{"id":"1"}')], {"roles": [{"type": "t", "value": '{"id":"1"}'}]}),
+    ("null clears a part",
+     {"emails": [{**WORK_MAIL, "display": "d"}]},
+     [add('emails[type eq "work"]', {"display": None})], {"emails": [WORK_MAIL]}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", SELECTED)
+def test_patch_changes_the_value_that_a_filter_selects(
+    before: Any, operations: Any, after: Any
+) -> None:
+    check_patch(before, operations, after)
+
+
+# fmt: off
+CREATED = [  # name, before, operations, after
+    ("add with a type", {}, [add('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
+    ("replace with a type", {}, [put('emails[type eq "work"].value', "w")], {"emails": [WORK]}),
+    ("a type without a path",
+     {}, [pathless({'emails[type eq "work"].value': "w"}, "add")], {"emails": [WORK]}),
+    ("an e-mail with a domain", {}, [put('emails[type eq "work"].value', "h@x")],
+     {"emails": [{"type": "work", "value": "h@x"}]}),
+    ("a type that no value has",
+     {"emails": [HOME]}, [put('emails[type eq "work"].value', "w")], {"emails": [HOME, WORK]}),
+    ("one value for three operations", {},
+     [add('addresses[type eq "work"].locality', "B"),
+      add('addresses[type eq "work"].country', "CH"),
+      add('addresses[type eq "work"].Formatted', "F")],
+     {"addresses": [{"type": "work", "locality": "B", "country": "CH", "formatted": "F"}]}),
+    ("one value for two operations", {},
+     [add('emails[type eq "work"].value', "w"), add('emails[type eq "work"].display', "d")],
+     {"emails": [{**WORK, "display": "d"}]}),
+    ("replace with primary", {},
+     [put('roles[primary eq "True"].value', "Planner")],
+     {"roles": [{"primary": True, "value": "Planner"}]}),
+    ("add with primary", {}, [add('roles[primary eq "True"].value', "x")],
+     {"roles": [{"primary": True, "value": "x"}]}),
+    ("a type and primary", {},
+     [add('emails[type eq "work" and primary eq true].value', "w")],
+     {"emails": [{**WORK, "primary": True}]}),
+    ("a display", {}, [add('ims[display eq "d"].value', "x")],
+     {"ims": [{"display": "d", "value": "x"}]}),
+    ("text", {}, [put('emails[type eq "work"]', "h@x")],
+     {"emails": [{"type": "work", "value": "h@x"}]}),
+    ("an object that spells the type in its own way", {},
+     [add('emails[type eq "work"]', {"Type": "WORK", "Value": "w"})],
+     {"emails": [{**WORK, "type": "WORK"}]}),
+    ("nothing from empty text", {}, [put('emails[type eq "work"].value', "")], {}),
+    ("nothing from null", {}, [put('emails[type eq "work"]', {"value": None})], {}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", CREATED)
+def test_patch_creates_a_value_from_the_labels_of_a_filter(
+    before: Any, operations: Any, after: Any
+) -> None:
+    check_patch(before, operations, after)
+
+
+# fmt: off
+NOT_CREATED = [  # name, operations: each selects a value that the user does not have
+    ("a type that differs", [put('emails[type ne "work"].value', "x")]),
+    ("a type and a value", [put('emails[type eq "work" and value eq "old"].value', "x")]),
+    ("primary that becomes false", [put('addresses[primary eq "True"].primary', False)]),
+    ("a role", [put('roles[value eq "admin"].display', "Admin")]),
+    ("a role that becomes primary", [put('roles[value eq "admin"].primary', True)]),
+    ("a role as an object", [add('roles[value eq "admin"]', {"display": "Admin"})]),
+    ("a role with its type", [put('roles[type eq "x" and value eq "admin"].display', "Admin")]),
+    ("a role without a path", [pathless({'roles[value eq "admin"].display': "Admin"})]),
+    ("an entitlement", [add('entitlements[value eq "all"].type', "x")]),
+    ("an e-mail", [put('emails[value eq "new@x"].primary', True)]),
+    ("an e-mail as text", [put('emails[value eq "new@x"]', "new@x")]),
+    ("a telephone number", [put('phoneNumbers[value eq "1"].type', "work")]),
+    ("a photo", [put('photos[value eq "1"].type', "photo")]),
+    ("an address by its country", [put('addresses[country eq "CH"].locality', "Wil")]),
+]
+# fmt: on
+
+
+@each_row("operations", NOT_CREATED)
+def test_patch_never_creates_a_value_from_another_filter(operations: Any) -> None:
+    check_patch({}, operations, "noTarget")
+
+
+# fmt: off
+PATHLESS = [  # name, before, operations, after
+    ("names are paths",
+     GIVEN,
+     [pathless({"displayName": "TW", "name.familyName": "W", f"{ENT}:department": "E",
+                f"{FAC}:union_code": "U9"})],
+     {"displayName": "TW", **FULL, ENT: {"department": "E"}, FAC: {"union_code": "U9"}}),
+    ("an extension is merged",
+     {ENT: {"division": "D"}},
+     [pathless({ENT: {"department": "E"}}, "Add")], {ENT: {"division": "D", "department": "E"}}),
+    ("read-only and unknown names are ignored",
+     {}, [pathless({"id": "x", "schemas": [], "meta": {}, "nothing": 1, "active": "False"})],
+     {"active": False}),
+    ("the core URN holds attributes", {}, [pathless({USER: {"title": "x"}})], {"title": "x"}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", PATHLESS)
+def test_patch_without_a_path_reads_names_as_paths(
+    before: Any, operations: Any, after: Any
+) -> None:
+    check_patch(before, operations, after)
+
+
+# fmt: off
+EXTENSION_PATCHES = [  # name, before, operations, after
+    ("text for an Integer", {}, [add(LOCKER, "318")], {FAC: {"locker_no": 318}}),
+    ("remove of one field",
+     {FAC: {"locker_no": 1, "union_code": "U7"}}, [remove(LOCKER)], {FAC: {"union_code": "U7"}}),
+    ("remove of the only field", {FAC: {"locker_no": 1}}, [remove(LOCKER)], {}),
+    ("remove of the extension", {FAC: {"locker_no": 1}}, [remove(FAC)], {}),
+    ("replace of the extension drops other fields",
+     {FAC: {"locker_no": 1}}, [put(FAC, {"union_code": "U7"})], {FAC: {"union_code": "U7"}}),
+    ("add to the extension keeps other fields",
+     {FAC: {"locker_no": 1}},
+     [add(FAC, {"union_code": "U7"})], {FAC: {"locker_no": 1, "union_code": "U7"}}),
+    ("null clears a field",
+     {FAC: {"locker_no": 1, "union_code": "U7"}},
+     [add(FAC, {"locker_no": None})], {FAC: {"union_code": "U7"}}),
+    ("a dot after the URN", {}, [put(f"{FAC}.night_shift", "True")], {FAC: {"night_shift": True}}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", EXTENSION_PATCHES)
+def test_patch_changes_an_extension(before: Any, operations: Any, after: Any) -> None:
+    check_patch(before, operations, after)
+
+
+MANAGER_VALUE = {"value": "m-1", "displayName": "Bo", "$ref": "../Users/m-1"}
+
+
+def managed_by(**manager: Any) -> Any:
+    """Return the enterprise extension with a manager and a department."""
+    return {ENT: {"manager": manager, "department": "Lifts"}}
+
+
+BO, LIFTS = managed_by(**MANAGER_VALUE), {ENT: {"department": "Lifts"}}
+CY = managed_by(**{**MANAGER_VALUE, "displayName": "Cy"})
+ID_ALONE = {ENT: {"manager": {"value": "x"}}}
+ID_AND_NAME = {ENT: {"manager": {"value": "x", "displayName": "X"}}}
+THE_BOSS = {ENT: {"manager": {"value": "b0ss"}}}
+
+
+# fmt: off
+MANAGER_PATCHES = [  # name, before, operations, after
+    ("text is the id", {}, [add(MANAGER, "b0ss")], THE_BOSS),
+    ("text without a path is the id", {}, [pathless({MANAGER: "b0ss"}, "add")], THE_BOSS),
+    ("an object", {}, [put(MANAGER, {"value": "b0ss"})], THE_BOSS),
+    ("an object in a list, the path without the URN",
+     {}, [add("manager", [{"$ref": "http://x/b0ss", "value": "b0ss"}])],
+     {ENT: {"manager": {"value": "b0ss", "$ref": "http://x/b0ss"}}}),
+    ("the path of the id", {}, [put(f"{MANAGER}.value", "b0ss")], THE_BOSS),
+    ("remove", ID_ALONE, [remove(MANAGER)], {}),
+    ("remove of the id", ID_AND_NAME, [remove(f"{MANAGER}.value")], {}),
+    ("remove of the id, the path without the URN", BO, [remove("manager.value")], LIFTS),
+    ("replace with empty text", ID_ALONE, [put(MANAGER, "")], {}),
+    ("replace with an empty id", ID_ALONE, [put(MANAGER, {"value": ""})], {}),
+    ("names ignore case", ID_ALONE, [put(MANAGER, {"Value": ""})], {}),
+    ("an empty list", ID_ALONE, [put(MANAGER, [])], {}),
+    ("empty text for the path of the id", ID_AND_NAME, [put(f"{MANAGER}.value", "")], {}),
+    ("null for the path of the id", ID_AND_NAME, [put(f"{MANAGER}.value", None)], {}),
+    ("null for the id", BO, [put("manager", {"value": None})], LIFTS),
+    ("add of empty text", BO, [add("manager", "")], LIFTS),
+    ("add of an empty id", BO, [add("manager", {"value": ""})], LIFTS),
+    ("empty text below the URN", BO, [add(ENT, {"manager": ""})], LIFTS),
+    ("empty text without a path", BO, [pathless({MANAGER: ""}, "add")], LIFTS),
+    ("add of a display name keeps the id", BO, [add(MANAGER, {"displayName": "Cy"})], CY),
+    ("replace of a display name keeps the id", BO, [put("manager", {"displayName": "Cy"})], CY),
+    ("a display name without a path", BO, [pathless({MANAGER: {"displayName": "Cy"}})], CY),
+    ("a display name below the URN without a path",
+     BO, [pathless({ENT: {"manager": {"displayName": "Cy"}}}, "add")], CY),
+    ("a display name below the URN", BO, [add(ENT, {"manager": {"displayName": "Cy"}})], CY),
+    ("null for the display name",
+     BO, [put("manager", {"displayName": None})],
+     managed_by(value="m-1", **{"$ref": "../Users/m-1"})),
+    ("the same id keeps the display name", BO, [put("manager", {"value": "m-1"})], BO),
+    ("the same id by its path keeps the display name", BO, [put("manager.value", "m-1")], BO),
+    ("another id drops the display name by its full path",
+     ID_AND_NAME, [put(f"{MANAGER}.value", "y")], {ENT: {"manager": {"value": "y"}}}),
+    ("another id replaced", BO, [put("manager", {"value": "m-2"})], managed_by(value="m-2")),
+    ("another id added", BO, [add("manager", {"value": "m-2"})], managed_by(value="m-2")),
+    ("another id as text", BO, [add("manager", "m-2")], managed_by(value="m-2")),
+    ("another id in a list", BO, [add("manager", [{"value": "m-2"}])], managed_by(value="m-2")),
+    ("another id by its path", BO, [put(f"{MANAGER}.value", "m-2")], managed_by(value="m-2")),
+    ("another id without a path",
+     BO, [pathless({f"{MANAGER}.value": "m-2"})], managed_by(value="m-2")),
+    ("another id below the URN",
+     BO, [add(ENT, {"manager": {"value": "m-2"}})], managed_by(value="m-2")),
+    ("another id and a display name",
+     BO, [put("manager", {"displayName": "Cy", "value": "m-2"})],
+     managed_by(value="m-2", displayName="Cy")),
+    ("replace of the extension drops it",
+     BO, [put(ENT, {"division": "D"})], {ENT: {"division": "D"}}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", MANAGER_PATCHES)
+def test_patch_sets_or_clears_the_manager(before: Any, operations: Any, after: Any) -> None:
+    check_patch(before, operations, after)
+
+
+PHONE = {"type": "mobile", "value": "1"}
+
+
+# fmt: off
+EMPTY_TEXT = [  # name, before, operations, after
+    ("an Integer", {FAC: {"locker_no": 1}}, [put(LOCKER, "")], {}),
+    ("an Integer by add", {FAC: {"locker_no": 1}}, [add(LOCKER, "")], {}),
+    ("a Boolean", {FAC: {"night_shift": True}}, [put(f"{FAC}:night_shift", "")], {}),
+    ("a Boolean without a path",
+     {FAC: {"night_shift": True}}, [pathless({f"{FAC}:night_shift": ""})], {}),
+    ("an Integer below its URN",
+     {FAC: {"locker_no": 1, "union_code": "x"}},
+     [pathless({FAC: {"locker_no": ""}}, "add")], {FAC: {"union_code": "x"}}),
+    ("an Integer but no String of an extension",
+     {FAC: {"locker_no": 1}},
+     [put(FAC, {"locker_no": "", "union_code": ""})], {FAC: {"union_code": ""}}),
+    ("no String",
+     {FAC: {"union_code": "x"}}, [put(f"{FAC}:union_code", "")], {FAC: {"union_code": ""}}),
+    ("active", {"active": True}, [put("active", "")], {}),
+    ("a complex value", {"name": NAME}, [put("name", "")], {}),
+    ("a list", {"emails": [WORK_MAIL]}, [put("emails", "")], {}),
+    ("an item of a list",
+     {"emails": [WORK_MAIL]}, [put("emails", ["", PHONE])], {"emails": [PHONE]}),
+    ("a reference", {"profileUrl": "x"}, [put("profileUrl", "")], {}),
+    ("primary",
+     {"emails": [WORK_MAIL]},
+     [put('emails[type eq "work"].primary', "")], {"emails": [{"type": "work", "value": "h@x"}]}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", EMPTY_TEXT)
+def test_empty_text_in_a_patch_clears_what_is_no_string(
+    before: Any, operations: Any, after: Any
+) -> None:
+    check_patch(before, operations, after)
+
+
+# fmt: off
+WITHOUT_VALUE = [  # name, before, operations, after
+    ("after a remove", {"emails": [WORK_MAIL]}, [remove('emails[type eq "work"].value')], {}),
+    ("after null", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"].value', None)], {}),
+    ("after empty text", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"].value', "")], {}),
+    ("after empty text for the whole value",
+     {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', "")], {}),
+    ("after an object with empty text",
+     {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', {"value": ""})], {}),
+    ("after a remove without a filter",
+     {"emails": [WORK_MAIL], "phoneNumbers": [PHONE]},
+     [remove("emails.value")], {"phoneNumbers": [PHONE]}),
+    ("after empty text without a path",
+     {"phoneNumbers": [PHONE]}, [pathless({'phoneNumbers[type eq "mobile"].value': ""})], {}),
+    ("a role selected by the value",
+     {"roles": [{"value": "x", "primary": True}]}, [remove('roles[value eq "x"].value')], {}),
+    ("but stays with a display",
+     {"emails": [{**WORK_MAIL, "display": "d"}]},
+     [remove('emails[type eq "work"].value')],
+     {"emails": [{"type": "work", "primary": True, "display": "d"}]}),
+    ("but only after the last operation",
+     {"emails": [WORK_MAIL]},
+     [remove('emails[type eq "work"].value'), add('emails[type eq "work"].value', "n@x")],
+     {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
+    ("but stays if it never had a value",
+     {"emails": [{"type": "home"}]},
+     [put("title", "x")], {"title": "x", "emails": [{"type": "home"}]}),
+]
+# fmt: on
+
+
+@each_row("before, operations, after", WITHOUT_VALUE)
+def test_item_of_a_list_that_lost_its_value_is_removed(
+    before: Any, operations: Any, after: Any
+) -> None:
+    check_patch(before, operations, after)
+
+
+MEMBER_A, MEMBER_B = {"value": "a", "type": "User"}, {"value": "b", "type": "User"}
+WITH_DISPLAY = {**MEMBER_A, "display": "A"}
+
+
+# fmt: off
+MEMBERS_KEPT = [  # name, operations, the members after them
+    ("no operation", [], [MEMBER_A, MEMBER_B]),
+    ("the same id", [put('members[value eq "a"].value', "a")], [MEMBER_A, MEMBER_B]),
+    ("the same type", [put('members[value eq "a"].type', "User")], [MEMBER_A, MEMBER_B]),
+    ("a display", [put('members[value eq "a"].display', "A")], [WITH_DISPLAY, MEMBER_B]),
+    ("a display as an object",
+     [put('members[value eq "a"]', {"display": "A"})], [WITH_DISPLAY, MEMBER_B]),
+    ("a display with the same id and a $ref",
+     [add('members[value eq "a"]', {"value": "a", "$ref": "x", "display": "A"})],
+     [WITH_DISPLAY, MEMBER_B]),
+    ("a display with the same id and type",
+     [put('members[value eq "a"]', {**MEMBER_A, "display": "A"})], [WITH_DISPLAY, MEMBER_B]),
+    ("a display for all of a type",
+     [put('members[type eq "user"].display', "x")],
+     [{**MEMBER_A, "display": "x"}, {**MEMBER_B, "display": "x"}]),
+    ("a display, the id in capitals",
+     [put('members[value eq "B"].display', "x")], [MEMBER_A, {**MEMBER_B, "display": "x"}]),
+    ("remove of all of a type", [remove('members[type eq "user"]')], []),
+    ("remove, the id in capitals", [remove('members[value eq "A"]')], [MEMBER_B]),
+    ("remove by type and id in capitals",
+     [remove('members[type eq "user" and value eq "A"]')], [MEMBER_B]),
+    ("remove of somebody who is no member",
+     [remove('members[value eq "c"]')], [MEMBER_A, MEMBER_B]),
+    ("null for the display of somebody who is no member",
+     [put('members[value eq "c"].display', None)], [MEMBER_A, MEMBER_B]),
+]
+MEMBER_ERRORS = [  # name, operations, scimType
+    ("replace of the display of somebody who is no member",
+     [put('members[value eq "c"].display', "C")], "noTarget"),
+    ("add of the display of somebody who is no member",
+     [add('members[value eq "c"].display', "C")], "noTarget"),
+    ("the display of somebody who is no member, without a path",
+     [pathless({'members[value eq "c"].display': "C"})], "noTarget"),
+    ("an object for somebody who is no member",
+     [put('members[value eq "c"]', {"display": "C"})], "noTarget"),
+    ("an object with the id of somebody who is no member",
+     [add('members[value eq "c"]', {"value": "c"})], "noTarget"),
+    ("a display that no member has", [add('members[display eq "C"].display', "D")], "noTarget"),
+    ("a type that no member has", [add('members[type eq "Group"]', {"value": "c"})], "mutability"),
+    ("replace of members.value", [put("members.value", "c")], "mutability"),
+    ("add of members.value", [add("members.value", "c")], "mutability"),
+    ("remove of members.value", [remove("members.value")], "mutability"),
+    ("members.value without a path", [pathless({"members.value": "c"})], "mutability"),
+    ("another id", [put('members[value eq "a"].value', "b")], "mutability"),
+    ("replace with an object with another id",
+     [put('members[value eq "a"]', {"value": "b"})], "mutability"),
+    ("add of an object with another id",
+     [add('members[value eq "a"]', {"value": "b"})], "mutability"),
+    ("another id as text", [put('members[value eq "a"]', "b")], "mutability"),
+    ("the id in another case", [put('members[value eq "A"]', {"value": "A"})], "mutability"),
+    ("one id for all of a type", [put('members[type eq "User"].value', "a")], "mutability"),
+    ("null for an id", [put('members[value eq "a"].value', None)], "mutability"),
+    ("empty text for an id", [put('members[value eq "a"].value', "")], "mutability"),
+    ("remove of an id", [remove('members[value eq "a"].value')], "mutability"),
+    ("another type", [put('members[value eq "a"].type', "Group")], "mutability"),
+    ("the URL of a member", [put('members[value eq "a"].$ref', "x")], "mutability"),
+    ("a filter on the URL", [remove('members[$ref eq "x"]')], "invalidFilter"),
+    ("a negated filter on the URL", [remove("members[not ($ref pr)]")], "invalidFilter"),
+    ("empty text for the members", [put("members", "")], "invalidValue"),
+    ("empty text in a list of members", [put("members", [""])], "invalidValue"),
+    ("remove of empty text", [remove("members", "")], "invalidValue"),
+]
+# fmt: on
+
+
+def crew_after(operations: Any) -> Any:
+    """Return a group of two members after a PATCH, or the scimType of the error."""
+    before = {"displayName": "Crew", "members": [MEMBER_A, MEMBER_B]}
+    return patched(GROUP_TYPE, before, operations)
+
+
+@each_row("operations, members", MEMBERS_KEPT)
+def test_patch_changes_or_removes_the_selected_members(operations: Any, members: Any) -> None:
+    assert crew_after(operations).get("members", []) == members
+
+
+@each_row("operations, scim_type", MEMBER_ERRORS)
+def test_patch_never_changes_who_is_a_member_by_accident(operations: Any, scim_type: str) -> None:
+    assert crew_after(operations) == scim_type
+
+
+# fmt: off
+SIMILAR_IDS = [  # name, the id in the filter, the ids of the members that are left of ab and AB
+    ("both without case", "Ab", ["ab", "AB"]),
+    ("the second exactly", "AB", ["ab"]),
+    ("the first exactly", "ab", ["AB"]),
+]
+# fmt: on
+
+
+@each_row("id, left", SIMILAR_IDS)
+def test_id_that_means_two_members_without_case_selects_none(id: str, left: list[str]) -> None:
+    before = {"displayName": "Crew", "members": [{"value": "ab"}, {"value": "AB"}]}
+    after = patched(GROUP_TYPE, before, [remove(f'members[value eq "{id}"]')])
+    assert [member["value"] for member in after["members"]] == left
+
+
+def test_single_member_operations_are_merged() -> None:
+    before = {"displayName": "all", "members": [{"value": id} for id in "abcd"]}
+    operations = [
+        remove('members[value eq "a"]'),
+        remove("members", [{"value": "b"}]),
+        add("members", [{"value": "e"}]),
+        add("members", {"value": "a"}),
+        remove('members[value eq "e"]'),
+        put("members", [{"value": "x"}]),
+        put("members", [{"value": "y"}]),
+        add("members", [{"value": "z"}]),
+    ]
+    merged = scim_server.parse_operations(GROUP_TYPE, {"Operations": operations})
+    ops = [operation.op for operation in merged]
+    assert ops == ["remove", "add", "remove", "replace", "replace", "add"]
+    for end, ids in enumerate(["cd", "cdea", "cda", "x", "y", "yz"], 1):
+        group = scim_server.apply_patch(GROUP_TYPE, before, merged[:end])
+        assert "".join(member["value"] for member in group["members"]) == ids
+
+
+# fmt: off
+SENT = [  # name, resource type, an operation, what the client sent for each parsed operation
+    ("text for a Boolean", USER_TYPE, put("active", "True"), ["True"]),
+    ("an object that is merged",
+     USER_TYPE, pathless({"active": "True", "title": "x"}), ["True", "x"]),
+    ("a remove without a value", USER_TYPE, remove("title"), [None]),
+    ("a list", GROUP_TYPE, add("members", [{"value": "a"}]), [[{"value": "a"}]]),
+    ("a member in the path", GROUP_TYPE, remove('members[value eq "a"]'), [[{"value": "a"}]]),
+]
+# fmt: on
+
+
+@each_row("resource_type, operation, sent", SENT)
+def test_operation_keeps_what_the_client_sent(
+    resource_type: scim_server.ResourceType, operation: Any, sent: Any
+) -> None:
+    parsed = scim_server.parse_operations(resource_type, {"Operations": [operation]})
+    assert [operation.sent for operation in parsed] == sent
+
+
+def test_merged_operations_keep_what_the_client_sent_for_each() -> None:
+    operations = [add("members", {"value": "a"}), add("members", ["b", {"value": "c"}])]
+    (merged,) = scim_server.parse_operations(GROUP_TYPE, {"Operations": operations})
     assert merged.value == [{"value": id} for id in "abc"]
     assert merged.sent == [{"value": "a"}, "b", {"value": "c"}]
 
 
-def test_names_of_any_length_are_refused_in_few_words_and_kept_nowhere(
-    scim: Scim, console: Scim
+# fmt: off
+UNKNOWN_FIELDS = [  # name, an operation on a custom field that does not exist
+    ("in a path", put(f"{FAC}:costcenter", "x")),
+    ("without a path", pathless({f"{FAC}:costcenter": "x"})),
+]
+# fmt: on
+
+
+@each_row("operation", UNKNOWN_FIELDS)
+def test_reason_of_an_unknown_custom_field_lists_the_known_ones(operation: Any) -> None:
+    with pytest.raises(scim_server.ScimError) as caught:
+        scim_server.parse_operations(USER_TYPE, {"Operations": [operation]})
+    key, name, known_names = caught.value.reason
+    assert (key, name) == ("link_name", "costcenter")
+    assert known_names.split(", ") == ["union_code", "locker_no", "night_shift"]
+
+
+def test_detail_of_an_unknown_custom_field_lists_the_known_ones(scim: Scim) -> None:
+    answer = scim.try_patch(f"/Users/{scim.user('ada')['id']}", add(f"{FAC}:costcenter", "x"))
+    names = "union_code, locker_no, night_shift"
+    assert_error(answer, 400, "invalidPath", "costcenter", names)
+
+
+LONG = "x" * 100_000
+
+
+# fmt: off
+LONG_NAMES = [  # name, method, path, body, status, words of the detail
+    ("a path", "PATCH", "/Users/{id}", patch_body(add(LONG, "1")),
+     400, ("path", "longer than 8192")),
+    ("a path as a name", "PATCH", "/Users/{id}",
+     patch_body(pathless({f"{FAC}:{LONG}": "1"}, "add")), 400, ("longer than 8192",)),
+    ("a path below the limit", "PATCH", "/Users/{id}",
+     patch_body(add(f"{FAC}:{LONG[:8000]}", "1")), 400, ()),
+    ("an unknown name in a PATCH", "PATCH", "/Users/{id}",
+     patch_body(pathless({LONG: "1"}, "add")), 200, ()),
+    ("an unknown name in a query", "POST", "/.search", {LONG: {}}, 400, ()),
+    ("an unknown name in a PUT", "PUT", "/Users/{id}", {LONG: None, "userName": ""}, 400, ()),
+    ("a selected attribute", "POST", "/Users/.search", {"attributes": [LONG]},
+     400, ("attributes",)),
+    ("an unknown custom field", "POST", "/Users", {"userName": "bob", FAC: {LONG: "1"}}, 201, ()),
+]
+# fmt: on
+
+
+@each_row("method, path, body, status, words", LONG_NAMES)
+def test_long_name_is_ignored_or_refused_in_few_words(
+    scim: Scim, method: str, path: str, body: Any, status: int, words: tuple[str, ...]
 ) -> None:
-    path, long = f"/Users/{scim.user('ada')['id']}", "x" * 100_000
-    assert_error(
-        scim.try_patch(path, add(long, "1")), 400, "invalidPath", "path", "longer than 8192"
-    )
-    assert_error(
-        scim.try_patch(path, pathless({f"{FAC}:{long}": "1"}, "add")),
-        400,
-        "invalidPath",
-        "longer than 8192",
-    )
-    assert scim.try_patch(path, pathless({long: "1"}, "add")).status_code == 200  # as in a body
-    for answer in (
-        scim.try_patch(path, add(f"{FAC}:{long[:8000]}", "1")),
-        scim.call("POST", "/.search", {long: {}}),
-        scim.call("PUT", path, {long: None, "userName": ""}),
-    ):
-        assert answer.status_code == 400 and len(answer.json()["detail"]) <= 4000
-    assert_error(
-        scim.call("POST", "/Users/.search", {"attributes": [long]}),
-        400,
-        "invalidValue",
-        "attributes",
-    )
-    scim.call("POST", "/Users", {"userName": "bob", FAC: {long: "1"}})
-    assert max(len(json.dumps(one)) for one in logged(console, 9)) < 20_000
+    answer = scim.call(method, path.format(id=scim.user("ada")["id"]), body)
+    if status == 400:
+        scim_type = "invalidPath" if method == "PATCH" else "invalidValue"
+        assert_error(answer, 400, scim_type, *words)
+        assert len(answer.json()["detail"]) <= 4000
+    assert answer.status_code == status
 
 
-def test_members_that_are_named_one_by_one_are_taken_together() -> None:
-    before = {"displayName": "all", "members": [{"value": id} for id in "abcd"]}
-    parsed = scim_server.parse_operations(
-        GROUP_TYPE,
-        {
-            "Operations": [
-                remove('members[value eq "a"]'),
-                remove("members", [{"value": "b"}]),
-                add("members", [{"value": "e"}]),
-                add("members", {"value": "a"}),
-                remove('members[value eq "e"]'),
-                put("members", [{"value": "x"}]),
-                put("members", [{"value": "y"}]),
-                add("members", [{"value": "z"}]),
-            ]
-        },
-    )
-    assert [one.op for one in parsed] == ["remove", "add", "remove", "replace", "replace", "add"]
-    steps = [
-        scim_server.apply_patch(GROUP_TYPE, before, parsed[:end])
-        for end in range(1, len(parsed) + 1)
-    ]
-    assert ["".join(one["value"] for one in step["members"]) for step in steps] == [
-        "cd",
-        "cdea",
-        "cda",
-        "x",
-        "y",
-        "yz",
-    ]
+def test_long_names_are_not_kept_in_the_log(scim: Scim, console: Scim) -> None:
+    id = scim.user("ada")["id"]
+    for _, method, path, body, _, _ in LONG_NAMES:
+        scim.call(method, path.format(id=id), body)
+    entries = logged(console, 1 + len(LONG_NAMES))
+    assert max(len(json.dumps(entry)) for entry in entries) < 20_000
 
 
-def test_an_unknown_link_name_in_a_path_lists_the_link_names_of_the_tenant(scim: Scim) -> None:
-    path = f"/Users/{scim.user('ada')['id']}"
-    assert_error(
-        scim.try_patch(path, add(f"{FAC}:costcenter", "x")),
-        400,
-        "invalidPath",
-        "costcenter",
-        "union_code, locker_no, night_shift",
-    )
-
+# -- Random operations, and a second, naive reading of RFC 7644 §3.5.2 --
+#
+# some_step() makes an operation as a client sends it, and a Step that says what it means. The
+# naive reading knows no schema beyond the step, and takes each rule of this server literally.
 
 PATCH_COUNT = int(os.environ.get("SCIM_PATCHES", "2000"))
 
-
+# fmt: off
 TEXTS = [
-    "a",
-    "A",
-    "ab",
-    "B",
-    "ß",
-    "SS",
-    "é",
-    "É",
-    "%",
-    "_",
-    'q"q',
-    "back\\slash",
-    "a b",
-    "x",
-    "zz",
-    "\U0001f600",
-    "İ",
-    "e\u0301",
-    "\uff41",
-    "",
+    "a", "A", "ab", "B", "ß", "SS", "é", "É", "%", "_", 'q"q', "back\\slash", "a b", "x", "zz",
+    "\U0001f600", "İ", "e\u0301", "\uff41", "",
 ]
-
-
 TIMES = [
-    "2026-01-01T00:00:00Z",
-    "2026-01-01T01:00:00+01:00",
-    "2025-12-31T23:59:59.9999999Z",
+    "2026-01-01T00:00:00Z", "2026-01-01T01:00:00+01:00", "2025-12-31T23:59:59.9999999Z",
     "0001-01-01T00:00:00.0000000Z",
 ]
-
-
 NUMBERS = [0, 1, -1, 7, 2**40, -(2**63), 2**63 - 1]
+# fmt: on
 
 
 def some_value(chance: random.Random, attribute: scim_server.Attribute) -> Any:
-    """Return a random value of an attribute, one that clients may write."""
+    """Return a random value that clients may write to an attribute."""
     if attribute.type == "complex":
         subs = [sub for sub in attribute.sub_attributes if sub.mutability == "readWrite"]
         chosen = chance.sample(subs, chance.randint(1, min(3, len(subs))))
         return {sub.name: some_value(chance, sub) for sub in chosen}
-    kinds = {"boolean": [True, False], "integer": NUMBERS, "dateTime": TIMES}
-    return chance.choice(kinds.get(attribute.type, TEXTS))
+    values = {"boolean": [True, False], "integer": NUMBERS, "dateTime": TIMES}
+    return chance.choice(values.get(attribute.type, TEXTS))
 
 
 def writable(attribute: scim_server.Attribute) -> list[scim_server.Attribute]:
@@ -1224,134 +1559,182 @@ def some_user(chance: random.Random, name: str) -> Any:
     return body | {"userName": name}
 
 
-# A second, naive reading of RFC 7644 §3.5.2 with this server's decisions: it knows no schema but
-# what a step of the generator tells, and takes every rule literally.
-Step = tuple[str, list[str], str, bool, Any, bool, Any]
+class Step(NamedTuple):
+    """What an operation means; value has None for what it clears."""
+
+    op: str
+    holders: list[str]  # the names of the complex attributes around the attribute
+    name: str
+    multi_valued: bool
+    filter: tuple[str, str] | None  # a sub-attribute and the text that it equals
+    whole: bool  # whether parts that the value does not name are cleared
+    value: Any
 
 
 class NoTarget(Exception):
-    """The naive reading refuses a PATCH: a filter selects nothing, and nothing can be made of it."""
+    """A filter selects nothing, and no value can be created from it."""
 
 
 def meaning(attribute: scim_server.Attribute, value: Any) -> Any:
-    """Return a value with None for what clears: "" does so unless the attribute is a String."""
+    """Return a value with None in place of "" where that clears: if the type is no String."""
     if isinstance(value, list):
         items = [meaning(attribute, item) for item in value if item is not None]
         items = [item if isinstance(item, dict) else {"value": item} for item in items if item]
-        found = [{name: part for name, part in item.items() if part is not None} for item in items]
-        return [item for item in found if item]
+        items = [{name: part for name, part in item.items() if part is not None} for item in items]
+        return [item for item in items if item]
     if isinstance(value, dict):
         return {name: meaning(attribute.sub_attribute(name), part) for name, part in value.items()}
-    is_string = attribute.type == "string" and attribute.path != f"{ENT}:manager.value"
+    is_string = attribute.type == "string" and attribute.path != f"{MANAGER}.value"
     return None if value == "" and not is_string else value
 
 
 def with_nulls(chance: random.Random, value: Any) -> Any:
-    """Return a value of which some parts became null."""
+    """Return a value with null in place of some parts."""
     if not isinstance(value, dict):
         return value if chance.random() < 0.9 else None
     return {name: with_nulls(chance, part) for name, part in value.items()}
 
 
-def some_step(chance: random.Random) -> tuple[Any, Step]:
-    """Return a random operation as sent, and as a step for the naive reading.
-
-    A step is (op, holder names, attribute, multi-valued, (sub, value) of a filter, whole, value).
-    whole says that the parts that the value does not name go.
-    """
-    op = chance.choice(["add", "replace", "remove"])
+def some_path(chance: random.Random) -> tuple[str, list[str], scim_server.Attribute]:
+    """Return the path of a random attribute, the names around it, and the attribute."""
     attribute = chance.choice([sub for sub in writable(USER_TYPE.root) if sub.name != "userName"])
-    holders: list[str] = []
-    path = attribute.name
+    path, holders = attribute.name, []
     while attribute.type == "complex" and not attribute.multi_valued and chance.random() < 0.8:
         holders.append(attribute.name)
         attribute = chance.choice(writable(attribute))
         path += (":" if ":" in path and len(holders) == 1 else ".") + attribute.name
+    return path, holders, attribute
+
+
+def some_step(chance: random.Random) -> tuple[Any, Step]:
+    """Return a random operation as a client sends it, and what it means."""
+    op = chance.choice(["add", "replace", "remove"])
+    path, holders, attribute = some_path(chance)
     value: Any = with_nulls(chance, some_value(chance, attribute))
     filter, whole, meant = None, ":" in attribute.name and op == "replace", value
-    if attribute.multi_valued:
-        by = chance.choice([one for one in attribute.sub_attributes if one.type == "string"])
-        filter = (by.name, chance.choice(TEXTS[:3])) if chance.random() < 0.6 else None
+    if attribute.multi_valued and chance.random() < 0.6:
+        path, filter, whole, value, meant = some_selection(chance, op, path, attribute)
+    elif attribute.multi_valued:
         whole = op != "add"
-        if not filter:
-            value = [with_nulls(chance, some_value(chance, attribute)) for _ in range(2)]
-            value = chance.choice([value, value[:1], value[0], [None, *value]])
-            meant = value if isinstance(value, list) else [value]
-        else:
-            path += f"[{by.name} eq {json.dumps(filter[1])}]"
-            if chance.random() < 0.5:
-                inner = chance.choice(attribute.sub_attributes)
-                value, whole = with_nulls(chance, some_value(chance, inner)), False
-                path, meant = f"{path}.{inner.name}", {inner.name: value}
-            elif "value" in attribute.by_name and chance.random() < 0.3:
-                value = chance.choice(TEXTS)
-                whole, meant = op == "remove", {"value": value}
+        value = [with_nulls(chance, some_value(chance, attribute)) for _ in range(2)]
+        value = chance.choice([value, value[:1], value[0], [None, *value]])
+        meant = value if isinstance(value, list) else [value]
     elif attribute.name == "manager" and chance.random() < 0.3:
-        value = chance.choice(TEXTS)
-        value, meant = chance.choice([value, [{"value": value}]]), {"value": value}
-    gone = op == "remove" and not (attribute.multi_valued and not filter and chance.random() < 0.5)
-    sent = {"op": op, "path": path} | ({} if gone else {"value": value})
-    if op != "remove" and chance.random() < 0.25:  # the flag dialect: paths as names
+        text = chance.choice(TEXTS)
+        value, meant = chance.choice([text, [{"value": text}]]), {"value": text}
+    clears = op == "remove" and (not attribute.multi_valued or filter or chance.random() < 0.5)
+    sent = {"op": op, "path": path} | ({} if clears else {"value": value})
+    if op != "remove" and chance.random() < 0.25:  # a path as a name, as Entra sends with its flag
         sent = {"op": op, "value": {path: value}}
         whole = whole and attribute.multi_valued
-    if gone and filter and not whole:
-        meant = dict.fromkeys(meant)
-    elif gone:
-        meant = None
+    if clears:
+        meant = dict.fromkeys(meant) if filter and not whole else None
     meant = meaning(attribute, meant)
-    return sent, (op, holders, attribute.name, attribute.multi_valued, filter, whole, meant)
+    return sent, Step(op, holders, attribute.name, attribute.multi_valued, filter, whole, meant)
+
+
+def some_selection(
+    chance: random.Random, op: str, path: str, attribute: scim_server.Attribute
+) -> tuple[str, tuple[str, str], bool, Any, Any]:
+    """Return a path with a filter, the filter, whole, and a value as sent and as meant."""
+    strings = [sub.name for sub in attribute.sub_attributes if sub.type == "string"]
+    filter = (chance.choice(strings), chance.choice(TEXTS[:3]))
+    path += f"[{filter[0]} eq {json.dumps(filter[1])}]"
+    if chance.random() < 0.5:
+        sub = chance.choice(attribute.sub_attributes)
+        value = with_nulls(chance, some_value(chance, sub))
+        return f"{path}.{sub.name}", filter, False, value, {sub.name: value}
+    if "value" in attribute.by_name and chance.random() < 0.3:
+        text = chance.choice(TEXTS)
+        return path, filter, op == "remove", text, {"value": text}
+    value = with_nulls(chance, some_value(chance, attribute))
+    return path, filter, op != "add", value, value
+
+
+CASE_EXACT = {("photos", "value"), ("x509Certificates", "value")}
+
+
+def folded(text: str) -> str:
+    """Return text as it compares without case."""
+    composed = unicodedata.normalize("NFC", text).casefold()
+    return unicodedata.normalize("NFC", composed)
+
+
+def comparable(name: str, value: Any) -> Any:
+    """Return a value of a list as it compares: folded, and without primary."""
+    return {
+        sub: folded(part) if isinstance(part, str) and (name, sub) not in CASE_EXACT else part
+        for sub, part in value.items()
+        if sub != "primary"
+    }
+
+
+def are_same(name: str, left: Any, right: Any) -> bool:
+    """Return whether two values are the same: in type and value, or in all parts without value."""
+    parts = []
+    for value in (comparable(name, left), comparable(name, right)):
+        subs = ("type", "value") if "value" in value else tuple(value)
+        parts.append({sub: value[sub] for sub in subs if sub in value})
+    return parts[0] == parts[1]
 
 
 def naive_patch(resource: Any, steps: list[Step]) -> Any:
-    """Return what steps make of a resource."""
+    """Return a resource after steps."""
     resource = json.loads(json.dumps(resource))
     lists = [values for values in resource.values() if isinstance(values, list)]
     with_value = [
-        one for values in lists for one in values if isinstance(one, dict) and one.get("value")
+        item for values in lists for item in values if isinstance(item, dict) and item.get("value")
     ]
-    for op, holders, name, multi_valued, filter, whole, value in steps:
-        holder = resource
-        for inner in holders:
-            holder = holder.setdefault(inner, {})
-        value = json.loads(json.dumps(value))
-        was_primary = [one for one in holder.get(name, []) if is_true(one)] if multi_valued else []
-        if filter:
-            naive_selected(holder, op, name, filter, whole, value)
-        elif multi_valued:
-            naive_list(holder, op, name, value)
-        elif isinstance(value, dict):
-            naive_merge(holder.setdefault(name, {}), value, whole)
-        else:
-            naive_merge(holder, {name: value}, False)
-        if multi_valued:
-            one_primary(holder.get(name, []), was_primary)
+    for step in steps:
+        naive_step(resource, step._replace(value=json.loads(json.dumps(step.value))))
         drop_empty(resource)
-    for one in with_value:
-        if not one.get("value") and set(one) <= {"type", "primary", "value"}:
-            one.clear()
+    # A value that lost its sub-attribute value is removed, unless it has other parts.
+    for item in with_value:
+        if not item.get("value") and set(item) <= {"type", "primary", "value"}:
+            item.clear()
     drop_empty(resource)
     return resource
 
 
+def naive_step(resource: Any, step: Step) -> None:
+    """Change a resource by one step."""
+    holder, name, value = resource, step.name, step.value
+    for holder_name in step.holders:
+        holder = holder.setdefault(holder_name, {})
+    before = (
+        [item for item in holder.get(name, []) if is_primary(item)] if step.multi_valued else []
+    )
+    if step.filter:
+        naive_selected(holder, step)
+    elif step.multi_valued:
+        naive_list(holder, step.op, name, value)
+    elif isinstance(value, dict):
+        naive_merge(holder.setdefault(name, {}), value, step.whole)
+    else:
+        naive_merge(holder, {name: value}, False)
+    if step.multi_valued:
+        one_primary(holder.get(name, []), before)
+
+
 def naive_list(holder: Any, op: str, name: str, value: Any) -> None:
-    """Do a step on a whole list."""
+    """Change a whole list."""
     if op == "add":
-        for one in one_primary(value, []):
-            twin = [old for old in holder.get(name, []) if same(name, old, one)]
-            twin[-1].update(one) if twin else holder.setdefault(name, []).append(one)
+        for item in one_primary(value, []):
+            twins = [old for old in holder.get(name, []) if are_same(name, old, item)]
+            twins[-1].update(item) if twins else holder.setdefault(name, []).append(item)
     elif op == "replace" or value is None:
         holder[name] = one_primary(value or [], [])
     else:
-        removed = [bare(name, one) for one in value if bare(name, one)]
+        removed = [comparable(name, item) for item in value if comparable(name, item)]
         holder[name] = [
             old
             for old in holder.get(name, [])
-            if not any(one.items() <= bare(name, old).items() for one in removed)
+            if not any(parts.items() <= comparable(name, old).items() for parts in removed)
         ]
 
 
 def naive_merge(holder: Any, parts: Any, whole: bool) -> None:
-    """Set parts of a complex value, None for those to clear."""
+    """Set parts of a complex value; None clears."""
     if whole:
         holder.clear()
     is_manager = set(parts) & {"value", "$ref"} or set(holder) & {"value", "$ref"}
@@ -1366,46 +1749,49 @@ def naive_merge(holder: Any, parts: Any, whole: bool) -> None:
             holder[name] = part
 
 
-def naive_selected(holder: Any, op: str, name: str, filter: Any, whole: bool, value: Any) -> None:
-    """Do a step on the values that a filter selects."""
-    by, wanted = filter
+def naive_selected(holder: Any, step: Step) -> None:
+    """Change the values that a filter selects, or create one."""
+    assert step.filter
+    (sub, text), parts = step.filter, step.value or {}
 
     def selected() -> Any:
-        return [one for one in holder.get(name, []) if folded(one.get(by, "\0")) == folded(wanted)]
+        items = holder.get(step.name, [])
+        return [item for item in items if folded(item.get(sub, "\0")) == folded(text)]
 
-    chosen = selected()
-    made = op != "remove" and not chosen and any(part not in (None, "") for part in value.values())
-    if made:
-        chosen = [{by: wanted}]
-        holder.setdefault(name, []).append(chosen[0])
-    for one in chosen:
-        kept = {by: one[by]} if value is not None else {}
-        if whole:
-            one.clear()
-            one.update(kept)
-        for part in value or ():
-            one.pop(part, None)
-        one.update({part: item for part, item in (value or {}).items() if item is not None})
-    if made and (by not in ("type", "display") or not selected()):
+    items = selected()
+    has_value = any(part not in (None, "") for part in parts.values())
+    is_new = step.op != "remove" and not items and has_value
+    if is_new:
+        items = [{sub: text}]
+        holder.setdefault(step.name, []).append(items[0])
+    for item in items:
+        if step.whole:
+            kept = {sub: item[sub]} if step.value is not None else {}
+            item.clear()
+            item.update(kept)
+        for name in parts:
+            item.pop(name, None)
+        item.update({name: part for name, part in parts.items() if part is not None})
+    if is_new and (sub not in ("type", "display") or not selected()):
         raise NoTarget
 
 
-def is_true(value: Any) -> bool:
-    """Return whether a value is the primary one."""
-    return value.get("primary") is True
+def is_primary(item: Any) -> bool:
+    """Return whether a value of a list is the primary one."""
+    return item.get("primary") is True
 
 
-def one_primary(values: Any, before: Any) -> Any:
-    """Leave primary to the last value that became so."""
-    fresh = [one for one in values if is_true(one) and not any(one is old for old in before)]
-    for one in values:
-        if fresh and one is not fresh[-1] and is_true(one):
-            one["primary"] = False
-    return values
+def one_primary(items: Any, before: Any) -> Any:
+    """Keep only the last value primary that became so; before has those that were."""
+    fresh = [item for item in items if is_primary(item) and not any(item is old for old in before)]
+    for item in items:
+        if fresh and item is not fresh[-1] and is_primary(item):
+            item["primary"] = False
+    return items
 
 
 def drop_empty(value: Any) -> None:
-    """Take empty objects and lists out of JSON."""
+    """Remove empty objects and lists from JSON."""
     for item in value.values() if isinstance(value, dict) else value:
         if isinstance(item, (dict, list)):
             drop_empty(item)
@@ -1416,12 +1802,11 @@ def drop_empty(value: Any) -> None:
         value[:] = [item for item in value if item != {}]
 
 
-def test_any_patch_does_what_a_naive_reading_of_the_rfc_does() -> None:
+def test_any_patch_agrees_with_a_naive_reading_of_the_rfc() -> None:
     chance = random.Random(SEED)
     for _ in range(PATCH_COUNT):
-        before = scim_server.canonical(
-            USER_TYPE, scim_server.accept(USER_TYPE, some_user(chance, "u"))
-        )
+        body = scim_server.accept(USER_TYPE, some_user(chance, "u"))
+        before = scim_server.canonical(USER_TYPE, body)
         pairs = [some_step(chance) for _ in range(chance.randint(1, 4))]
         sent = [operation for operation, _ in pairs]
         try:
@@ -1437,400 +1822,232 @@ def test_any_patch_does_what_a_naive_reading_of_the_rfc_does() -> None:
         assert after == expected, f"seed {SEED}: {json.dumps(before)} {json.dumps(sent)}"
 
 
-MEMBER_A, MEMBER_B = {"value": "a", "type": "User"}, {"value": "b", "type": "User"}
-
-
-MEMBERS = [  # sentence, operations, the members after them or the scimType of the error
-    ("the display of a stranger", [put('members[value eq "c"].display', "C")], "noTarget"),
-    ("add of a stranger's display", [add('members[value eq "c"].display', "C")], "noTarget"),
-    ("a stranger as an object", [put('members[value eq "c"]', {"display": "C"})], "noTarget"),
-    ("a stranger with its id", [add('members[value eq "c"]', {"value": "c"})], "noTarget"),
-    ("a label makes no member", [add('members[type eq "Group"]', {"value": "c"})], "mutability"),
-    ("nor does a display", [add('members[display eq "C"].display', "D")], "noTarget"),
-    ("as a name", [pathless({'members[value eq "c"].display': "C"})], "noTarget"),
-    ("members.value replaced", [put("members.value", "c")], "mutability"),
-    ("members.value added", [add("members.value", "c")], "mutability"),
-    ("members.value removed", [remove("members.value")], "mutability"),
-    ("members.value as a name", [pathless({"members.value": "c"})], "mutability"),
-    ("another id", [put('members[value eq "a"].value', "b")], "mutability"),
-    ("another id in an object", [put('members[value eq "a"]', {"value": "b"})], "mutability"),
-    ("another id added", [add('members[value eq "a"]', {"value": "b"})], "mutability"),
-    ("plain text is an id too", [put('members[value eq "a"]', "b")], "mutability"),
-    ("no id", [put('members[value eq "a"].value', None)], "mutability"),
-    ("an empty id", [put('members[value eq "a"].value', "")], "mutability"),
-    ("a removed id", [remove('members[value eq "a"].value')], "mutability"),
-    ("the URL of a member", [put('members[value eq "a"].$ref', "x")], "mutability"),
-    ("a member by URL", [remove('members[$ref eq "x"]')], "invalidFilter"),
-    ("a member by no URL", [remove("members[not ($ref pr)]")], "invalidFilter"),
-    ("empty text is no member", [put("members", "")], "invalidValue"),
-    ("nor in a list", [put("members", [""])], "invalidValue"),
-    ("removing empty text", [remove("members", "")], "invalidValue"),
-    ("the same id", [put('members[value eq "a"].value', "a")], [MEMBER_A, MEMBER_B]),
-    (
-        "a display",
-        [put('members[value eq "a"].display', "A")],
-        [{**MEMBER_A, "display": "A"}, MEMBER_B],
-    ),
-    (
-        "an object with the same id",
-        [add('members[value eq "a"]', {"value": "a", "$ref": "x", "display": "A"})],
-        [{**MEMBER_A, "display": "A"}, MEMBER_B],
-    ),
-    ("the same type", [put('members[value eq "a"].type', "User")], [MEMBER_A, MEMBER_B]),
-    ("another type", [put('members[value eq "a"].type', "Group")], "mutability"),
-    (
-        "the same object",
-        [put('members[value eq "a"]', {**MEMBER_A, "display": "A"})],
-        [{**MEMBER_A, "display": "A"}, MEMBER_B],
-    ),
-    ("an id in another case", [put('members[value eq "A"]', {"value": "A"})], "mutability"),
-    (
-        "a display for all",
-        [put('members[type eq "user"].display', "x")],
-        [{**MEMBER_A, "display": "x"}, {**MEMBER_B, "display": "x"}],
-    ),
-    ("all of a type", [remove('members[type eq "user"]')], []),
-    ("an id for all", [put('members[type eq "User"].value', "a")], "mutability"),
-    (
-        "replacing a member by its display",
-        [put('members[value eq "a"]', {"display": "A"})],
-        [{**MEMBER_A, "display": "A"}, MEMBER_B],
-    ),
-    ("removing a stranger", [remove('members[value eq "c"]')], [MEMBER_A, MEMBER_B]),
-    (
-        "clearing what no stranger has",
-        [put('members[value eq "c"].display', None)],
-        [MEMBER_A, MEMBER_B],
-    ),
-    ("an id in capitals", [remove('members[value eq "A"]')], [MEMBER_B]),
-    (
-        "and its display",
-        [put('members[value eq "B"].display', "x")],
-        [MEMBER_A, {**MEMBER_B, "display": "x"}],
-    ),
-    (
-        "an id in capitals with a type",
-        [remove('members[type eq "user" and value eq "A"]')],
-        [MEMBER_B],
-    ),
-    ("no operation", [], [MEMBER_A, MEMBER_B]),
-]
-
-
-@pytest.mark.parametrize(
-    "operations, after", [row[1:] for row in MEMBERS], ids=[row[0] for row in MEMBERS]
-)
-def test_a_patch_makes_nobody_a_member_by_accident(operations: Any, after: Any) -> None:
-    found = patched(
-        GROUP_TYPE, {"displayName": "Crew", "members": [MEMBER_A, MEMBER_B]}, operations
-    )
-    assert (found.get("members", []) if isinstance(found, dict) else found) == after
-
-
-def test_an_id_that_means_two_members_without_case_means_neither() -> None:
-    members = [{"value": "ab"}, {"value": "AB"}]
-    for operation, kept in (
-        (remove('members[value eq "Ab"]'), ["ab", "AB"]),
-        (remove('members[value eq "AB"]'), ["ab"]),
-        (remove('members[value eq "ab"]'), ["AB"]),
-    ):
-        found = patched(GROUP_TYPE, {"displayName": "Crew", "members": members}, [operation])
-        assert [member["value"] for member in found["members"]] == kept
-
-
-GRANTS = [  # sentence, operations: each names a value that the user does not have
-    ("a role", [put('roles[value eq "admin"].display', "Admin")]),
-    ("a role that becomes primary", [put('roles[value eq "admin"].primary', True)]),
-    ("a role as an object", [add('roles[value eq "admin"]', {"display": "Admin"})]),
-    ("a role with its type", [put('roles[type eq "x" and value eq "admin"].display', "Admin")]),
-    ("an entitlement", [add('entitlements[value eq "all"].type', "x")]),
-    ("an e-mail", [put('emails[value eq "new@x"].primary', True)]),
-    ("an e-mail by text", [put('emails[value eq "new@x"]', "new@x")]),
-    ("a telephone number", [put('phoneNumbers[value eq "1"].type', "work")]),
-    ("a photo", [put('photos[value eq "1"].type', "photo")]),
-    ("an address by its country", [put('addresses[country eq "CH"].locality', "Wil")]),
-    ("as a name", [pathless({'roles[value eq "admin"].display': "Admin"})]),
-]
-
-
-@pytest.mark.parametrize("operations", [row[1] for row in GRANTS], ids=[row[0] for row in GRANTS])
-def test_no_value_is_made_from_a_filter_on_what_it_is(operations: Any) -> None:
-    assert patched(USER_TYPE, {"userName": "tom"}, operations) == "noTarget"
-
-
-def with_ids(table: Any) -> Any:
-    """Return a parametrization of a table whose rows begin with a sentence."""
-    names = "before, operations, after"
-    return pytest.mark.parametrize(names, [row[1:] for row in table], ids=[row[0] for row in table])
-
-
-MADE = [  # sentence, before, operations, after
-    ("from a type", {}, [put('emails[type eq "work"].value', "h@x")], {"emails": [{"type": "work", "value": "h@x"}]}),
-    ("from primary", {}, [add('roles[primary eq "True"].value', "x")], {"roles": [{"primary": True, "value": "x"}]}),
-    ("from a display", {}, [add('ims[display eq "d"].value', "x")], {"ims": [{"display": "d", "value": "x"}]}),
-    ("from text", {}, [put('emails[type eq "work"]', "h@x")], {"emails": [{"type": "work", "value": "h@x"}]}),
-    ("but not from nothing", {}, [put('emails[type eq "work"].value', "")], {}),
-    ("and not from null", {}, [put('emails[type eq "work"]', {"value": None})], {}),
-]  # fmt: skip
-
-
-@with_ids(MADE)
-def test_a_value_is_made_from_the_labels_of_a_filter(
-    before: Any, operations: Any, after: Any
-) -> None:
-    assert patched(USER_TYPE, {"userName": "tom", **before}, operations) == after
-
-
-MANAGER_VALUE = {"value": "m-1", "displayName": "Bo", "$ref": "../Users/m-1"}
-
-
-WITH_MANAGER = {ENT: {"manager": MANAGER_VALUE, "department": "Lifts"}}
-
-
-PARTS = [  # sentence, before, operations, after
-    ("replace of a name", {"name": NAME}, [put("name", {"givenName": "Eda"})], {"name": {**NAME, "givenName": "Eda"}}),
-    ("add to a name", {"name": NAME}, [add("name", {"givenName": "Eda"})], {"name": {**NAME, "givenName": "Eda"}}),
-    ("by the URN of the core schema", {"name": NAME}, [put(f"{USER}:name", {"GIVENNAME": "Eda"})], {"name": {**NAME, "givenName": "Eda"}}),
-    ("without a path", {"name": NAME}, [pathless({"name": {"givenName": "Eda"}})], {"name": {**NAME, "givenName": "Eda"}}),
-    ("without a path, below the URN", {"name": NAME}, [pathless({USER: {"name": {"givenName": "Eda"}}})], {"name": {**NAME, "givenName": "Eda"}}),
-    ("null for one part", {"name": NAME}, [put("name", {"formatted": None})], {"name": {"givenName": "Ada", "familyName": "Quill"}}),
-    ("null for one part, added", {"name": NAME}, [add("name", {"formatted": None})], {"name": {"givenName": "Ada", "familyName": "Quill"}}),
-    ("null for one part, without a path", {"name": NAME}, [pathless({"name": {"formatted": None}})], {"name": {"givenName": "Ada", "familyName": "Quill"}}),
-    ("null for one part as a path", {"name": NAME}, [pathless({"name.formatted": None}, "add")], {"name": {"givenName": "Ada", "familyName": "Quill"}}),
-    ("null for all parts", {"name": {"givenName": "T"}}, [put("name", {"givenName": None})], {}),
-    ("null for the whole", {"name": NAME}, [put("name", None)], {}),
-    ("an object that names nothing", {"name": NAME}, [put("name", {})], {"name": NAME}),
-    ("unknown names only", {"name": NAME}, [put("name", {"nothing": "x"})], {"name": NAME}),
-    ("the name of a manager, added", WITH_MANAGER, [add(f"{ENT}:manager", {"displayName": "Cy"})], boss(**{**MANAGER_VALUE, "displayName": "Cy"})),
-    ("the name of a manager, replaced", WITH_MANAGER, [put("manager", {"displayName": "Cy"})], boss(**{**MANAGER_VALUE, "displayName": "Cy"})),
-    ("the name of a manager, without a path", WITH_MANAGER, [pathless({f"{ENT}:manager": {"displayName": "Cy"}})], boss(**{**MANAGER_VALUE, "displayName": "Cy"})),
-    ("the name of a manager, below the URN", WITH_MANAGER, [pathless({ENT: {"manager": {"displayName": "Cy"}}}, "add")], boss(**{**MANAGER_VALUE, "displayName": "Cy"})),
-    ("add on a bare URN", WITH_MANAGER, [add(ENT, {"manager": {"displayName": "Cy"}})], boss(**{**MANAGER_VALUE, "displayName": "Cy"})),
-    ("null for the name of a manager", WITH_MANAGER, [put("manager", {"displayName": None})], boss(value="m-1", **{"$ref": "../Users/m-1"})),
-    ("the same manager", WITH_MANAGER, [put("manager", {"value": "m-1"})], WITH_MANAGER),
-    ("the same manager by path", WITH_MANAGER, [put("manager.value", "m-1")], WITH_MANAGER),
-    ("another manager", WITH_MANAGER, [put("manager", {"value": "m-2"})], boss(value="m-2")),
-    ("another manager, added", WITH_MANAGER, [add("manager", {"value": "m-2"})], boss(value="m-2")),
-    ("another manager by id", WITH_MANAGER, [add("manager", "m-2")], boss(value="m-2")),
-    ("another manager in a list", WITH_MANAGER, [add("manager", [{"value": "m-2"}])], boss(value="m-2")),
-    ("another manager by path", WITH_MANAGER, [put(f"{ENT}:manager.value", "m-2")], boss(value="m-2")),
-    ("another manager as a name", WITH_MANAGER, [pathless({f"{ENT}:manager.value": "m-2"})], boss(value="m-2")),
-    ("another manager below the URN", WITH_MANAGER, [add(ENT, {"manager": {"value": "m-2"}})], boss(value="m-2")),
-    ("another manager and the name", WITH_MANAGER, [put("manager", {"displayName": "Cy", "value": "m-2"})], boss(value="m-2", displayName="Cy")),
-    ("no manager by null", WITH_MANAGER, [put("manager", {"value": None})], {ENT: {"department": "Lifts"}}),
-    ("no manager by add of nothing", WITH_MANAGER, [add("manager", "")], {ENT: {"department": "Lifts"}}),
-    ("no manager by add of an empty value", WITH_MANAGER, [add("manager", {"value": ""})], {ENT: {"department": "Lifts"}}),
-    ("no manager below the URN", WITH_MANAGER, [add(ENT, {"manager": ""})], {ENT: {"department": "Lifts"}}),
-    ("no manager without a path", WITH_MANAGER, [pathless({f"{ENT}:manager": ""}, "add")], {ENT: {"department": "Lifts"}}),
-    ("no manager by path", WITH_MANAGER, [remove("manager.value")], {ENT: {"department": "Lifts"}}),
-    ("replace on a bare URN", WITH_MANAGER, [put(ENT, {"division": "D"})], {ENT: {"division": "D"}}),
-    ("null for a custom field", {FAC: {"locker_no": 1, "union_code": "U7"}}, [add(FAC, {"locker_no": None})], {FAC: {"union_code": "U7"}}),
-    ("a name by filter", {"name": NAME}, [put('name[familyName eq "quill"]', {"givenName": "Eda"})], {"name": {**NAME, "givenName": "Eda"}}),
-]  # fmt: skip
-
-
-@with_ids(PARTS)
-def test_parts_that_a_value_does_not_name_stay(before: Any, operations: Any, after: Any) -> None:
-    assert patched(USER_TYPE, {"userName": "tom", **before}, operations) == after
-
-
-WORK_MAIL = {"type": "work", "value": "h@x", "primary": True}
-
-
-SELECTED = [  # sentence, before, operations, after
-    ("add", {"emails": [{"value": "h@x"}]}, [add('emails[value eq "H@X"]', {"primary": True})], {"emails": [{"value": "h@x", "primary": True}]}),
-    ("replace", {"emails": [{"value": "h@x"}]}, [put('emails[value eq "H@X"]', {"primary": True})], {"emails": [{"value": "h@x", "primary": True}]}),
-    ("replace by type", {"emails": [WORK_MAIL]}, [put('emails[type eq "WORK"]', {"value": "n@x"})], {"emails": [{"type": "work", "value": "n@x"}]}),
-    ("add by type", {"emails": [WORK_MAIL]}, [add('emails[type eq "WORK"]', {"value": "n@x"})], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("unless the value says so", {"emails": [WORK_MAIL]}, [add('emails[type eq "WORK"]', {"TYPE": "Work"})], {"emails": [{**WORK_MAIL, "type": "Work"}]}),
-    ("plain text", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', "n@x")], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("plain text, added", {"emails": [WORK_MAIL]}, [add('emails[type eq "work"]', "n@x")], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("plain text in a list", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', ["n@x"])], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("plain text without a path", {"emails": [WORK_MAIL]}, [pathless({'emails[type eq "work"]': "n@x"})], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("JSON text of a role", {"roles": [{"type": "t", "value": "x"}]}, [put('roles[type eq "t"]', '{"id":"1"}')], {"roles": [{"type": "t", "value": '{"id":"1"}'}]}),
-    ("plain text for an address", {"addresses": [{"type": "work"}]}, [put('addresses[type eq "work"]', "x")], "invalidValue"),
-    ("null for one part", {"emails": [{**WORK_MAIL, "display": "d"}]}, [add('emails[type eq "work"]', {"display": None})], {"emails": [WORK_MAIL]}),
-    ("a number", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', 7)], "invalidValue"),
-]  # fmt: skip
-
-
-@with_ids(SELECTED)
-def test_a_filter_keeps_the_stored_spelling(before: Any, operations: Any, after: Any) -> None:
-    assert patched(USER_TYPE, {"userName": "tom", **before}, operations) == after
-
-
-PHONE = {"type": "mobile", "value": "1"}
-
-
-CLEARED = [  # sentence, before, operations, after
-    ("an Integer", {FAC: {"locker_no": 1}}, [put(f"{FAC}:locker_no", "")], {}),
-    ("an Integer, added", {FAC: {"locker_no": 1}}, [add(f"{FAC}:locker_no", "")], {}),
-    ("a Boolean", {FAC: {"night_shift": True}}, [put(f"{FAC}:night_shift", "")], {}),
-    ("a Boolean without a path", {FAC: {"night_shift": True}}, [pathless({f"{FAC}:night_shift": ""})], {}),
-    ("below a URN", {FAC: {"locker_no": 1, "union_code": "x"}}, [pathless({FAC: {"locker_no": ""}}, "add")], {FAC: {"union_code": "x"}}),
-    ("a bare URN", {FAC: {"locker_no": 1}}, [put(FAC, {"locker_no": "", "union_code": ""})], {FAC: {"union_code": ""}}),
-    ("a String is the text", {FAC: {"union_code": "x"}}, [put(f"{FAC}:union_code", "")], {FAC: {"union_code": ""}}),
-    ("active", {"active": True}, [put("active", "")], {}),
-    ("a complex value", {"name": NAME}, [put("name", "")], {}),
-    ("a list", {"emails": [WORK_MAIL]}, [put("emails", "")], {}),
-    ("an item of a list", {"emails": [WORK_MAIL]}, [put("emails", ["", PHONE])], {"emails": [PHONE]}),
-    ("a reference", {"profileUrl": "x"}, [put("profileUrl", "")], {}),
-    ("primary", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"].primary', "")], {"emails": [{"type": "work", "value": "h@x"}]}),
-    ("an e-mail that lost its value", {"emails": [WORK_MAIL]}, [remove('emails[type eq "work"].value')], {}),
-    ("by null", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"].value', None)], {}),
-    ("by empty text", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"].value', "")], {}),
-    ("by empty text for the object", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', "")], {}),
-    ("by an object", {"emails": [WORK_MAIL]}, [put('emails[type eq "work"]', {"value": ""})], {}),
-    ("without a filter", {"emails": [WORK_MAIL], "phoneNumbers": [PHONE]}, [remove("emails.value")], {"phoneNumbers": [PHONE]}),
-    ("without a path", {"phoneNumbers": [PHONE]}, [pathless({'phoneNumbers[type eq "mobile"].value': ""})], {}),
-    ("a role", {"roles": [{"value": "x", "primary": True}]}, [remove('roles[value eq "x"].value')], {}),
-    ("not with a display", {"emails": [{**WORK_MAIL, "display": "d"}]}, [remove('emails[type eq "work"].value')], {"emails": [{"type": "work", "primary": True, "display": "d"}]}),
-    ("not before the end", {"emails": [WORK_MAIL]}, [remove('emails[type eq "work"].value'), add('emails[type eq "work"].value', "n@x")], {"emails": [{**WORK_MAIL, "value": "n@x"}]}),
-    ("not one that never had a value", {"emails": [{"type": "home"}]}, [put("title", "x")], {"title": "x", "emails": [{"type": "home"}]}),
-    ("no operations", {"title": "x"}, [], {"title": "x"}),
-]  # fmt: skip
-
-
-@with_ids(CLEARED)
-def test_empty_text_clears_what_is_no_string(before: Any, operations: Any, after: Any) -> None:
-    assert patched(USER_TYPE, {"userName": "tom", **before}, operations) == after
-
-
-def test_the_primary_value_is_that_of_the_last_operation() -> None:
-    before = {"userName": "tom", "roles": [{"value": "a"}]}
-    operations = [
-        add("roles", [{"value": "b", "primary": True}]),
-        add("roles", [{"value": "a", "primary": True}]),
-    ]
-    found = patched(USER_TYPE, before, operations)["roles"]
-    assert found == [{"value": "a", "primary": True}, {"value": "b", "primary": False}]
-
-
 # -- 6. Queries ------------------------------------------------------------------------------------
 
 
-FILTERS = [  # filter, who matches
-    ('userName eq "ALICE"', {"alice"}),
-    ('USERNAME Eq "bob"', {"bob"}),
-    ('userName eq "STRASSE"', {"straße"}),
-    ('userName ne "alice"', {"bob", "straße", "dave"}),
-    ('externalId eq "5b0c"', {"bob"}),
-    ("title pr", {"alice"}),
-    ("not (title pr)", {"bob", "straße", "dave"}),
-    ('title eq ""', {"bob"}),
-    ('title ne "Engineer"', {"bob", "straße", "dave"}),
-    ("title eq null", {"bob", "straße", "dave"}),
-    ("active eq true", {"alice", "straße", "dave"}),
-    ('ActiVe eq "False"', {"bob"}),
-    ('displayName co "%"', {"straße"}),
-    ('displayName sw "100_"', set()),
-    (r'displayName co "\"sure\" \\"', {"straße"}),
-    ('userName sw "al" or userName ew "OB"', {"alice", "bob"}),
-    ('userName sw ""', {"alice", "bob", "straße", "dave"}),
-    ('active eq false or title pr and userName eq "dave"', {"bob"}),
-    ('(active eq false or title pr) and userName eq "alice"', {"alice"}),
-    ("not (active eq true) and emails pr", {"bob"}),
-    ('emails[type eq "work"].value eq "ALICE@x.example"', {"alice"}),
-    ('emails[type eq "home" and primary eq true]', {"bob"}),
-    ('emails[type eq "work" and primary eq true].value sw "alice"', {"alice"}),
-    ('emails[not (type eq "home") and value eq "x"]', {"bob"}),
-    ('emails[value sw "a" and (type eq "home" or primary eq true)]', {"alice"}),
-    ('emails.type eq "home" and emails.primary eq true', {"alice", "bob"}),
-    ('emails eq "bob@x.example"', {"bob"}),
-    ('roles[primary eq "True"].value eq "{\\"id\\":1}"', {"straße"}),
-    ('name.familyName eq "üNAL"', {"alice"}),
-    ("name pr", {"alice"}),
-    (f'{USER}:userName eq "dave"', {"dave"}),
-    (f'{USER}:name.givenName sw "A"', {"alice"}),
-    (f'{ENT}:employeeNumber eq "004417"', {"alice"}),
-    (f'{ENT.upper()}:DEPARTMENT eq "lifts"', {"alice"}),
-    (f'{ENT}:manager eq "b0ss"', {"alice"}),
-    (f'{ENT}:manager.value eq "B0SS"', set()),
-    ('manager eq "b0ss"', {"alice"}),
-    (f"{ENT} pr", {"alice"}),
-    (f'{FAC}:union_code eq "u7"', {"alice"}),
-    (f"{FAC}:locker_no gt 9", {"straße"}),
-    (f'{FAC}:locker_no ge "9"', {"alice", "straße"}),
-    (f"{FAC}:locker_no lt 0", {"bob"}),
-    (f"{FAC}:night_shift eq false", {"straße"}),
-    (f'{FAC}.union_code eq "U7"', {"alice"}),
-    ('meta.created gt "0001-01-01T00:00:00.0000000Z"', {"alice", "bob", "straße", "dave"}),
-    ('meta.lastModified lt "2001-01-01T00:00:00+14:00"', set()),
-    ('meta.resourceType eq "User"', {"alice", "bob", "straße", "dave"}),
-    ('nothing eq "x"', set()),
-    ('nothing ne "x"', {"alice", "bob", "straße", "dave"}),
-    ('nothing[value eq "x"]', set()),
-    ('  userName   eq   "dave"  ', {"dave"}),
-    ('userName gt "bob" and userName le "DAVE"', {"dave"}),
+EVERYONE = set(PEOPLE)
+
+
+# fmt: off
+FILTERS = [  # name, filter, matching people
+    ("eq ignores case", 'userName eq "ALICE"', {"alice"}),
+    ("attributes and operators ignore case", 'USERNAME Eq "bob"', {"bob"}),
+    ("eszett is folded", 'userName eq "STRASSE"', {"straße"}),
+    ("ne", 'userName ne "alice"', {"bob", "straße", "dave"}),
+    ("externalId is case-sensitive", 'externalId eq "5b0c"', {"bob"}),
+    ("pr does not match empty text", "title pr", {"alice"}),
+    ("not pr matches empty text", "not (title pr)", {"bob", "straße", "dave"}),
+    ("eq matches empty text", 'title eq ""', {"bob"}),
+    ("ne matches where there is no value", 'title ne "Engineer"', {"bob", "straße", "dave"}),
+    ("eq null is not pr", "title eq null", {"bob", "straße", "dave"}),
+    ("a Boolean", "active eq true", {"alice", "straße", "dave"}),
+    ("text for a Boolean", 'ActiVe eq "False"', {"bob"}),
+    ("% is no wildcard", 'displayName co "%"', {"straße"}),
+    ("_ is no wildcard", 'displayName sw "100_"', set()),
+    ("escaped quotes and backslashes", r'displayName co "\"sure\" \\"', {"straße"}),
+    ("one of two terms", 'userName sw "al" or userName ew "OB"', {"alice", "bob"}),
+    ("all text starts with no text", 'userName sw ""', EVERYONE),
+    ("and binds more than or", 'active eq false or title pr and userName eq "dave"', {"bob"}),
+    ("brackets bind more than and", '(active eq false or title pr) and userName eq "alice"', {"alice"}),
+    ("not before a bracket", "not (active eq true) and emails pr", {"bob"}),
+    ("a part after a value filter",
+     'emails[type eq "work"].value eq "ALICE@x.example"', {"alice"}),
+    ("both terms hold of one value", 'emails[type eq "home" and primary eq true]', {"bob"}),
+    ("two terms and a part of one value",
+     'emails[type eq "work" and primary eq true].value sw "alice"', {"alice"}),
+    ("not in a value filter", 'emails[not (type eq "home") and value eq "x"]', {"bob"}),
+    ("or in a value filter",
+     'emails[value sw "a" and (type eq "home" or primary eq true)]', {"alice"}),
+    ("two terms outside of a value filter may hold of two values",
+     'emails.type eq "home" and emails.primary eq true', {"alice", "bob"}),
+    ("a complex attribute compares by its value", 'emails eq "bob@x.example"', {"bob"}),
+    ("JSON text in a value", 'roles[primary eq "True"].value eq "{\\"id\\":1}"', {"straße"}),
+    ("letters with diaeresis ignore case", 'name.familyName eq "üNAL"', {"alice"}),
+    ("pr matches a complex attribute", "name pr", {"alice"}),
+    ("a name after the core URN", f'{USER}:userName eq "dave"', {"dave"}),
+    ("a sub-attribute after the core URN", f'{USER}:name.givenName sw "A"', {"alice"}),
+    ("digits as text", f'{ENT}:employeeNumber eq "004417"', {"alice"}),
+    ("URNs ignore case", f'{ENT.upper()}:DEPARTMENT eq "lifts"', {"alice"}),
+    ("the manager compares by its id", f'{MANAGER} eq "b0ss"', {"alice"}),
+    ("the manager's id is case-sensitive", f'{MANAGER}.value eq "B0SS"', set()),
+    ("the manager without the URN", 'manager eq "b0ss"', {"alice"}),
+    ("pr matches an extension", f"{ENT} pr", {"alice"}),
+    ("a custom field ignores case", f'{FAC}:union_code eq "u7"', {"alice"}),
+    ("an Integer is ordered as a number", f"{LOCKER} gt 9", {"straße"}),
+    ("text for an Integer", f'{LOCKER} ge "9"', {"alice", "straße"}),
+    ("a negative Integer", f"{LOCKER} lt 0", {"bob"}),
+    ("a Boolean custom field", f"{FAC}:night_shift eq false", {"straße"}),
+    ("a dot after the URN", f'{FAC}.union_code eq "U7"', {"alice"}),
+    ("the first dateTime", 'meta.created gt "0001-01-01T00:00:00.0000000Z"', EVERYONE),
+    ("a dateTime with an offset", 'meta.lastModified lt "2001-01-01T00:00:00+14:00"', set()),
+    ("the resource type", 'meta.resourceType eq "User"', EVERYONE),
+    ("an unknown attribute has no value", 'nothing eq "x"', set()),
+    ("an unknown attribute is not equal", 'nothing ne "x"', EVERYONE),
+    ("a value filter of an unknown attribute", 'nothing[value eq "x"]', set()),
+    ("more blanks than needed", '  userName   eq   "dave"  ', {"dave"}),
+    ("the order of text ignores case", 'userName gt "bob" and userName le "DAVE"', {"dave"}),
 ]
+# fmt: on
 
 
 @pytest.fixture(scope="module")
 def people() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
-    """A directory of the people above, and their resources by name."""
-    store = scim_server.Store(":memory:")
-    directory = scim_server.Directory(store, FIELDS)
-    yield directory, {name: directory.create(USER_TYPE, body) for name, body in PEOPLE.items()}
-    store.close()
+    """A directory of PEOPLE, and its resources by name."""
+    with closing(scim_server.Store(":memory:")) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        yield directory, {name: directory.create(USER_TYPE, PEOPLE[name]) for name in PEOPLE}
 
 
-@pytest.mark.parametrize("text, expected", FILTERS)
-def test_a_filter_gives_the_same_answer_in_python_and_in_sql(
-    people: Any, text: str, expected: set[str]
-) -> None:
+def check_filter(people: Any, text: str, expected: set[str]) -> None:
+    """Check which people match a filter, in SQL and in Python."""
     directory, resources = people
     filter = scim_server.parse_filter(text, USER_TYPE)
-    found = {one["id"] for one in directory.query(USER_TYPE, filter).resources}
-    assert {name for name, one in resources.items() if one["id"] in found} == expected
-    assert {name for name, one in resources.items() if scim_server.matches(filter, one)} == expected
+    ids = {resource["id"] for resource in directory.query(USER_TYPE, filter).resources}
+    assert {name for name in resources if resources[name]["id"] in ids} == expected
+    assert len(ids) == len(expected)
+    assert {name for name in resources if scim_server.matches(filter, resources[name])} == expected
 
 
-FOUND = [  # filters whose hits lie in sets of rows, be they joined
-    'userName eq "a"',
-    'userName eq "a" or externalId eq "b"',
-    'active eq true and (userName eq "a" or title sw "b")',
-    'emails[type eq "work" and value eq "a"] and not (active eq true)',
-    "title pr",
-    'id eq "a" or groups.value eq "b"',
+@each_row("text, expected", FILTERS)
+def test_filter_agrees_in_python_and_sql(people: Any, text: str, expected: set[str]) -> None:
+    check_filter(people, text, expected)
+
+
+# fmt: off
+EDGE_VALUES: dict[str, Any] = {  # user name, attributes
+    "empty": {"name": {"givenName": ""}, "emails": [{"value": "", "type": ""}],
+              ENT: {"manager": {"displayName": ""}}, FAC: {"union_code": ""}},
+    "number": {FAC: {"locker_no": 0}, "emails": [{"primary": False}]},
+    "full": {"name": NAME, "emails": [WORK_MAIL], FAC: {"locker_no": 42, "union_code": "x"},
+             ENT: {"manager": MANAGER_VALUE}},
+    "low": {FAC: {"locker_no": -(2**63)}},
+    "high": {FAC: {"locker_no": 2**63 - 1}},
+    "none": {},
+}
+ALL, ALL_NUMBERS = set(EDGE_VALUES), {"number", "low", "full", "high"}
+EDGE_FILTERS = [  # name, filter, matching users
+    ("a name with an empty part is not pr", "name pr", {"full"}),
+    ("not pr matches a name with an empty part", "not (name pr)", ALL - {"full"}),
+    ("an e-mail with false is pr", "emails pr", {"full", "number"}),
+    ("an extension with empty text is not pr", f"{ENT} pr", {"full"}),
+    ("a manager with an empty name is not pr", f"{MANAGER} pr", {"full"}),
+    ("an extension with 0 is pr", f"{FAC} pr", {"full", "number", "low", "high"}),
+    ("groups without a group are not pr", "groups pr", set()),
+    ("meta is pr", "meta pr", ALL),
+    ("empty text in a value filter", 'emails[value eq ""]', {"empty"}),
+    ("no Integer equals a fraction", f"{LOCKER} eq 41.5", set()),
+    ("all differ from a fraction", f"{LOCKER} ne 41.5", ALL),
+    ("gt a fraction", f"{LOCKER} gt 41.5", {"full", "high"}),
+    ("ge a whole number with a point", f"{LOCKER} ge 42.0", {"full", "high"}),
+    ("gt a fraction above", f"{LOCKER} gt 42.5", {"high"}),
+    ("lt a fraction", f"{LOCKER} lt 41.5", {"number", "low"}),
+    ("le a fraction above", f"{LOCKER} le 42.5", {"number", "low", "full"}),
+    ("gt a negative fraction", f"{LOCKER} gt -0.5", {"number", "full", "high"}),
+    ("lt a negative fraction", f"{LOCKER} lt -0.5", {"low"}),
+    ("lt a large number with an exponent", f"{LOCKER} lt 1e30", ALL_NUMBERS),
+    ("gt a large number with an exponent", f"{LOCKER} gt 1e30", set()),
+    ("lt infinity", f"{LOCKER} lt 1e999", ALL_NUMBERS),
+    ("gt minus infinity", f"{LOCKER} gt -1e999", ALL_NUMBERS),
+    ("eq more than 64 bits", f"{LOCKER} eq 9223372036854775808", set()),
+    ("lt more than 64 bits", f"{LOCKER} lt 9223372036854775808", ALL_NUMBERS),
+    ("ge more than 64 bits", f"{LOCKER} ge 9223372036854775808", set()),
+    ("ge less than 64 bits", f"{LOCKER} ge -9223372036854775809", ALL_NUMBERS),
+    ("le less than 64 bits", f"{LOCKER} le -9223372036854775809", set()),
+    ("after a dateTime of 40 fraction digits",
+     f'meta.created gt "2000-01-01T00:00:00.{"1" * 40}Z"', ALL),
+    ("before a dateTime of 40 fraction digits",
+     f'meta.created lt "2000-01-01T00:00:00.{"1" * 40}Z"', set()),
 ]
+# fmt: on
 
 
-@pytest.mark.parametrize("text", FOUND)
-def test_a_filter_looks_at_no_resource_that_its_sets_do_not_hold(tmp_path: Path, text: str) -> None:
-    asked: list[str] = []
+@pytest.fixture(scope="module")
+def edge_users() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
+    """A directory of users with EDGE_VALUES, and its resources by name."""
+    with closing(scim_server.Store(":memory:")) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        bodies = {name: {"userName": name, **EDGE_VALUES[name]} for name in EDGE_VALUES}
+        yield directory, {name: directory.create("User", bodies[name]) for name in bodies}
+
+
+@each_row("text, expected", EDGE_FILTERS)
+def test_filter_handles_empty_values_and_large_numbers(
+    edge_users: Any, text: str, expected: set[str]
+) -> None:
+    check_filter(edge_users, text, expected)
+
+
+E_ACUTE = ("jos\u00e9", "jose\u0301")
+
+
+def test_filter_ignores_composition_of_letters_but_not_width(scim: Scim) -> None:
+    scim.user("ada", title=E_ACUTE[0], externalId=E_ACUTE[0], nickName="\uff41")
+    assert scim.names(f'title eq "{E_ACUTE[1]}"') == ["ada"]
+    assert scim.names(f'externalId eq "{E_ACUTE[1]}"') == []
+    assert scim.names('nickName eq "a"') == []
+
+
+# fmt: off
+INDEXED_FILTERS = [  # name, filter
+    ("eq", 'userName eq "a"'),
+    ("or of two attributes", 'userName eq "a" or externalId eq "b"'),
+    ("or in and", 'active eq true and (userName eq "a" or title sw "b")'),
+    ("a value filter and not",
+     'emails[type eq "work" and value eq "a"] and not (active eq true)'),
+    ("pr", "title pr"),
+    ("id or group", 'id eq "a" or groups.value eq "b"'),
+]
+# fmt: on
+
+
+@each_row("text", INDEXED_FILTERS)
+def test_filter_reads_no_resource_that_cannot_match(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, text: str
+) -> None:
+    plans: list[str] = []
+
+    class ExplainingConnection(sqlite3.Connection):
+        def execute(self, sql: str, parameters: Any = (), /) -> sqlite3.Cursor:
+            if re.match(r"\s*(SELECT|WITH)\b", sql):
+                rows = super().execute(f"EXPLAIN QUERY PLAN {sql}", parameters).fetchall()
+                plans.append("\n".join(row[3] for row in rows))
+            return super().execute(sql, parameters)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=ExplainingConnection))
     with closing(scim_server.Store(tmp_path / "a.sqlite3")) as store, store.reading() as session:
-        reader = session.run.__self__
-        reader.set_trace_callback(asked.append)
+        plans.clear()
         filters = {"User": scim_server.parse_filter(text, USER_TYPE)}
         session.page(filters, None, scim_server.Window(10))
         session.total(filters)
-        reader.set_trace_callback(None)
-        plans = [row[3] for sql in asked for row in reader.execute(f"EXPLAIN QUERY PLAN {sql}")]
-    assert (
-        len(asked) == 2
-        and [plan for plan in plans if re.match("SCAN resource|.* resource_type ", plan)] == []
-    )
+    assert len(plans) == 2
+    for plan in plans:
+        assert not re.search("^SCAN resource|^.* resource_type ", plan, re.MULTILINE), plan
 
 
-@pytest.mark.parametrize(
-    "text", ["(title pr or " * 50 + "title pr" + ")" * 50, "x pr or " * 1000 + "x pr"]
-)
-def test_a_filter_that_is_too_much_for_the_database_is_the_clients_mistake(
-    scim: Scim, text: str
-) -> None:
+# fmt: off
+LARGE_FILTERS = [  # name, filter
+    ("50 nested brackets", "(title pr or " * 50 + "title pr" + ")" * 50),
+    ("1001 terms", "x pr or " * 1000 + "x pr"),
+]
+# fmt: on
+
+
+@each_row("text", LARGE_FILTERS)
+def test_filter_too_large_for_the_database_is_400(scim: Scim, text: str) -> None:
     answer = scim.call("POST", "/Users/.search", {"filter": text})
-    if answer.status_code != 200:  # how much that is differs between versions of SQLite
+    if answer.status_code != 200:  # the limit depends on the version of SQLite
         assert_error(answer, 400, "invalidFilter", "brackets")
 
 
+# -- Random filters and sorts --
+
 FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "5000"))
-
-
-NO_INTEGERS = [0.5, -0.5, 6.999, 2**63, -(2**63) - 1, 1e300]  # but numbers to compare with
+SORT_COUNT = 300
+NO_INTEGERS = [0.5, -0.5, 6.999, 2**63, -(2**63) - 1, 1e300]  # no Integer has these values
 
 
 def stored_below(attribute: scim_server.Attribute) -> list[scim_server.Attribute]:
-    """Return the sub-attributes but for those that are made for each answer."""
+    """Return the sub-attributes that are stored, not computed for each answer."""
     return [
         sub for sub in attribute.sub_attributes if sub.name not in ("version", "location", "$ref")
     ]
@@ -1839,26 +2056,26 @@ def stored_below(attribute: scim_server.Attribute) -> list[scim_server.Attribute
 def some_filter(chance: random.Random, scope: scim_server.Attribute, depth: int = 3) -> str:
     """Return the text of a random filter on the attributes of a scope."""
     if depth and chance.random() < 0.5:
-        inner = [some_filter(chance, scope, depth - 1) for _ in range(chance.randint(1, 3))]
-        joined = chance.choice([" and ", " or ", " OR "]).join(inner)
+        terms = [some_filter(chance, scope, depth - 1) for _ in range(chance.randint(1, 3))]
+        joined = chance.choice([" and ", " or ", " OR "]).join(terms)
         return f"({joined})" if chance.random() < 0.6 else f"not ({joined})"
     attribute = chance.choice(stored_below(scope))
     name = attribute.name
     if attribute.type == "complex":
         if chance.random() < 0.2:
             return f"{name} pr"
-        below = ":" if ":" in name else "."
-        if below == "." and chance.random() < 0.5:
+        separator = ":" if ":" in name else "."
+        if separator == "." and chance.random() < 0.5:
             return f"{name}[{some_filter(chance, attribute, depth - 1 if depth else 0)}]"
         attribute = chance.choice(stored_below(attribute))
-        name += below + attribute.name
+        name += separator + attribute.name
         if attribute.type == "complex":
             return f"{name} pr"
     return f"{name} {some_comparison(chance, attribute)}"
 
 
 def some_comparison(chance: random.Random, attribute: scim_server.Attribute) -> str:
-    """Return an operator that goes with an attribute, and a literal of its type."""
+    """Return an operator that suits an attribute, and a literal of its type."""
     if chance.random() < 0.15:
         return chance.choice(["pr", "eq null", "ne null"])
     operators = {
@@ -1878,206 +2095,136 @@ def some_comparison(chance: random.Random, attribute: scim_server.Attribute) -> 
 def crowd() -> Iterator[tuple[scim_server.Directory, list[Any]]]:
     """A directory of random users and groups, and all its resources."""
     chance = random.Random(SEED)
-    store = scim_server.Store(":memory:")
-    directory = scim_server.Directory(store, FIELDS)
-    ids = [
-        directory.create(USER_TYPE, some_user(chance, f"{chance.choice(TEXTS)}{number}"))["id"]
-        for number in range(40)
-    ]
-    for number in range(6):
-        members = [
-            {"value": id, "display": chance.choice(TEXTS)}
-            for id in chance.sample(ids, chance.randint(0, 9))
-        ]
-        body = {"displayName": f"{chance.choice(TEXTS)}{number}", "members": members}
-        ids.append(directory.create(TYPES["Group"], body)["id"])
-    for id in ids[:40] * 2:
-        with suppress(scim_server.ScimError):
-            sent = [some_step(chance)[0] for _ in range(2)]
-            directory.patch(USER_TYPE, id, {"Operations": sent})
-    yield (
-        directory,
-        [
-            resource
-            for found in TYPES.values()
-            for resource in directory.query(found, count=100).resources
-        ],
-    )
-    store.close()
+    with closing(scim_server.Store(":memory:")) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        users = [some_user(chance, f"{chance.choice(TEXTS)}{number}") for number in range(40)]
+        ids = [directory.create(USER_TYPE, user)["id"] for user in users]
+        for number in range(6):
+            members = [
+                {"value": id, "display": chance.choice(TEXTS)}
+                for id in chance.sample(ids, chance.randint(0, 9))
+            ]
+            body = {"displayName": f"{chance.choice(TEXTS)}{number}", "members": members}
+            ids.append(directory.create(GROUP_TYPE, body)["id"])
+        for id in ids[:40] * 2:
+            with suppress(scim_server.ScimError):
+                sent = [some_step(chance)[0] for _ in range(2)]
+                directory.patch(USER_TYPE, id, {"Operations": sent})
+        pages = [directory.query(resource_type, count=100) for resource_type in TYPES.values()]
+        yield directory, [resource for page in pages for resource in page.resources]
 
 
-def test_any_filter_finds_in_sql_what_it_matches_in_python(crowd: Any) -> None:
+def of_type(resources: list[Any], resource_type: scim_server.ResourceType) -> list[Any]:
+    """Return the resources of a type."""
+    return [item for item in resources if item["meta"]["resourceType"] == resource_type.name]
+
+
+def ids_of(resources: Any) -> list[str]:
+    """Return the ids of resources, in order."""
+    return [resource["id"] for resource in resources]
+
+
+def test_any_filter_agrees_in_python_and_sql(crowd: Any) -> None:
     directory, resources = crowd
     chance = random.Random(SEED)
     for _ in range(FILTER_COUNT):
-        found = TYPES[chance.choice(["User", "User", "User", "Group"])]
-        text = some_filter(chance, found.root)
-        filter = scim_server.parse_filter(text, found)
-        expected = [
-            one["id"]
-            for one in resources
-            if one["meta"]["resourceType"] == found.name and scim_server.matches(filter, one)
-        ]
-        page = directory.query(found, filter, count=100)
-        assert [one["id"] for one in page.resources] == expected, f"seed {SEED}: {text}"
+        resource_type = chance.choice([USER_TYPE, USER_TYPE, USER_TYPE, GROUP_TYPE])
+        text = some_filter(chance, resource_type.root)
+        filter = scim_server.parse_filter(text, resource_type)
+        expected = ids_of(
+            resource
+            for resource in of_type(resources, resource_type)
+            if scim_server.matches(filter, resource)
+        )
+        page = directory.query(resource_type, filter, count=100)
+        assert ids_of(page.resources) == expected, f"seed {SEED}: {text}"
         assert page.total_results == len(expected)
 
 
-def test_any_sort_gives_the_order_of_the_keys_with_missing_values_last(crowd: Any) -> None:
+def sortable() -> list[tuple[scim_server.Attribute, ...]]:
+    """Return the attributes to sort by, each with the complex attribute around it."""
+    groups = USER_TYPE.root.by_name["groups"]
+    return [
+        *((attribute,) for attribute in writable(USER_TYPE.root) if attribute.type != "complex"),
+        *(
+            (attribute, sub)
+            for attribute in writable(USER_TYPE.root)
+            for sub in attribute.sub_attributes
+            if sub.type != "complex"
+        ),
+        *((groups, groups.by_name[name]) for name in ("value", "display")),
+    ]
+
+
+def naive_sort_key(target: scim_server.AttributePath, resource: Any) -> tuple[bool, str]:
+    """Return (missing, key): of the primary value, else of the first (RFC 7644 §3.4.2.3)."""
+    outer, *inner = target.attributes
+    values = scim_server.AttributePath((outer,)).items(resource) if outer.name in resource else []
+    for value in sorted(values, key=lambda value: not scim_server.is_primary(value))[:1]:
+        items = scim_server.AttributePath(tuple(inner)).items(value) if inner else [value]
+        for item in items:
+            return False, target.attribute.key(item)
+    return True, ""
+
+
+def some_sorted_query(
+    chance: random.Random, resources: list[Any]
+) -> tuple[scim_server.Filter, scim_server.Sorting, list[str], str]:
+    """Return a filter and a sort, the ids that they select in order, and a text that says which."""
+    target = scim_server.AttributePath(chance.choice(sortable()))
+    sorting = scim_server.Sorting(target, chance.random() < 0.5)
+    text = chance.choice(["", "active eq true", "not (title pr)", 'userName sw "u1" or title pr'])
+    filter = scim_server.parse_filter(text, USER_TYPE) if text else scim_server.EVERYTHING
+    users = sorted(of_type(resources, USER_TYPE), key=partial(naive_sort_key, target))
+    ids = ids_of(user for user in users if scim_server.matches(filter, user))
+    label = f"seed {SEED}: {text!r} by {target.attribute.path}, {sorting.descending=}"
+    return filter, sorting, ids[::-1] if sorting.descending else ids, label
+
+
+def test_any_page_by_index_is_in_the_order_of_its_sort(crowd: Any) -> None:
     directory, resources = crowd
     chance = random.Random(SEED)
-    users = [one for one in resources if one["meta"]["resourceType"] == "User"]
-    simple = [(sub,) for sub in writable(USER_TYPE.root) if sub.type != "complex"]
-    simple += [
-        (sub, low)
-        for sub in writable(USER_TYPE.root)
-        for low in sub.sub_attributes
-        if low.type != "complex"
-    ]
-    groups = USER_TYPE.root.by_name["groups"]
-    simple += [(groups, groups.by_name[name]) for name in ("value", "display")]
-    for _ in range(300):
-        target = scim_server.AttributePath(chance.choice(simple))
-
-        def order(one: Any, target: scim_server.AttributePath = target) -> tuple[bool, str]:
-            # The primary value counts, else the first (RFC 7644 §3.4.2.3).
-            values = (
-                target.attributes[0].name in one
-                and scim_server.AttributePath(target.attributes[:1]).items(one)
-                or []
-            )
-            values = sorted(values, key=lambda value: not scim_server.is_primary(value))
-            below = (
-                scim_server.AttributePath(target.attributes[1:]) if target.attributes[1:] else None
-            )
-            keys = [
-                target.attribute.key(item)
-                for value in values[:1]
-                for item in (below.items(value) if below else [value])
-            ]
-            return (not keys, keys[0] if keys else "")
-
-        text = chance.choice(
-            ["", "active eq true", "not (title pr)", 'userName sw "u1" or title pr']
-        )
-        filter = scim_server.parse_filter(text, USER_TYPE) if text else scim_server.EVERYTHING
-        sorting, size = scim_server.Sorting(target, chance.random() < 0.5), chance.randint(1, 30)
-        expected = [
-            one["id"] for one in sorted(users, key=order) if scim_server.matches(filter, one)
-        ]
-        expected = expected[::-1] if sorting.descending else expected
-        start = chance.randint(0, len(expected))
+    for _ in range(SORT_COUNT):
+        filter, sorting, ids, label = some_sorted_query(chance, resources)
+        start, size = chance.randint(0, len(ids)), chance.randint(1, 30)
         page = directory.query(USER_TYPE, filter, sorting, start + 1, size)
-        found = {
-            "index": [one["id"] for one in page.resources] == expected[start : start + size],
-            "total": page.total_results == len(expected),
-        }
-        asked, after = {"User": (filter, scim_server.WHOLE)}, None
-        for number in range(3 if expected[2 * size :] else 0):
-            page = directory.search(asked, sorting, scim_server.Window(size, 0, after))
-            found[f"cursor {number}"] = [one["id"] for one in page.resources] == expected[
-                size * number :
-            ][:size]
+        assert ids_of(page.resources) == ids[start : start + size], label
+        assert page.total_results == len(ids), label
+
+
+def test_any_page_by_cursor_is_in_the_order_of_its_sort(crowd: Any) -> None:
+    directory, resources = crowd
+    chance = random.Random(SEED)
+    for _ in range(SORT_COUNT):
+        filter, sorting, ids, label = some_sorted_query(chance, resources)
+        queries, size, after = {"User": (filter, scim_server.WHOLE)}, chance.randint(1, 30), None
+        if len(ids) <= 2 * size:
+            continue
+        for start in (0, size, 2 * size):
+            page = directory.search(queries, sorting, scim_server.Window(size, 0, after))
+            assert ids_of(page.resources) == ids[start : start + size], label
             first, after = page.first, page.last
-        if after:
-            page = directory.search(asked, sorting, scim_server.Window(size, 0, first, True))
-            found["backward"] = [one["id"] for one in page.resources] == expected[size : 2 * size]
-        assert all(found.values()), (SEED, target.attribute.path, sorting.descending, text, found)
+        page = directory.search(queries, sorting, scim_server.Window(size, 0, first, True))
+        assert ids_of(page.resources) == ids[size : 2 * size], label
 
 
-def test_the_primary_or_first_value_is_the_one_to_sort_by(scim: Scim) -> None:
+@pytest.mark.parametrize("name", ["emails", "emails.value"])
+def test_sort_uses_the_primary_or_first_value(scim: Scim, name: str) -> None:
     scim.user("late", emails=[{"value": "a"}, {"value": "z", "primary": True}])
     scim.user("early", emails=[{"value": "b"}, {"value": "y"}])
     scim.user("none")
-    for name in ("emails", "emails.value"):
-        found = scim.get("/Users", sortBy=name)["Resources"]
-        assert [one["userName"] for one in found] == ["early", "late", "none"]
-    assert_error(
-        scim.call("GET", "/Users?sortBy=title&sortOrder=up"), 400, "invalidValue", "sortOrder"
-    )
+    users = scim.get("/Users", sortBy=name)["Resources"]
+    assert [user["userName"] for user in users] == ["early", "late", "none"]
 
 
-STORED = {
-    "empty": {"name": {"givenName": ""}, "emails": [{"value": "", "type": ""}], ENT: {"manager": {"displayName": ""}}, FAC: {"union_code": ""}},
-    "number": {FAC: {"locker_no": 0}, "emails": [{"primary": False}]},
-    "full": {"name": NAME, "emails": [WORK_MAIL], FAC: {"locker_no": 42, "union_code": "x"}, ENT: {"manager": MANAGER_VALUE}},
-    "low": {FAC: {"locker_no": -(2**63)}},
-    "high": {FAC: {"locker_no": 2**63 - 1}},
-    "none": {},
-}  # fmt: skip
+def test_unknown_sort_order_is_refused(scim: Scim) -> None:
+    answer = scim.call("GET", "/Users?sortBy=title&sortOrder=up")
+    assert_error(answer, 400, "invalidValue", "sortOrder")
 
 
-ALL_STORED = set(STORED)
-
-
-FOUND_BY_MEANING = [  # filter, who is found
-    ("name pr", {"full"}),
-    ("not (name pr)", ALL_STORED - {"full"}),
-    ("emails pr", {"full", "number"}),
-    (f"{ENT} pr", {"full"}),
-    (f"{ENT}:manager pr", {"full"}),
-    (f"{FAC} pr", {"full", "number", "low", "high"}),
-    ("groups pr", set()),
-    ("meta pr", ALL_STORED),
-    ('emails[value eq ""]', {"empty"}),
-    (f"{LOCKER} eq 41.5", set()),
-    (f"{LOCKER} ne 41.5", ALL_STORED),
-    (f"{LOCKER} gt 41.5", {"full", "high"}),
-    (f"{LOCKER} ge 42.0", {"full", "high"}),
-    (f"{LOCKER} gt 42.5", {"high"}),
-    (f"{LOCKER} lt 41.5", {"number", "low"}),
-    (f"{LOCKER} le 42.5", {"number", "low", "full"}),
-    (f"{LOCKER} gt -0.5", {"number", "full", "high"}),
-    (f"{LOCKER} lt -0.5", {"low"}),
-    (f"{LOCKER} lt 1e30", {"number", "low", "full", "high"}),
-    (f"{LOCKER} gt 1e30", set()),
-    (f"{LOCKER} lt 1e999", {"number", "low", "full", "high"}),
-    (f"{LOCKER} gt -1e999", {"number", "low", "full", "high"}),
-    (f"{LOCKER} eq 9223372036854775808", set()),
-    (f"{LOCKER} lt 9223372036854775808", {"number", "low", "full", "high"}),
-    (f"{LOCKER} ge 9223372036854775808", set()),
-    (f"{LOCKER} ge -9223372036854775809", {"number", "low", "full", "high"}),
-    (f"{LOCKER} le -9223372036854775809", set()),
-    (f'meta.created gt "2000-01-01T00:00:00.{"1" * 40}Z"', ALL_STORED),
-    (f'meta.created lt "2000-01-01T00:00:00.{"1" * 40}Z"', set()),
-]
-
-
-@pytest.fixture(scope="module")
-def stored_people() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
-    """A directory of the users above, and its resources by name."""
-    with closing(scim_server.Store(":memory:")) as store:
-        directory = scim_server.Directory(store, FIELDS)
-        yield (
-            directory,
-            {
-                name: directory.create("User", {"userName": name, **body})
-                for name, body in STORED.items()
-            },
-        )
-
-
-@pytest.mark.parametrize("text, expected", FOUND_BY_MEANING)
-def test_a_filter_finds_by_meaning(stored_people: Any, text: str, expected: set[str]) -> None:
-    directory, resources = stored_people
-    filter = scim_server.parse_filter(text, USER_TYPE)
-    found = {one["userName"] for one in directory.query("User", filter).resources}
-    assert found == expected
-    assert {name for name, one in resources.items() if scim_server.matches(filter, one)} == expected
-
-
-SORTED = [  # endpoint, sortBy, order of the names
-    ("/Users", "groups.display", ["bob", "ada", "cy"]),
-    ("/Users", "groups.value", ["bob", "ada", "cy"]),
-    ("/Users", "groups", ["bob", "ada", "cy"]),
-    ("/Groups", "members.value", ["zz", "aa", "mm"]),
-    ("/Groups", "members", ["zz", "aa", "mm"]),
-    ("/Groups", "members.display", ["aa", "zz", "mm"]),
-]
-
-
-@pytest.mark.parametrize("path, name, order", SORTED)
-def test_memberships_sort_by_the_first_value(path: str, name: str, order: list[str]) -> None:
+@pytest.fixture
+def crews() -> Iterator[scim_server.Directory]:
+    """A directory of three users and three groups; ids and displays have different orders."""
     ids = iter(["1-ada", "2-bob", "3-cy", "4-aa", "5-zz", "6-mm"])
     with closing(scim_server.Store(":memory:")) as store:
         directory = scim_server.Directory(store, new_id=lambda: next(ids))
@@ -2086,32 +2233,39 @@ def test_memberships_sort_by_the_first_value(path: str, name: str, order: list[s
         ada, bob = {"value": "1-ada", "display": "z"}, {"value": "2-bob", "display": "a"}
         for group, members in (("aa", [bob]), ("zz", [bob, ada]), ("mm", [])):
             directory.create("Group", {"displayName": group, "members": members})
-        resource_type = TYPES[path[1:-1]]
-        attributes = scim_server.resolve(name, resource_type)
-        if sub := attributes[-1].value_attribute:
-            attributes = (*attributes, sub)
-        for descending in (False, True):
-            sorting = scim_server.Sorting(scim_server.AttributePath(attributes), descending)
-            page = directory.query(resource_type, sorting=sorting)
-            found = [one.get("displayName") or one["userName"] for one in page.resources]
-            assert found == (order[::-1] if descending else order)
-            steps = [
-                directory.query(resource_type, sorting=sorting, start_index=start, count=1)
-                for start in (1, 2, 3)
-            ]
-            assert [step.resources[0]["id"] for step in steps] == [
-                one["id"] for one in page.resources
-            ]
+        yield directory
 
 
-E_ACUTE = ("jos\u00e9", "jose\u0301")
+# fmt: off
+MEMBERSHIP_SORTS = [  # name, resource type, sortBy, the ids in ascending order
+    ("users by the display of a group", USER_TYPE, "groups.display", ["2-bob", "1-ada", "3-cy"]),
+    ("users by the id of a group", USER_TYPE, "groups.value", ["2-bob", "1-ada", "3-cy"]),
+    ("users by groups", USER_TYPE, "groups", ["2-bob", "1-ada", "3-cy"]),
+    ("groups by the id of a member", GROUP_TYPE, "members.value", ["5-zz", "4-aa", "6-mm"]),
+    ("groups by members", GROUP_TYPE, "members", ["5-zz", "4-aa", "6-mm"]),
+    ("groups by the display of a member", GROUP_TYPE, "members.display", ["4-aa", "5-zz", "6-mm"]),
+]
+# fmt: on
 
 
-def test_other_text_is_composed_but_its_width_counts(scim: Scim) -> None:
-    scim.user("ada", title=E_ACUTE[0], externalId=E_ACUTE[0], nickName="\uff41")
-    assert scim.names(f'title eq "{E_ACUTE[1]}"') == ["ada"]
-    assert scim.names(f'externalId eq "{E_ACUTE[1]}"') == []
-    assert scim.names('nickName eq "a"') == []
+@pytest.mark.parametrize("descending", [False, True], ids=["ascending", "descending"])
+@each_row("resource_type, sort_by, ids", MEMBERSHIP_SORTS)
+def test_sort_by_memberships_uses_the_first_value(
+    crews: scim_server.Directory,
+    resource_type: scim_server.ResourceType,
+    sort_by: str,
+    ids: list[str],
+    descending: bool,
+) -> None:
+    attributes = scim_server.resolve(sort_by, resource_type)
+    if value := attributes[-1].value_attribute:
+        attributes = (*attributes, value)
+    sorting = scim_server.Sorting(scim_server.AttributePath(attributes), descending)
+    expected = ids[::-1] if descending else ids
+    assert ids_of(crews.query(resource_type, sorting=sorting).resources) == expected
+    for index, id in enumerate(expected, 1):
+        page = crews.query(resource_type, sorting=sorting, start_index=index, count=1)
+        assert ids_of(page.resources) == [id]
 
 
 # -- 7. Store --------------------------------------------------------------------------------------
@@ -6824,19 +6978,20 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.4.2.2",
         "names and operators are case-insensitive; grouping, precedence, caseExact, instants",
-        [test_any_filter_finds_in_sql_what_it_matches_in_python],
+        [test_any_filter_agrees_in_python_and_sql],
     ),
     (
         "3.4.2.2",
         "a filter that is no filter MUST be 400 invalidFilter; no order for Booleans",
-        [test_a_comparison_that_makes_no_sense_is_refused_by_name],
+        [test_comparison_of_the_wrong_type_names_the_attribute],
     ),
     (
         "3.4.2.3",
         "sortBy: primary or first value, missing last when ascending, caseExact",
         [
-            test_the_primary_or_first_value_is_the_one_to_sort_by,
-            test_any_sort_gives_the_order_of_the_keys_with_missing_values_last,
+            test_sort_uses_the_primary_or_first_value,
+            test_any_page_by_index_is_in_the_order_of_its_sort,
+            test_any_page_by_cursor_is_in_the_order_of_its_sort,
         ],
     ),
     (
@@ -6849,7 +7004,7 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         "POST /.search SHALL be the query of its body",
         [
             test_a_query_at_the_root_mixes_types_in_a_stable_order,
-            test_a_client_sees_the_attributes_it_asks_for_on_every_method,
+            test_attributes_are_selected_on_every_method,
         ],
     ),
     (
@@ -6862,13 +7017,13 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         "PATCH SHALL be atomic, in order; errors by their scimType",
         [
             test_a_patch_is_done_whole_or_not_at_all,
-            test_any_patch_does_what_a_naive_reading_of_the_rfc_does,
+            test_any_patch_agrees_with_a_naive_reading_of_the_rfc,
         ],
     ),
     (
         "3.5.2",
         "primary true SHALL clear the primary of other values",
-        [test_any_patch_does_what_a_naive_reading_of_the_rfc_does],
+        [test_any_patch_agrees_with_a_naive_reading_of_the_rfc],
     ),
     (
         "3.5.2",
@@ -6916,12 +7071,12 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.9",
         "attributes and excludedAttributes on all methods; returned always and never",
-        [test_a_client_sees_the_attributes_it_asks_for_on_every_method],
+        [test_attributes_are_selected_on_every_method],
     ),
     (
         "3.10",
         "attribute names with and without their schema's URN",
-        [test_a_client_sees_the_attributes_it_asks_for_on_every_method],
+        [test_attributes_are_selected_on_every_method],
     ),
     ("3.11", "/Me MAY be 501", [test_a_path_that_is_not_served_is_a_scim_error]),
     (
