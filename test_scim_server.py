@@ -3673,59 +3673,6 @@ def test_filter_finds_a_name_in_all_its_spellings(scim: Scim, stored: str, other
     assert scim.names(f"userName {part}") == [stored]
 
 
-def test_entra_mapping_is_a_csv_table(scim: Scim, console: Scim) -> None:
-    answer = console.call("GET", "/console/api/mapping")
-    table = list(csv.reader(io.StringIO(answer.text)))
-    assert answer.headers["Content-Type"].startswith("text/csv")
-    assert [row[:2] for row in table if row[3]][1:5] == [
-        ["userPrincipalName", "userName"],
-        ["Not([IsSoftDeleted])", "active"],
-        ["objectId", "externalId"],
-        ["userPrincipalName", 'emails[type eq "work"].value'],
-    ]
-    assert [row[1:3] for row in table[-3:]] == [
-        [f"{FAC}:union_code", "String"],
-        [LOCKER, "Integer"],
-        [f"{FAC}:night_shift", "Boolean"],
-    ]
-    types = {row[1]: row[2] for row in table}
-    assert types["active"] == "Boolean" and types[MANAGER] == "Reference"
-
-
-def test_pipelined_requests_are_answered_in_order(
-    server: scim_server.ScimServer, scim: Scim
-) -> None:
-    ids = [scim.user(f"u{number}")["id"] for number in range(5)]
-    answer = exchange(server, b"".join(get(f"/Users/{id}") for id in ids) + LAST)
-    assert [id.decode() for id in re.findall(rb'"id":"(.*?)"', answer)] == ids * 2
-    assert answer.count(b"HTTP/1.1 200 ") == 6
-
-
-def test_wsgi_application_follows_its_file_until_it_is_dropped(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    before, file = threading.active_count(), tmp_path / "config.json"
-    acme, globex = CONFIG["tenants"]
-    file.write_text(json.dumps({"data_dir": "data", "tenants": [acme]}))
-    application = scim_server.wsgi(file)
-    with mounted(application) as url:
-        scim = Scim(url, "globex-secret")
-        assert scim.call("GET", "/Users").status_code == 401
-        document = {"data_dir": "elsewhere", "tenants": [acme, globex]}
-        file.write_text(json.dumps(document))
-        wait_until(lambda: scim.call("GET", "/Users").status_code == 200)
-        scim.user("ada")
-        file.write_text('{"tenants": [{"name": 5}]}')
-        printed: list[str] = []
-        wait_until(lambda: printed.append(capfd.readouterr().err) or "not loaded" in str(printed))
-        assert scim.get("/Users")["totalResults"] == 1
-    assert "loaded, 2 tenant(s); take effect after a restart: data_dir" in "".join(printed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data"]
-    application.application.close()
-    del application
-    wait_until(lambda: gc.collect() >= 0 and threading.active_count() == before)
-
-
 # -- 10. Configuration -----------------------------------------------------------------------------
 
 
@@ -4624,7 +4571,7 @@ PAGES = [  # name, startIndex, count, startIndex of the answer, its userNames
 
 
 @each_row("start, count, start_index, user_names", PAGES)
-def test_page_by_index(
+def test_page_begins_at_start_index_and_has_count_items(
     scim: Scim, start: int, count: int, start_index: int, user_names: str
 ) -> None:
     for user_name in "abcde":
@@ -5688,6 +5635,25 @@ def test_the_set_up_lists_the_custom_fields_and_their_use(scim: Scim, console: S
     ]
 
 
+def test_entra_mapping_is_a_csv_table(scim: Scim, console: Scim) -> None:
+    answer = console.call("GET", "/console/api/mapping")
+    table = list(csv.reader(io.StringIO(answer.text)))
+    assert answer.headers["Content-Type"].startswith("text/csv")
+    assert [row[:2] for row in table if row[3]][1:5] == [
+        ["userPrincipalName", "userName"],
+        ["Not([IsSoftDeleted])", "active"],
+        ["objectId", "externalId"],
+        ["userPrincipalName", 'emails[type eq "work"].value'],
+    ]
+    assert [row[1:3] for row in table[-3:]] == [
+        [f"{FAC}:union_code", "String"],
+        [LOCKER, "Integer"],
+        [f"{FAC}:night_shift", "Boolean"],
+    ]
+    types = {row[1]: row[2] for row in table}
+    assert types["active"] == "Boolean" and types[MANAGER] == "Reference"
+
+
 def test_the_history_of_a_user_lists_all_changes_newest_first(scim: Scim, console: Scim) -> None:
     scim.user("other")
     ada = scim.user("ada")["id"]
@@ -6104,6 +6070,15 @@ def test_requests_of_one_connection_are_answered_in_order(server: scim_server.Sc
     statuses = re.findall(rb"HTTP/1\.1 (\d+) ", answer)
     assert statuses == [b"401", b"404", b"405", b"201", b"200"]
     assert answer.count(b"Content-Length: ") == 5 and b'"totalResults":1' in answer
+
+
+def test_pipelined_requests_are_answered_in_order(
+    server: scim_server.ScimServer, scim: Scim
+) -> None:
+    ids = [scim.user(f"u{number}")["id"] for number in range(5)]
+    answer = exchange(server, b"".join(get(f"/Users/{id}") for id in ids) + LAST)
+    assert [id.decode() for id in re.findall(rb'"id":"(.*?)"', answer)] == ids * 2
+    assert answer.count(b"HTTP/1.1 200 ") == 6
 
 
 def test_a_request_id_is_kept_if_it_is_safe_for_the_log(scim: Scim) -> None:
@@ -6834,6 +6809,31 @@ def test_a_broken_configuration_is_reported_and_not_loaded(tmp_path: Path) -> No
         assert scim.get("/Users")["totalResults"] == 1
 
 
+def test_wsgi_application_follows_its_file_until_it_is_dropped(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before, file = threading.active_count(), tmp_path / "config.json"
+    acme, globex = CONFIG["tenants"]
+    file.write_text(json.dumps({"data_dir": "data", "tenants": [acme]}))
+    application = scim_server.wsgi(file)
+    with mounted(application) as url:
+        scim = Scim(url, "globex-secret")
+        assert scim.call("GET", "/Users").status_code == 401
+        document = {"data_dir": "elsewhere", "tenants": [acme, globex]}
+        file.write_text(json.dumps(document))
+        wait_until(lambda: scim.call("GET", "/Users").status_code == 200)
+        scim.user("ada")
+        file.write_text('{"tenants": [{"name": 5}]}')
+        printed: list[str] = []
+        wait_until(lambda: printed.append(capfd.readouterr().err) or "not loaded" in str(printed))
+        assert scim.get("/Users")["totalResults"] == 1
+    assert "loaded, 2 tenant(s); take effect after a restart: data_dir" in "".join(printed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "data"]
+    application.application.close()
+    del application
+    wait_until(lambda: gc.collect() >= 0 and threading.active_count() == before)
+
+
 def test_a_burst_of_sighup_does_not_stop_the_server(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path)) as (running, url, _):
         for _ in range(2_000):
@@ -7245,7 +7245,7 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.4.2",
         "a query SHALL be answered by a ListResponse; no match is 200 with totalResults 0",
-        [test_page_by_index],
+        [test_page_begins_at_start_index_and_has_count_items],
     ),
     (
         "3.4.2.1",
@@ -7274,7 +7274,7 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.4.2.4",
         "startIndex below 1 SHALL be 1, a negative count 0; MUST NOT give more than count",
-        [test_page_by_index],
+        [test_page_begins_at_start_index_and_has_count_items],
     ),
     (
         "3.4.3",
