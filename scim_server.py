@@ -90,7 +90,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -291,24 +291,22 @@ class Attribute:
 
         Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
         """
-        if self.type == "boolean":
-            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+        match self.type:
+            case "boolean" if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
-        elif self.type == "integer":
-            if (
-                type(value) is int or (isinstance(value, str) and INTEGER_TEXT.fullmatch(value))
-            ) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
-                return int(value)
-        elif isinstance(value, str) and self.type != "complex":
-            if len(value) > MAX_TEXT:
-                raise invalid_value(
-                    f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
-                )
-            if self.type != "dateTime":
-                return value
-            with suppress(ValueError):
-                date_time_key(value)
-                return value
+            case "integer" if type(value) in (int, str) and INTEGER_TEXT.fullmatch(str(value)):
+                if -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+                    return int(value)
+            case "string" | "reference" | "binary" | "dateTime" if isinstance(value, str):
+                if len(value) > MAX_TEXT:
+                    raise invalid_value(
+                        f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
+                    )
+                if self.type != "dateTime":
+                    return value
+                with suppress(ValueError):
+                    date_time_key(value)
+                    return value
         expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise invalid_value(
             f"{self.path}: expected {expected}, got {excerpt}",
@@ -392,18 +390,16 @@ class ResourceType:
     endpoint: str
     schema: Schema
     extensions: tuple[Schema, ...] = ()
-    root: Attribute = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def root(self) -> Attribute:
         attributes = (
             *COMMON,
             *self.schema.attributes,
             *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
             META,
         )
-        object.__setattr__(
-            self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
-        )
+        return Attribute("", "complex", sub_attributes=attributes).with_paths()
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
@@ -414,7 +410,6 @@ class ResourceType:
         }
 
     def location(self, base_url: str, id: str) -> str:
-        """Return the URL of a resource."""
         return f"{base_url}{self.endpoint}/{id}"
 
 
@@ -525,30 +520,7 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
 
-Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
-
-
-@dataclass(frozen=True, slots=True)
-class AttributePath:
-    """A path from a resource, or from one complex value, down to an attribute."""
-
-    attributes: Attributes
-
-    @property
-    def attribute(self) -> Attribute:
-        """The attribute at the end of the path."""
-        return self.attributes[-1]
-
-    def items(self, value: Json) -> list[Json]:
-        """Return the values at this path in a resource or complex value, as one flat list."""
-        items = [value]
-        for attribute in self.attributes:
-            items = [item for holder in items for item in attribute.values(holder)]
-        return items
-
-    def keys(self, value: Json) -> list[str]:
-        """Return the keys of the values at this path."""
-        return [self.attribute.key(item) for item in self.items(value)]
+Attributes = tuple[Attribute, ...]  # a path from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,7 +531,7 @@ class Compare:
     one of OPERATORS.
     """
 
-    target: AttributePath
+    target: Attributes
     op: str
     key: str
     value: Json
@@ -569,7 +541,7 @@ class Compare:
 class Present:
     """Whether an attribute has a value that is not empty (pr)."""
 
-    target: AttributePath
+    target: Attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,7 +569,7 @@ class Not:
 class ValuePath:
     """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
-    target: AttributePath
+    target: Attributes
     inner: Filter
 
 
@@ -615,6 +587,18 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+def values_at(path: Attributes, value: Json) -> list[Json]:
+    """Return the values at a path in a resource or complex value, as one flat list."""
+    values = [value]
+    for attribute in path:
+        values = [item for holder in values for item in attribute.values(holder)]
+    return values
+
+
+def keys_at(path: Attributes, value: Json) -> list[str]:
+    return [path[-1].key(item) for item in values_at(path, value)]
+
+
 def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
     """Return whether a resource, or one value of a complex attribute, satisfies a filter.
 
@@ -628,11 +612,11 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
         case Not(inner):
             return not matches(inner, value, fold)
         case ValuePath(target, inner):
-            return any(matches(inner, item, fold) for item in target.items(value))
+            return any(matches(inner, item, fold) for item in values_at(target, value))
         case Present(target):
-            return any(target.keys(value))  # empty text has an empty key: it is not present
+            return any(keys_at(target, value))  # empty text has an empty key: it is not present
         case Compare(target, op, key):
-            return any(OPERATORS[op](fold(own_key), fold(key)) for own_key in target.keys(value))
+            return any(OPERATORS[op](fold(own), fold(key)) for own in keys_at(target, value))
 
 
 # -- Names -------------------------------------------------------------------
@@ -788,7 +772,7 @@ def parse_value_path(
         sub = resolve_sub_attribute(attributes, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(AttributePath(attributes), inner) if attributes else NOTHING), position
+    return (ValuePath(attributes, inner) if attributes else NOTHING), position
 
 
 def parse_brackets(
@@ -833,7 +817,7 @@ def parse_expression(
 def present(attributes: Attributes) -> Filter:
     """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
     parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
-    return Or(tuple(map(present, parts))) if parts else Present(AttributePath(attributes))
+    return Or(tuple(map(present, parts))) if parts else Present(attributes)
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -854,10 +838,10 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
         attributes = (*attributes, value_attribute)
-    target, attribute = AttributePath(attributes), attributes[-1]
+    attribute = attributes[-1]
     check_comparison(attribute, name, op, literal)
     if literal is None:
-        return Not(Present(target))
+        return Not(Present(attributes))
     try:  # a number need not be an Integer to compare with one
         value = (
             literal
@@ -866,7 +850,7 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         )
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
-    return Compare(target, op, attribute.key(value), value)
+    return Compare(attributes, op, attribute.key(value), value)
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
@@ -895,24 +879,6 @@ class PatchPath:
     attributes: Attributes  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
-
-    @property
-    def read_only_attribute(self) -> Attribute | None:
-        """The first attribute of the path that no client may change, or None."""
-        # Through a filter an immutable attribute may be sent if its value stays the same.
-        return next(
-            (
-                attribute
-                for attribute in (*self.attributes, self.sub_attribute)
-                if attribute
-                and (
-                    attribute.computed
-                    or attribute.mutability == "readOnly"
-                    or (attribute.mutability == "immutable" and not self.filter)
-                )
-            ),
-            None,
-        )
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -1049,7 +1015,6 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
 
 
 def is_primary(value: Json) -> bool:
-    """Return whether a value of a multi-valued attribute is its primary one."""
     return isinstance(value, dict) and value.get("primary") is True
 
 
@@ -1239,7 +1204,6 @@ class StoredResource:
         return row
 
     def entries(self, resource_type: ResourceType) -> set[Entry]:
-        """Return the index entries."""
         return {
             *index_entries(resource_type.root, self.attributes),
             ("meta.created", date_time_key(self.created), 0),
@@ -1377,16 +1341,18 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
     sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
-    if attribute := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
+    for part in filter(None, (*path.attributes, path.sub_attribute)):
+        # Through a filter an immutable attribute may be sent if its value stays the same.
+        if (
+            part.computed
+            or part.mutability == "readOnly"
+            or (part.mutability == "immutable" and not path.filter)
+        ):
+            raise ScimError(400, "mutability", f"{part.path} is {part.mutability}")
     path, value = normal_form(op, path, value)
     attribute = path.attributes[-1]
-    if (
-        merge
-        and isinstance(value, dict)
-        and attribute.type == "complex"
-        and not (attribute.multi_valued or path.filter)
-    ):
+    is_single = not (attribute.multi_valued or path.filter) and attribute.type == "complex"
+    if merge and is_single and isinstance(value, dict):
         parts = lowercase_keys(value)
         # In the order of the schema: a new manager comes before the manager's displayName.
         for sub in attribute.sub_attributes:
@@ -1395,7 +1361,7 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
                     op, PatchPath((*path.attributes, sub)), parts[name], merge
                 )
     else:
-        yield Operation(op, path, accept_operand(path, value), value)
+        yield Operation(op, path, accept_operand(op, path, value), value)
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
@@ -1406,44 +1372,44 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
     emails[type eq "work"]. A value is dropped if there is no list to remove it from.
     """
     match path:
-        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
+        case PatchPath((members,), Compare((sub,), "eq", _, id), None) if (
             op == "remove"
             and members.is_membership
             and sub is members.value_attribute
             and id == id.lower()  # an id in another case is compared with those of all members
         ):
             return PatchPath((members,)), [{"value": id}]
-        case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
+        case PatchPath((*_, holder), filter, sub) if filter or not holder.multi_valued:
             value = None if op == "remove" else unlisted(holder, value)
-            if (
-                (value_attribute := holder.value_attribute)
-                and not path.sub_attribute
-                and not isinstance(value, (dict, list, type(None)))
-            ):
-                path = (
-                    PatchPath(path.attributes, filter, value_attribute)
-                    if filter
-                    else PatchPath((*path.attributes, value_attribute))
-                )
+            is_text = not isinstance(value, (dict, list, NoneType))
+            if is_text and filter and not sub:
+                return PatchPath(path.attributes, filter, holder.value_attribute), value
+            if is_text and not filter and holder.value_attribute:
+                return path, {"value": value}
     return path, value
 
 
-def accept_operand(path: PatchPath, value: Json) -> Json:
+def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     """Return the canonical value of an operation on a path, or None; ScimError 400.
 
     For the values that a filter selects, it is an object with the parts to change, None for those
     to clear.
     """
-    attribute = path.attributes[-1]
+    attribute, sub = path.attributes[-1], path.sub_attribute
     if not path.filter:
         return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
-    if not (path.sub_attribute or isinstance(value, dict)):
+    if not (sub or isinstance(value, dict)):
         return accept_single(attribute, value)
-    sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
+    parts = lowercase_keys({sub.name: value} if sub else value)
+    replaces = op == "replace" and attribute.multi_valued and not sub
+    # A filter selects and does not write: what it says stays in the spelling that is stored.
+    kept = equal_terms(path.filter)
     return {
-        sub.name: accept_value(sub, sent[sub.name.lower()])
-        for sub in attribute.sub_attributes
-        if sub.name.lower() in sent and not sub.computed
+        part.name: accept_value(part, parts.get(part.name.lower()))
+        for part in attribute.sub_attributes
+        if part.name.lower() in parts
+        or (replaces and part.name not in kept and part.mutability != "immutable")
+        if not part.computed
     }
 
 
@@ -1594,7 +1560,7 @@ def change_selected(
     ):
         selected = loosely
     for value in selected:
-        change_value(attribute, value, operation, filter)
+        change_value(attribute, value, operation)
     if not selected and operation.value:
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
@@ -1610,7 +1576,7 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    change_value(attribute, value, operation, filter)
+    change_value(attribute, value, operation)
     # A value that does not match the filter would be added again at each retry.
     if (
         attribute.is_membership
@@ -1621,30 +1587,24 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     return value
 
 
-def change_value(
-    attribute: Attribute, value: Resource, operation: Operation, filter: Filter
-) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+def change_value(attribute: Attribute, value: Resource, operation: Operation) -> None:
+    """Change the parts of a selected value that an operation names; without parts, clear it.
 
     ScimError 400 mutability for another value of an immutable part, such as the id of a member.
     """
-    immutable = [sub.name for sub in attribute.sub_attributes if sub.mutability == "immutable"]
-    before = {name: value[name] for name in immutable if name in value}
-    if operation.op != "add" and not operation.path.sub_attribute:
-        # A filter selects and does not write: what it says stays in the spelling that is stored.
-        kept = {*equal_terms(filter), *immutable} if attribute.multi_valued else set(value)
-        for name in value.keys() - (kept if operation.value is not None else ()):
-            del value[name]
+    if operation.value is None and operation.op != "add":
+        value.clear()
     for name, part in (operation.value or {}).items():
-        change(attribute.by_name[name.lower()], value, replace(operation, value=part))
-    if value and any(before.get(name) != value.get(name) for name in immutable):
-        raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        sub = attribute.by_name[name.lower()]
+        if sub.mutability == "immutable" and part != value.get(name):
+            raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        change(sub, value, replace(operation, value=part))
 
 
 def equal_terms(filter: Filter) -> Resource:
     """Return the sub-attributes that a filter requires to be equal to a value."""
     match filter:
-        case Compare(AttributePath((sub,)), "eq", _, value):
+        case Compare((sub,), "eq", _, value):
             return {sub.name: value}
         case And(filters):
             return {name: value for inner in filters for name, value in equal_terms(inner).items()}
@@ -1733,10 +1693,10 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
         case Present(target):
             return row_in_index(target, row, "key > ''", [])
-        case Compare(target, "eq", key) if probe and target.attribute.index not in DERIVED_ENTRIES:
+        case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
             sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [target.attribute.index, key]
+            return sql, [target[-1].index, key]
         case Compare(target, op, key):
             condition = COMPARISONS[op]
             return row_in_index(target, row, condition, [key] * condition.count("?"))
@@ -1746,16 +1706,16 @@ def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
     """Return the terms of And, the most selective first; if it matches few rows, then probes."""
     # SQLite would materialise a second set completely, even one of a million rows.
     terms = sorted(filters, key=selectivity)
-    narrow = bool(terms) and selectivity(terms[0]) < 2
     return [
-        compile_filter(term, row, probe=narrow and number > 0) for number, term in enumerate(terms)
+        compile_filter(term, row, probe=number > 0 and selectivity(terms[0]) < 2)
+        for number, term in enumerate(terms)
     ]
 
 
 def selectivity(filter: Filter) -> int:
     """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
     match filter:
-        case Compare(AttributePath((*_, attribute)), "eq"):
+        case Compare((*_, attribute), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare():
             return 1
@@ -1787,8 +1747,8 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
     )
 
 
-def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    entries, values = entries_of(target.attribute)
+def row_in_index(target: Attributes, row: str, condition: str, parameters: list[Any]) -> Sql:
+    entries, values = entries_of(target[-1])
     sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
     return sql, [*values, *parameters]
 
@@ -1803,7 +1763,7 @@ def entries_of(attribute: Attribute) -> Sql:
 class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
-    target: AttributePath
+    target: Attributes
     descending: bool = False
 
 
@@ -1885,7 +1845,7 @@ def compile_positions(
     )
     if not sorting:
         return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
-    entries, path = entries_of(sorting.target.attribute)
+    entries, path = entries_of(sorting.target[-1])
     walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
     # A set from the index is made once; otherwise each step tests one resource, to the page's end.
     among = (
@@ -2649,7 +2609,7 @@ def employee_record(user: Resource) -> Resource:
 
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
-    for item in AttributePath(path.attributes).items(resource):
+    for item in values_at(path.attributes, resource):
         text = item.get(path.sub_attribute.name) if path.sub_attribute else item
         if text and (not path.filter or matches(path.filter, item)):
             return str(text)
@@ -4400,7 +4360,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
         target = (*target, value_attribute)
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
-    return Sorting(AttributePath(target), order == "descending") if target else None
+    return Sorting(target, order == "descending") if target else None
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:

@@ -1937,23 +1937,16 @@ def test_any_sort_gives_the_order_of_the_keys_with_missing_values_last(crowd: An
     groups = USER_TYPE.root.by_name["groups"]
     simple += [(groups, groups.by_name[name]) for name in ("value", "display")]
     for _ in range(300):
-        target = scim_server.AttributePath(chance.choice(simple))
+        target = chance.choice(simple)
 
-        def order(one: Any, target: scim_server.AttributePath = target) -> tuple[bool, str]:
+        def order(one: Any, target: scim_server.Attributes = target) -> tuple[bool, str]:
             # The primary value counts, else the first (RFC 7644 §3.4.2.3).
-            values = (
-                target.attributes[0].name in one
-                and scim_server.AttributePath(target.attributes[:1]).items(one)
-                or []
-            )
+            values = target[0].name in one and scim_server.values_at(target[:1], one) or []
             values = sorted(values, key=lambda value: not scim_server.is_primary(value))
-            below = (
-                scim_server.AttributePath(target.attributes[1:]) if target.attributes[1:] else None
-            )
             keys = [
-                target.attribute.key(item)
+                target[-1].key(item)
                 for value in values[:1]
-                for item in (below.items(value) if below else [value])
+                for item in scim_server.values_at(target[1:], value)
             ]
             return (not keys, keys[0] if keys else "")
 
@@ -2091,7 +2084,7 @@ def test_memberships_sort_by_the_first_value(path: str, name: str, order: list[s
         if sub := attributes[-1].value_attribute:
             attributes = (*attributes, sub)
         for descending in (False, True):
-            sorting = scim_server.Sorting(scim_server.AttributePath(attributes), descending)
+            sorting = scim_server.Sorting(attributes, descending)
             page = directory.query(resource_type, sorting=sorting)
             found = [one.get("displayName") or one["userName"] for one in page.resources]
             assert found == (order[::-1] if descending else order)
