@@ -258,12 +258,14 @@ class Attribute:
     is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
     identifies: bool = False  # a new value drops those beside it: they describe somebody else
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
-    index: str = field(init=False)  # path in lower case
-    by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "index", self.path.lower())
-        object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
+    @cached_property
+    def index(self) -> str:
+        return self.path.lower()
+
+    @cached_property
+    def by_name(self) -> dict[str, Attribute]:  # names in lower case
+        return {sub.name.lower(): sub for sub in self.sub_attributes}
 
     def with_paths(self, prefix: str = "") -> Attribute:
         """Return a copy in which this attribute and its sub-attributes know their paths."""
@@ -645,13 +647,14 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
     all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
     split = split_urn(name, resource_type)
     for scope, names in [split] if split else all_scopes:
-        attributes = () if scope is resource_type.root else (scope,)
-        for part in names:
-            if not (sub := scope.sub_attribute(part)):
-                break
-            scope, attributes = sub, (*attributes, sub)
-        else:  # all names are known
-            return attributes
+        start: Attribute | None = scope
+        down = list(
+            itertools.accumulate(
+                names, lambda above, part: above and above.sub_attribute(part), initial=start
+            )
+        )
+        if all(down):  # every name is known; the root has no path
+            return tuple(attribute for attribute in down if attribute and attribute.path)
     return None
 
 
@@ -991,8 +994,11 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 def unlisted(attribute: Attribute, value: Json) -> Json:
     """Return the item of a list with one item, if it stands for a single complex value."""
     # Entra's tutorial sends the manager as a list.
-    is_item = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
-    return value[0] if is_item else value
+    return (
+        value[0]
+        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+        else value
+    )
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
@@ -1026,16 +1032,20 @@ def keep_one_primary(values: list[Json], previous: Json = None) -> None:
             value["primary"] = False
 
 
-def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
+def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = False) -> None:
     """Check the required attributes, and the number of values, of a complex value (or a resource).
 
-    Raise ScimError 400 invalidValue.
+    Raise ScimError 400 invalidValue, or mutability if a PATCH has removed a required attribute.
     """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            raise invalid_value(
-                f"{sub.path} is required and must not be empty", reason=("required", sub.path)
+            kind, wrong = (
+                ("mutability", "cannot be removed")
+                if patched and sub.name not in value
+                else ("invalidValue", "must not be empty")
             )
+            reason = ("required", sub.path)
+            raise ScimError(400, kind, f"{sub.path} is required and {wrong}", reason=reason)
         if sub.is_membership:
             for item in value.get(sub.name, ()):
                 require(sub, item)
@@ -1111,13 +1121,11 @@ def select(attribute: Attribute, value: Resource, selection: Selection, whole: b
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         sub_whole = whole or sub in (selection.wanted or ())
-        if sub.returned == "always":
-            selected[name] = item
-        elif sub in selection.parents and sub not in selection.unwanted:
+        if sub in selection.parents and sub not in selection.unwanted:
             parts = [select(sub, part, selection, sub_whole) for part in sub.values(value)]
             if any(parts):
                 selected[name] = list(filter(None, parts)) if sub.multi_valued else parts[0]
-        elif sub_whole and sub not in selection.unwanted:
+        elif sub.returned == "always" or (sub_whole and sub not in selection.unwanted):
             selected[name] = item
     return selected
 
@@ -1135,10 +1143,9 @@ def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
     """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
-    location = resource_type.location(base_url, resource["id"])
     resource = {
         **resource,
-        "meta": {**resource["meta"], "location": location},
+        "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
         **memberships(resource, base_url),
     }
     if selection.wanted is None and not selection.unwanted:
@@ -1180,7 +1187,6 @@ class Encoded(str):
 
 
 def from_json(text: str) -> Json:
-    """Return the value that to_json() made a text from."""
     return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
 
 
@@ -1401,14 +1407,13 @@ def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     if not (sub or isinstance(value, dict)):
         return accept_single(attribute, value)
     parts = lowercase_keys({sub.name: value} if sub else value)
-    replaces = op == "replace" and attribute.multi_valued and not sub
+    clears = op == "replace" and attribute.multi_valued and not sub  # the parts that are not sent
     # A filter selects and does not write: what it says stays in the spelling that is stored.
     kept = equal_terms(path.filter)
     return {
-        part.name: accept_value(part, parts.get(part.name.lower()))
-        for part in attribute.sub_attributes
-        if part.name.lower() in parts
-        or (replaces and part.name not in kept and part.mutability != "immutable")
+        part.name: accept_value(part, parts.get(name))
+        for name, part in attribute.by_name.items()
+        if name in parts or (clears and part.mutability != "immutable" and part.name not in kept)
         if not part.computed
     }
 
@@ -1448,7 +1453,7 @@ def apply_patch(
     with_value = [
         value
         for sub in resource_type.root.sub_attributes
-        if sub.multi_valued and sub.value_attribute and not sub.is_membership
+        if sub.value_attribute
         for value in sub.values(patched)
         if value.get("value")
     ]
@@ -1459,18 +1464,7 @@ def apply_patch(
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
-    if missing := [
-        sub.path
-        for sub in resource_type.root.sub_attributes
-        if sub.required and sub.name not in patched
-    ]:
-        raise ScimError(
-            400,
-            "mutability",
-            f"{missing[0]} is required and cannot be removed",
-            reason=("required", missing[0]),
-        )
-    require(resource_type.root, patched)
+    require(resource_type.root, patched, patched=True)
     return canonical(resource_type, patched)
 
 
@@ -1551,27 +1545,28 @@ def change_selected(
 ) -> None:
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
-    selected = [value for value in values if matches(filter, value)]
-    # The id of a member in another case is accepted if it means one member only.
-    if (
-        not selected
-        and attribute.is_membership
-        and len(loosely := [value for value in values if matches(filter, value, str.lower)]) == 1
-    ):
-        selected = loosely
+    selected = selected_values(attribute, values, filter)
     for value in selected:
         change_value(attribute, value, operation)
-    if not selected and operation.value:
+    # To clear what is not there makes nothing.
+    if not selected and set((operation.value or {}).values()) - {None, ""}:
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
         [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
     )
 
 
+def selected_values(attribute: Attribute, values: list[Resource], filter: Filter) -> list[Resource]:
+    selected = [value for value in values if matches(filter, value)]
+    if selected or not attribute.is_membership:
+        return selected
+    # The id of a member in another case is accepted if it means one member only.
+    loosely = [value for value in values if matches(filter, value, str.lower)]
+    return loosely if len(loosely) == 1 else []
+
+
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
-    if all(part in (None, "") for part in operation.value.values()):
-        return {}  # to clear what is not there makes nothing
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
@@ -1682,7 +1677,14 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
     """
     match filter:
         case And(filters):
-            return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
+            # The most selective term comes first. If it matches few rows, the others are probes:
+            # SQLite would materialise a second set completely, even one of a million rows.
+            terms, narrow = sorted(filters, key=selectivity), selectivity(filter) < 2
+            conditions = [
+                compile_filter(term, row, probe=narrow and number > 0)
+                for number, term in enumerate(terms)
+            ]
+            return join_sql(" AND ", conditions, "1 = 1")
         case Or(filters):
             return join_sql(" OR ", [compile_filter(inner, row) for inner in filters], "1 = 0")
         case Not(inner):
@@ -1695,21 +1697,13 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return row_in_index(target, row, "key > ''", [])
         case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [target[-1].index, key]
+            return (
+                f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
+                [target[-1].index, key],
+            )
         case Compare(target, op, key):
             condition = COMPARISONS[op]
             return row_in_index(target, row, condition, [key] * condition.count("?"))
-
-
-def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the most selective first; if it matches few rows, then probes."""
-    # SQLite would materialise a second set completely, even one of a million rows.
-    terms = sorted(filters, key=selectivity)
-    return [
-        compile_filter(term, row, probe=number > 0 and selectivity(terms[0]) < 2)
-        for number, term in enumerate(terms)
-    ]
 
 
 def selectivity(filter: Filter) -> int:
@@ -1749,8 +1743,10 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
 
 def row_in_index(target: Attributes, row: str, condition: str, parameters: list[Any]) -> Sql:
     entries, values = entries_of(target[-1])
-    sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
-    return sql, [*values, *parameters]
+    return (
+        f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})",
+        [*values, *parameters],
+    )
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -2823,13 +2819,12 @@ class Directory:
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError if it is another tenant's."""
         with self.store.writing() as session:
-            owner = session.setting("tenant")
-            if owner not in ("", tenant):
+            owner = session.setting("tenant") or tenant
+            if owner != tenant:
                 raise StoreError(
                     f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
                 )
-            if not owner:
-                session.set_setting("tenant", tenant)
+            session.set_setting("tenant", tenant)
 
     def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
@@ -2845,8 +2840,9 @@ class Directory:
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
         now = time_text(self.clock())
-        row = StoredResource(0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0)
-        row = row.changed(stored(resource))
+        row = StoredResource(
+            0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
+        ).changed(stored(resource))
         with self.store.writing() as session:
             self._check_unique(session, row, {}, resource)
             session.save(row, set(), row.entries(resource_type))
@@ -2906,8 +2902,9 @@ class Directory:
                 else self._resource(session, row, queries[row.type][1], groups=groups)
                 for row in rows
             ]
-        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
-        first, last = ends or (None, None)
+        first, last = [
+            Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]
+        ] or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
@@ -2917,9 +2914,7 @@ class Directory:
         resource_type = self._type(type)
         resource = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row)
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition)
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
@@ -2939,12 +2934,14 @@ class Directory:
         Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
         """
         resource_type = self._type(type)
-        parsed = isinstance(body, list) and all(isinstance(step, Operation) for step in body)
-        operations = body if parsed else parse_operations(resource_type, body)
+        operations = (
+            body
+            if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
+            else parse_operations(resource_type, body)
+        )
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=touched_member_ids(operations))
-            condition.check(before["meta"]["version"])
+            touched = touched_member_ids(operations)
+            row, before = self._find_to_write(session, type, id, condition, touched)
             patched = apply_patch(resource_type, before, operations)
             row = self._save(session, row, before, patched, replaces_members(operations))
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
@@ -2955,16 +2952,14 @@ class Directory:
     def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=())
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition, only_members=())
             for item in session.groups([row.seq])[row.seq]:
                 group = self._find(session, "Group", item["value"])
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            remaining = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, remaining)
+            ids = [member["value"] for member in session.members(row.seq)]
+            self._log(session, "member.removed", id, ids)
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -2984,12 +2979,9 @@ class Directory:
                 ids[user["userName"]] = user["id"]
             for body in document.get("Groups", ()):
                 members = [
-                    member if isinstance(member, dict) else {"value": member}
-                    for member in body.get("members", ())
-                ]
-                members = [
                     {**member, "value": ids.get(member["value"], member["value"])}
-                    for member in members
+                    for item in body.get("members", ())
+                    for member in [item if isinstance(item, dict) else {"value": item}]
                 ]
                 group = self.create("Group", {**body, "members": members})
                 if len(group.get("members", ())) < len({member["value"] for member in members}):
@@ -3108,7 +3100,7 @@ class Directory:
                     if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
 
-        newest = self._read(Session.change_bounds)[1]
+        _, newest = self._read(Session.change_bounds)
         thread = threading.Thread(target=run, args=(newest,), daemon=True)
         thread.start()
         return thread
@@ -3117,8 +3109,11 @@ class Directory:
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            names = ", ".join(self.resource_types)
-            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
+            raise ScimError(
+                404,
+                "",
+                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
+            )
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(
@@ -3130,6 +3125,19 @@ class Directory:
         raise ScimError(
             404, "", f"{name} {quoted(id)} does not exist", reason=("missing", name, id)
         )
+
+    def _find_to_write(
+        self,
+        session: Session,
+        type: ResourceType | str,
+        id: str,
+        condition: Precondition,
+        only_members: Iterable[str] | None = None,
+    ) -> tuple[StoredResource, Resource]:
+        row = self._find(session, type, id, writing=True)
+        resource = self._resource(session, row, only_members=only_members)
+        condition.check(resource["meta"]["version"])
+        return row, resource
 
     def _resource(
         self,
@@ -3230,8 +3238,10 @@ class Directory:
         # Unknown ids are ignored beside known ones. Alone they would empty the group.
         if replaces_members and after.get("members") and not row.member_count + growth:
             ids = ", ".join(quoted(member["value"]) for member in after["members"][:3])
-            detail = f"members: no user or group has the id {ids}; the group is unchanged"
-            raise invalid_value(detail, reason=("members", ids))
+            raise invalid_value(
+                f"members: no user or group has the id {ids}; the group is unchanged",
+                reason=("members", ids),
+            )
         attributes = stored(after)
         if attributes != row.attributes:
             self._record(session, row, before, after)
@@ -3272,10 +3282,9 @@ class Directory:
     ) -> None:
         # {} as before or after: the resource is new or deleted.
         names = list(changed_names(self.resource_types[row.type].root, before, after))
-        kind = f"{row.type.lower()}.{change_kind(before, after)}"
-        self._log(session, kind, row.id, attributes=names)
+        log = partial(self._log, session)
+        log(f"{row.type.lower()}.{change_kind(before, after)}", row.id, attributes=names)
         if row.type == "User":
-            log = partial(self._log, session)
             update_employee(session, row.id, after, time_text(self.clock()), log)
 
     def _log(
@@ -3314,7 +3323,14 @@ class Directory:
         if row.hidden == "{}" and types.items() <= self._field_types.items():
             return row
         user_type, hidden = self.resource_types["User"], from_json(row.hidden)
-        visible, others = split_custom_fields(user_type, (*present.items(), *hidden.items()))
+        extension = user_type.root.by_name[FACILIO.lower()]
+        visible, others = Resource(), Resource()
+        for name, value in (*present.items(), *hidden.items()):  # the first value of a field wins
+            sub = extension.sub_attribute(name)
+            if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
+                visible[sub.name] = value
+            else:
+                others.setdefault(name, value)
         if (visible, others) == (present, hidden):
             return row
         attributes = pruned(row.attributes | {FACILIO: visible})
@@ -3333,21 +3349,6 @@ class Directory:
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
                 update_employee(session, row.id, row.attributes, now, log)
             session.set_setting("employees", "made")
-
-
-def split_custom_fields(
-    user_type: ResourceType, values: Iterable[tuple[str, Json]]
-) -> tuple[Resource, Resource]:
-    """Return the values of custom fields that a user type has, and the others; the first wins."""
-    extension = user_type.root.by_name[FACILIO.lower()]
-    visible, others = Resource(), Resource()
-    for name, value in values:
-        sub = extension.sub_attribute(name)
-        if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
-            visible[sub.name] = value
-        else:
-            others.setdefault(name, value)
-    return visible, others
 
 
 # ----------------------------------------------------------------------------
