@@ -258,14 +258,12 @@ class Attribute:
     is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
     identifies: bool = False  # a new value drops those beside it: they describe somebody else
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
+    index: str = field(init=False)  # path in lower case
+    by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
-    @cached_property
-    def index(self) -> str:
-        return self.path.lower()
-
-    @cached_property
-    def by_name(self) -> dict[str, Attribute]:  # names in lower case
-        return {sub.name.lower(): sub for sub in self.sub_attributes}
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "index", self.path.lower())
+        object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
 
     def with_paths(self, prefix: str = "") -> Attribute:
         """Return a copy in which this attribute and its sub-attributes know their paths."""
@@ -597,10 +595,6 @@ def values_at(path: Attributes, value: Json) -> list[Json]:
     return values
 
 
-def keys_at(path: Attributes, value: Json) -> list[str]:
-    return [path[-1].key(item) for item in values_at(path, value)]
-
-
 def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
     """Return whether a resource, or one value of a complex attribute, satisfies a filter.
 
@@ -616,9 +610,13 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
         case ValuePath(target, inner):
             return any(matches(inner, item, fold) for item in values_at(target, value))
         case Present(target):
-            return any(keys_at(target, value))  # empty text has an empty key: it is not present
+            # Empty text has an empty key: it is not present.
+            return any(target[-1].key(item) for item in values_at(target, value))
         case Compare(target, op, key):
-            return any(OPERATORS[op](fold(own), fold(key)) for own in keys_at(target, value))
+            return any(
+                OPERATORS[op](fold(target[-1].key(item)), fold(key))
+                for item in values_at(target, value)
+            )
 
 
 # -- Names -------------------------------------------------------------------
@@ -644,13 +642,14 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
     The URN of the core schema stands for the root itself: the result is ().
     """
     # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
-    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
     split = split_urn(name, resource_type)
-    for scope, names in [split] if split else all_scopes:
-        start: Attribute | None = scope
+    starts: list[tuple[Attribute | None, list[str]]] = (
+        [split] if split else [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    )
+    for scope, names in starts:
         down = list(
             itertools.accumulate(
-                names, lambda above, part: above and above.sub_attribute(part), initial=start
+                names, lambda above, part: above and above.sub_attribute(part), initial=scope
             )
         )
         if all(down):  # every name is known; the root has no path
@@ -712,11 +711,10 @@ def tokens_of(text: str) -> Tokens:
     """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens = [
+    return [
         (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
         for token in TOKEN.finditer(text)
-    ]
-    return [*tokens, ("end", "", len(text.rstrip()) + 1)]
+    ] + [("end", "", len(text.rstrip()) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
@@ -1044,8 +1042,9 @@ def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = Fal
                 if patched and sub.name not in value
                 else ("invalidValue", "must not be empty")
             )
-            reason = ("required", sub.path)
-            raise ScimError(400, kind, f"{sub.path} is required and {wrong}", reason=reason)
+            raise ScimError(
+                400, kind, f"{sub.path} is required and {wrong}", reason=("required", sub.path)
+            )
         if sub.is_membership:
             for item in value.get(sub.name, ()):
                 require(sub, item)
@@ -1252,6 +1251,10 @@ class Operation:
     value: Json = None
     sent: Json = None
 
+    @property
+    def names_members(self) -> bool:  # by their ids, not by a filter
+        return self.path.attributes[-1].is_membership and not self.path.filter
+
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return the operations of a PATCH body; ScimError 400.
@@ -1277,9 +1280,7 @@ def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
         lambda step: (
             step.op,
             step.path,
-            step.op != "replace"
-            and step.path.attributes[0].is_membership
-            and isinstance(step.value, list),
+            step.op != "replace" and step.names_members and isinstance(step.value, list),
         ),
     ):
         steps = list(run)
@@ -1332,13 +1333,12 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
     # sees it.
     for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is None and not split_urn(plain, resource_type):
-            continue
-        path = parse_path(name, resource_type)
-        if not path.attributes:
-            yield from parse_pathless(resource_type, op, item)
-        elif path.attributes[0].mutability != "readOnly":
-            yield from bind_operation(op, path, item, merge=True)
+        if resolve(plain, resource_type) is not None or split_urn(plain, resource_type):
+            path = parse_path(name, resource_type)
+            if not path.attributes:
+                yield from parse_pathless(resource_type, op, item)
+            elif path.attributes[0].mutability != "readOnly":
+                yield from bind_operation(op, path, item, merge=True)
 
 
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
@@ -1357,8 +1357,12 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
             raise ScimError(400, "mutability", f"{part.path} is {part.mutability}")
     path, value = normal_form(op, path, value)
     attribute = path.attributes[-1]
-    is_single = not (attribute.multi_valued or path.filter) and attribute.type == "complex"
-    if merge and is_single and isinstance(value, dict):
+    if (
+        merge
+        and isinstance(value, dict)
+        and attribute.type == "complex"
+        and not (attribute.multi_valued or path.filter)
+    ):
         parts = lowercase_keys(value)
         # In the order of the schema: a new manager comes before the manager's displayName.
         for sub in attribute.sub_attributes:
@@ -1409,12 +1413,12 @@ def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     parts = lowercase_keys({sub.name: value} if sub else value)
     clears = op == "replace" and attribute.multi_valued and not sub  # the parts that are not sent
     # A filter selects and does not write: what it says stays in the spelling that is stored.
-    kept = equal_terms(path.filter)
     return {
         part.name: accept_value(part, parts.get(name))
         for name, part in attribute.by_name.items()
-        if name in parts or (clears and part.mutability != "immutable" and part.name not in kept)
         if not part.computed
+        if name in parts
+        or (clears and part.mutability != "immutable" and part.name not in equal_terms(path.filter))
     }
 
 
@@ -1427,21 +1431,10 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     return (
         {item["value"] for step in changes for item in step.value or ()}
         if all(
-            step.path == PatchPath(step.path.attributes[:1])
-            and step.op != "replace"
-            and step.sent is not None
+            step.names_members and step.op != "replace" and step.sent is not None
             for step in changes
         )
         else None
-    )
-
-
-def replaces_members(operations: Iterable[Operation]) -> bool:
-    """Return whether an operation replaces all members of a group."""
-    return any(
-        step.op == "replace" and step.path == PatchPath(step.path.attributes[:1])
-        for step in operations
-        if step.path.attributes[0].is_membership
     )
 
 
@@ -1549,7 +1542,7 @@ def change_selected(
     for value in selected:
         change_value(attribute, value, operation)
     # To clear what is not there makes nothing.
-    if not selected and set((operation.value or {}).values()) - {None, ""}:
+    if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
         [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
@@ -1558,11 +1551,10 @@ def change_selected(
 
 def selected_values(attribute: Attribute, values: list[Resource], filter: Filter) -> list[Resource]:
     selected = [value for value in values if matches(filter, value)]
-    if selected or not attribute.is_membership:
-        return selected
     # The id of a member in another case is accepted if it means one member only.
-    loosely = [value for value in values if matches(filter, value, str.lower)]
-    return loosely if len(loosely) == 1 else []
+    candidates = values if attribute.is_membership and not selected else []
+    similar = [value for value in candidates if matches(filter, value, str.lower)]
+    return similar if len(similar) == 1 else selected
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
@@ -2874,8 +2866,11 @@ class Directory:
         resource_type = self._type(type)
         if isinstance(filter, str):
             filter = parse_filter(filter, resource_type)
-        window = Window(max(count, 0), max(start_index, 1) - 1)
-        return self.search({resource_type.name: (filter, selection)}, sorting, window)
+        return self.search(
+            {resource_type.name: (filter, selection)},
+            sorting,
+            Window(max(count, 0), max(start_index, 1) - 1),
+        )
 
     def search(
         self,
@@ -2943,7 +2938,8 @@ class Directory:
             touched = touched_member_ids(operations)
             row, before = self._find_to_write(session, type, id, condition, touched)
             patched = apply_patch(resource_type, before, operations)
-            row = self._save(session, row, before, patched, replaces_members(operations))
+            replaces = any(step.op == "replace" and step.names_members for step in operations)
+            row = self._save(session, row, before, patched, replaces)
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -2958,8 +2954,12 @@ class Directory:
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            ids = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, ids)
+            self._log(
+                session,
+                "member.removed",
+                id,
+                [member["value"] for member in session.members(row.seq)],
+            )
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3100,8 +3100,9 @@ class Directory:
                     if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
 
-        _, newest = self._read(Session.change_bounds)
-        thread = threading.Thread(target=run, args=(newest,), daemon=True)
+        thread = threading.Thread(
+            target=run, args=[self._read(Session.change_bounds)[1]], daemon=True
+        )
         thread.start()
         return thread
 
@@ -3172,11 +3173,7 @@ class Directory:
         # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        urns = [
-            extension.id
-            for extension in resource_type.extensions
-            if offset_of_member(row.body, extension.id)
-        ]
+        urns = [e.id for e in resource_type.extensions if offset_of_member(row.body, e.id)]
         schemas = '","'.join([resource_type.schema.id, *urns])
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
@@ -3211,11 +3208,10 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            value = after.get(sub.name)
             if (
                 sub.uniqueness == "server"
                 and sub.mutability != "readOnly"
-                and value not in (None, before.get(sub.name))
+                and (value := after.get(sub.name)) not in (None, before.get(sub.name))
                 and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
             ):
                 raise ScimError(
@@ -3281,9 +3277,12 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        names = list(changed_names(self.resource_types[row.type].root, before, after))
-        log = partial(self._log, session)
-        log(f"{row.type.lower()}.{change_kind(before, after)}", row.id, attributes=names)
+        log, root = partial(self._log, session), self.resource_types[row.type].root
+        log(
+            f"{row.type.lower()}.{change_kind(before, after)}",
+            row.id,
+            attributes=list(changed_names(root, before, after)),
+        )
         if row.type == "User":
             update_employee(session, row.id, after, time_text(self.clock()), log)
 
