@@ -1545,7 +1545,7 @@ def change_selected(
     if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
-        [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
+        [value for value in values if value] if attribute.multi_valued else next(iter(values), {})
     )
 
 
@@ -1671,10 +1671,9 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
         case And(filters):
             # The most selective term comes first. If it matches few rows, the others are probes:
             # SQLite would materialise a second set completely, even one of a million rows.
-            terms, narrow = sorted(filters, key=selectivity), selectivity(filter) < 2
             conditions = [
-                compile_filter(term, row, probe=narrow and number > 0)
-                for number, term in enumerate(terms)
+                compile_filter(term, row, probe=number > 0 and selectivity(filter) < 2)
+                for number, term in enumerate(sorted(filters, key=selectivity))
             ]
             return join_sql(" AND ", conditions, "1 = 1")
         case Or(filters):
@@ -1785,11 +1784,11 @@ class Page(NamedTuple):
 
 def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return the condition that a row of one half of a query comes after a position."""
-    if after is None or missing != after.missing:
-        whole = after is None or (missing > after.missing) != descending
-        return "1 = 1" if whole else "1 = 0", []
-    values = [after.key, after.seq] if "key" in columns else [after.seq]
-    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    if after and missing == after.missing:
+        values = [after.key, after.seq] if "key" in columns else [after.seq]
+        return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    # All rows of the other half come after the position, or none.
+    return "1 = 1" if not after or (missing > after.missing) != descending else "1 = 0", []
 
 
 def compile_filters(filters: Filters) -> Sql:
@@ -3173,8 +3172,11 @@ class Directory:
         # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        urns = [e.id for e in resource_type.extensions if offset_of_member(row.body, e.id)]
-        schemas = '","'.join([resource_type.schema.id, *urns])
+        schemas = '","'.join(
+            schema.id
+            for schema in (resource_type.schema, *resource_type.extensions)
+            if schema is resource_type.schema or offset_of_member(row.body, schema.id)
+        )
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
         return Encoded(
@@ -3267,8 +3269,11 @@ class Directory:
         differing = [member for member in new.items() if member not in old.items()]
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
-        updated = [id for id in written if id in old]
-        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
+        for kind, ids in (
+            ("removed", removed),
+            ("added", added),
+            ("updated", [id for id in written if id in old]),
+        ):
             if ids:
                 self._log(session, f"member.{kind}", row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -3277,11 +3282,11 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        log, root = partial(self._log, session), self.resource_types[row.type].root
+        log = partial(self._log, session)
         log(
             f"{row.type.lower()}.{change_kind(before, after)}",
             row.id,
-            attributes=list(changed_names(root, before, after)),
+            attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
         )
         if row.type == "User":
             update_employee(session, row.id, after, time_text(self.clock()), log)
