@@ -90,7 +90,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -291,24 +291,22 @@ class Attribute:
 
         Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
         """
-        if self.type == "boolean":
-            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+        match self.type:
+            case "boolean" if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
-        elif self.type == "integer":
-            if (
-                type(value) is int or (isinstance(value, str) and INTEGER_TEXT.fullmatch(value))
-            ) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
-                return int(value)
-        elif isinstance(value, str) and self.type != "complex":
-            if len(value) > MAX_TEXT:
-                raise invalid_value(
-                    f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
-                )
-            if self.type != "dateTime":
-                return value
-            with suppress(ValueError):
-                date_time_key(value)
-                return value
+            case "integer" if type(value) in (int, str) and INTEGER_TEXT.fullmatch(str(value)):
+                if -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+                    return int(value)
+            case "string" | "reference" | "binary" | "dateTime" if isinstance(value, str):
+                if len(value) > MAX_TEXT:
+                    raise invalid_value(
+                        f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
+                    )
+                if self.type != "dateTime":
+                    return value
+                with suppress(ValueError):
+                    date_time_key(value)
+                    return value
         expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise invalid_value(
             f"{self.path}: expected {expected}, got {excerpt}",
@@ -392,18 +390,16 @@ class ResourceType:
     endpoint: str
     schema: Schema
     extensions: tuple[Schema, ...] = ()
-    root: Attribute = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def root(self) -> Attribute:
         attributes = (
             *COMMON,
             *self.schema.attributes,
             *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
             META,
         )
-        object.__setattr__(
-            self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
-        )
+        return Attribute("", "complex", sub_attributes=attributes).with_paths()
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
@@ -414,7 +410,6 @@ class ResourceType:
         }
 
     def location(self, base_url: str, id: str) -> str:
-        """Return the URL of a resource."""
         return f"{base_url}{self.endpoint}/{id}"
 
 
@@ -525,30 +520,7 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
 
-Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
-
-
-@dataclass(frozen=True, slots=True)
-class AttributePath:
-    """A path from a resource, or from one complex value, down to an attribute."""
-
-    attributes: Attributes
-
-    @property
-    def attribute(self) -> Attribute:
-        """The attribute at the end of the path."""
-        return self.attributes[-1]
-
-    def items(self, value: Json) -> list[Json]:
-        """Return the values at this path in a resource or complex value, as one flat list."""
-        items = [value]
-        for attribute in self.attributes:
-            items = [item for holder in items for item in attribute.values(holder)]
-        return items
-
-    def keys(self, value: Json) -> list[str]:
-        """Return the keys of the values at this path."""
-        return [self.attribute.key(item) for item in self.items(value)]
+Attributes = tuple[Attribute, ...]  # a path from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,7 +531,7 @@ class Compare:
     one of OPERATORS.
     """
 
-    target: AttributePath
+    target: Attributes
     op: str
     key: str
     value: Json
@@ -569,7 +541,7 @@ class Compare:
 class Present:
     """Whether an attribute has a value that is not empty (pr)."""
 
-    target: AttributePath
+    target: Attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,7 +569,7 @@ class Not:
 class ValuePath:
     """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
-    target: AttributePath
+    target: Attributes
     inner: Filter
 
 
@@ -615,6 +587,14 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+def values_at(path: Attributes, value: Json) -> list[Json]:
+    """Return the values at a path in a resource or complex value, as one flat list."""
+    values = [value]
+    for attribute in path:
+        values = [item for holder in values for item in attribute.values(holder)]
+    return values
+
+
 def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
     """Return whether a resource, or one value of a complex attribute, satisfies a filter.
 
@@ -628,11 +608,15 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
         case Not(inner):
             return not matches(inner, value, fold)
         case ValuePath(target, inner):
-            return any(matches(inner, item, fold) for item in target.items(value))
+            return any(matches(inner, item, fold) for item in values_at(target, value))
         case Present(target):
-            return any(target.keys(value))  # empty text has an empty key: it is not present
+            # Empty text has an empty key: it is not present.
+            return any(target[-1].key(item) for item in values_at(target, value))
         case Compare(target, op, key):
-            return any(OPERATORS[op](fold(own_key), fold(key)) for own_key in target.keys(value))
+            return any(
+                OPERATORS[op](fold(target[-1].key(item)), fold(key))
+                for item in values_at(target, value)
+            )
 
 
 # -- Names -------------------------------------------------------------------
@@ -658,16 +642,18 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
     The URN of the core schema stands for the root itself: the result is ().
     """
     # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
-    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
     split = split_urn(name, resource_type)
-    for scope, names in [split] if split else all_scopes:
-        attributes = () if scope is resource_type.root else (scope,)
-        for part in names:
-            if not (sub := scope.sub_attribute(part)):
-                break
-            scope, attributes = sub, (*attributes, sub)
-        else:  # all names are known
-            return attributes
+    starts: list[tuple[Attribute | None, list[str]]] = (
+        [split] if split else [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    )
+    for scope, names in starts:
+        down = list(
+            itertools.accumulate(
+                names, lambda above, part: above and above.sub_attribute(part), initial=scope
+            )
+        )
+        if all(down):  # every name is known; the root has no path
+            return tuple(attribute for attribute in down if attribute and attribute.path)
     return None
 
 
@@ -725,11 +711,10 @@ def tokens_of(text: str) -> Tokens:
     """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens = [
+    return [
         (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
         for token in TOKEN.finditer(text)
-    ]
-    return [*tokens, ("end", "", len(text.rstrip()) + 1)]
+    ] + [("end", "", len(text.rstrip()) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
@@ -788,7 +773,7 @@ def parse_value_path(
         sub = resolve_sub_attribute(attributes, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(AttributePath(attributes), inner) if attributes else NOTHING), position
+    return (ValuePath(attributes, inner) if attributes else NOTHING), position
 
 
 def parse_brackets(
@@ -833,7 +818,7 @@ def parse_expression(
 def present(attributes: Attributes) -> Filter:
     """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
     parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
-    return Or(tuple(map(present, parts))) if parts else Present(AttributePath(attributes))
+    return Or(tuple(map(present, parts))) if parts else Present(attributes)
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -854,10 +839,10 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
         attributes = (*attributes, value_attribute)
-    target, attribute = AttributePath(attributes), attributes[-1]
+    attribute = attributes[-1]
     check_comparison(attribute, name, op, literal)
     if literal is None:
-        return Not(Present(target))
+        return Not(Present(attributes))
     try:  # a number need not be an Integer to compare with one
         value = (
             literal
@@ -866,7 +851,7 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         )
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
-    return Compare(target, op, attribute.key(value), value)
+    return Compare(attributes, op, attribute.key(value), value)
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
@@ -895,24 +880,6 @@ class PatchPath:
     attributes: Attributes  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
-
-    @property
-    def read_only_attribute(self) -> Attribute | None:
-        """The first attribute of the path that no client may change, or None."""
-        # Through a filter an immutable attribute may be sent if its value stays the same.
-        return next(
-            (
-                attribute
-                for attribute in (*self.attributes, self.sub_attribute)
-                if attribute
-                and (
-                    attribute.computed
-                    or attribute.mutability == "readOnly"
-                    or (attribute.mutability == "immutable" and not self.filter)
-                )
-            ),
-            None,
-        )
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -1025,8 +992,11 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 def unlisted(attribute: Attribute, value: Json) -> Json:
     """Return the item of a list with one item, if it stands for a single complex value."""
     # Entra's tutorial sends the manager as a list.
-    is_item = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
-    return value[0] if is_item else value
+    return (
+        value[0]
+        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+        else value
+    )
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
@@ -1049,7 +1019,6 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
 
 
 def is_primary(value: Json) -> bool:
-    """Return whether a value of a multi-valued attribute is its primary one."""
     return isinstance(value, dict) and value.get("primary") is True
 
 
@@ -1061,15 +1030,20 @@ def keep_one_primary(values: list[Json], previous: Json = None) -> None:
             value["primary"] = False
 
 
-def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
+def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = False) -> None:
     """Check the required attributes, and the number of values, of a complex value (or a resource).
 
-    Raise ScimError 400 invalidValue.
+    Raise ScimError 400 invalidValue, or mutability if a PATCH has removed a required attribute.
     """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            raise invalid_value(
-                f"{sub.path} is required and must not be empty", reason=("required", sub.path)
+            kind, wrong = (
+                ("mutability", "cannot be removed")
+                if patched and sub.name not in value
+                else ("invalidValue", "must not be empty")
+            )
+            raise ScimError(
+                400, kind, f"{sub.path} is required and {wrong}", reason=("required", sub.path)
             )
         if sub.is_membership:
             for item in value.get(sub.name, ()):
@@ -1146,13 +1120,11 @@ def select(attribute: Attribute, value: Resource, selection: Selection, whole: b
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         sub_whole = whole or sub in (selection.wanted or ())
-        if sub.returned == "always":
-            selected[name] = item
-        elif sub in selection.parents and sub not in selection.unwanted:
+        if sub in selection.parents and sub not in selection.unwanted:
             parts = [select(sub, part, selection, sub_whole) for part in sub.values(value)]
             if any(parts):
                 selected[name] = list(filter(None, parts)) if sub.multi_valued else parts[0]
-        elif sub_whole and sub not in selection.unwanted:
+        elif sub.returned == "always" or (sub_whole and sub not in selection.unwanted):
             selected[name] = item
     return selected
 
@@ -1170,10 +1142,9 @@ def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
     """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
-    location = resource_type.location(base_url, resource["id"])
     resource = {
         **resource,
-        "meta": {**resource["meta"], "location": location},
+        "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
         **memberships(resource, base_url),
     }
     if selection.wanted is None and not selection.unwanted:
@@ -1215,7 +1186,6 @@ class Encoded(str):
 
 
 def from_json(text: str) -> Json:
-    """Return the value that to_json() made a text from."""
     return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
 
 
@@ -1239,7 +1209,6 @@ class StoredResource:
         return row
 
     def entries(self, resource_type: ResourceType) -> set[Entry]:
-        """Return the index entries."""
         return {
             *index_entries(resource_type.root, self.attributes),
             ("meta.created", date_time_key(self.created), 0),
@@ -1282,6 +1251,10 @@ class Operation:
     value: Json = None
     sent: Json = None
 
+    @property
+    def names_members(self) -> bool:  # by their ids, not by a filter
+        return self.path.attributes[-1].is_membership and not self.path.filter
+
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return the operations of a PATCH body; ScimError 400.
@@ -1307,9 +1280,7 @@ def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
         lambda step: (
             step.op,
             step.path,
-            step.op != "replace"
-            and step.path.attributes[0].is_membership
-            and isinstance(step.value, list),
+            step.op != "replace" and step.names_members and isinstance(step.value, list),
         ),
     ):
         steps = list(run)
@@ -1362,13 +1333,12 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
     # sees it.
     for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is None and not split_urn(plain, resource_type):
-            continue
-        path = parse_path(name, resource_type)
-        if not path.attributes:
-            yield from parse_pathless(resource_type, op, item)
-        elif path.attributes[0].mutability != "readOnly":
-            yield from bind_operation(op, path, item, merge=True)
+        if resolve(plain, resource_type) is not None or split_urn(plain, resource_type):
+            path = parse_path(name, resource_type)
+            if not path.attributes:
+                yield from parse_pathless(resource_type, op, item)
+            elif path.attributes[0].mutability != "readOnly":
+                yield from bind_operation(op, path, item, merge=True)
 
 
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
@@ -1377,8 +1347,14 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
     sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
-    if attribute := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
+    for part in filter(None, (*path.attributes, path.sub_attribute)):
+        # Through a filter an immutable attribute may be sent if its value stays the same.
+        if (
+            part.computed
+            or part.mutability == "readOnly"
+            or (part.mutability == "immutable" and not path.filter)
+        ):
+            raise ScimError(400, "mutability", f"{part.path} is {part.mutability}")
     path, value = normal_form(op, path, value)
     attribute = path.attributes[-1]
     if (
@@ -1395,7 +1371,7 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
                     op, PatchPath((*path.attributes, sub)), parts[name], merge
                 )
     else:
-        yield Operation(op, path, accept_operand(path, value), value)
+        yield Operation(op, path, accept_operand(op, path, value), value)
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
@@ -1406,44 +1382,43 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
     emails[type eq "work"]. A value is dropped if there is no list to remove it from.
     """
     match path:
-        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
+        case PatchPath((members,), Compare((sub,), "eq", _, id), None) if (
             op == "remove"
             and members.is_membership
             and sub is members.value_attribute
             and id == id.lower()  # an id in another case is compared with those of all members
         ):
             return PatchPath((members,)), [{"value": id}]
-        case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
+        case PatchPath((*_, holder), filter, sub) if filter or not holder.multi_valued:
             value = None if op == "remove" else unlisted(holder, value)
-            if (
-                (value_attribute := holder.value_attribute)
-                and not path.sub_attribute
-                and not isinstance(value, (dict, list, type(None)))
-            ):
-                path = (
-                    PatchPath(path.attributes, filter, value_attribute)
-                    if filter
-                    else PatchPath((*path.attributes, value_attribute))
-                )
+            is_text = not isinstance(value, (dict, list, NoneType))
+            if is_text and filter and not sub:
+                return PatchPath(path.attributes, filter, holder.value_attribute), value
+            if is_text and not filter and holder.value_attribute:
+                return path, {"value": value}
     return path, value
 
 
-def accept_operand(path: PatchPath, value: Json) -> Json:
+def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     """Return the canonical value of an operation on a path, or None; ScimError 400.
 
     For the values that a filter selects, it is an object with the parts to change, None for those
     to clear.
     """
-    attribute = path.attributes[-1]
+    attribute, sub = path.attributes[-1], path.sub_attribute
     if not path.filter:
         return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
-    if not (path.sub_attribute or isinstance(value, dict)):
+    if not (sub or isinstance(value, dict)):
         return accept_single(attribute, value)
-    sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
+    parts = lowercase_keys({sub.name: value} if sub else value)
+    clears = op == "replace" and attribute.multi_valued and not sub  # the parts that are not sent
+    # A filter selects and does not write: what it says stays in the spelling that is stored.
     return {
-        sub.name: accept_value(sub, sent[sub.name.lower()])
-        for sub in attribute.sub_attributes
-        if sub.name.lower() in sent and not sub.computed
+        part.name: accept_value(part, parts.get(name))
+        for name, part in attribute.by_name.items()
+        if not part.computed
+        if name in parts
+        or (clears and part.mutability != "immutable" and part.name not in equal_terms(path.filter))
     }
 
 
@@ -1456,21 +1431,10 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     return (
         {item["value"] for step in changes for item in step.value or ()}
         if all(
-            step.path == PatchPath(step.path.attributes[:1])
-            and step.op != "replace"
-            and step.sent is not None
+            step.names_members and step.op != "replace" and step.sent is not None
             for step in changes
         )
         else None
-    )
-
-
-def replaces_members(operations: Iterable[Operation]) -> bool:
-    """Return whether an operation replaces all members of a group."""
-    return any(
-        step.op == "replace" and step.path == PatchPath(step.path.attributes[:1])
-        for step in operations
-        if step.path.attributes[0].is_membership
     )
 
 
@@ -1482,7 +1446,7 @@ def apply_patch(
     with_value = [
         value
         for sub in resource_type.root.sub_attributes
-        if sub.multi_valued and sub.value_attribute and not sub.is_membership
+        if sub.value_attribute
         for value in sub.values(patched)
         if value.get("value")
     ]
@@ -1493,18 +1457,7 @@ def apply_patch(
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
-    if missing := [
-        sub.path
-        for sub in resource_type.root.sub_attributes
-        if sub.required and sub.name not in patched
-    ]:
-        raise ScimError(
-            400,
-            "mutability",
-            f"{missing[0]} is required and cannot be removed",
-            reason=("required", missing[0]),
-        )
-    require(resource_type.root, patched)
+    require(resource_type.root, patched, patched=True)
     return canonical(resource_type, patched)
 
 
@@ -1585,32 +1538,32 @@ def change_selected(
 ) -> None:
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
-    selected = [value for value in values if matches(filter, value)]
-    # The id of a member in another case is accepted if it means one member only.
-    if (
-        not selected
-        and attribute.is_membership
-        and len(loosely := [value for value in values if matches(filter, value, str.lower)]) == 1
-    ):
-        selected = loosely
+    selected = selected_values(attribute, values, filter)
     for value in selected:
-        change_value(attribute, value, operation, filter)
-    if not selected and operation.value:
+        change_value(attribute, value, operation)
+    # To clear what is not there makes nothing.
+    if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
-        [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
+        [value for value in values if value] if attribute.multi_valued else next(iter(values), {})
     )
+
+
+def selected_values(attribute: Attribute, values: list[Resource], filter: Filter) -> list[Resource]:
+    selected = [value for value in values if matches(filter, value)]
+    # The id of a member in another case is accepted if it means one member only.
+    candidates = values if attribute.is_membership and not selected else []
+    similar = [value for value in candidates if matches(filter, value, str.lower)]
+    return similar if len(similar) == 1 else selected
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
-    if all(part in (None, "") for part in operation.value.values()):
-        return {}  # to clear what is not there makes nothing
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    change_value(attribute, value, operation, filter)
+    change_value(attribute, value, operation)
     # A value that does not match the filter would be added again at each retry.
     if (
         attribute.is_membership
@@ -1621,30 +1574,24 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     return value
 
 
-def change_value(
-    attribute: Attribute, value: Resource, operation: Operation, filter: Filter
-) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+def change_value(attribute: Attribute, value: Resource, operation: Operation) -> None:
+    """Change the parts of a selected value that an operation names; without parts, clear it.
 
     ScimError 400 mutability for another value of an immutable part, such as the id of a member.
     """
-    immutable = [sub.name for sub in attribute.sub_attributes if sub.mutability == "immutable"]
-    before = {name: value[name] for name in immutable if name in value}
-    if operation.op != "add" and not operation.path.sub_attribute:
-        # A filter selects and does not write: what it says stays in the spelling that is stored.
-        kept = {*equal_terms(filter), *immutable} if attribute.multi_valued else set(value)
-        for name in value.keys() - (kept if operation.value is not None else ()):
-            del value[name]
+    if operation.value is None and operation.op != "add":
+        value.clear()
     for name, part in (operation.value or {}).items():
-        change(attribute.by_name[name.lower()], value, replace(operation, value=part))
-    if value and any(before.get(name) != value.get(name) for name in immutable):
-        raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        sub = attribute.by_name[name.lower()]
+        if sub.mutability == "immutable" and part != value.get(name):
+            raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        change(sub, value, replace(operation, value=part))
 
 
 def equal_terms(filter: Filter) -> Resource:
     """Return the sub-attributes that a filter requires to be equal to a value."""
     match filter:
-        case Compare(AttributePath((sub,)), "eq", _, value):
+        case Compare((sub,), "eq", _, value):
             return {sub.name: value}
         case And(filters):
             return {name: value for inner in filters for name, value in equal_terms(inner).items()}
@@ -1722,7 +1669,13 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
     """
     match filter:
         case And(filters):
-            return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
+            # The most selective term comes first. If it matches few rows, the others are probes:
+            # SQLite would materialise a second set completely, even one of a million rows.
+            conditions = [
+                compile_filter(term, row, probe=number > 0 and selectivity(filter) < 2)
+                for number, term in enumerate(sorted(filters, key=selectivity))
+            ]
+            return join_sql(" AND ", conditions, "1 = 1")
         case Or(filters):
             return join_sql(" OR ", [compile_filter(inner, row) for inner in filters], "1 = 0")
         case Not(inner):
@@ -1733,29 +1686,21 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
         case Present(target):
             return row_in_index(target, row, "key > ''", [])
-        case Compare(target, "eq", key) if probe and target.attribute.index not in DERIVED_ENTRIES:
+        case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [target.attribute.index, key]
+            return (
+                f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
+                [target[-1].index, key],
+            )
         case Compare(target, op, key):
             condition = COMPARISONS[op]
             return row_in_index(target, row, condition, [key] * condition.count("?"))
 
 
-def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the most selective first; if it matches few rows, then probes."""
-    # SQLite would materialise a second set completely, even one of a million rows.
-    terms = sorted(filters, key=selectivity)
-    narrow = bool(terms) and selectivity(terms[0]) < 2
-    return [
-        compile_filter(term, row, probe=narrow and number > 0) for number, term in enumerate(terms)
-    ]
-
-
 def selectivity(filter: Filter) -> int:
     """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
     match filter:
-        case Compare(AttributePath((*_, attribute)), "eq"):
+        case Compare((*_, attribute), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare():
             return 1
@@ -1787,10 +1732,12 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
     )
 
 
-def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    entries, values = entries_of(target.attribute)
-    sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
-    return sql, [*values, *parameters]
+def row_in_index(target: Attributes, row: str, condition: str, parameters: list[Any]) -> Sql:
+    entries, values = entries_of(target[-1])
+    return (
+        f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})",
+        [*values, *parameters],
+    )
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -1803,7 +1750,7 @@ def entries_of(attribute: Attribute) -> Sql:
 class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
-    target: AttributePath
+    target: Attributes
     descending: bool = False
 
 
@@ -1837,11 +1784,11 @@ class Page(NamedTuple):
 
 def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return the condition that a row of one half of a query comes after a position."""
-    if after is None or missing != after.missing:
-        whole = after is None or (missing > after.missing) != descending
-        return "1 = 1" if whole else "1 = 0", []
-    values = [after.key, after.seq] if "key" in columns else [after.seq]
-    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    if after and missing == after.missing:
+        values = [after.key, after.seq] if "key" in columns else [after.seq]
+        return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    # All rows of the other half come after the position, or none.
+    return "1 = 1" if not after or (missing > after.missing) != descending else "1 = 0", []
 
 
 def compile_filters(filters: Filters) -> Sql:
@@ -1885,7 +1832,7 @@ def compile_positions(
     )
     if not sorting:
         return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
-    entries, path = entries_of(sorting.target.attribute)
+    entries, path = entries_of(sorting.target[-1])
     walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
     # A set from the index is made once; otherwise each step tests one resource, to the page's end.
     among = (
@@ -2649,7 +2596,7 @@ def employee_record(user: Resource) -> Resource:
 
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
-    for item in AttributePath(path.attributes).items(resource):
+    for item in values_at(path.attributes, resource):
         text = item.get(path.sub_attribute.name) if path.sub_attribute else item
         if text and (not path.filter or matches(path.filter, item)):
             return str(text)
@@ -2863,13 +2810,12 @@ class Directory:
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError if it is another tenant's."""
         with self.store.writing() as session:
-            owner = session.setting("tenant")
-            if owner not in ("", tenant):
+            owner = session.setting("tenant") or tenant
+            if owner != tenant:
                 raise StoreError(
                     f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
                 )
-            if not owner:
-                session.set_setting("tenant", tenant)
+            session.set_setting("tenant", tenant)
 
     def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
@@ -2885,8 +2831,9 @@ class Directory:
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
         now = time_text(self.clock())
-        row = StoredResource(0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0)
-        row = row.changed(stored(resource))
+        row = StoredResource(
+            0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
+        ).changed(stored(resource))
         with self.store.writing() as session:
             self._check_unique(session, row, {}, resource)
             session.save(row, set(), row.entries(resource_type))
@@ -2918,8 +2865,11 @@ class Directory:
         resource_type = self._type(type)
         if isinstance(filter, str):
             filter = parse_filter(filter, resource_type)
-        window = Window(max(count, 0), max(start_index, 1) - 1)
-        return self.search({resource_type.name: (filter, selection)}, sorting, window)
+        return self.search(
+            {resource_type.name: (filter, selection)},
+            sorting,
+            Window(max(count, 0), max(start_index, 1) - 1),
+        )
 
     def search(
         self,
@@ -2946,8 +2896,9 @@ class Directory:
                 else self._resource(session, row, queries[row.type][1], groups=groups)
                 for row in rows
             ]
-        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
-        first, last = ends or (None, None)
+        first, last = [
+            Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]
+        ] or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
@@ -2957,9 +2908,7 @@ class Directory:
         resource_type = self._type(type)
         resource = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row)
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition)
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
@@ -2979,14 +2928,17 @@ class Directory:
         Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
         """
         resource_type = self._type(type)
-        parsed = isinstance(body, list) and all(isinstance(step, Operation) for step in body)
-        operations = body if parsed else parse_operations(resource_type, body)
+        operations = (
+            body
+            if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
+            else parse_operations(resource_type, body)
+        )
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=touched_member_ids(operations))
-            condition.check(before["meta"]["version"])
+            touched = touched_member_ids(operations)
+            row, before = self._find_to_write(session, type, id, condition, touched)
             patched = apply_patch(resource_type, before, operations)
-            row = self._save(session, row, before, patched, replaces_members(operations))
+            replaces = any(step.op == "replace" and step.names_members for step in operations)
+            row = self._save(session, row, before, patched, replaces)
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -2995,16 +2947,18 @@ class Directory:
     def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=())
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition, only_members=())
             for item in session.groups([row.seq])[row.seq]:
                 group = self._find(session, "Group", item["value"])
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            remaining = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, remaining)
+            self._log(
+                session,
+                "member.removed",
+                id,
+                [member["value"] for member in session.members(row.seq)],
+            )
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3024,12 +2978,9 @@ class Directory:
                 ids[user["userName"]] = user["id"]
             for body in document.get("Groups", ()):
                 members = [
-                    member if isinstance(member, dict) else {"value": member}
-                    for member in body.get("members", ())
-                ]
-                members = [
                     {**member, "value": ids.get(member["value"], member["value"])}
-                    for member in members
+                    for item in body.get("members", ())
+                    for member in [item if isinstance(item, dict) else {"value": item}]
                 ]
                 group = self.create("Group", {**body, "members": members})
                 if len(group.get("members", ())) < len({member["value"] for member in members}):
@@ -3148,8 +3099,9 @@ class Directory:
                     if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
 
-        newest = self._read(Session.change_bounds)[1]
-        thread = threading.Thread(target=run, args=(newest,), daemon=True)
+        thread = threading.Thread(
+            target=run, args=[self._read(Session.change_bounds)[1]], daemon=True
+        )
         thread.start()
         return thread
 
@@ -3157,8 +3109,11 @@ class Directory:
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            names = ", ".join(self.resource_types)
-            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
+            raise ScimError(
+                404,
+                "",
+                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
+            )
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(
@@ -3170,6 +3125,19 @@ class Directory:
         raise ScimError(
             404, "", f"{name} {quoted(id)} does not exist", reason=("missing", name, id)
         )
+
+    def _find_to_write(
+        self,
+        session: Session,
+        type: ResourceType | str,
+        id: str,
+        condition: Precondition,
+        only_members: Iterable[str] | None = None,
+    ) -> tuple[StoredResource, Resource]:
+        row = self._find(session, type, id, writing=True)
+        resource = self._resource(session, row, only_members=only_members)
+        condition.check(resource["meta"]["version"])
+        return row, resource
 
     def _resource(
         self,
@@ -3204,12 +3172,11 @@ class Directory:
         # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        urns = [
-            extension.id
-            for extension in resource_type.extensions
-            if offset_of_member(row.body, extension.id)
-        ]
-        schemas = '","'.join([resource_type.schema.id, *urns])
+        schemas = '","'.join(
+            schema.id
+            for schema in (resource_type.schema, *resource_type.extensions)
+            if schema is resource_type.schema or offset_of_member(row.body, schema.id)
+        )
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
         return Encoded(
@@ -3243,11 +3210,10 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            value = after.get(sub.name)
             if (
                 sub.uniqueness == "server"
                 and sub.mutability != "readOnly"
-                and value not in (None, before.get(sub.name))
+                and (value := after.get(sub.name)) not in (None, before.get(sub.name))
                 and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
             ):
                 raise ScimError(
@@ -3270,8 +3236,10 @@ class Directory:
         # Unknown ids are ignored beside known ones. Alone they would empty the group.
         if replaces_members and after.get("members") and not row.member_count + growth:
             ids = ", ".join(quoted(member["value"]) for member in after["members"][:3])
-            detail = f"members: no user or group has the id {ids}; the group is unchanged"
-            raise invalid_value(detail, reason=("members", ids))
+            raise invalid_value(
+                f"members: no user or group has the id {ids}; the group is unchanged",
+                reason=("members", ids),
+            )
         attributes = stored(after)
         if attributes != row.attributes:
             self._record(session, row, before, after)
@@ -3301,8 +3269,11 @@ class Directory:
         differing = [member for member in new.items() if member not in old.items()]
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
-        updated = [id for id in written if id in old]
-        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
+        for kind, ids in (
+            ("removed", removed),
+            ("added", added),
+            ("updated", [id for id in written if id in old]),
+        ):
             if ids:
                 self._log(session, f"member.{kind}", row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -3311,11 +3282,13 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        names = list(changed_names(self.resource_types[row.type].root, before, after))
-        kind = f"{row.type.lower()}.{change_kind(before, after)}"
-        self._log(session, kind, row.id, attributes=names)
+        log = partial(self._log, session)
+        log(
+            f"{row.type.lower()}.{change_kind(before, after)}",
+            row.id,
+            attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
+        )
         if row.type == "User":
-            log = partial(self._log, session)
             update_employee(session, row.id, after, time_text(self.clock()), log)
 
     def _log(
@@ -3354,7 +3327,14 @@ class Directory:
         if row.hidden == "{}" and types.items() <= self._field_types.items():
             return row
         user_type, hidden = self.resource_types["User"], from_json(row.hidden)
-        visible, others = split_custom_fields(user_type, (*present.items(), *hidden.items()))
+        extension = user_type.root.by_name[FACILIO.lower()]
+        visible, others = Resource(), Resource()
+        for name, value in (*present.items(), *hidden.items()):  # the first value of a field wins
+            sub = extension.sub_attribute(name)
+            if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
+                visible[sub.name] = value
+            else:
+                others.setdefault(name, value)
         if (visible, others) == (present, hidden):
             return row
         attributes = pruned(row.attributes | {FACILIO: visible})
@@ -3373,21 +3353,6 @@ class Directory:
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
                 update_employee(session, row.id, row.attributes, now, log)
             session.set_setting("employees", "made")
-
-
-def split_custom_fields(
-    user_type: ResourceType, values: Iterable[tuple[str, Json]]
-) -> tuple[Resource, Resource]:
-    """Return the values of custom fields that a user type has, and the others; the first wins."""
-    extension = user_type.root.by_name[FACILIO.lower()]
-    visible, others = Resource(), Resource()
-    for name, value in values:
-        sub = extension.sub_attribute(name)
-        if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
-            visible[sub.name] = value
-        else:
-            others.setdefault(name, value)
-    return visible, others
 
 
 # ----------------------------------------------------------------------------
@@ -4402,7 +4367,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
         target = (*target, value_attribute)
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
-    return Sorting(AttributePath(target), order == "descending") if target else None
+    return Sorting(target, order == "descending") if target else None
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:

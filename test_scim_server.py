@@ -2156,14 +2156,14 @@ def sortable() -> list[tuple[scim_server.Attribute, ...]]:
     ]
 
 
-def naive_sort_key(target: scim_server.AttributePath, resource: Any) -> tuple[bool, str]:
+def naive_sort_key(target: scim_server.Attributes, resource: Any) -> tuple[bool, str]:
     """Return (missing, key): of the primary value, else of the first (RFC 7644 §3.4.2.3)."""
-    outer, *inner = target.attributes
-    values = scim_server.AttributePath((outer,)).items(resource) if outer.name in resource else []
+    outer, *inner = target
+    values = scim_server.values_at((outer,), resource) if outer.name in resource else []
     for value in sorted(values, key=lambda value: not scim_server.is_primary(value))[:1]:
-        items = scim_server.AttributePath(tuple(inner)).items(value) if inner else [value]
+        items = scim_server.values_at(tuple(inner), value)
         for item in items:
-            return False, target.attribute.key(item)
+            return False, target[-1].key(item)
     return True, ""
 
 
@@ -2171,13 +2171,13 @@ def some_sorted_query(
     chance: random.Random, resources: list[Any]
 ) -> tuple[scim_server.Filter, scim_server.Sorting, list[str], str]:
     """Return a filter and a sort, the ids that they select in order, and a text that says which."""
-    target = scim_server.AttributePath(chance.choice(sortable()))
+    target = chance.choice(sortable())
     sorting = scim_server.Sorting(target, chance.random() < 0.5)
     text = chance.choice(["", "active eq true", "not (title pr)", 'userName sw "u1" or title pr'])
     filter = scim_server.parse_filter(text, USER_TYPE) if text else scim_server.EVERYTHING
     users = sorted(of_type(resources, USER_TYPE), key=partial(naive_sort_key, target))
     ids = ids_of(user for user in users if scim_server.matches(filter, user))
-    label = f"seed {SEED}: {text!r} by {target.attribute.path}, {sorting.descending=}"
+    label = f"seed {SEED}: {text!r} by {target[-1].path}, {sorting.descending=}"
     return filter, sorting, ids[::-1] if sorting.descending else ids, label
 
 
@@ -2260,7 +2260,7 @@ def test_sort_by_memberships_uses_the_first_value(
     attributes = scim_server.resolve(sort_by, resource_type)
     if value := attributes[-1].value_attribute:
         attributes = (*attributes, value)
-    sorting = scim_server.Sorting(scim_server.AttributePath(attributes), descending)
+    sorting = scim_server.Sorting(attributes, descending)
     expected = ids[::-1] if descending else ids
     assert ids_of(crews.query(resource_type, sorting=sorting).resources) == expected
     for index, id in enumerate(expected, 1):
