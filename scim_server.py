@@ -4395,7 +4395,6 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
 # A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
 # missing, key, seq). The server keeps nothing, and a cursor of another tenant is not accepted.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    """Return a cursor for the page after a position, or before it."""
     content = to_json(
         [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
     ).encode()
@@ -6957,7 +6956,6 @@ def is_loopback(host: str) -> bool:
 
 
 def warn_about_setup(application: Application) -> None:
-    """Log which tenants cannot be served, and whether tokens are sent without encryption."""
     for name, directory in application.directories.items():
         if isinstance(directory, StoreError):
             log_line(f"tenant {name} is not served, the others are: {directory}")
