@@ -1242,7 +1242,7 @@ def meaning(attribute: scim_server.Attribute, value: Any) -> Any:
         return [item for item in found if item]
     if isinstance(value, dict):
         return {name: meaning(attribute.sub_attribute(name), part) for name, part in value.items()}
-    is_string = attribute.type == "string" and attribute.path != f"{ENT}:manager.value"
+    is_string = attribute.type == "string" and not attribute.path.startswith(f"{ENT}:manager.")
     return None if value == "" and not is_string else value
 
 
