@@ -1047,10 +1047,9 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
     # Entra clears every type of attribute with "". A member that is null or "" is an error: to
     # ignore it could empty the group.
-    is_empty = value is None or (
-        value == "" and (attribute.type != "string" or attribute.clearable)
-    )
-    if is_empty and not attribute.is_membership:
+    if not attribute.is_membership and (
+        value is None or (value == "" and (attribute.type != "string" or attribute.clearable))
+    ):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
@@ -2079,17 +2078,20 @@ class Session:
 
     def containing(self, text: str, condition: str = "hidden <> '{}'") -> Iterator[StoredResource]:
         """Yield the resources that have a text in their body, or meet a condition."""
-        rows = self.run(f"SELECT * FROM resource WHERE instr(body, ?) OR {condition}", [text])
-        return itertools.starmap(StoredResource, rows)
+        return itertools.starmap(
+            StoredResource,
+            self.run(f"SELECT * FROM resource WHERE instr(body, ?) OR {condition}", [text]),
+        )
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than number seq, has a key at a path."""
-        rows = self.run(
-            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?",
-            [path, key, type, seq],
+        return any(
+            self.run(
+                "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ? LIMIT 1",
+                [path, key, type, seq],
+            )
         )
-        return rows.fetchone() is not None
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
@@ -2122,8 +2124,9 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = compile_filters(filters)
-        sql = f"SELECT count(*) FROM resource WHERE {condition}"
-        return int(self.run(sql, parameters).fetchone()[0])
+        return int(
+            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
+        )
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
@@ -2212,12 +2215,11 @@ class Session:
         # It has no SCIM user any more, or one under another name that was deactivated. A userName
         # can be given to another person: if both have an externalId, that decides.
         rows = self._employees(
-            "active = 0 AND (external_id = ? AND external_id <> '' OR user_name = ? AND "
-            "provisioned = 0 AND '' IN (external_id, ?)) "
-            "ORDER BY external_id = ? AND external_id <> '' DESC, id DESC LIMIT 1",
+            "active = 0 AND (external_id = nullif(?, '') OR user_name = ? AND provisioned = 0 AND "
+            "'' IN (external_id, ?)) ORDER BY external_id = nullif(?, '') DESC, id DESC LIMIT 1",
             [external_id, user_name, external_id, external_id],
         )
-        return next(iter(rows), None)
+        return rows[0] if rows else None
 
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
@@ -2279,8 +2281,10 @@ class Session:
         )
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        rows = self.run(f"SELECT * FROM change WHERE {condition}", values)
-        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in rows]
+        return [
+            Change(*[*columns, from_json(attributes)])
+            for *columns, attributes in self.run(f"SELECT * FROM change WHERE {condition}", values)
+        ]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the newest change."""
@@ -2311,10 +2315,11 @@ class Session:
             "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
             "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
-        rows = self.run(sql, [after, before, level, subject, text, count])
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in rows
+            for seq, level, subject, entry in self.run(
+                sql, [after, before, level, subject, text, count]
+            )
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
@@ -2387,10 +2392,7 @@ def key_before_6(attribute: Attribute, value: Json) -> str:
 
 
 def renew_keys(session: Session) -> None:
-    """Replace the keys of resources that format 5 made otherwise.
-
-    Only some text that is not ASCII, and complex values without content, have other keys.
-    """
+    """Replace the keys that format 5 made of text that is not ASCII and of empty complex values."""
     # Two names that have become equal both stay: a name is compared only when it is written.
     for row in session.containing(':""}', "length(body) < length(CAST(body AS BLOB))"):
         # The values tell the custom fields, also those of an earlier configuration.
@@ -2747,13 +2749,13 @@ def update_employee(
 
     log is called with the kind of the change, the employee's id and the names of the fields.
     """
-    columns = employee_columns(user_id, user)
-    before = session.employee_of(user_id)
+    columns, before = employee_columns(user_id, user), session.employee_of(user_id)
     # A new user is a returning person or a new employee. An old user whose employee has moved to
     # another one has none until it is active again.
     if not before and (is_new or columns.get("active")):
-        before = session.former_employee(columns["external_id"], columns["user_name"])
-        before = before or NEW_EMPLOYEE
+        before = (
+            session.former_employee(columns["external_id"], columns["user_name"]) or NEW_EMPLOYEE
+        )
     if not before or (after := before._replace(**columns)) == before:
         return
     id = session.put_employee(after._replace(changed=now))
@@ -4366,9 +4368,8 @@ def get_resource(call: Call) -> Response:
     resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
     condition._replace(if_none_match="").check(version)
-    if condition.excludes(version):
-        return Response(304, headers={"ETag": version})
-    return call.answer(resource)
+    response = call.answer(resource)
+    return response._replace(status=304, body=None) if condition.excludes(version) else response
 
 
 def replace_resource(call: Call) -> Response:
@@ -4409,8 +4410,12 @@ def list_resources(call: Call) -> Response:
         for resource_type in types
     }
     sorting = parse_sorting(call.parameters, types)
-    base_url = call.base_url if call.request.encoded else ""
-    search = partial(call.directory.search, queries, sorting, base_url=base_url)
+    search = partial(
+        call.directory.search,
+        queries,
+        sorting,
+        base_url=call.base_url if call.request.encoded else "",
+    )
     if "cursor" in call.parameters:
         return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
@@ -4461,10 +4466,9 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     page = search(Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    has_previous = page.more if backward else after is not None
     ends = {
         "nextCursor": page.last if backward or page.more else None,
-        "previousCursor": page.first if has_previous else None,
+        "previousCursor": page.first if (page.more if backward else after) else None,
     }
     cursors = {
         name: make_cursor(call, total, position, backward=name == "previousCursor")
@@ -4591,7 +4595,7 @@ def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
             name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
             for name, item in value.items()
         }
-        lost = any(members[name] is None for name, item in value.items() if item is not None)
+        lost = list(members.values()).count(None) > list(value.values()).count(None)
         return None if lost and holds_id(attribute) else members
     return value
 
@@ -4657,7 +4661,6 @@ class Bulk:
         self.call, self.perform, self.operations = call, perform, operations
         self.calls: dict[int, tuple[Call, float]] = {}  # with their seconds, by operation's number
         self.responses: dict[int, Response] = {}  # likewise
-        self.ids: dict[int, str] = {}  # of the resources that were created, likewise
         self.posts: dict[str, int] = {}  # bulkId to the number of its POST
         for number, operation in enumerate(operations):
             if (
@@ -4687,26 +4690,25 @@ class Bulk:
             with self.call.directory.store.writing() if needs_itself else nullcontext():
                 for number in cycle:
                     self._check(self.operations[number], cycle)
-                    response = self._send(number, self.operations[number].method)
-                    self.responses[number] = response
-                    if response.status == 201:
-                        self.ids[number] = response.body["id"]
+                    self.responses[number] = self._send(number, self.operations[number].method)
                 for number in cycle:
                     # It was created without the references to itself and to those after it.
                     if any(other >= number for other in self.needs[number] & {*cycle}):
                         headers = self._send(number, "PUT").headers
                         self.responses[number] = self.responses[number]._replace(headers=headers)
         except ScimError as error:
-            bulk_id = quoted(self.operations[number].bulk_id)
-            others = ScimError(
-                409, "", f"bulkId {bulk_id}: this operation and its own need each other"
+            detail = (
+                f"bulkId {quoted(self.operations[number].bulk_id)}: "
+                "this operation and its own need each other"
             )
             for other in cycle:
-                self.ids.pop(other, None)
-                self.responses[other] = error_response(error if other == number else others)
+                self.responses[other] = error_response(
+                    error if other == number else ScimError(409, "", detail)
+                )
 
     def _id_of(self, bulk_id: str) -> str | None:
-        return self.ids.get(self.posts.get(bulk_id, -1))
+        response = self.responses.get(self.posts.get(bulk_id, -1))
+        return response.body["id"] if response and response.status == 201 else None
 
     def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
@@ -4715,8 +4717,10 @@ class Bulk:
                 f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            id = "" if method == "POST" else "/2819c223"
-            raise invalid_path(f"path: {method} needs one such as /Users{id}, got {quoted(path)}")
+            raise invalid_path(
+                f"path: {method} needs one such as /Users{'' if method == 'POST' else '/2819c223'}, "
+                f"got {quoted(path)}"
+            )
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
@@ -4729,23 +4733,32 @@ class Bulk:
 
     def _send(self, number: int, method: str) -> Response:
         operation, request = self.operations[number], self.call.request
-        id = self.ids.get(number) or operation.target(self._id_of)
+        # The PUT that completes a cycle is that of a resource that was just created.
+        id = (
+            self.responses[number].body["id"]
+            if number in self.responses
+            else operation.target(self._id_of)
+        )
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
-        headers |= {"if-match": operation.version} if operation.version else {}
         call, response, seconds = self.perform(
             request._replace(
                 method=method,
                 path=f"{BASE_PATH}/{operation.endpoint}/{quote(id, safe='')}",
                 query="",
-                headers=headers,
+                headers=headers | ({"if-match": operation.version} if operation.version else {}),
                 caller=self.call.caller,
                 body=operation.body(self._id_of) if operation.references else operation.content,
             )
         )
         self.calls.setdefault(number, (call, seconds))  # the PUT of a cycle is no call of a client
         if response.status >= 400:
-            scim_type, detail = response.body.get("scimType", ""), response.body["detail"]
-            raise ScimError(response.status, scim_type, detail, response.headers, response.reason)
+            raise ScimError(
+                response.status,
+                response.body.get("scimType", ""),
+                response.body["detail"],
+                response.headers,
+                response.reason,
+            )
         return response
 
     def _answer(self, number: int) -> Json:
@@ -4770,7 +4783,7 @@ def run_bulk(
 ) -> Response:
     """Answer POST /Bulk: operations in one commit, each of them done whole or not at all.
 
-    perform() does one, and note() puts it into the log: after the commit, with its final answer.
+    perform() does one. note() puts it into the log when all are done, with its final answer.
     """
     message = lowercase_keys(call.json())
     items, limit = message.get("operations"), message.get("failonerrors")
@@ -4783,8 +4796,8 @@ def run_bulk(
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing():
-        parse = partial(parse_bulk_operation, types=call.directory.resource_types)
-        bulk = Bulk(call, perform, list(map(parse, items)))
+        types = call.directory.resource_types
+        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
         answers = bulk.run(limit or len(items))
     for number, (performed, seconds) in bulk.calls.items():
         note(performed, bulk.responses[number], seconds)
@@ -5044,11 +5057,10 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 # -- Warnings and errors -------------------------------------------------------------
 
 
-def user_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
-    directory, user, user_name = item.call.directory, item.resource, item.resource.get("userName")
-    user_type = directory.resource_types["User"]
-    attributes = user_type.root.by_name
+    directory, user = item.call.directory, item.resource
+    user_type, key = directory.resource_types["User"], USER_TYPE.root.by_name["username"].key
     for _, path, value in item.sent:
         match path.lower():
             case "active" if isinstance(value, str):
@@ -5057,18 +5069,29 @@ def user_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
                 yield "externalId", quoted(value)
             case name if name.startswith(FACILIO.lower()) and not resolve(path, user_type):
                 yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
-    names = {path.lower().partition("[")[0] for _, path, _ in item.sent}
-    for email in user.get("emails", ()) if names & {"emails", "username"} else ():
-        keys = [attributes["username"].key(str(text)) for text in (email.get("value"), user_name)]
-        if email.get("type") == "work" and keys[0] != keys[1]:
-            yield "emails", quoted(email.get("value")), quoted(user_name)
-    if "externalid" in names and (external_id := user.get("externalId")):
-        same = Compare(AttributePath((attributes["externalid"],)), "eq", external_id, external_id)
+    names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
+    for email in user.get("emails", ()) if names else ():
+        pair = email.get("value"), user.get("userName")
+        if email.get("type") == "work" and key(str(pair[0])) != key(str(pair[1])):
+            yield "emails", *map(quoted, pair)
+
+
+def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield a warning for each active user that has the externalId that was sent for another."""
+    user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
+    if "externalid" in paths and (text := user.get("externalId")):
+        same = Compare(AttributePath((USER_TYPE.root.by_name["externalid"],)), "eq", text, text)
         for *_, row in session.page({"User": same}, None, Window(DEFAULT_COUNT))[0]:
-            earlier = row.id != user["id"] and row.created <= time_text(item.instant)
-            if earlier and row.attributes.get("active"):
-                pair = quoted(user_name), quoted(row.attributes["userName"])
-                yield "shared", quoted(external_id), *pair
+            # Another user may have come between the call and this moment.
+            if (
+                row.id != user["id"]
+                and row.created <= time_text(item.instant)
+                and row.attributes.get("active")
+            ):
+                yield (
+                    "shared",
+                    *map(quoted, (text, user.get("userName"), row.attributes["userName"])),
+                )
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -5136,8 +5159,12 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     detail = without_quotes(detail) if item.may_show_secret else detail
     # The detail explains an error without a reason.
     reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
-    warnings = user_warnings if call.route.type == "User" else member_warnings
-    reasons = [reason] if refused else list(dict.fromkeys(warnings(session, item)))
+    warnings = (
+        (*user_warnings(item), *shared_id_warnings(session, item))
+        if call.route.type == "User"
+        else member_warnings(session, item)
+    )
+    reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
         "at": time_text(item.instant),

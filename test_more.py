@@ -411,6 +411,21 @@ def test_custom_fields_that_change_make_no_employee_of_an_old_user() -> None:
     assert [(one.id, one.active) for one in directory.employees()] == [(1, True)]
 
 
+def test_an_inactive_employee_without_external_id_is_nobody_else(scim: Scim) -> None:
+    scim.user("ada", active=False)
+    scim.user("bob")
+    scim.create("/Users", userName="eve", externalId="")
+    assert [one["name"] for one in employees(scim)] == ["ada", "bob", "eve"]
+
+
+def test_the_external_id_counts_for_more_than_the_user_name(scim: Scim) -> None:
+    for name, external_id in (("ada", "o1"), ("bob", "")):
+        id = scim.create("/Users", userName=name, externalId=external_id)["id"]
+        scim.call("DELETE", f"/Users/{id}")
+    scim.create("/Users", userName="bob", externalId="o1")
+    assert [(one["id"], one["active"]) for one in employees(scim)] == [(1, True), (2, False)]
+
+
 SHARED = [  # sentence, active of the first user, externalId of the second; the second's warning
     ("the other is active", True, "5b0c7f7e-0000-4000-8000-000000000001", True),
     ("the other is inactive", False, "5b0c7f7e-0000-4000-8000-000000000001", False),
@@ -449,6 +464,7 @@ def test_an_answer_with_a_resource_says_where_it_is(scim: Scim) -> None:
             scim.call("GET", own),
             scim.call("HEAD", own),
             scim.call("GET", f"{own}?attributes=id"),
+            scim.call("GET", own, If_None_Match="*"),  # 304 has the headers of 200: RFC 9110
             scim.call("PUT", own, body),
             scim.call("PATCH", own, patch),
             scim.call("PATCH", f"{own}?excludedAttributes=meta", patch),

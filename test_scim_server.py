@@ -6677,13 +6677,19 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.4.2.2",
         "a filter that is no filter MUST be 400 invalidFilter; no order for Booleans",
-        [test_a_comparison_that_makes_no_sense_is_refused_by_name],
+        [
+            test_a_comparison_that_makes_no_sense_is_refused_by_name,
+            test_a_filter_without_meaning_is_refused_with_its_column,
+            test_a_computed_attribute_is_refused_by_name,
+            test_an_empty_filter_is_refused,
+        ],
     ),
     (
         "3.4.2.3",
         "sortBy: primary or first value, missing last when ascending, caseExact",
         [
             test_the_primary_or_first_value_is_the_one_to_sort_by,
+            test_memberships_sort_by_the_first_value,
             test_any_sort_gives_the_order_of_the_keys_with_missing_values_last,
         ],
     ),
@@ -6711,6 +6717,33 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         [
             test_a_patch_is_done_whole_or_not_at_all,
             test_any_patch_does_what_a_naive_reading_of_the_rfc_does,
+        ],
+    ),
+    (
+        "3.5.2",
+        "immutable values SHALL NOT change; a filter that matches nothing creates from labels only",
+        [
+            test_a_patch_makes_nobody_a_member_by_accident,
+            test_no_value_is_made_from_a_filter_on_what_it_is,
+            test_a_value_is_made_from_the_labels_of_a_filter,
+        ],
+    ),
+    (
+        "3.5.2.1",
+        "add and replace: sub-attributes that the value does not name stay; null clears one",
+        [test_parts_that_a_value_does_not_name_stay, test_a_filter_keeps_the_stored_spelling],
+    ),
+    (
+        "3.5.2.2",
+        "remove; empty text clears what is not a String, as Entra sends it",
+        [test_empty_text_clears_what_is_no_string, test_a_body_clears_with_empty_text_too],
+    ),
+    (
+        "3.5.2.3",
+        "replace of members: unknown ids are ignored beside known ones, refused alone",
+        [
+            test_a_replace_with_unknown_ids_alone_is_refused_and_leaves_the_group,
+            test_unknown_ids_beside_known_ones_are_ignored,
         ],
     ),
     (
@@ -6793,6 +6826,14 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
             test_a_path_says_which_methods_it_takes_and_refuses_others,
         ],
     ),
+    (
+        "5",
+        "names MUST be prepared before they are compared: NFC and width; other text: NFC",
+        [
+            test_a_name_is_taken_in_every_spelling,
+            test_other_text_is_composed_but_its_width_counts,
+        ],
+    ),
 ]
 
 
@@ -6801,7 +6842,7 @@ def test_each_section_of_rfc_7644_that_binds_a_server_is_held_by_a_test() -> Non
         section.split(".")[0] + "." + section.split(".")[1] if "." in section else section
         for section, _, _ in RFC_7644
     }
-    assert held >= {f"3.{number}" for number in range(1, 15) if number not in (2, 13)} | {"4"}
+    assert held >= {f"3.{number}" for number in range(1, 15) if number not in (2, 13)} | {"4", "5"}
     assert all(globals()[test.__name__] is test for _, _, tests in RFC_7644 for test in tests)
 
 
