@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and similar identity providers.
+"""scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and other identity providers.
 
 People who are assigned to an enterprise application in Entra ID are provisioned here by SCIM. They
 become employees of Facilio: created, updated, and marked inactive when they leave. The server needs
@@ -4032,7 +4032,9 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    return Response(200, body, {"Content-Type": type, **headers})
+    """Return an answer that is not a SCIM message, which no cache keeps and no browser guesses."""
+    fixed = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
+    return Response(200, body, {"Content-Type": type, **fixed, **headers})
 
 
 def error_response(error: Exception) -> Response:
@@ -4718,8 +4720,8 @@ class Bulk:
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
             raise invalid_path(
-                f"path: {method} needs one such as /Users{'' if method == 'POST' else '/2819c223'}, "
-                f"got {quoted(path)}"
+                f"path: {method} needs one such as /Users"
+                f"{'' if method == 'POST' else '/2819c223'}, got {quoted(path)}"
             )
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
@@ -5336,12 +5338,6 @@ def list_changes(call: Call) -> Response:
 # -- The console's API ---------------------------------------------------------------
 
 
-def console_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    return plain_response(
-        body, type, **{"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff", **headers}
-    )
-
-
 def page_response(page: str) -> Response:
     """Return the console's page; its policy allows only the script and style in it."""
     own = "; ".join(
@@ -5352,7 +5348,7 @@ def page_response(page: str) -> Response:
         "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
         f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"
     )
-    return console_response(
+    return plain_response(
         page,
         "text/html; charset=utf-8",
         **{"Referrer-Policy": "no-referrer", "Content-Security-Policy": policy},
@@ -5382,7 +5378,7 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
         call.parameters.get("text", ""),
         call.integer("wait", 0, 0, MAX_WAIT),
     )
-    return console_response({"entries": entries, "lost": log.lost})
+    return plain_response({"entries": entries, "lost": log.lost})
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
@@ -5395,7 +5391,7 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             for step, _, title, hint in STEPS
             if tenant.custom_fields or step != "custom"
         ]
-    return console_response(
+    return plain_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
@@ -5430,12 +5426,12 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
 def get_mapping(call: Call) -> Response:
     header = ["Entra ID source", "customappsso attribute", "type", "change"]
     lines = employee_csv([header, *entra_mapping(call.directory)])
-    return console_response("".join(lines), "text/csv; charset=utf-8")
+    return plain_response("".join(lines), "text/csv; charset=utf-8")
 
 
 def get_history(call: Call) -> Response:
     employee, changes = call.directory.history(call.id)
-    return console_response(
+    return plain_response(
         {"employee": employee and asdict(employee), "changes": list(map(asdict, changes))}
     )
 
@@ -5726,12 +5722,13 @@ class Application(Tenants):
         try:
             if not (caller := self.caller_of(requests[0])):
                 raise unauthorized()
-            if isinstance(directory := caller.directory, StoreError):
-                return list(map(self.handle, requests))
+            directory = caller.directory
+            if len(requests) == 1 or isinstance(directory, StoreError):  # no savepoint is needed
+                return [self.handle(request._replace(caller=caller)) for request in requests]
             with directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
-            # After an error such as a full disk there is nothing to commit: that error is the cause.
+            # After an error such as a full disk nothing can be committed: that error is the cause.
             cause = next((answer for answer in responses if answer.status == 507), None)
             responses = [cause or error_response(error)] * len(calls)
         return [
@@ -5952,12 +5949,9 @@ LINGER_SECONDS = 1
 STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
 SWEEP_SECONDS = 1  # how often deadlines are checked
 PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
-MAX_READ_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
-MAX_WRITE_THREADS = 8  # one tenant uses at most one of them
+MAX_LANE_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
 MAX_WRITES_PER_COMMIT = 64
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
-LOG_LINES = 10_000  # that may wait for the access log
-LOG_SECONDS = 0.05  # how long a line of the access log waits for others
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 BULK_PATH = f"{BASE_PATH}/Bulk"
@@ -5992,8 +5986,10 @@ class Tls:
                 try:
                     self._context = self._load()
                 except ssl.SSLError as error:
-                    files = " and ".join(self._files)
-                    log_line(f"{files}: cannot be used ({error}); keeping the previous certificate")
+                    log_line(
+                        f"{' and '.join(self._files)}: cannot be used ({error}); "
+                        "keeping the previous certificate"
+                    )
                 self._signature = signature  # also of unusable files, so that this is logged once
         return self._context
 
@@ -6017,7 +6013,8 @@ def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
             stream.write("".join(f"{text(line)}\n" for line in lines))
             stream.flush()
 
-    return BackgroundWriter(write, LOG_SECONDS, 0 if style == "off" else LOG_LINES)
+    # Lines wait for others for 50 ms; at most 10 000 of them wait for a slow stream.
+    return BackgroundWriter(write, pause=0.05, limit=0 if style == "off" else 10_000)
 
 
 # -- Aids for tests --
@@ -6049,12 +6046,11 @@ class Fault:
 
     def response(self) -> Response:
         """Return the answer that the status means."""
-        details = {412: "If-Match: the version has changed; read the resource again"}
-        error = ScimError(self.status, "", details.get(self.status, "injected fault"))
-        error = unauthorized() if self.status == 401 else error
+        conflict = "If-Match: the version has changed; read the resource again"
+        detail = conflict if self.status == 412 else "injected fault"
+        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail)
         retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        error.headers.update({**retry, **self.headers})
-        return error_response(error)
+        return error_response(error)._replace(headers={**error.headers, **retry, **self.headers})
 
 
 # -- Connections and lanes --
@@ -6116,16 +6112,6 @@ class Connection:
         self.state = IDLE
         self.allow(IDLE_SECONDS)
 
-    @property
-    def evictable(self) -> bool:
-        """Whether it may be closed to make room: not while it executes, or sends to a good token."""
-        return self.state != ANSWERING and not (self.state == SENDING and self.authenticated)
-
-    def shut(self, how: int) -> None:
-        """End receiving, sending or both; SSLSocket.shutdown() would end the encryption too."""
-        with suppress(OSError):
-            socket.socket.shutdown(self.socket, how)
-
 
 def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
@@ -6166,7 +6152,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Watch all connections until stop(), and then until all requests are answered."""
+        """Watch all connections until stopping is set, and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -6187,12 +6173,6 @@ class Watcher(http.server.HTTPServer, ABC):
             self._close(connection)
         for end_point in (self._selector, self._wakeup, self._alarm):
             end_point.close()
-
-    def stop(self) -> None:
-        """Accept nothing more, wait for the requests in flight, close all connections."""
-        self.stopping.set()
-        self._wake()
-        self.stopped.wait()
 
     @abstractmethod
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
@@ -6279,9 +6259,9 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _evict(self) -> None:
         # Close the connection that was without a request with a good token longest; OSError.
-        evictable = [peer for peer in self.connections if peer.evictable]
-        for connection in sorted(evictable, key=lambda peer: peer.since):
-            if not connection.has_unread():
+        for connection in sorted(self.connections, key=lambda peer: peer.since):
+            sending = connection.state == SENDING and connection.authenticated
+            if not (sending or connection.state == ANSWERING or connection.has_unread()):
                 self._close(connection)
                 return
         raise OSError("all connections are in use")
@@ -6298,7 +6278,6 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _close(self, connection: Connection) -> None:
         self._watch(connection, 0)
-        connection.shut(socket.SHUT_WR)
         connection.socket.close()
         self.connections.discard(connection)
 
@@ -6329,7 +6308,8 @@ class Watcher(http.server.HTTPServer, ABC):
         elif connection.then == LINGER:
             # Unread octets would make the system reset the connection, and the answer be lost.
             connection.state = LINGERING
-            connection.shut(socket.SHUT_WR)
+            with suppress(OSError):  # SSLSocket.shutdown() would end the encryption, too
+                socket.socket.shutdown(connection.socket, socket.SHUT_WR)
             connection.allow(LINGER_SECONDS)
             self._watch(connection, selectors.EVENT_READ)
         else:
@@ -6342,8 +6322,10 @@ class Watcher(http.server.HTTPServer, ABC):
     def _on_deadline(self, connection: Connection) -> None:
         # Close a connection that was silent or slow for too long; answer a request that began.
         if connection.state == READING:
-            detail = f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
-            detail += f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
+            detail = (
+                f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
+                f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
+            )
             self.refuse(connection, ScimError(408, "", detail))
         elif connection.state != ANSWERING:
             self._close(connection)
@@ -6391,8 +6373,8 @@ class ScimServer(Watcher):
         self.exchanges: list[Exchange] | None = None
         self.log = request_writer(self.config.access_log, sys.stderr)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
-        self._readers, self._turn = ThreadPoolExecutor(MAX_READ_THREADS), threading.Lock()
-        self._writers = ThreadPoolExecutor(MAX_WRITE_THREADS)
+        self._readers, self._turn = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
+        self._writers = ThreadPoolExecutor(MAX_LANE_THREADS)
         self._writes: dict[str, list[tuple[Connection, Request]]] = {}  # that wait, by tenant
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
@@ -6406,7 +6388,9 @@ class ScimServer(Watcher):
     def stop(self) -> None:
         """Accept nothing more, end long polls, wait for the other requests, close everything."""
         self.application.interrupt()
-        super().stop()
+        self.stopping.set()
+        self._wake()
+        self.stopped.wait()
 
     # -- Requests --
 
@@ -6441,8 +6425,8 @@ class ScimServer(Watcher):
             client = proxied["for"] or client
             scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
             host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
-        id = headers.get("x-request-id", "")
-        id = id if REQUEST_ID.fullmatch(id) else next(self._request_ids)
+        valid_id = REQUEST_ID.fullmatch(headers.get("x-request-id", ""))
+        id = valid_id[0] if valid_id else next(self._request_ids)
         return Request(
             head.method, path, query, headers, b"", scheme, host, "", client, id, None, True
         )
@@ -6461,8 +6445,11 @@ class ScimServer(Watcher):
         elif lane == WRITE:
             self._queue_write(connection, request)
         else:
-            arguments = (connection, self._answer, connection, request)
-            threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
+            threading.Thread(
+                target=self.guarded,
+                args=(connection, self._answer, connection, request),
+                daemon=True,
+            ).start()
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
@@ -6472,11 +6459,12 @@ class ScimServer(Watcher):
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; faults come first.
-        fault = self._next_fault(request) if self.faults else None
+        with self._lock:
+            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
+                fault.times -= 1
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
-        injected = fault.response() if fault and fault.status else None
-        response = injected or self.application.handle(request)
+        response = fault.response() if fault and fault.status else self.application.handle(request)
         self._send(connection, request, response, cut=fault is not None and fault.cut)
 
     def _answer_in_turn(self, connection: Connection, request: Request) -> None:
@@ -6516,13 +6504,6 @@ class ScimServer(Watcher):
                 del self._writes[tenant]
         return waiting[:size]
 
-    def _next_fault(self, request: Request) -> Fault | None:
-        # Return the fault that a request meets, counted.
-        with self._lock:
-            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
-                fault.times -= 1
-        return fault
-
     # -- Answers --
 
     def _send(
@@ -6534,7 +6515,12 @@ class ScimServer(Watcher):
         cut: bool = False,
     ) -> None:
         # Note and send an answer, half of its body if it is to be cut; give the connection back.
-        self._keep(request, response)
+        if self.exchanges is not None:
+            parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
+            self.exchanges.append(
+                Exchange(request, response._replace(body=parsed or response.body))
+            )
+            del self.exchanges[:-MAX_EXCHANGES]
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
@@ -6551,13 +6537,6 @@ class ScimServer(Watcher):
         self._note(request, response, time.perf_counter() - connection.started, len(body))
         connection.send(octets + body[: len(body) // 2 if cut else None])
         self.give_back(connection)
-
-    def _keep(self, request: Request, response: Response) -> None:
-        if self.exchanges is not None:
-            if isinstance(response.body, dict):
-                response = response._replace(body=from_json(body_text(response.body)))
-            self.exchanges.append(Exchange(request, response))
-            del self.exchanges[:-MAX_EXCHANGES]
 
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
