@@ -220,6 +220,15 @@ def date_time_key(text: str) -> str:
 
 # Full-width and half-width characters, and those that they equal in a name (RFC 8265 §3.3.2).
 WIDTHS = {code: normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFEF))}
+
+
+def complex_key(value: Mapping[str, Json]) -> str:
+    """Return "1" for a complex value, "" if all of its parts are empty text: it is not present."""
+    return "1" * any(
+        complex_key(part) if isinstance(part, dict) else part != "" for part in value.values()
+    )
+
+
 KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
     "boolean": lambda value: "true" if value else "false",
     # A filter may compare with 41.5, or with a number beyond all Integers.
@@ -228,7 +237,7 @@ KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other t
         + "." * (number % 1 > 0)
     ),
     "dateTime": date_time_key,
-    "complex": lambda value: "1",  # marks presence: complex values have no order of their own
+    "complex": complex_key,  # marks presence: complex values have no order of their own
 }
 
 
@@ -257,6 +266,7 @@ class Attribute:
     computed: bool = False  # made for each response: it cannot be sent, found or sorted by
     is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
     identifies: bool = False  # a new value drops those beside it: they describe somebody else
+    clearable: bool = False  # "" clears it although it is a String
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
@@ -466,10 +476,10 @@ GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
     *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
-        Attribute("value", case_exact=True, identifies=True),
+        Attribute("value", case_exact=True, identifies=True, clearable=True),
         Attribute("$ref", "reference", case_exact=True, published=False,
                   reference_types=("User",)),
-        Attribute("displayName"),
+        Attribute("displayName", clearable=True),
     )),
 ))
 # fmt: on
@@ -510,6 +520,16 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
         "User": ResourceType("User", "/Users", USER_SCHEMA, (ENTERPRISE_SCHEMA, facilio)),
         "Group": ResourceType("Group", "/Groups", GROUP_SCHEMA),
     }
+
+
+FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
+
+
+def resource_types_of(values: Mapping[str, Json]) -> dict[str, ResourceType]:
+    """Return the resource types with the custom fields that some values are of."""
+    return resource_types(
+        tuple(CustomField(name, FIELD_TYPES[type(value)]) for name, value in values.items())
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -610,7 +630,7 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
         case ValuePath(target, inner):
             return any(matches(inner, item, fold) for item in values_at(target, value))
         case Present(target):
-            # Empty text has an empty key: it is not present.
+            # What is empty has an empty key: it is not present.
             return any(target[-1].key(item) for item in values_at(target, value))
         case Compare(target, op, key):
             return any(
@@ -809,16 +829,10 @@ def parse_expression(
     if attributes and attributes[-1].computed:
         raise invalid_filter(f"{name}: made for each response; a filter cannot use it")
     if op == "pr":
-        return (present(attributes) if attributes else NOTHING), position + 1
+        return (Present(attributes) if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
-
-
-def present(attributes: Attributes) -> Filter:
-    """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
-    parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
-    return Or(tuple(map(present, parts))) if parts else Present(attributes)
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -981,7 +995,7 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
             return None
         return accept_single(attribute, unlisted(attribute, value))
     # OneLogin's template sends emails as one object.
-    items = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, list) else [value] * (value is not None)
     accepted = [
         item for item in (accept_single(attribute, item) for item in items) if item is not None
     ]
@@ -1001,12 +1015,10 @@ def unlisted(attribute: Attribute, value: Json) -> Json:
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
-    # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
-    # could empty the group.
-    if value is None or (
-        value == ""
-        and (attribute.type != "string" or attribute.identifies)
-        and not attribute.is_membership
+    # Entra clears every type of attribute with "". A member that is null or "" is an error: to
+    # ignore it could empty the group.
+    if not attribute.is_membership and (
+        value is None or (value == "" and (attribute.type != "string" or attribute.clearable))
     ):
         return None
     if attribute.type == "complex":
@@ -1158,7 +1170,10 @@ Entry = tuple[str, str, int]  # path, key, element
 
 
 def index_entries(
-    attribute: Attribute, value: Mapping[str, Json], element: int = 0
+    attribute: Attribute,
+    value: Mapping[str, Json],
+    element: int = 0,
+    key: Callable[[Attribute, Json], str] = Attribute.key,
 ) -> Iterator[Entry]:
     """Yield an entry for each value in a resource (or complex value), simple or complex."""
     for name, item in value.items():
@@ -1170,9 +1185,9 @@ def index_entries(
             else [(element, item)]
         )
         for number, part in items:
-            yield sub.index, sub.key(part), number
+            yield sub.index, key(sub, part), number
             if sub.type == "complex":
-                yield from index_entries(sub, part, number)
+                yield from index_entries(sub, part, number, key)
 
 
 # -- The stored form -----------------------------------------------------------
@@ -1409,7 +1424,7 @@ def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     if not path.filter:
         return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
     if not (sub or isinstance(value, dict)):
-        return accept_single(attribute, value)
+        return None if value is None else accept_single(attribute, value)
     parts = lowercase_keys({sub.name: value} if sub else value)
     clears = op == "replace" and attribute.multi_valued and not sub  # the parts that are not sent
     # A filter selects and does not write: what it says stays in the spelling that is stored.
@@ -1621,15 +1636,12 @@ def pruned(value: Json) -> Json:
 
 # Entries that are not stored, because other tables have the values, by their attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
-# The first member or group is element 0: sorting uses it.
-MEMBERS = (
-    "group_seq AS seq, member_seq - (SELECT min(member_seq) FROM member AS other "
-    "WHERE other.group_seq = member.group_seq) AS element FROM member"
-)
-GROUPS = (
-    "member_seq AS seq, group_seq - (SELECT min(group_seq) FROM member AS other "
-    "WHERE other.member_seq = member.member_seq) AS element FROM member"
-)
+MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
+GROUPS = "member_seq AS seq, group_seq AS element FROM member"
+FIRST_ELEMENT = {  # the value to sort by; of other attributes it is element 0
+    "members": "(SELECT min(member_seq) FROM member WHERE group_seq = entry.seq)",
+    "groups": "(SELECT min(group_seq) FROM member WHERE member_seq = entry.seq)",
+}
 DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
     f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
@@ -1683,7 +1695,7 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return f"NOT ({sql})", parameters
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
-            return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
+            return row_in_index(target, row, f"key IN ('1', '') AND {sql}", parameters)
         case Present(target):
             return row_in_index(target, row, "key > ''", [])
         case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
@@ -1832,7 +1844,8 @@ def compile_positions(
     )
     if not sorting:
         return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
-    entries, path = entries_of(sorting.target[-1])
+    entries, path = entries_of(attribute := sorting.target[-1])
+    element = f"element = {FIRST_ELEMENT.get(attribute.index.partition('.')[0], 0)}"
     walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
     # A set from the index is made once; otherwise each step tests one resource, to the page's end.
     among = (
@@ -1842,12 +1855,12 @@ def compile_positions(
     )
     limit = window.offset + window.count + 1
     keyed = (
-        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND element = 0 "
+        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND {element} "
         f"AND {walk} AND {among} ORDER BY key{down}, seq{down} LIMIT ?)"
     )
     keyless = (
         f"SELECT * FROM ({keyless} AND seq NOT IN (SELECT seq FROM {entries} "
-        f"AND element = 0) ORDER BY seq{down} LIMIT ?)"
+        f"AND {element}) ORDER BY seq{down} LIMIT ?)"
     )
     halves = [
         (keyed, [*path, *walk_bounds, *parameters, limit]),
@@ -1949,6 +1962,13 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     DROP INDEX change_at;
     CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
     """,
+    # renew_keys() does the same for resources. A former userName is known by its key only.
+    """
+    UPDATE member SET display_key = text_key(display)
+        WHERE length(display) < length(CAST(display AS BLOB));
+    UPDATE employee SET user_name = name_key(user_name) WHERE id IN (SELECT id FROM employee
+        WHERE length(user_name) < length(CAST(user_name AS BLOB)));
+    """,
 )
 BUSY_SECONDS = 5  # how long a write waits for another process
 READERS = 16  # maximum of concurrent read connections
@@ -2003,19 +2023,22 @@ class Session:
         row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
         return StoredResource(*row) if row else None
 
-    def containing(self, text: str) -> list[StoredResource]:
-        """Return the resources that have a text in their body, or have hidden values."""
-        rows = self.run("SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'", [text])
-        return [StoredResource(*row) for row in rows]
+    def containing(self, text: str, condition: str = "hidden <> '{}'") -> Iterator[StoredResource]:
+        """Yield the resources that have a text in their body, or meet a condition."""
+        return itertools.starmap(
+            StoredResource,
+            self.run(f"SELECT * FROM resource WHERE instr(body, ?) OR {condition}", [text]),
+        )
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than number seq, has a key at a path."""
-        rows = self.run(
-            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?",
-            [path, key, type, seq],
+        return any(
+            self.run(
+                "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ? LIMIT 1",
+                [path, key, type, seq],
+            )
         )
-        return rows.fetchone() is not None
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
@@ -2024,15 +2047,15 @@ class Session:
         if not row.seq:
             row.seq = written.lastrowid or 0
             self.run(COUNT, [row.type, 1])
-        self._update_index(row.seq, before, after)
+        self.update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
-        self._update_index(row.seq, entries, set())
+        self.update_index(row.seq, entries, set())
         self.run(COUNT, [row.type, -1])
 
-    def _update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
+    def update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
         self.run_many(
             "DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
             [(*entry, seq) for entry in before - after],
@@ -2048,8 +2071,9 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = compile_filters(filters)
-        count = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters)
-        return int(count.fetchone()[0])
+        return int(
+            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
+        )
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
@@ -2134,14 +2158,15 @@ class Session:
         return next(iter(self._employees("user_id = ?", [user_id])), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
-        """Return the employee, now without a SCIM user, that a person was; user_name is a key."""
-        # A userName can be given to another person: if both have an externalId, that decides.
-        newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
-        by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
-        rows = by_id or self._employees(
-            f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id]
+        """Return the inactive employee that a person was; user_name is a key."""
+        # It has no SCIM user any more, or one under another name that was deactivated. A userName
+        # can be given to another person: if both have an externalId, that decides.
+        rows = self._employees(
+            "active = 0 AND (external_id = nullif(?, '') OR user_name = ? AND provisioned = 0 AND "
+            "'' IN (external_id, ?)) ORDER BY external_id = nullif(?, '') DESC, id DESC LIMIT 1",
+            [external_id, user_name, external_id, external_id],
         )
-        return next(iter(rows), None)
+        return rows[0] if rows else None
 
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
@@ -2203,8 +2228,10 @@ class Session:
         )
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        rows = self.run(f"SELECT * FROM change WHERE {condition}", values)
-        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in rows]
+        return [
+            Change(*[*columns, from_json(attributes)])
+            for *columns, attributes in self.run(f"SELECT * FROM change WHERE {condition}", values)
+        ]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the newest change."""
@@ -2235,10 +2262,11 @@ class Session:
             "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
             "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
-        rows = self.run(sql, [after, before, level, subject, text, count])
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in rows
+            for seq, level, subject, entry in self.run(
+                sql, [after, before, level, subject, text, count]
+            )
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
@@ -2303,6 +2331,23 @@ def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
         raise
 
 
+def key_before_6(attribute: Attribute, value: Json) -> str:
+    """Return the key that a file of format 5 has for a value."""
+    if attribute.type in STRING_TYPES and not attribute.case_exact:
+        return value.casefold()  # type: ignore[no-any-return]
+    return "1" if attribute.type == "complex" else attribute.key(value)
+
+
+def renew_keys(session: Session) -> None:
+    """Replace the keys that format 5 made of text that is not ASCII and of empty complex values."""
+    # Two names that have become equal both stay: a name is compared only when it is written.
+    for row in session.containing(':""}', "length(body) < length(CAST(body AS BLOB))"):
+        # The values tell the custom fields, also those of an earlier configuration.
+        types = resource_types_of(row.attributes.get(FACILIO, {}))
+        entries = partial(index_entries, types[row.type].root, row.attributes)
+        session.update_index(row.seq, set(entries(key=key_before_6)), set(entries()))
+
+
 def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> None:
     """Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
 
@@ -2318,8 +2363,12 @@ def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> Non
                 f"{path}: written by a newer scim_server (format {version}, "
                 f"this one knows {len(MIGRATIONS)}); run that version"
             )
+        connection.create_function("text_key", 1, Attribute("text").key)
+        connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
         for statement in ";".join(MIGRATIONS[version:]).split(";"):
             session.run(statement)
+        if version < 6:
+            renew_keys(session)
         session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
@@ -2636,21 +2685,25 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> It
 
 
 def update_employee(
-    session: Session, user_id: str, user: Resource, now: str, log: Callable[..., None]
+    session: Session,
+    user_id: str,
+    user: Resource,
+    now: str,
+    log: Callable[..., None],
+    is_new: bool = True,
 ) -> None:
     """Make the employee of a user follow a write; {} means the user was deleted.
 
     log is called with the kind of the change, the employee's id and the names of the fields.
     """
-    columns = employee_columns(user_id, user)
-    # A user without an employee was just created: it is a returning person or a new employee.
-    before = (
-        session.employee_of(user_id)
-        or session.former_employee(columns["external_id"], columns["user_name"])
-        or NEW_EMPLOYEE
-    )
-    after = before._replace(**columns)
-    if before == after:
+    columns, before = employee_columns(user_id, user), session.employee_of(user_id)
+    # A new user is a returning person or a new employee. An old user whose employee has moved to
+    # another one has none until it is active again.
+    if not before and (is_new or columns.get("active")):
+        before = (
+            session.former_employee(columns["external_id"], columns["user_name"]) or NEW_EMPLOYEE
+        )
+    if not before or (after := before._replace(**columns)) == before:
         return
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
@@ -2731,7 +2784,6 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
-FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
 CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
 
@@ -3289,7 +3341,7 @@ class Directory:
             attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
         )
         if row.type == "User":
-            update_employee(session, row.id, after, time_text(self.clock()), log)
+            update_employee(session, row.id, after, time_text(self.clock()), log, not before)
 
     def _log(
         self,
@@ -3312,7 +3364,7 @@ class Directory:
     def _adopt_custom_fields(self, session: Session) -> None:
         configured = to_json(list(self._field_types.items()))
         if session.setting("custom_fields") != configured:
-            for row in session.containing(FACILIO):
+            for row in list(session.containing(FACILIO)):
                 self._with_current_fields(row, session)
             session.set_setting("custom_fields", configured)
 
@@ -3341,7 +3393,7 @@ class Directory:
         changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
-            other_type = resource_types(tuple(CustomField(*pair) for pair in types.items()))["User"]
+            other_type = resource_types_of(present)["User"]
             session.save(changed, row.entries(other_type), changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
@@ -3863,9 +3915,8 @@ class Call:
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        headers = {"ETag": resource["meta"]["version"]}
-        if status == 201:
-            headers["Location"] = self.resource_types[0].location(self.base_url, resource["id"])
+        url = self.resource_types[0].location(self.base_url, resource["id"])
+        headers = {"ETag": resource["meta"]["version"], "Location": url, "Content-Location": url}
         return Response(status, self.projected(resource), headers)
 
 
@@ -4284,9 +4335,8 @@ def get_resource(call: Call) -> Response:
     resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
     condition._replace(if_none_match="").check(version)
-    if condition.excludes(version):
-        return Response(304, headers={"ETag": version})
-    return call.answer(resource)
+    response = call.answer(resource)
+    return response._replace(status=304, body=None) if condition.excludes(version) else response
 
 
 def replace_resource(call: Call) -> Response:
@@ -4327,8 +4377,12 @@ def list_resources(call: Call) -> Response:
         for resource_type in types
     }
     sorting = parse_sorting(call.parameters, types)
-    base_url = call.base_url if call.request.encoded else ""
-    search = partial(call.directory.search, queries, sorting, base_url=base_url)
+    search = partial(
+        call.directory.search,
+        queries,
+        sorting,
+        base_url=call.base_url if call.request.encoded else "",
+    )
     if "cursor" in call.parameters:
         return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
@@ -4379,10 +4433,9 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     page = search(Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    has_previous = page.more if backward else after is not None
     ends = {
         "nextCursor": page.last if backward or page.more else None,
-        "previousCursor": page.first if has_previous else None,
+        "previousCursor": page.first if (page.more if backward else after) else None,
     }
     cursors = {
         name: make_cursor(call, total, position, backward=name == "previousCursor")
@@ -4438,6 +4491,7 @@ def signature(call: Call, content: bytes) -> bytes:
 BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
+Performed = tuple[Call, Response, float]  # a call, its answer, and how many seconds it took
 
 
 class BulkOperation(NamedTuple):
@@ -4496,17 +4550,18 @@ def holds_id(attribute: Attribute) -> bool:
 
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
-    """Return an attribute's value with ids in place of bulkIds, null for a bulkId without id."""
+    """Return an attribute's value with ids in place of bulkIds; one without id is left out."""
     if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
         return id_of(reference[1])
     if isinstance(value, list):
-        return [with_ids(item, attribute, id_of) for item in value]
+        items = ((item, with_ids(item, attribute, id_of)) for item in value)
+        return [new for item, new in items if new is not None or item is None]
     if isinstance(value, dict):
         members = {
             name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
             for name, item in value.items()
         }
-        lost = any(members[name] is None for name, item in value.items() if item is not None)
+        lost = list(members.values()).count(None) > list(value.values()).count(None)
         return None if lost and holds_id(attribute) else members
     return value
 
@@ -4567,11 +4622,11 @@ class Bulk:
     """The state of a bulk request (RFC 7644 §3.7); ScimError 400 if two POSTs share a bulkId."""
 
     def __init__(
-        self, call: Call, perform: Callable[[Request], Response], operations: list[BulkOperation]
+        self, call: Call, perform: Callable[[Request], Performed], operations: list[BulkOperation]
     ) -> None:
         self.call, self.perform, self.operations = call, perform, operations
-        self.answers: dict[int, Json] = {}  # by the operation's number
-        self.ids: dict[int, str] = {}  # of the resources that were created, likewise
+        self.calls: dict[int, tuple[Call, float]] = {}  # with their seconds, by operation's number
+        self.responses: dict[int, Response] = {}  # likewise
         self.posts: dict[str, int] = {}  # bulkId to the number of its POST
         for number, operation in enumerate(operations):
             if (
@@ -4588,10 +4643,10 @@ class Bulk:
         """Return the answers in the order of the request; stop at that number of errors."""
         for cycle in order_of(self.needs):
             self._perform(cycle)
-            fail_on_errors -= sum("response" in self.answers[number] for number in cycle)
+            fail_on_errors -= sum(self.responses[number].status >= 400 for number in cycle)
             if fail_on_errors <= 0:
                 break
-        return [self.answers[number] for number in sorted(self.answers)]
+        return [self._answer(number) for number in sorted(self.responses)]
 
     def _perform(self, cycle: list[int]) -> None:
         # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
@@ -4601,26 +4656,25 @@ class Bulk:
             with self.call.directory.store.writing() if needs_itself else nullcontext():
                 for number in cycle:
                     self._check(self.operations[number], cycle)
-                    response = self._send(number, self.operations[number].method)
-                    self._answer(number, response)
-                    if response.status == 201:
-                        self.ids[number] = response.body["id"]
+                    self.responses[number] = self._send(number, self.operations[number].method)
                 for number in cycle:
                     # It was created without the references to itself and to those after it.
                     if any(other >= number for other in self.needs[number] & {*cycle}):
-                        response = self._send(number, "PUT")
-                        self.answers[number]["version"] = response.headers["ETag"]
+                        headers = self._send(number, "PUT").headers
+                        self.responses[number] = self.responses[number]._replace(headers=headers)
         except ScimError as error:
-            bulk_id = quoted(self.operations[number].bulk_id)
-            others = ScimError(
-                409, "", f"bulkId {bulk_id}: this operation and its own need each other"
+            detail = (
+                f"bulkId {quoted(self.operations[number].bulk_id)}: "
+                "this operation and its own need each other"
             )
             for other in cycle:
-                self.ids.pop(other, None)
-                self._answer(other, error_response(error if other == number else others))
+                self.responses[other] = error_response(
+                    error if other == number else ScimError(409, "", detail)
+                )
 
     def _id_of(self, bulk_id: str) -> str | None:
-        return self.ids.get(self.posts.get(bulk_id, -1))
+        response = self.responses.get(self.posts.get(bulk_id, -1))
+        return response.body["id"] if response and response.status == 201 else None
 
     def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
@@ -4629,8 +4683,10 @@ class Bulk:
                 f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            id = "" if method == "POST" else "/2819c223"
-            raise invalid_path(f"path: {method} needs one such as /Users{id}, got {quoted(path)}")
+            raise invalid_path(
+                f"path: {method} needs one such as /Users"
+                f"{'' if method == 'POST' else '/2819c223'}, got {quoted(path)}"
+            )
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
@@ -4643,26 +4699,36 @@ class Bulk:
 
     def _send(self, number: int, method: str) -> Response:
         operation, request = self.operations[number], self.call.request
-        id = self.ids.get(number) or operation.target(self._id_of)
+        # The PUT that completes a cycle is that of a resource that was just created.
+        id = (
+            self.responses[number].body["id"]
+            if number in self.responses
+            else operation.target(self._id_of)
+        )
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
-        headers |= {"if-match": operation.version} if operation.version else {}
-        response = self.perform(
+        call, response, seconds = self.perform(
             request._replace(
                 method=method,
                 path=f"{BASE_PATH}/{operation.endpoint}/{quote(id, safe='')}",
                 query="",
-                headers=headers,
+                headers=headers | ({"if-match": operation.version} if operation.version else {}),
                 caller=self.call.caller,
                 body=operation.body(self._id_of) if operation.references else operation.content,
             )
         )
+        self.calls.setdefault(number, (call, seconds))  # the PUT of a cycle is no call of a client
         if response.status >= 400:
-            scim_type, detail = response.body.get("scimType", ""), response.body["detail"]
-            raise ScimError(response.status, scim_type, detail, response.headers)
+            raise ScimError(
+                response.status,
+                response.body.get("scimType", ""),
+                response.body["detail"],
+                response.headers,
+                response.reason,
+            )
         return response
 
-    def _answer(self, number: int, response: Response) -> None:
-        operation = self.operations[number]
+    def _answer(self, number: int) -> Json:
+        operation, response = self.operations[number], self.responses[number]
         answer = {
             "location": response.headers.get("Location", "")
             if operation.method == "POST"
@@ -4673,11 +4739,18 @@ class Bulk:
             "status": str(response.status),
             "response": response.body if response.status >= 400 else None,
         }
-        self.answers[number] = {name: value for name, value in answer.items() if value}
+        return {name: value for name, value in answer.items() if value}
 
 
-def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
-    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
+def run_bulk(
+    perform: Callable[[Request], Performed],
+    note: Callable[[Call, Response, float], Any],
+    call: Call,
+) -> Response:
+    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all.
+
+    perform() does one. note() puts it into the log when all are done, with its final answer.
+    """
     message = lowercase_keys(call.json())
     items, limit = message.get("operations"), message.get("failonerrors")
     if not isinstance(items, list) or not items:
@@ -4689,8 +4762,11 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing():
-        parse = partial(parse_bulk_operation, types=call.directory.resource_types)
-        answers = Bulk(call, perform, list(map(parse, items))).run(limit or len(items))
+        types = call.directory.resource_types
+        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
+        answers = bulk.run(limit or len(items))
+    for number, (performed, seconds) in bulk.calls.items():
+        note(performed, bulk.responses[number], seconds)
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
@@ -4804,6 +4880,12 @@ EXPLANATIONS = {
         "value",
         "externalId is {value}, which is not an objectId.",
         "Map objectId to externalId, so that a person who is renamed stays the same employee.",
+    ),
+    "shared": (
+        "mapping",
+        "value name other",
+        "{name} has the externalId {value} of the active user {other}. They are two employees.",
+        "If they are one person, deactivate {other}; if not, map objectId to externalId.",
     ),
     "members": (
         "mapping",
@@ -4944,7 +5026,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
     directory, user = item.call.directory, item.resource
-    user_type = directory.resource_types["User"]
+    user_type, key = directory.resource_types["User"], USER_TYPE.root.by_name["username"].key
     for _, path, value in item.sent:
         match path.lower():
             case "active" if isinstance(value, str):
@@ -4955,9 +5037,27 @@ def user_warnings(item: LogItem) -> Iterator[Reason]:
                 yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
     for email in user.get("emails", ()) if names else ():
-        value, user_name = email.get("value"), user.get("userName")
-        if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
-            yield "emails", quoted(value), quoted(user_name)
+        pair = email.get("value"), user.get("userName")
+        if email.get("type") == "work" and key(str(pair[0])) != key(str(pair[1])):
+            yield "emails", *map(quoted, pair)
+
+
+def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield a warning for each active user that has the externalId that was sent for another."""
+    user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
+    if "externalid" in paths and (text := user.get("externalId")):
+        same = Compare((USER_TYPE.root.by_name["externalid"],), "eq", text, text)
+        for *_, row in session.page({"User": same}, None, Window(DEFAULT_COUNT))[0]:
+            # Another user may have come between the call and this moment.
+            if (
+                row.id != user["id"]
+                and row.created <= time_text(item.instant)
+                and row.attributes.get("active")
+            ):
+                yield (
+                    "shared",
+                    *map(quoted, (text, user.get("userName"), row.attributes["userName"])),
+                )
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -5025,7 +5125,11 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     detail = without_quotes(detail) if item.may_show_secret else detail
     # The detail explains an error without a reason.
     reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
-    warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
+    warnings = (
+        (*user_warnings(item), *shared_id_warnings(session, item))
+        if call.route.type == "User"
+        else member_warnings(session, item)
+    )
     reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
@@ -5519,7 +5623,7 @@ class Application(Tenants):
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
         health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
-        bulk = partial(run_bulk, self.handle)
+        bulk = partial(run_bulk, self._perform, self._finish)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
@@ -5570,8 +5674,7 @@ class Application(Tenants):
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
-        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
-        return self._finish(call, self._answer(call), started)
+        return self._finish(*self._perform(request))
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
@@ -5593,7 +5696,7 @@ class Application(Tenants):
             cause = next((answer for answer in responses if answer.status == 507), None)
             responses = [cause or error_response(error)] * len(calls)
         return [
-            self._finish(call, response, started)
+            self._finish(call, response, time.perf_counter() - started)
             for call, response in zip(calls, responses, strict=True)
         ]
 
@@ -5643,6 +5746,10 @@ class Application(Tenants):
         # At an unknown path below /scim/v2, 401 comes before 404.
         return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
+    def _perform(self, request: Request) -> Performed:
+        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
+        return call, self._answer(call), time.perf_counter() - started
+
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
         try:
@@ -5652,7 +5759,7 @@ class Application(Tenants):
                 call.directory = self._admit(request, call.caller)
             elif access == OPERATOR:
                 self._admit_operator(request)
-            return self._perform(call)
+            return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             return error_response(error)
 
@@ -5682,7 +5789,7 @@ class Application(Tenants):
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    def _perform(self, call: Call) -> Response:
+    def _operate(self, call: Call) -> Response:
         request, operations = call.request, call.route.operations
         if not operations:
             raise ScimError(
@@ -5703,6 +5810,13 @@ class Application(Tenants):
                 f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
                 allow,
             )
+        if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise ScimError(
+                415,
+                "",
+                f"Content-Encoding: {quoted(coding)} is not supported; send the body as it is",
+                {"Accept-Encoding": "identity"},
+            )
         if request.query:
             call.parameters = {
                 name.lower(): value
@@ -5717,10 +5831,10 @@ class Application(Tenants):
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
-    def _finish(self, call: Call, response: Response, started: float) -> Response:
+    def _finish(self, call: Call, response: Response, seconds: float) -> Response:
         # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            self.log.note(call, response, self._clock, time.perf_counter() - started)
+            self.log.note(call, response, self._clock, seconds)
         if response.status == 401:
             return response
         tenant = call.caller.tenant.name if call.caller else ""
@@ -5734,7 +5848,6 @@ class WsgiApplication:
     application: Application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """Answer a request."""
         request = self._request(environ)
         try:
             response = self.application.handle(request._replace(body=self._body(environ, request)))

@@ -1584,7 +1584,7 @@ def meaning(attribute: scim_server.Attribute, value: Any) -> Any:
         return [item for item in items if item]
     if isinstance(value, dict):
         return {name: meaning(attribute.sub_attribute(name), part) for name, part in value.items()}
-    is_string = attribute.type == "string" and attribute.path != f"{MANAGER}.value"
+    is_string = attribute.type == "string" and not attribute.path.startswith(f"{MANAGER}.")
     return None if value == "" and not is_string else value
 
 
@@ -6983,13 +6983,19 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
     (
         "3.4.2.2",
         "a filter that is no filter MUST be 400 invalidFilter; no order for Booleans",
-        [test_comparison_of_the_wrong_type_names_the_attribute],
+        [
+            test_invalid_filter_is_refused_with_the_column,
+            test_comparison_of_the_wrong_type_names_the_attribute,
+            test_a_computed_attribute_is_refused_by_name,
+            test_an_empty_filter_is_refused,
+        ],
     ),
     (
         "3.4.2.3",
         "sortBy: primary or first value, missing last when ascending, caseExact",
         [
             test_sort_uses_the_primary_or_first_value,
+            test_sort_by_memberships_uses_the_first_value,
             test_any_page_by_index_is_in_the_order_of_its_sort,
             test_any_page_by_cursor_is_in_the_order_of_its_sort,
         ],
@@ -7018,6 +7024,39 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
         [
             test_a_patch_is_done_whole_or_not_at_all,
             test_any_patch_agrees_with_a_naive_reading_of_the_rfc,
+        ],
+    ),
+    (
+        "3.5.2",
+        "immutable values SHALL NOT change; a filter that matches nothing creates from labels only",
+        [
+            test_patch_never_changes_who_is_a_member_by_accident,
+            test_patch_never_creates_a_value_from_another_filter,
+            test_patch_creates_a_value_from_the_labels_of_a_filter,
+        ],
+    ),
+    (
+        "3.5.2.1",
+        "add and replace: sub-attributes that the value does not name stay; null clears one",
+        [
+            test_patch_keeps_the_parts_that_it_does_not_name,
+            test_patch_changes_the_value_that_a_filter_selects,
+        ],
+    ),
+    (
+        "3.5.2.2",
+        "remove; empty text clears what is not a String, as Entra sends it",
+        [
+            test_empty_text_in_a_patch_clears_what_is_no_string,
+            test_empty_text_in_a_body_clears_what_is_no_string,
+        ],
+    ),
+    (
+        "3.5.2.3",
+        "replace of members: unknown ids are ignored beside known ones, refused alone",
+        [
+            test_a_replace_with_unknown_ids_alone_is_refused_and_leaves_the_group,
+            test_unknown_ids_beside_known_ones_are_ignored,
         ],
     ),
     (
@@ -7100,12 +7139,23 @@ RFC_7644 = [  # section, what it asks of a server, the tests that hold it
             test_a_path_lists_its_methods_and_refuses_others,
         ],
     ),
+    (
+        "5",
+        "names MUST be prepared before they are compared: NFC and width; other text: NFC",
+        [
+            test_a_name_is_taken_in_every_spelling,
+            test_filter_ignores_composition_of_letters_but_not_width,
+        ],
+    ),
 ]
 
 
 def test_each_section_of_rfc_7644_for_servers_has_a_test() -> None:
     sections = {".".join(section.split(".")[:2]) for section, _, _ in RFC_7644}
-    assert sections >= {f"3.{number}" for number in range(1, 15) if number not in (2, 13)} | {"4"}
+    assert sections >= {f"3.{number}" for number in range(1, 15) if number not in (2, 13)} | {
+        "4",
+        "5",
+    }
     assert all(globals()[test.__name__] is test for _, _, tests in RFC_7644 for test in tests)
 
 
