@@ -223,7 +223,7 @@ WIDTHS = {code: normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01,
 
 
 def complex_key(value: Mapping[str, Json]) -> str:
-    """Return "1" for a complex value, "" if all of its parts are empty text: it is not present."""
+    # Return "1" for a complex value, "" if all of its parts are empty text: it is not present.
     return "1" * any(
         complex_key(part) if isinstance(part, dict) else part != "" for part in value.values()
     )
@@ -526,7 +526,7 @@ FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fiel
 
 
 def resource_types_of(values: Mapping[str, Json]) -> dict[str, ResourceType]:
-    """Return the resource types with the custom fields that some values are of."""
+    # Return the resource types with the custom fields that some values are of.
     return resource_types(
         tuple(CustomField(name, FIELD_TYPES[type(value)]) for name, value in values.items())
     )
@@ -718,7 +718,7 @@ STRING_TYPES = ("string", "reference")
 
 
 def bad_filter(column: int, expected: str, text: str) -> ScimError:
-    """Return the error for a text that the syntax does not allow at a column, "" for the end."""
+    # Return the error for a text that the syntax does not allow at a column, "" for the end.
     return invalid_filter(
         f"filter, column {column}: expected {expected}, found {quoted(text) if text else 'the end'}"
     )
@@ -804,7 +804,7 @@ def parse_brackets(
     depth: int,
     strict: bool = False,
 ) -> Parsed:
-    """Return the filter in square brackets on the values of a complex attribute."""
+    # Return the filter in square brackets on the values of a complex attribute.
     if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
             f"{name}: only a complex attribute can have a filter in brackets, but its type is "
@@ -1004,7 +1004,7 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 
 
 def unlisted(attribute: Attribute, value: Json) -> Json:
-    """Return the item of a list with one item, if it stands for a single complex value."""
+    # Return the item of a list with one item, if it stands for a single complex value.
     # Entra's tutorial sends the manager as a list.
     return (
         value[0]
@@ -1142,7 +1142,7 @@ def select(attribute: Attribute, value: Resource, selection: Selection, whole: b
 
 
 def memberships(resource: Resource, base_url: str) -> Resource:
-    """Return the groups or members of a resource, with absolute URLs."""
+    # Return the groups or members of a resource, with absolute URLs.
     return {
         name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
         for name in MEMBERSHIP_ATTRIBUTES
@@ -1232,13 +1232,13 @@ class StoredResource:
 
 
 def stored(resource: Resource) -> Resource:
-    """Return the attributes of a resource that are stored in its body."""
+    # Return the attributes of a resource that are stored in its body.
     computed = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
     return {name: value for name, value in resource.items() if name not in computed}
 
 
 def offset_of_member(body: str, name: str) -> int:
-    """Return the offset of a member's value in a body's JSON text; 0 if there is no such member."""
+    # Return the offset of a member's value in a body's JSON text; 0 if there is no such member.
     # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
     offset = body.rfind(f'"{name}":')
     return offset + len(name) + 3 if offset > 0 else 0
@@ -2277,7 +2277,7 @@ class Session:
     # -- Settings --
 
     def numbers(self) -> dict[str, int]:
-        """Return the last number that each table has given out."""
+        # Return the last number that each table has given out.
         return dict(self.run("SELECT name, seq FROM sqlite_sequence").fetchall())
 
     def continue_numbering(self, numbers: Mapping[str, int]) -> None:
@@ -2332,14 +2332,14 @@ def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
 
 
 def key_before_6(attribute: Attribute, value: Json) -> str:
-    """Return the key that a file of format 5 has for a value."""
+    # Return the key that a file of format 5 has for a value.
     if attribute.type in STRING_TYPES and not attribute.case_exact:
         return value.casefold()  # type: ignore[no-any-return]
     return "1" if attribute.type == "complex" else attribute.key(value)
 
 
 def renew_keys(session: Session) -> None:
-    """Replace the keys that format 5 made of text that is not ASCII and of empty complex values."""
+    # Replace the keys that format 5 made of text that is not ASCII and of empty complex values.
     # Two names that have become equal both stay: a name is compared only when it is written.
     for row in session.containing(':""}', "length(body) < length(CAST(body AS BLOB))"):
         # The values tell the custom fields, also those of an earlier configuration.
@@ -2716,7 +2716,7 @@ def update_employee(
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
-    """Return the columns of EmployeeRow that a user decides; those of {} make it inactive."""
+    # Return the columns of EmployeeRow that a user decides; those of {} make it inactive.
     if not user:
         return {"provisioned": False, "active": False}
     return {
@@ -3436,7 +3436,7 @@ Rule = Kind | list[Any] | dict[str, Any] | type
 
 
 def text_of(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> Kind:
-    """Return the rule for texts that match a pattern as a whole; convert makes the setting."""
+    # Return the rule for texts that match a pattern as a whole; convert makes the setting.
     return lambda value: convert(value) if re.fullmatch(pattern, value) else None, expected
 
 
@@ -3628,7 +3628,7 @@ class ConfigReader:
         return None
 
     def require_unique(self, path: str, list_path: str, key: str, value: str) -> None:
-        """Report a value that stands at another path in the list already."""
+        # Report a value that stands at another path in the list already.
         if (earlier := self.paths.setdefault((list_path, key, value), path)) != path:
             self.problems.append(f"{path}: the same {key.replace('_', ' ')} as {earlier}")
 
@@ -4476,7 +4476,7 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
 
 
 def query_digest(call: Call) -> str:
-    """Return a digest that is the same for all pages of one query."""
+    # Return a digest that is the same for all pages of one query.
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
     return digest(to_json([[type.name for type in call.resource_types], terms]))[:16]
 
@@ -4542,7 +4542,7 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
 
 
 def holds_id(attribute: Attribute) -> bool:
-    """Return whether text in an attribute refers to a resource: it is a manager or a member."""
+    # Return whether text in an attribute refers to a resource: it is a manager or a member.
     text = attribute.value_attribute or attribute
     return text.name == "$ref" or (
         text.name == "value" and text.type == "string" and text.case_exact
@@ -4965,7 +4965,7 @@ def sent_by(operation: Operation) -> Sent:
 
 
 def member_ids(path: str, value: Json) -> list[str]:
-    """Return the ids of the members that were sent, "" for one that a filter selects."""
+    # Return the ids of the members that were sent, "" for one that a filter selects.
     items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
     return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
 
@@ -5303,7 +5303,7 @@ def list_changes(call: Call) -> Response:
 
 
 def page_response(page: str) -> Response:
-    """Return the console's page; its policy allows only the script and style in it."""
+    # Return the console's page; its policy allows only the script and style in it.
     own = "; ".join(
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
@@ -5918,7 +5918,6 @@ MAX_WRITES_PER_COMMIT = 64
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-BULK_PATH = f"{BASE_PATH}/Bulk"
 IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
 SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
@@ -6461,7 +6460,9 @@ class ScimServer(Watcher):
         with self._lock:
             waiting = self._writes[tenant]
             # A Bulk request has a transaction of its own, so that others do not wait for its end.
-            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH]
+            bulks = [
+                n or 1 for n, (_, request) in enumerate(waiting) if request.path.endswith("/Bulk")
+            ]
             size = min([MAX_WRITES_PER_COMMIT, *bulks])
             self._writes[tenant] = waiting[size:]
             if not waiting:
@@ -7081,7 +7082,7 @@ def warn_about_setup(application: Application) -> None:
 
 
 def usable_secret(tenant: Tenant) -> str:
-    """Return a secret of a tenant that is in the configuration and has not expired, or ""."""
+    # Return a secret of a tenant that is in the configuration and has not expired, or "".
     return next(
         (token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())),
         "",
@@ -7174,7 +7175,7 @@ def show_employees(options: argparse.Namespace) -> None:
 
 
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a table as aligned lines, without empty columns; its first row has the titles."""
+    # Yield a table as aligned lines, without empty columns; its first row has the titles.
     rows = list(table)
     widths = {
         n: max(map(len, column))
@@ -7273,7 +7274,7 @@ def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> t
 
 
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
-    """Return PATCH operations that replace values, as Entra sends them with or without its flag."""
+    # Return PATCH operations that replace values, as Entra sends them with or without its flag.
     if dialect == "aadOptscim062020":
         return [{"op": "replace", "value": values}]
     return [  # Switch() in a mapping makes a text of a Boolean.
