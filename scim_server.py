@@ -90,7 +90,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, NoneType
 from typing import Any, NamedTuple, TextIO, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -220,6 +220,15 @@ def date_time_key(text: str) -> str:
 
 # Full-width and half-width characters, and those that they equal in a name (RFC 8265 §3.3.2).
 WIDTHS = {code: normalize("NFKC", chr(code)) for code in (0x3000, *range(0xFF01, 0xFFEF))}
+
+
+def complex_key(value: Mapping[str, Json]) -> str:
+    # Return "1" for a complex value, "" if all of its parts are empty text: it is not present.
+    return "1" * any(
+        complex_key(part) if isinstance(part, dict) else part != "" for part in value.values()
+    )
+
+
 KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other types are text
     "boolean": lambda value: "true" if value else "false",
     # A filter may compare with 41.5, or with a number beyond all Integers.
@@ -228,7 +237,7 @@ KEYS: dict[str, Callable[[Any], str]] = {  # how values become keys; the other t
         + "." * (number % 1 > 0)
     ),
     "dateTime": date_time_key,
-    "complex": lambda value: "1",  # marks presence: complex values have no order of their own
+    "complex": complex_key,  # marks presence: complex values have no order of their own
 }
 
 
@@ -257,6 +266,7 @@ class Attribute:
     computed: bool = False  # made for each response: it cannot be sent, found or sorted by
     is_name: bool = False  # compared as a userName: full-width letters equal normal ones (RFC 8265)
     identifies: bool = False  # a new value drops those beside it: they describe somebody else
+    clearable: bool = False  # "" clears it although it is a String
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
     index: str = field(init=False)  # path in lower case
     by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
@@ -291,24 +301,22 @@ class Attribute:
 
         Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
         """
-        if self.type == "boolean":
-            if isinstance(value, (bool, str)) and str(value).lower() in ("true", "false"):
+        match self.type:
+            case "boolean" if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
-        elif self.type == "integer":
-            if (
-                type(value) is int or (isinstance(value, str) and INTEGER_TEXT.fullmatch(value))
-            ) and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
-                return int(value)
-        elif isinstance(value, str) and self.type != "complex":
-            if len(value) > MAX_TEXT:
-                raise invalid_value(
-                    f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
-                )
-            if self.type != "dateTime":
-                return value
-            with suppress(ValueError):
-                date_time_key(value)
-                return value
+            case "integer" if type(value) in (int, str) and INTEGER_TEXT.fullmatch(str(value)):
+                if -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
+                    return int(value)
+            case "string" | "reference" | "binary" | "dateTime" if isinstance(value, str):
+                if len(value) > MAX_TEXT:
+                    raise invalid_value(
+                        f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
+                    )
+                if self.type != "dateTime":
+                    return value
+                with suppress(ValueError):
+                    date_time_key(value)
+                    return value
         expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise invalid_value(
             f"{self.path}: expected {expected}, got {excerpt}",
@@ -392,18 +400,16 @@ class ResourceType:
     endpoint: str
     schema: Schema
     extensions: tuple[Schema, ...] = ()
-    root: Attribute = field(init=False, repr=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def root(self) -> Attribute:
         attributes = (
             *COMMON,
             *self.schema.attributes,
             *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
             META,
         )
-        object.__setattr__(
-            self, "root", Attribute("", "complex", sub_attributes=attributes).with_paths()
-        )
+        return Attribute("", "complex", sub_attributes=attributes).with_paths()
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
@@ -414,7 +420,6 @@ class ResourceType:
         }
 
     def location(self, base_url: str, id: str) -> str:
-        """Return the URL of a resource."""
         return f"{base_url}{self.endpoint}/{id}"
 
 
@@ -471,10 +476,10 @@ GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
     *strings("employeeNumber", "costCenter", "organization", "division", "department"),
     Attribute("manager", "complex", sub_attributes=(
-        Attribute("value", case_exact=True, identifies=True),
+        Attribute("value", case_exact=True, identifies=True, clearable=True),
         Attribute("$ref", "reference", case_exact=True, published=False,
                   reference_types=("User",)),
-        Attribute("displayName"),
+        Attribute("displayName", clearable=True),
     )),
 ))
 # fmt: on
@@ -517,6 +522,16 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
     }
 
 
+FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
+
+
+def resource_types_of(values: Mapping[str, Json]) -> dict[str, ResourceType]:
+    # Return the resource types with the custom fields that some values are of.
+    return resource_types(
+        tuple(CustomField(name, FIELD_TYPES[type(value)]) for name, value in values.items())
+    )
+
+
 # ----------------------------------------------------------------------------
 # 3. Filters and paths                               RFC 7644 §3.4.2.2, §3.5.2
 #
@@ -525,30 +540,7 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
 
-Attributes = tuple[Attribute, ...]  # from the top down: (emails, type) for emails.type
-
-
-@dataclass(frozen=True, slots=True)
-class AttributePath:
-    """A path from a resource, or from one complex value, down to an attribute."""
-
-    attributes: Attributes
-
-    @property
-    def attribute(self) -> Attribute:
-        """The attribute at the end of the path."""
-        return self.attributes[-1]
-
-    def items(self, value: Json) -> list[Json]:
-        """Return the values at this path in a resource or complex value, as one flat list."""
-        items = [value]
-        for attribute in self.attributes:
-            items = [item for holder in items for item in attribute.values(holder)]
-        return items
-
-    def keys(self, value: Json) -> list[str]:
-        """Return the keys of the values at this path."""
-        return [self.attribute.key(item) for item in self.items(value)]
+Attributes = tuple[Attribute, ...]  # a path from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -559,7 +551,7 @@ class Compare:
     one of OPERATORS.
     """
 
-    target: AttributePath
+    target: Attributes
     op: str
     key: str
     value: Json
@@ -569,7 +561,7 @@ class Compare:
 class Present:
     """Whether an attribute has a value that is not empty (pr)."""
 
-    target: AttributePath
+    target: Attributes
 
 
 @dataclass(frozen=True, slots=True)
@@ -597,7 +589,7 @@ class Not:
 class ValuePath:
     """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
-    target: AttributePath
+    target: Attributes
     inner: Filter
 
 
@@ -615,6 +607,14 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+def values_at(path: Attributes, value: Json) -> list[Json]:
+    """Return the values at a path in a resource or complex value, as one flat list."""
+    values = [value]
+    for attribute in path:
+        values = [item for holder in values for item in attribute.values(holder)]
+    return values
+
+
 def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bool:
     """Return whether a resource, or one value of a complex attribute, satisfies a filter.
 
@@ -628,11 +628,15 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
         case Not(inner):
             return not matches(inner, value, fold)
         case ValuePath(target, inner):
-            return any(matches(inner, item, fold) for item in target.items(value))
+            return any(matches(inner, item, fold) for item in values_at(target, value))
         case Present(target):
-            return any(target.keys(value))  # empty text has an empty key: it is not present
+            # What is empty has an empty key: it is not present.
+            return any(target[-1].key(item) for item in values_at(target, value))
         case Compare(target, op, key):
-            return any(OPERATORS[op](fold(own_key), fold(key)) for own_key in target.keys(value))
+            return any(
+                OPERATORS[op](fold(target[-1].key(item)), fold(key))
+                for item in values_at(target, value)
+            )
 
 
 # -- Names -------------------------------------------------------------------
@@ -658,16 +662,18 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
     The URN of the core schema stands for the root itself: the result is ().
     """
     # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
-    all_scopes = [(scope, name.split(".")) for scope in resource_type.scopes.values()]
     split = split_urn(name, resource_type)
-    for scope, names in [split] if split else all_scopes:
-        attributes = () if scope is resource_type.root else (scope,)
-        for part in names:
-            if not (sub := scope.sub_attribute(part)):
-                break
-            scope, attributes = sub, (*attributes, sub)
-        else:  # all names are known
-            return attributes
+    starts: list[tuple[Attribute | None, list[str]]] = (
+        [split] if split else [(scope, name.split(".")) for scope in resource_type.scopes.values()]
+    )
+    for scope, names in starts:
+        down = list(
+            itertools.accumulate(
+                names, lambda above, part: above and above.sub_attribute(part), initial=scope
+            )
+        )
+        if all(down):  # every name is known; the root has no path
+            return tuple(attribute for attribute in down if attribute and attribute.path)
     return None
 
 
@@ -712,7 +718,7 @@ STRING_TYPES = ("string", "reference")
 
 
 def bad_filter(column: int, expected: str, text: str) -> ScimError:
-    """Return the error for a text that the syntax does not allow at a column, "" for the end."""
+    # Return the error for a text that the syntax does not allow at a column, "" for the end.
     return invalid_filter(
         f"filter, column {column}: expected {expected}, found {quoted(text) if text else 'the end'}"
     )
@@ -725,11 +731,10 @@ def tokens_of(text: str) -> Tokens:
     """
     if len(text) > MAX_FILTER_LENGTH:
         raise invalid_filter(f"filter: longer than {MAX_FILTER_LENGTH} characters")
-    tokens = [
+    return [
         (kind := token.lastgroup or "", token[kind], token.start(kind) + 1)
         for token in TOKEN.finditer(text)
-    ]
-    return [*tokens, ("end", "", len(text.rstrip()) + 1)]
+    ] + [("end", "", len(text.rstrip()) + 1)]
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
@@ -788,7 +793,7 @@ def parse_value_path(
         sub = resolve_sub_attribute(attributes, text[1:])
         comparison, position = parse_expression(tokens, position + 1, sub, name + text)
         inner = And((inner, comparison))
-    return (ValuePath(AttributePath(attributes), inner) if attributes else NOTHING), position
+    return (ValuePath(attributes, inner) if attributes else NOTHING), position
 
 
 def parse_brackets(
@@ -799,7 +804,7 @@ def parse_brackets(
     depth: int,
     strict: bool = False,
 ) -> Parsed:
-    """Return the filter in square brackets on the values of a complex attribute."""
+    # Return the filter in square brackets on the values of a complex attribute.
     if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
             f"{name}: only a complex attribute can have a filter in brackets, but its type is "
@@ -824,16 +829,10 @@ def parse_expression(
     if attributes and attributes[-1].computed:
         raise invalid_filter(f"{name}: made for each response; a filter cannot use it")
     if op == "pr":
-        return (present(attributes) if attributes else NOTHING), position + 1
+        return (Present(attributes) if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
-
-
-def present(attributes: Attributes) -> Filter:
-    """Return the filter that an attribute, or any part of a complex one, has a value (pr)."""
-    parts = [(*attributes, sub) for sub in attributes[-1].sub_attributes if not sub.computed]
-    return Or(tuple(map(present, parts))) if parts else Present(AttributePath(attributes))
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -854,10 +853,10 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
         attributes = (*attributes, value_attribute)
-    target, attribute = AttributePath(attributes), attributes[-1]
+    attribute = attributes[-1]
     check_comparison(attribute, name, op, literal)
     if literal is None:
-        return Not(Present(target))
+        return Not(Present(attributes))
     try:  # a number need not be an Integer to compare with one
         value = (
             literal
@@ -866,7 +865,7 @@ def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: 
         )
     except ScimError as error:
         raise invalid_filter(error.detail, reason=error.reason) from None
-    return Compare(target, op, attribute.key(value), value)
+    return Compare(attributes, op, attribute.key(value), value)
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
@@ -895,24 +894,6 @@ class PatchPath:
     attributes: Attributes  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
-
-    @property
-    def read_only_attribute(self) -> Attribute | None:
-        """The first attribute of the path that no client may change, or None."""
-        # Through a filter an immutable attribute may be sent if its value stays the same.
-        return next(
-            (
-                attribute
-                for attribute in (*self.attributes, self.sub_attribute)
-                if attribute
-                and (
-                    attribute.computed
-                    or attribute.mutability == "readOnly"
-                    or (attribute.mutability == "immutable" and not self.filter)
-                )
-            ),
-            None,
-        )
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -1014,7 +995,7 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
             return None
         return accept_single(attribute, unlisted(attribute, value))
     # OneLogin's template sends emails as one object.
-    items = value if isinstance(value, list) else [value]
+    items = value if isinstance(value, list) else [value] * (value is not None)
     accepted = [
         item for item in (accept_single(attribute, item) for item in items) if item is not None
     ]
@@ -1023,20 +1004,21 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
 
 
 def unlisted(attribute: Attribute, value: Json) -> Json:
-    """Return the item of a list with one item, if it stands for a single complex value."""
+    # Return the item of a list with one item, if it stands for a single complex value.
     # Entra's tutorial sends the manager as a list.
-    is_item = attribute.type == "complex" and isinstance(value, list) and len(value) == 1
-    return value[0] if is_item else value
+    return (
+        value[0]
+        if attribute.type == "complex" and isinstance(value, list) and len(value) == 1
+        else value
+    )
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
     """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
-    # Entra clears every type of attribute with "". A member that is "" is an error: to ignore it
-    # could empty the group.
-    if value is None or (
-        value == ""
-        and (attribute.type != "string" or attribute.identifies)
-        and not attribute.is_membership
+    # Entra clears every type of attribute with "". A member that is null or "" is an error: to
+    # ignore it could empty the group.
+    if not attribute.is_membership and (
+        value is None or (value == "" and (attribute.type != "string" or attribute.clearable))
     ):
         return None
     if attribute.type == "complex":
@@ -1049,7 +1031,6 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
 
 
 def is_primary(value: Json) -> bool:
-    """Return whether a value of a multi-valued attribute is its primary one."""
     return isinstance(value, dict) and value.get("primary") is True
 
 
@@ -1061,15 +1042,20 @@ def keep_one_primary(values: list[Json], previous: Json = None) -> None:
             value["primary"] = False
 
 
-def require(attribute: Attribute, value: Mapping[str, Json]) -> None:
+def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = False) -> None:
     """Check the required attributes, and the number of values, of a complex value (or a resource).
 
-    Raise ScimError 400 invalidValue.
+    Raise ScimError 400 invalidValue, or mutability if a PATCH has removed a required attribute.
     """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            raise invalid_value(
-                f"{sub.path} is required and must not be empty", reason=("required", sub.path)
+            kind, wrong = (
+                ("mutability", "cannot be removed")
+                if patched and sub.name not in value
+                else ("invalidValue", "must not be empty")
+            )
+            raise ScimError(
+                400, kind, f"{sub.path} is required and {wrong}", reason=("required", sub.path)
             )
         if sub.is_membership:
             for item in value.get(sub.name, ()):
@@ -1146,19 +1132,17 @@ def select(attribute: Attribute, value: Resource, selection: Selection, whole: b
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         sub_whole = whole or sub in (selection.wanted or ())
-        if sub.returned == "always":
-            selected[name] = item
-        elif sub in selection.parents and sub not in selection.unwanted:
+        if sub in selection.parents and sub not in selection.unwanted:
             parts = [select(sub, part, selection, sub_whole) for part in sub.values(value)]
             if any(parts):
                 selected[name] = list(filter(None, parts)) if sub.multi_valued else parts[0]
-        elif sub_whole and sub not in selection.unwanted:
+        elif sub.returned == "always" or (sub_whole and sub not in selection.unwanted):
             selected[name] = item
     return selected
 
 
 def memberships(resource: Resource, base_url: str) -> Resource:
-    """Return the groups or members of a resource, with absolute URLs."""
+    # Return the groups or members of a resource, with absolute URLs.
     return {
         name: [{**item, "$ref": base_url + item["$ref"]} for item in resource[name]]
         for name in MEMBERSHIP_ATTRIBUTES
@@ -1170,10 +1154,9 @@ def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
     """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
-    location = resource_type.location(base_url, resource["id"])
     resource = {
         **resource,
-        "meta": {**resource["meta"], "location": location},
+        "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
         **memberships(resource, base_url),
     }
     if selection.wanted is None and not selection.unwanted:
@@ -1187,7 +1170,10 @@ Entry = tuple[str, str, int]  # path, key, element
 
 
 def index_entries(
-    attribute: Attribute, value: Mapping[str, Json], element: int = 0
+    attribute: Attribute,
+    value: Mapping[str, Json],
+    element: int = 0,
+    key: Callable[[Attribute, Json], str] = Attribute.key,
 ) -> Iterator[Entry]:
     """Yield an entry for each value in a resource (or complex value), simple or complex."""
     for name, item in value.items():
@@ -1199,9 +1185,9 @@ def index_entries(
             else [(element, item)]
         )
         for number, part in items:
-            yield sub.index, sub.key(part), number
+            yield sub.index, key(sub, part), number
             if sub.type == "complex":
-                yield from index_entries(sub, part, number)
+                yield from index_entries(sub, part, number, key)
 
 
 # -- The stored form -----------------------------------------------------------
@@ -1215,7 +1201,6 @@ class Encoded(str):
 
 
 def from_json(text: str) -> Json:
-    """Return the value that to_json() made a text from."""
     return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
 
 
@@ -1239,7 +1224,6 @@ class StoredResource:
         return row
 
     def entries(self, resource_type: ResourceType) -> set[Entry]:
-        """Return the index entries."""
         return {
             *index_entries(resource_type.root, self.attributes),
             ("meta.created", date_time_key(self.created), 0),
@@ -1248,13 +1232,13 @@ class StoredResource:
 
 
 def stored(resource: Resource) -> Resource:
-    """Return the attributes of a resource that are stored in its body."""
+    # Return the attributes of a resource that are stored in its body.
     computed = ("schemas", "id", "meta", *MEMBERSHIP_ATTRIBUTES)
     return {name: value for name, value in resource.items() if name not in computed}
 
 
 def offset_of_member(body: str, name: str) -> int:
-    """Return the offset of a member's value in a body's JSON text; 0 if there is no such member."""
+    # Return the offset of a member's value in a body's JSON text; 0 if there is no such member.
     # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
     offset = body.rfind(f'"{name}":')
     return offset + len(name) + 3 if offset > 0 else 0
@@ -1282,6 +1266,10 @@ class Operation:
     value: Json = None
     sent: Json = None
 
+    @property
+    def names_members(self) -> bool:  # by their ids, not by a filter
+        return self.path.attributes[-1].is_membership and not self.path.filter
+
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return the operations of a PATCH body; ScimError 400.
@@ -1307,9 +1295,7 @@ def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
         lambda step: (
             step.op,
             step.path,
-            step.op != "replace"
-            and step.path.attributes[0].is_membership
-            and isinstance(step.value, list),
+            step.op != "replace" and step.names_members and isinstance(step.value, list),
         ),
     ):
         steps = list(run)
@@ -1362,13 +1348,12 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
     # sees it.
     for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is None and not split_urn(plain, resource_type):
-            continue
-        path = parse_path(name, resource_type)
-        if not path.attributes:
-            yield from parse_pathless(resource_type, op, item)
-        elif path.attributes[0].mutability != "readOnly":
-            yield from bind_operation(op, path, item, merge=True)
+        if resolve(plain, resource_type) is not None or split_urn(plain, resource_type):
+            path = parse_path(name, resource_type)
+            if not path.attributes:
+                yield from parse_pathless(resource_type, op, item)
+            elif path.attributes[0].mutability != "readOnly":
+                yield from bind_operation(op, path, item, merge=True)
 
 
 def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterator[Operation]:
@@ -1377,8 +1362,14 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
     With merge, an object becomes one operation for each of its sub-attributes, so that the other
     sub-attributes keep their values (RFC 7644 §3.5.2.1, §3.5.2.3).
     """
-    if attribute := path.read_only_attribute:
-        raise ScimError(400, "mutability", f"{attribute.path} is {attribute.mutability}")
+    for part in filter(None, (*path.attributes, path.sub_attribute)):
+        # Through a filter an immutable attribute may be sent if its value stays the same.
+        if (
+            part.computed
+            or part.mutability == "readOnly"
+            or (part.mutability == "immutable" and not path.filter)
+        ):
+            raise ScimError(400, "mutability", f"{part.path} is {part.mutability}")
     path, value = normal_form(op, path, value)
     attribute = path.attributes[-1]
     if (
@@ -1395,7 +1386,7 @@ def bind_operation(op: str, path: PatchPath, value: Json, merge: bool) -> Iterat
                     op, PatchPath((*path.attributes, sub)), parts[name], merge
                 )
     else:
-        yield Operation(op, path, accept_operand(path, value), value)
+        yield Operation(op, path, accept_operand(op, path, value), value)
 
 
 def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]:
@@ -1406,44 +1397,43 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
     emails[type eq "work"]. A value is dropped if there is no list to remove it from.
     """
     match path:
-        case PatchPath((members,), Compare(AttributePath((sub,)), "eq", _, id), None) if (
+        case PatchPath((members,), Compare((sub,), "eq", _, id), None) if (
             op == "remove"
             and members.is_membership
             and sub is members.value_attribute
             and id == id.lower()  # an id in another case is compared with those of all members
         ):
             return PatchPath((members,)), [{"value": id}]
-        case PatchPath((*_, holder), filter) if filter or not holder.multi_valued:
+        case PatchPath((*_, holder), filter, sub) if filter or not holder.multi_valued:
             value = None if op == "remove" else unlisted(holder, value)
-            if (
-                (value_attribute := holder.value_attribute)
-                and not path.sub_attribute
-                and not isinstance(value, (dict, list, type(None)))
-            ):
-                path = (
-                    PatchPath(path.attributes, filter, value_attribute)
-                    if filter
-                    else PatchPath((*path.attributes, value_attribute))
-                )
+            is_text = not isinstance(value, (dict, list, NoneType))
+            if is_text and filter and not sub:
+                return PatchPath(path.attributes, filter, holder.value_attribute), value
+            if is_text and not filter and holder.value_attribute:
+                return path, {"value": value}
     return path, value
 
 
-def accept_operand(path: PatchPath, value: Json) -> Json:
+def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     """Return the canonical value of an operation on a path, or None; ScimError 400.
 
     For the values that a filter selects, it is an object with the parts to change, None for those
     to clear.
     """
-    attribute = path.attributes[-1]
+    attribute, sub = path.attributes[-1], path.sub_attribute
     if not path.filter:
         return None if attribute.mutability == "writeOnly" else accept_value(attribute, value)
-    if not (path.sub_attribute or isinstance(value, dict)):
-        return accept_single(attribute, value)
-    sent = lowercase_keys({path.sub_attribute.name: value} if path.sub_attribute else value)
+    if not (sub or isinstance(value, dict)):
+        return None if value is None else accept_single(attribute, value)
+    parts = lowercase_keys({sub.name: value} if sub else value)
+    clears = op == "replace" and attribute.multi_valued and not sub  # the parts that are not sent
+    # A filter selects and does not write: what it says stays in the spelling that is stored.
     return {
-        sub.name: accept_value(sub, sent[sub.name.lower()])
-        for sub in attribute.sub_attributes
-        if sub.name.lower() in sent and not sub.computed
+        part.name: accept_value(part, parts.get(name))
+        for name, part in attribute.by_name.items()
+        if not part.computed
+        if name in parts
+        or (clears and part.mutability != "immutable" and part.name not in equal_terms(path.filter))
     }
 
 
@@ -1456,21 +1446,10 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     return (
         {item["value"] for step in changes for item in step.value or ()}
         if all(
-            step.path == PatchPath(step.path.attributes[:1])
-            and step.op != "replace"
-            and step.sent is not None
+            step.names_members and step.op != "replace" and step.sent is not None
             for step in changes
         )
         else None
-    )
-
-
-def replaces_members(operations: Iterable[Operation]) -> bool:
-    """Return whether an operation replaces all members of a group."""
-    return any(
-        step.op == "replace" and step.path == PatchPath(step.path.attributes[:1])
-        for step in operations
-        if step.path.attributes[0].is_membership
     )
 
 
@@ -1482,7 +1461,7 @@ def apply_patch(
     with_value = [
         value
         for sub in resource_type.root.sub_attributes
-        if sub.multi_valued and sub.value_attribute and not sub.is_membership
+        if sub.value_attribute
         for value in sub.values(patched)
         if value.get("value")
     ]
@@ -1493,18 +1472,7 @@ def apply_patch(
         if not value.get("value") and value.keys() <= {"value", "type", "primary"}:
             value.clear()
     patched = pruned(patched)
-    if missing := [
-        sub.path
-        for sub in resource_type.root.sub_attributes
-        if sub.required and sub.name not in patched
-    ]:
-        raise ScimError(
-            400,
-            "mutability",
-            f"{missing[0]} is required and cannot be removed",
-            reason=("required", missing[0]),
-        )
-    require(resource_type.root, patched)
+    require(resource_type.root, patched, patched=True)
     return canonical(resource_type, patched)
 
 
@@ -1585,32 +1553,32 @@ def change_selected(
 ) -> None:
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
-    selected = [value for value in values if matches(filter, value)]
-    # The id of a member in another case is accepted if it means one member only.
-    if (
-        not selected
-        and attribute.is_membership
-        and len(loosely := [value for value in values if matches(filter, value, str.lower)]) == 1
-    ):
-        selected = loosely
+    selected = selected_values(attribute, values, filter)
     for value in selected:
-        change_value(attribute, value, operation, filter)
-    if not selected and operation.value:
+        change_value(attribute, value, operation)
+    # To clear what is not there makes nothing.
+    if not selected and any(part not in (None, "") for part in (operation.value or {}).values()):
         values = [*values, new_value(attribute, operation, filter)]
     holder[attribute.name] = (
-        [value for value in values if value] if attribute.multi_valued else (values or [{}])[0]
+        [value for value in values if value] if attribute.multi_valued else next(iter(values), {})
     )
+
+
+def selected_values(attribute: Attribute, values: list[Resource], filter: Filter) -> list[Resource]:
+    selected = [value for value in values if matches(filter, value)]
+    # The id of a member in another case is accepted if it means one member only.
+    candidates = values if attribute.is_membership and not selected else []
+    similar = [value for value in candidates if matches(filter, value, str.lower)]
+    return similar if len(similar) == 1 else selected
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
-    if all(part in (None, "") for part in operation.value.values()):
-        return {}  # to clear what is not there makes nothing
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: to change somebody who is no member, or has no such role, must not grant it.
     value = equal_terms(filter)
-    change_value(attribute, value, operation, filter)
+    change_value(attribute, value, operation)
     # A value that does not match the filter would be added again at each retry.
     if (
         attribute.is_membership
@@ -1621,30 +1589,24 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     return value
 
 
-def change_value(
-    attribute: Attribute, value: Resource, operation: Operation, filter: Filter
-) -> None:
-    """Change a selected value by an operation, or only the sub-attribute at the end of its path.
+def change_value(attribute: Attribute, value: Resource, operation: Operation) -> None:
+    """Change the parts of a selected value that an operation names; without parts, clear it.
 
     ScimError 400 mutability for another value of an immutable part, such as the id of a member.
     """
-    immutable = [sub.name for sub in attribute.sub_attributes if sub.mutability == "immutable"]
-    before = {name: value[name] for name in immutable if name in value}
-    if operation.op != "add" and not operation.path.sub_attribute:
-        # A filter selects and does not write: what it says stays in the spelling that is stored.
-        kept = {*equal_terms(filter), *immutable} if attribute.multi_valued else set(value)
-        for name in value.keys() - (kept if operation.value is not None else ()):
-            del value[name]
+    if operation.value is None and operation.op != "add":
+        value.clear()
     for name, part in (operation.value or {}).items():
-        change(attribute.by_name[name.lower()], value, replace(operation, value=part))
-    if value and any(before.get(name) != value.get(name) for name in immutable):
-        raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        sub = attribute.by_name[name.lower()]
+        if sub.mutability == "immutable" and part != value.get(name):
+            raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
+        change(sub, value, replace(operation, value=part))
 
 
 def equal_terms(filter: Filter) -> Resource:
     """Return the sub-attributes that a filter requires to be equal to a value."""
     match filter:
-        case Compare(AttributePath((sub,)), "eq", _, value):
+        case Compare((sub,), "eq", _, value):
             return {sub.name: value}
         case And(filters):
             return {name: value for inner in filters for name, value in equal_terms(inner).items()}
@@ -1674,15 +1636,12 @@ def pruned(value: Json) -> Json:
 
 # Entries that are not stored, because other tables have the values, by their attributes' paths.
 EACH = "seq, 0 AS element FROM resource"
-# The first member or group is element 0: sorting uses it.
-MEMBERS = (
-    "group_seq AS seq, member_seq - (SELECT min(member_seq) FROM member AS other "
-    "WHERE other.group_seq = member.group_seq) AS element FROM member"
-)
-GROUPS = (
-    "member_seq AS seq, group_seq - (SELECT min(group_seq) FROM member AS other "
-    "WHERE other.member_seq = member.member_seq) AS element FROM member"
-)
+MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
+GROUPS = "member_seq AS seq, group_seq AS element FROM member"
+FIRST_ELEMENT = {  # the value to sort by; of other attributes it is element 0
+    "members": "(SELECT min(member_seq) FROM member WHERE group_seq = entry.seq)",
+    "groups": "(SELECT min(group_seq) FROM member WHERE member_seq = entry.seq)",
+}
 DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
     f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
@@ -1722,7 +1681,13 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
     """
     match filter:
         case And(filters):
-            return join_sql(" AND ", compile_terms(filters, row), "1 = 1")
+            # The most selective term comes first. If it matches few rows, the others are probes:
+            # SQLite would materialise a second set completely, even one of a million rows.
+            conditions = [
+                compile_filter(term, row, probe=number > 0 and selectivity(filter) < 2)
+                for number, term in enumerate(sorted(filters, key=selectivity))
+            ]
+            return join_sql(" AND ", conditions, "1 = 1")
         case Or(filters):
             return join_sql(" OR ", [compile_filter(inner, row) for inner in filters], "1 = 0")
         case Not(inner):
@@ -1730,32 +1695,24 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return f"NOT ({sql})", parameters
         case ValuePath(target, inner):
             sql, parameters = compile_filter(inner, "entry")
-            return row_in_index(target, row, f"key = '1' AND {sql}", parameters)
+            return row_in_index(target, row, f"key IN ('1', '') AND {sql}", parameters)
         case Present(target):
             return row_in_index(target, row, "key > ''", [])
-        case Compare(target, "eq", key) if probe and target.attribute.index not in DERIVED_ENTRIES:
+        case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
             same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            sql = f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})"
-            return sql, [target.attribute.index, key]
+            return (
+                f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
+                [target[-1].index, key],
+            )
         case Compare(target, op, key):
             condition = COMPARISONS[op]
             return row_in_index(target, row, condition, [key] * condition.count("?"))
 
 
-def compile_terms(filters: Iterable[Filter], row: str) -> list[Sql]:
-    """Return the terms of And, the most selective first; if it matches few rows, then probes."""
-    # SQLite would materialise a second set completely, even one of a million rows.
-    terms = sorted(filters, key=selectivity)
-    narrow = bool(terms) and selectivity(terms[0]) < 2
-    return [
-        compile_filter(term, row, probe=narrow and number > 0) for number, term in enumerate(terms)
-    ]
-
-
 def selectivity(filter: Filter) -> int:
     """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
     match filter:
-        case Compare(AttributePath((*_, attribute)), "eq"):
+        case Compare((*_, attribute), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
         case Compare():
             return 1
@@ -1787,10 +1744,12 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
     )
 
 
-def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    entries, values = entries_of(target.attribute)
-    sql = f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})"
-    return sql, [*values, *parameters]
+def row_in_index(target: Attributes, row: str, condition: str, parameters: list[Any]) -> Sql:
+    entries, values = entries_of(target[-1])
+    return (
+        f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})",
+        [*values, *parameters],
+    )
 
 
 def entries_of(attribute: Attribute) -> Sql:
@@ -1803,7 +1762,7 @@ def entries_of(attribute: Attribute) -> Sql:
 class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
-    target: AttributePath
+    target: Attributes
     descending: bool = False
 
 
@@ -1837,11 +1796,11 @@ class Page(NamedTuple):
 
 def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
     """Return the condition that a row of one half of a query comes after a position."""
-    if after is None or missing != after.missing:
-        whole = after is None or (missing > after.missing) != descending
-        return "1 = 1" if whole else "1 = 0", []
-    values = [after.key, after.seq] if "key" in columns else [after.seq]
-    return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    if after and missing == after.missing:
+        values = [after.key, after.seq] if "key" in columns else [after.seq]
+        return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
+    # All rows of the other half come after the position, or none.
+    return "1 = 1" if not after or (missing > after.missing) != descending else "1 = 0", []
 
 
 def compile_filters(filters: Filters) -> Sql:
@@ -1885,7 +1844,8 @@ def compile_positions(
     )
     if not sorting:
         return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
-    entries, path = entries_of(sorting.target.attribute)
+    entries, path = entries_of(attribute := sorting.target[-1])
+    element = f"element = {FIRST_ELEMENT.get(attribute.index.partition('.')[0], 0)}"
     walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
     # A set from the index is made once; otherwise each step tests one resource, to the page's end.
     among = (
@@ -1895,12 +1855,12 @@ def compile_positions(
     )
     limit = window.offset + window.count + 1
     keyed = (
-        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND element = 0 "
+        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND {element} "
         f"AND {walk} AND {among} ORDER BY key{down}, seq{down} LIMIT ?)"
     )
     keyless = (
         f"SELECT * FROM ({keyless} AND seq NOT IN (SELECT seq FROM {entries} "
-        f"AND element = 0) ORDER BY seq{down} LIMIT ?)"
+        f"AND {element}) ORDER BY seq{down} LIMIT ?)"
     )
     halves = [
         (keyed, [*path, *walk_bounds, *parameters, limit]),
@@ -2002,6 +1962,13 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
     DROP INDEX change_at;
     CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
     """,
+    # renew_keys() does the same for resources. A former userName is known by its key only.
+    """
+    UPDATE member SET display_key = text_key(display)
+        WHERE length(display) < length(CAST(display AS BLOB));
+    UPDATE employee SET user_name = name_key(user_name) WHERE id IN (SELECT id FROM employee
+        WHERE length(user_name) < length(CAST(user_name AS BLOB)));
+    """,
 )
 BUSY_SECONDS = 5  # how long a write waits for another process
 READERS = 16  # maximum of concurrent read connections
@@ -2056,19 +2023,22 @@ class Session:
         row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
         return StoredResource(*row) if row else None
 
-    def containing(self, text: str) -> list[StoredResource]:
-        """Return the resources that have a text in their body, or have hidden values."""
-        rows = self.run("SELECT * FROM resource WHERE instr(body, ?) OR hidden <> '{}'", [text])
-        return [StoredResource(*row) for row in rows]
+    def containing(self, text: str, condition: str = "hidden <> '{}'") -> Iterator[StoredResource]:
+        """Yield the resources that have a text in their body, or meet a condition."""
+        return itertools.starmap(
+            StoredResource,
+            self.run(f"SELECT * FROM resource WHERE instr(body, ?) OR {condition}", [text]),
+        )
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than number seq, has a key at a path."""
-        rows = self.run(
-            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-            "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ?",
-            [path, key, type, seq],
+        return any(
+            self.run(
+                "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ? LIMIT 1",
+                [path, key, type, seq],
+            )
         )
-        return rows.fetchone() is not None
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
@@ -2077,15 +2047,15 @@ class Session:
         if not row.seq:
             row.seq = written.lastrowid or 0
             self.run(COUNT, [row.type, 1])
-        self._update_index(row.seq, before, after)
+        self.update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
         self.run("DELETE FROM member WHERE group_seq = ?", [row.seq])
         self.run("DELETE FROM resource WHERE seq = ?", [row.seq])
-        self._update_index(row.seq, entries, set())
+        self.update_index(row.seq, entries, set())
         self.run(COUNT, [row.type, -1])
 
-    def _update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
+    def update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
         self.run_many(
             "DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
             [(*entry, seq) for entry in before - after],
@@ -2101,8 +2071,9 @@ class Session:
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
         condition, parameters = compile_filters(filters)
-        count = self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters)
-        return int(count.fetchone()[0])
+        return int(
+            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
+        )
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
@@ -2187,14 +2158,15 @@ class Session:
         return next(iter(self._employees("user_id = ?", [user_id])), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
-        """Return the employee, now without a SCIM user, that a person was; user_name is a key."""
-        # A userName can be given to another person: if both have an externalId, that decides.
-        newest = "AND provisioned = 0 ORDER BY id DESC LIMIT 1"
-        by_id = self._employees(f"external_id = ? AND '' <> ? {newest}", [external_id, external_id])
-        rows = by_id or self._employees(
-            f"user_name = ? AND '' IN (external_id, ?) {newest}", [user_name, external_id]
+        """Return the inactive employee that a person was; user_name is a key."""
+        # It has no SCIM user any more, or one under another name that was deactivated. A userName
+        # can be given to another person: if both have an externalId, that decides.
+        rows = self._employees(
+            "active = 0 AND (external_id = nullif(?, '') OR user_name = ? AND provisioned = 0 AND "
+            "'' IN (external_id, ?)) ORDER BY external_id = nullif(?, '') DESC, id DESC LIMIT 1",
+            [external_id, user_name, external_id, external_id],
         )
-        return next(iter(rows), None)
+        return rows[0] if rows else None
 
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
@@ -2256,8 +2228,10 @@ class Session:
         )
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
-        rows = self.run(f"SELECT * FROM change WHERE {condition}", values)
-        return [Change(*[*columns, from_json(attributes)]) for *columns, attributes in rows]
+        return [
+            Change(*[*columns, from_json(attributes)])
+            for *columns, attributes in self.run(f"SELECT * FROM change WHERE {condition}", values)
+        ]
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the newest change."""
@@ -2288,10 +2262,11 @@ class Session:
             "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
             "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
         )
-        rows = self.run(sql, [after, before, level, subject, text, count])
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in rows
+            for seq, level, subject, entry in self.run(
+                sql, [after, before, level, subject, text, count]
+            )
         ]
 
     def unknown_ids(self, ids: Iterable[str]) -> list[str]:
@@ -2302,7 +2277,7 @@ class Session:
     # -- Settings --
 
     def numbers(self) -> dict[str, int]:
-        """Return the last number that each table has given out."""
+        # Return the last number that each table has given out.
         return dict(self.run("SELECT name, seq FROM sqlite_sequence").fetchall())
 
     def continue_numbering(self, numbers: Mapping[str, int]) -> None:
@@ -2356,6 +2331,23 @@ def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
         raise
 
 
+def key_before_6(attribute: Attribute, value: Json) -> str:
+    # Return the key that a file of format 5 has for a value.
+    if attribute.type in STRING_TYPES and not attribute.case_exact:
+        return value.casefold()  # type: ignore[no-any-return]
+    return "1" if attribute.type == "complex" else attribute.key(value)
+
+
+def renew_keys(session: Session) -> None:
+    # Replace the keys that format 5 made of text that is not ASCII and of empty complex values.
+    # Two names that have become equal both stay: a name is compared only when it is written.
+    for row in session.containing(':""}', "length(body) < length(CAST(body AS BLOB))"):
+        # The values tell the custom fields, also those of an earlier configuration.
+        types = resource_types_of(row.attributes.get(FACILIO, {}))
+        entries = partial(index_entries, types[row.type].root, row.attributes)
+        session.update_index(row.seq, set(entries(key=key_before_6)), set(entries()))
+
+
 def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> None:
     """Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
 
@@ -2371,8 +2363,12 @@ def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> Non
                 f"{path}: written by a newer scim_server (format {version}, "
                 f"this one knows {len(MIGRATIONS)}); run that version"
             )
+        connection.create_function("text_key", 1, Attribute("text").key)
+        connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
         for statement in ";".join(MIGRATIONS[version:]).split(";"):
             session.run(statement)
+        if version < 6:
+            renew_keys(session)
         session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
 
 
@@ -2649,7 +2645,7 @@ def employee_record(user: Resource) -> Resource:
 
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
-    for item in AttributePath(path.attributes).items(resource):
+    for item in values_at(path.attributes, resource):
         text = item.get(path.sub_attribute.name) if path.sub_attribute else item
         if text and (not path.filter or matches(path.filter, item)):
             return str(text)
@@ -2689,21 +2685,25 @@ def changed_names(attribute: Attribute, before: Resource, after: Resource) -> It
 
 
 def update_employee(
-    session: Session, user_id: str, user: Resource, now: str, log: Callable[..., None]
+    session: Session,
+    user_id: str,
+    user: Resource,
+    now: str,
+    log: Callable[..., None],
+    is_new: bool = True,
 ) -> None:
     """Make the employee of a user follow a write; {} means the user was deleted.
 
     log is called with the kind of the change, the employee's id and the names of the fields.
     """
-    columns = employee_columns(user_id, user)
-    # A user without an employee was just created: it is a returning person or a new employee.
-    before = (
-        session.employee_of(user_id)
-        or session.former_employee(columns["external_id"], columns["user_name"])
-        or NEW_EMPLOYEE
-    )
-    after = before._replace(**columns)
-    if before == after:
+    columns, before = employee_columns(user_id, user), session.employee_of(user_id)
+    # A new user is a returning person or a new employee. An old user whose employee has moved to
+    # another one has none until it is active again.
+    if not before and (is_new or columns.get("active")):
+        before = (
+            session.former_employee(columns["external_id"], columns["user_name"]) or NEW_EMPLOYEE
+        )
+    if not before or (after := before._replace(**columns)) == before:
         return
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
@@ -2716,7 +2716,7 @@ def update_employee(
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
-    """Return the columns of EmployeeRow that a user decides; those of {} make it inactive."""
+    # Return the columns of EmployeeRow that a user decides; those of {} make it inactive.
     if not user:
         return {"provisioned": False, "active": False}
     return {
@@ -2784,7 +2784,6 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
-FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
 CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
 
@@ -2863,13 +2862,12 @@ class Directory:
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError if it is another tenant's."""
         with self.store.writing() as session:
-            owner = session.setting("tenant")
-            if owner not in ("", tenant):
+            owner = session.setting("tenant") or tenant
+            if owner != tenant:
                 raise StoreError(
                     f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
                 )
-            if not owner:
-                session.set_setting("tenant", tenant)
+            session.set_setting("tenant", tenant)
 
     def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes."""
@@ -2885,8 +2883,9 @@ class Directory:
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
         now = time_text(self.clock())
-        row = StoredResource(0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0)
-        row = row.changed(stored(resource))
+        row = StoredResource(
+            0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
+        ).changed(stored(resource))
         with self.store.writing() as session:
             self._check_unique(session, row, {}, resource)
             session.save(row, set(), row.entries(resource_type))
@@ -2918,8 +2917,11 @@ class Directory:
         resource_type = self._type(type)
         if isinstance(filter, str):
             filter = parse_filter(filter, resource_type)
-        window = Window(max(count, 0), max(start_index, 1) - 1)
-        return self.search({resource_type.name: (filter, selection)}, sorting, window)
+        return self.search(
+            {resource_type.name: (filter, selection)},
+            sorting,
+            Window(max(count, 0), max(start_index, 1) - 1),
+        )
 
     def search(
         self,
@@ -2946,8 +2948,9 @@ class Directory:
                 else self._resource(session, row, queries[row.type][1], groups=groups)
                 for row in rows
             ]
-        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
-        first, last = ends or (None, None)
+        first, last = [
+            Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]
+        ] or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
@@ -2957,9 +2960,7 @@ class Directory:
         resource_type = self._type(type)
         resource = accept(resource_type, body)
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row)
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition)
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
@@ -2979,14 +2980,17 @@ class Directory:
         Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
         """
         resource_type = self._type(type)
-        parsed = isinstance(body, list) and all(isinstance(step, Operation) for step in body)
-        operations = body if parsed else parse_operations(resource_type, body)
+        operations = (
+            body
+            if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
+            else parse_operations(resource_type, body)
+        )
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=touched_member_ids(operations))
-            condition.check(before["meta"]["version"])
+            touched = touched_member_ids(operations)
+            row, before = self._find_to_write(session, type, id, condition, touched)
             patched = apply_patch(resource_type, before, operations)
-            row = self._save(session, row, before, patched, replaces_members(operations))
+            replaces = any(step.op == "replace" and step.names_members for step in operations)
+            row = self._save(session, row, before, patched, replaces)
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -2995,16 +2999,18 @@ class Directory:
     def delete(self, type: ResourceType | str, id: str, condition: Precondition = ALWAYS) -> None:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
-            row = self._find(session, type, id, writing=True)
-            before = self._resource(session, row, only_members=())
-            condition.check(before["meta"]["version"])
+            row, before = self._find_to_write(session, type, id, condition, only_members=())
             for item in session.groups([row.seq])[row.seq]:
                 group = self._find(session, "Group", item["value"])
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            remaining = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, remaining)
+            self._log(
+                session,
+                "member.removed",
+                id,
+                [member["value"] for member in session.members(row.seq)],
+            )
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3024,12 +3030,9 @@ class Directory:
                 ids[user["userName"]] = user["id"]
             for body in document.get("Groups", ()):
                 members = [
-                    member if isinstance(member, dict) else {"value": member}
-                    for member in body.get("members", ())
-                ]
-                members = [
                     {**member, "value": ids.get(member["value"], member["value"])}
-                    for member in members
+                    for item in body.get("members", ())
+                    for member in [item if isinstance(item, dict) else {"value": item}]
                 ]
                 group = self.create("Group", {**body, "members": members})
                 if len(group.get("members", ())) < len({member["value"] for member in members}):
@@ -3148,8 +3151,9 @@ class Directory:
                     if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
                         traceback.print_exc()
 
-        newest = self._read(Session.change_bounds)[1]
-        thread = threading.Thread(target=run, args=(newest,), daemon=True)
+        thread = threading.Thread(
+            target=run, args=[self._read(Session.change_bounds)[1]], daemon=True
+        )
         thread.start()
         return thread
 
@@ -3157,8 +3161,11 @@ class Directory:
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            names = ", ".join(self.resource_types)
-            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
+            raise ScimError(
+                404,
+                "",
+                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
+            )
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(
@@ -3170,6 +3177,19 @@ class Directory:
         raise ScimError(
             404, "", f"{name} {quoted(id)} does not exist", reason=("missing", name, id)
         )
+
+    def _find_to_write(
+        self,
+        session: Session,
+        type: ResourceType | str,
+        id: str,
+        condition: Precondition,
+        only_members: Iterable[str] | None = None,
+    ) -> tuple[StoredResource, Resource]:
+        row = self._find(session, type, id, writing=True)
+        resource = self._resource(session, row, only_members=only_members)
+        condition.check(resource["meta"]["version"])
+        return row, resource
 
     def _resource(
         self,
@@ -3204,12 +3224,11 @@ class Directory:
         # a page of 100 a third slower.
         version, links = self._links(session, row, groups=groups)
         resource_type = self.resource_types[row.type]
-        urns = [
-            extension.id
-            for extension in resource_type.extensions
-            if offset_of_member(row.body, extension.id)
-        ]
-        schemas = '","'.join([resource_type.schema.id, *urns])
+        schemas = '","'.join(
+            schema.id
+            for schema in (resource_type.schema, *resource_type.extensions)
+            if schema is resource_type.schema or offset_of_member(row.body, schema.id)
+        )
         location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
         return Encoded(
@@ -3243,11 +3262,10 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         for sub in self.resource_types[row.type].root.sub_attributes:
-            value = after.get(sub.name)
             if (
                 sub.uniqueness == "server"
                 and sub.mutability != "readOnly"
-                and value not in (None, before.get(sub.name))
+                and (value := after.get(sub.name)) not in (None, before.get(sub.name))
                 and session.is_in_use(row.type, sub.index, sub.key(value), row.seq)
             ):
                 raise ScimError(
@@ -3270,8 +3288,10 @@ class Directory:
         # Unknown ids are ignored beside known ones. Alone they would empty the group.
         if replaces_members and after.get("members") and not row.member_count + growth:
             ids = ", ".join(quoted(member["value"]) for member in after["members"][:3])
-            detail = f"members: no user or group has the id {ids}; the group is unchanged"
-            raise invalid_value(detail, reason=("members", ids))
+            raise invalid_value(
+                f"members: no user or group has the id {ids}; the group is unchanged",
+                reason=("members", ids),
+            )
         attributes = stored(after)
         if attributes != row.attributes:
             self._record(session, row, before, after)
@@ -3301,8 +3321,11 @@ class Directory:
         differing = [member for member in new.items() if member not in old.items()]
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
-        updated = [id for id in written if id in old]
-        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
+        for kind, ids in (
+            ("removed", removed),
+            ("added", added),
+            ("updated", [id for id in written if id in old]),
+        ):
             if ids:
                 self._log(session, f"member.{kind}", row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -3311,12 +3334,14 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        names = list(changed_names(self.resource_types[row.type].root, before, after))
-        kind = f"{row.type.lower()}.{change_kind(before, after)}"
-        self._log(session, kind, row.id, attributes=names)
+        log = partial(self._log, session)
+        log(
+            f"{row.type.lower()}.{change_kind(before, after)}",
+            row.id,
+            attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
+        )
         if row.type == "User":
-            log = partial(self._log, session)
-            update_employee(session, row.id, after, time_text(self.clock()), log)
+            update_employee(session, row.id, after, time_text(self.clock()), log, not before)
 
     def _log(
         self,
@@ -3339,7 +3364,7 @@ class Directory:
     def _adopt_custom_fields(self, session: Session) -> None:
         configured = to_json(list(self._field_types.items()))
         if session.setting("custom_fields") != configured:
-            for row in session.containing(FACILIO):
+            for row in list(session.containing(FACILIO)):
                 self._with_current_fields(row, session)
             session.set_setting("custom_fields", configured)
 
@@ -3354,14 +3379,21 @@ class Directory:
         if row.hidden == "{}" and types.items() <= self._field_types.items():
             return row
         user_type, hidden = self.resource_types["User"], from_json(row.hidden)
-        visible, others = split_custom_fields(user_type, (*present.items(), *hidden.items()))
+        extension = user_type.root.by_name[FACILIO.lower()]
+        visible, others = Resource(), Resource()
+        for name, value in (*present.items(), *hidden.items()):  # the first value of a field wins
+            sub = extension.sub_attribute(name)
+            if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
+                visible[sub.name] = value
+            else:
+                others.setdefault(name, value)
         if (visible, others) == (present, hidden):
             return row
         attributes = pruned(row.attributes | {FACILIO: visible})
         changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
-            other_type = resource_types(tuple(CustomField(*pair) for pair in types.items()))["User"]
+            other_type = resource_types_of(present)["User"]
             session.save(changed, row.entries(other_type), changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
@@ -3373,21 +3405,6 @@ class Directory:
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
                 update_employee(session, row.id, row.attributes, now, log)
             session.set_setting("employees", "made")
-
-
-def split_custom_fields(
-    user_type: ResourceType, values: Iterable[tuple[str, Json]]
-) -> tuple[Resource, Resource]:
-    """Return the values of custom fields that a user type has, and the others; the first wins."""
-    extension = user_type.root.by_name[FACILIO.lower()]
-    visible, others = Resource(), Resource()
-    for name, value in values:
-        sub = extension.sub_attribute(name)
-        if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
-            visible[sub.name] = value
-        else:
-            others.setdefault(name, value)
-    return visible, others
 
 
 # ----------------------------------------------------------------------------
@@ -3419,7 +3436,7 @@ Rule = Kind | list[Any] | dict[str, Any] | type
 
 
 def text_of(pattern: str, expected: str, convert: Callable[[str], Any] = str) -> Kind:
-    """Return the rule for texts that match a pattern as a whole; convert makes the setting."""
+    # Return the rule for texts that match a pattern as a whole; convert makes the setting.
     return lambda value: convert(value) if re.fullmatch(pattern, value) else None, expected
 
 
@@ -3611,7 +3628,7 @@ class ConfigReader:
         return None
 
     def require_unique(self, path: str, list_path: str, key: str, value: str) -> None:
-        """Report a value that stands at another path in the list already."""
+        # Report a value that stands at another path in the list already.
         if (earlier := self.paths.setdefault((list_path, key, value), path)) != path:
             self.problems.append(f"{path}: the same {key.replace('_', ' ')} as {earlier}")
 
@@ -3898,9 +3915,8 @@ class Call:
         return project(resource_type, resource, self.selection(resource_type), self.base_url)
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
-        headers = {"ETag": resource["meta"]["version"]}
-        if status == 201:
-            headers["Location"] = self.resource_types[0].location(self.base_url, resource["id"])
+        url = self.resource_types[0].location(self.base_url, resource["id"])
+        headers = {"ETag": resource["meta"]["version"], "Location": url, "Content-Location": url}
         return Response(status, self.projected(resource), headers)
 
 
@@ -4319,9 +4335,8 @@ def get_resource(call: Call) -> Response:
     resource = call.directory.get(resource_type, call.id, call.selection(resource_type))
     version = resource["meta"]["version"]
     condition._replace(if_none_match="").check(version)
-    if condition.excludes(version):
-        return Response(304, headers={"ETag": version})
-    return call.answer(resource)
+    response = call.answer(resource)
+    return response._replace(status=304, body=None) if condition.excludes(version) else response
 
 
 def replace_resource(call: Call) -> Response:
@@ -4362,8 +4377,12 @@ def list_resources(call: Call) -> Response:
         for resource_type in types
     }
     sorting = parse_sorting(call.parameters, types)
-    base_url = call.base_url if call.request.encoded else ""
-    search = partial(call.directory.search, queries, sorting, base_url=base_url)
+    search = partial(
+        call.directory.search,
+        queries,
+        sorting,
+        base_url=call.base_url if call.request.encoded else "",
+    )
     if "cursor" in call.parameters:
         return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
@@ -4402,7 +4421,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
         target = (*target, value_attribute)
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
-    return Sorting(AttributePath(target), order == "descending") if target else None
+    return Sorting(target, order == "descending") if target else None
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
@@ -4414,10 +4433,9 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     page = search(Window(count, 0, after, backward))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    has_previous = page.more if backward else after is not None
     ends = {
         "nextCursor": page.last if backward or page.more else None,
-        "previousCursor": page.first if has_previous else None,
+        "previousCursor": page.first if (page.more if backward else after) else None,
     }
     cursors = {
         name: make_cursor(call, total, position, backward=name == "previousCursor")
@@ -4430,7 +4448,6 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
 # A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
 # missing, key, seq). The server keeps nothing, and a cursor of another tenant is not accepted.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    """Return a cursor for the page after a position, or before it."""
     content = to_json(
         [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
     ).encode()
@@ -4459,7 +4476,7 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
 
 
 def query_digest(call: Call) -> str:
-    """Return a digest that is the same for all pages of one query."""
+    # Return a digest that is the same for all pages of one query.
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
     return digest(to_json([[type.name for type in call.resource_types], terms]))[:16]
 
@@ -4474,6 +4491,7 @@ def signature(call: Call, content: bytes) -> bytes:
 BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
+Performed = tuple[Call, Response, float]  # a call, its answer, and how many seconds it took
 
 
 class BulkOperation(NamedTuple):
@@ -4524,7 +4542,7 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
 
 
 def holds_id(attribute: Attribute) -> bool:
-    """Return whether text in an attribute refers to a resource: it is a manager or a member."""
+    # Return whether text in an attribute refers to a resource: it is a manager or a member.
     text = attribute.value_attribute or attribute
     return text.name == "$ref" or (
         text.name == "value" and text.type == "string" and text.case_exact
@@ -4532,17 +4550,18 @@ def holds_id(attribute: Attribute) -> bool:
 
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
-    """Return an attribute's value with ids in place of bulkIds, null for a bulkId without id."""
+    """Return an attribute's value with ids in place of bulkIds; one without id is left out."""
     if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
         return id_of(reference[1])
     if isinstance(value, list):
-        return [with_ids(item, attribute, id_of) for item in value]
+        items = ((item, with_ids(item, attribute, id_of)) for item in value)
+        return [new for item, new in items if new is not None or item is None]
     if isinstance(value, dict):
         members = {
             name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
             for name, item in value.items()
         }
-        lost = any(members[name] is None for name, item in value.items() if item is not None)
+        lost = list(members.values()).count(None) > list(value.values()).count(None)
         return None if lost and holds_id(attribute) else members
     return value
 
@@ -4603,11 +4622,11 @@ class Bulk:
     """The state of a bulk request (RFC 7644 §3.7); ScimError 400 if two POSTs share a bulkId."""
 
     def __init__(
-        self, call: Call, perform: Callable[[Request], Response], operations: list[BulkOperation]
+        self, call: Call, perform: Callable[[Request], Performed], operations: list[BulkOperation]
     ) -> None:
         self.call, self.perform, self.operations = call, perform, operations
-        self.answers: dict[int, Json] = {}  # by the operation's number
-        self.ids: dict[int, str] = {}  # of the resources that were created, likewise
+        self.calls: dict[int, tuple[Call, float]] = {}  # with their seconds, by operation's number
+        self.responses: dict[int, Response] = {}  # likewise
         self.posts: dict[str, int] = {}  # bulkId to the number of its POST
         for number, operation in enumerate(operations):
             if (
@@ -4624,10 +4643,10 @@ class Bulk:
         """Return the answers in the order of the request; stop at that number of errors."""
         for cycle in order_of(self.needs):
             self._perform(cycle)
-            fail_on_errors -= sum("response" in self.answers[number] for number in cycle)
+            fail_on_errors -= sum(self.responses[number].status >= 400 for number in cycle)
             if fail_on_errors <= 0:
                 break
-        return [self.answers[number] for number in sorted(self.answers)]
+        return [self._answer(number) for number in sorted(self.responses)]
 
     def _perform(self, cycle: list[int]) -> None:
         # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
@@ -4637,26 +4656,25 @@ class Bulk:
             with self.call.directory.store.writing() if needs_itself else nullcontext():
                 for number in cycle:
                     self._check(self.operations[number], cycle)
-                    response = self._send(number, self.operations[number].method)
-                    self._answer(number, response)
-                    if response.status == 201:
-                        self.ids[number] = response.body["id"]
+                    self.responses[number] = self._send(number, self.operations[number].method)
                 for number in cycle:
                     # It was created without the references to itself and to those after it.
                     if any(other >= number for other in self.needs[number] & {*cycle}):
-                        response = self._send(number, "PUT")
-                        self.answers[number]["version"] = response.headers["ETag"]
+                        headers = self._send(number, "PUT").headers
+                        self.responses[number] = self.responses[number]._replace(headers=headers)
         except ScimError as error:
-            bulk_id = quoted(self.operations[number].bulk_id)
-            others = ScimError(
-                409, "", f"bulkId {bulk_id}: this operation and its own need each other"
+            detail = (
+                f"bulkId {quoted(self.operations[number].bulk_id)}: "
+                "this operation and its own need each other"
             )
             for other in cycle:
-                self.ids.pop(other, None)
-                self._answer(other, error_response(error if other == number else others))
+                self.responses[other] = error_response(
+                    error if other == number else ScimError(409, "", detail)
+                )
 
     def _id_of(self, bulk_id: str) -> str | None:
-        return self.ids.get(self.posts.get(bulk_id, -1))
+        response = self.responses.get(self.posts.get(bulk_id, -1))
+        return response.body["id"] if response and response.status == 201 else None
 
     def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
@@ -4665,8 +4683,10 @@ class Bulk:
                 f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
             )
         if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            id = "" if method == "POST" else "/2819c223"
-            raise invalid_path(f"path: {method} needs one such as /Users{id}, got {quoted(path)}")
+            raise invalid_path(
+                f"path: {method} needs one such as /Users"
+                f"{'' if method == 'POST' else '/2819c223'}, got {quoted(path)}"
+            )
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
         if method == "POST" and not operation.bulk_id:
@@ -4679,26 +4699,36 @@ class Bulk:
 
     def _send(self, number: int, method: str) -> Response:
         operation, request = self.operations[number], self.call.request
-        id = self.ids.get(number) or operation.target(self._id_of)
+        # The PUT that completes a cycle is that of a resource that was just created.
+        id = (
+            self.responses[number].body["id"]
+            if number in self.responses
+            else operation.target(self._id_of)
+        )
         headers = {name: value for name, value in request.headers.items() if name[:3] != "if-"}
-        headers |= {"if-match": operation.version} if operation.version else {}
-        response = self.perform(
+        call, response, seconds = self.perform(
             request._replace(
                 method=method,
                 path=f"{BASE_PATH}/{operation.endpoint}/{quote(id, safe='')}",
                 query="",
-                headers=headers,
+                headers=headers | ({"if-match": operation.version} if operation.version else {}),
                 caller=self.call.caller,
                 body=operation.body(self._id_of) if operation.references else operation.content,
             )
         )
+        self.calls.setdefault(number, (call, seconds))  # the PUT of a cycle is no call of a client
         if response.status >= 400:
-            scim_type, detail = response.body.get("scimType", ""), response.body["detail"]
-            raise ScimError(response.status, scim_type, detail, response.headers)
+            raise ScimError(
+                response.status,
+                response.body.get("scimType", ""),
+                response.body["detail"],
+                response.headers,
+                response.reason,
+            )
         return response
 
-    def _answer(self, number: int, response: Response) -> None:
-        operation = self.operations[number]
+    def _answer(self, number: int) -> Json:
+        operation, response = self.operations[number], self.responses[number]
         answer = {
             "location": response.headers.get("Location", "")
             if operation.method == "POST"
@@ -4709,11 +4739,18 @@ class Bulk:
             "status": str(response.status),
             "response": response.body if response.status >= 400 else None,
         }
-        self.answers[number] = {name: value for name, value in answer.items() if value}
+        return {name: value for name, value in answer.items() if value}
 
 
-def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
-    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all."""
+def run_bulk(
+    perform: Callable[[Request], Performed],
+    note: Callable[[Call, Response, float], Any],
+    call: Call,
+) -> Response:
+    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all.
+
+    perform() does one. note() puts it into the log when all are done, with its final answer.
+    """
     message = lowercase_keys(call.json())
     items, limit = message.get("operations"), message.get("failonerrors")
     if not isinstance(items, list) or not items:
@@ -4725,8 +4762,11 @@ def run_bulk(perform: Callable[[Request], Response], call: Call) -> Response:
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
     with call.directory.store.writing():
-        parse = partial(parse_bulk_operation, types=call.directory.resource_types)
-        answers = Bulk(call, perform, list(map(parse, items))).run(limit or len(items))
+        types = call.directory.resource_types
+        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
+        answers = bulk.run(limit or len(items))
+    for number, (performed, seconds) in bulk.calls.items():
+        note(performed, bulk.responses[number], seconds)
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
 
 
@@ -4841,6 +4881,12 @@ EXPLANATIONS = {
         "externalId is {value}, which is not an objectId.",
         "Map objectId to externalId, so that a person who is renamed stays the same employee.",
     ),
+    "shared": (
+        "mapping",
+        "value name other",
+        "{name} has the externalId {value} of the active user {other}. They are two employees.",
+        "If they are one person, deactivate {other}; if not, map objectId to externalId.",
+    ),
     "members": (
         "mapping",
         "ids",
@@ -4919,7 +4965,7 @@ def sent_by(operation: Operation) -> Sent:
 
 
 def member_ids(path: str, value: Json) -> list[str]:
-    """Return the ids of the members that were sent, "" for one that a filter selects."""
+    # Return the ids of the members that were sent, "" for one that a filter selects.
     items = [""] if "[" in path else value if isinstance(value, list) else [value] if value else []
     return [str(item.get("value", "") if isinstance(item, dict) else item) for item in items]
 
@@ -4980,7 +5026,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 def user_warnings(item: LogItem) -> Iterator[Reason]:
     """Yield warnings about values of a user that show a mistake in the mapping."""
     directory, user = item.call.directory, item.resource
-    user_type = directory.resource_types["User"]
+    user_type, key = directory.resource_types["User"], USER_TYPE.root.by_name["username"].key
     for _, path, value in item.sent:
         match path.lower():
             case "active" if isinstance(value, str):
@@ -4991,9 +5037,27 @@ def user_warnings(item: LogItem) -> Iterator[Reason]:
                 yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
     for email in user.get("emails", ()) if names else ():
-        value, user_name = email.get("value"), user.get("userName")
-        if email.get("type") == "work" and str(value).casefold() != str(user_name).casefold():
-            yield "emails", quoted(value), quoted(user_name)
+        pair = email.get("value"), user.get("userName")
+        if email.get("type") == "work" and key(str(pair[0])) != key(str(pair[1])):
+            yield "emails", *map(quoted, pair)
+
+
+def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
+    """Yield a warning for each active user that has the externalId that was sent for another."""
+    user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
+    if "externalid" in paths and (text := user.get("externalId")):
+        same = Compare((USER_TYPE.root.by_name["externalid"],), "eq", text, text)
+        for *_, row in session.page({"User": same}, None, Window(DEFAULT_COUNT))[0]:
+            # Another user may have come between the call and this moment.
+            if (
+                row.id != user["id"]
+                and row.created <= time_text(item.instant)
+                and row.attributes.get("active")
+            ):
+                yield (
+                    "shared",
+                    *map(quoted, (text, user.get("userName"), row.attributes["userName"])),
+                )
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -5061,7 +5125,11 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     detail = without_quotes(detail) if item.may_show_secret else detail
     # The detail explains an error without a reason.
     reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
-    warnings = user_warnings(item) if call.route.type == "User" else member_warnings(session, item)
+    warnings = (
+        (*user_warnings(item), *shared_id_warnings(session, item))
+        if call.route.type == "User"
+        else member_warnings(session, item)
+    )
     reasons = [reason] if refused else list(dict.fromkeys(warnings))
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
@@ -5235,7 +5303,7 @@ def list_changes(call: Call) -> Response:
 
 
 def page_response(page: str) -> Response:
-    """Return the console's page; its policy allows only the script and style in it."""
+    # Return the console's page; its policy allows only the script and style in it.
     own = "; ".join(
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
@@ -5555,7 +5623,7 @@ class Application(Tenants):
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
         health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
-        bulk = partial(run_bulk, self.handle)
+        bulk = partial(run_bulk, self._perform, self._finish)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
@@ -5606,8 +5674,7 @@ class Application(Tenants):
 
     def handle(self, request: Request) -> Response:
         """Return the answer to a request; every failure is a SCIM error (RFC 7644 §3.12)."""
-        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
-        return self._finish(call, self._answer(call), started)
+        return self._finish(*self._perform(request))
 
     def handle_all(self, requests: Sequence[Request]) -> list[Response]:
         """Return the answers to writes of one tenant: each whole or not at all, all in one commit.
@@ -5629,7 +5696,7 @@ class Application(Tenants):
             cause = next((answer for answer in responses if answer.status == 507), None)
             responses = [cause or error_response(error)] * len(calls)
         return [
-            self._finish(call, response, started)
+            self._finish(call, response, time.perf_counter() - started)
             for call, response in zip(calls, responses, strict=True)
         ]
 
@@ -5679,6 +5746,10 @@ class Application(Tenants):
         # At an unknown path below /scim/v2, 401 comes before 404.
         return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
+    def _perform(self, request: Request) -> Performed:
+        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
+        return call, self._answer(call), time.perf_counter() - started
+
     def _answer(self, call: Call) -> Response:
         request, access = call.request, call.route.access
         try:
@@ -5688,7 +5759,7 @@ class Application(Tenants):
                 call.directory = self._admit(request, call.caller)
             elif access == OPERATOR:
                 self._admit_operator(request)
-            return self._perform(call)
+            return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             return error_response(error)
 
@@ -5718,7 +5789,7 @@ class Application(Tenants):
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    def _perform(self, call: Call) -> Response:
+    def _operate(self, call: Call) -> Response:
         request, operations = call.request, call.route.operations
         if not operations:
             raise ScimError(
@@ -5739,6 +5810,13 @@ class Application(Tenants):
                 f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
                 allow,
             )
+        if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
+            raise ScimError(
+                415,
+                "",
+                f"Content-Encoding: {quoted(coding)} is not supported; send the body as it is",
+                {"Accept-Encoding": "identity"},
+            )
         if request.query:
             call.parameters = {
                 name.lower(): value
@@ -5753,10 +5831,10 @@ class Application(Tenants):
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
-    def _finish(self, call: Call, response: Response, started: float) -> Response:
+    def _finish(self, call: Call, response: Response, seconds: float) -> Response:
         # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            self.log.note(call, response, self._clock, time.perf_counter() - started)
+            self.log.note(call, response, self._clock, seconds)
         if response.status == 401:
             return response
         tenant = call.caller.tenant.name if call.caller else ""
@@ -5770,7 +5848,6 @@ class WsgiApplication:
     application: Application
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        """Answer a request."""
         request = self._request(environ)
         try:
             response = self.application.handle(request._replace(body=self._body(environ, request)))
@@ -5841,7 +5918,6 @@ MAX_WRITES_PER_COMMIT = 64
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
-BULK_PATH = f"{BASE_PATH}/Bulk"
 IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
 SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
@@ -6384,7 +6460,9 @@ class ScimServer(Watcher):
         with self._lock:
             waiting = self._writes[tenant]
             # A Bulk request has a transaction of its own, so that others do not wait for its end.
-            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if request.path == BULK_PATH]
+            bulks = [
+                n or 1 for n, (_, request) in enumerate(waiting) if request.path.endswith("/Bulk")
+            ]
             size = min([MAX_WRITES_PER_COMMIT, *bulks])
             self._writes[tenant] = waiting[size:]
             if not waiting:
@@ -6992,7 +7070,6 @@ def is_loopback(host: str) -> bool:
 
 
 def warn_about_setup(application: Application) -> None:
-    """Log which tenants cannot be served, and whether tokens are sent without encryption."""
     for name, directory in application.directories.items():
         if isinstance(directory, StoreError):
             log_line(f"tenant {name} is not served, the others are: {directory}")
@@ -7005,7 +7082,7 @@ def warn_about_setup(application: Application) -> None:
 
 
 def usable_secret(tenant: Tenant) -> str:
-    """Return a secret of a tenant that is in the configuration and has not expired, or ""."""
+    # Return a secret of a tenant that is in the configuration and has not expired, or "".
     return next(
         (token.secret for token in tenant.tokens if token.secret and not token.expired(utc_now())),
         "",
@@ -7098,7 +7175,7 @@ def show_employees(options: argparse.Namespace) -> None:
 
 
 def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield a table as aligned lines, without empty columns; its first row has the titles."""
+    # Yield a table as aligned lines, without empty columns; its first row has the titles.
     rows = list(table)
     widths = {
         n: max(map(len, column))
@@ -7197,7 +7274,7 @@ def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> t
 
 
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
-    """Return PATCH operations that replace values, as Entra sends them with or without its flag."""
+    # Return PATCH operations that replace values, as Entra sends them with or without its flag.
     if dialect == "aadOptscim062020":
         return [{"op": "replace", "value": values}]
     return [  # Switch() in a mapping makes a text of a Boolean.
