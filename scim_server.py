@@ -44,7 +44,7 @@ Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819
               filter     a filter tree, for example Compare(emails.type, "eq", "work")
               key        the form in which values compare: "bo" for the userName "Bo"
               entry      a row of the index, (path, key, element): ("emails.type", "work", 0)
-              version    the opaque part of an ETag
+              version    an ETag, as in meta.version: W/"3"; that of a file is its format
 """
 
 from __future__ import annotations
@@ -522,11 +522,15 @@ def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, Resource
     }
 
 
-FIELD_TYPES = {str: "string", int: "integer", bool: "boolean"}  # of custom fields, by their values
+FIELD_TYPES = {
+    str: "string",
+    int: "integer",
+    bool: "boolean",
+}  # of a custom field, by the type of a value
 
 
 def resource_types_of(values: Mapping[str, Json]) -> dict[str, ResourceType]:
-    # Return the resource types with the custom fields that some values are of.
+    # Return the resource types with custom fields that fit some values, given by link name.
     return resource_types(
         tuple(CustomField(name, FIELD_TYPES[type(value)]) for name, value in values.items())
     )
@@ -540,7 +544,7 @@ def resource_types_of(values: Mapping[str, Json]) -> dict[str, ResourceType]:
 # Uses chapters 1 and 2. Knows nothing of HTTP, SQL or the clock.
 # ----------------------------------------------------------------------------
 
-Attributes = tuple[Attribute, ...]  # a path from the top down: (emails, type) for emails.type
+AttributePath = tuple[Attribute, ...]  # a path from the top down: (emails, type) for emails.type
 
 
 @dataclass(frozen=True, slots=True)
@@ -551,7 +555,7 @@ class Compare:
     one of OPERATORS.
     """
 
-    target: Attributes
+    target: AttributePath
     op: str
     key: str
     value: Json
@@ -561,7 +565,7 @@ class Compare:
 class Present:
     """Whether an attribute has a value that is not empty (pr)."""
 
-    target: Attributes
+    target: AttributePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -589,7 +593,7 @@ class Not:
 class ValuePath:
     """Whether a single value of a complex attribute matches a filter on its sub-attributes."""
 
-    target: Attributes
+    target: AttributePath
     inner: Filter
 
 
@@ -607,7 +611,7 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 }
 
 
-def values_at(path: Attributes, value: Json) -> list[Json]:
+def values_at(path: AttributePath, value: Json) -> list[Json]:
     """Return the values at a path in a resource or complex value, as one flat list."""
     values = [value]
     for attribute in path:
@@ -656,7 +660,7 @@ def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, list[s
 
 
 @lru_cache(1024)
-def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
+def resolve(name: str, resource_type: ResourceType) -> AttributePath | None:
     """Return the attributes from the root down to a name in attrPath notation; None if unknown.
 
     The URN of the core schema stands for the root itself: the result is ().
@@ -678,8 +682,8 @@ def resolve(name: str, resource_type: ResourceType) -> Attributes | None:
 
 
 def resolve_sub_attribute(
-    attributes: Attributes | None, name: str, strict: bool = False
-) -> Attributes | None:
+    attributes: AttributePath | None, name: str, strict: bool = False
+) -> AttributePath | None:
     """Return, as a path, the sub-attribute that a name means in the brackets after an attribute.
 
     Return None if the name or the attribute is unknown. If strict, an unknown name is a ScimError
@@ -694,7 +698,7 @@ def resolve_sub_attribute(
 # -- The parser: a rule takes tokens and a position; it returns a filter and the next position --
 
 Tokens = list[tuple[str, str, int]]  # kind, text, column from 1
-Scope = partial[Attributes | None]  # of resolve, or in brackets of resolve_sub_attribute
+Scope = partial[AttributePath | None]  # of resolve, or in brackets of resolve_sub_attribute
 Parsed = tuple[Filter, int]  # with the position after it
 TOKEN = re.compile(
     r"""
@@ -784,7 +788,7 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
 def parse_value_path(
-    tokens: Tokens, position: int, attributes: Attributes | None, name: str, depth: int
+    tokens: Tokens, position: int, attributes: AttributePath | None, name: str, depth: int
 ) -> Parsed:
     """Return a value path, from its bracket on; a comparison after it is added to its filter."""
     inner, position = parse_brackets(tokens, position, attributes, name, depth)
@@ -799,7 +803,7 @@ def parse_value_path(
 def parse_brackets(
     tokens: Tokens,
     position: int,
-    attributes: Attributes | None,
+    attributes: AttributePath | None,
     name: str,
     depth: int,
     strict: bool = False,
@@ -821,7 +825,7 @@ def parse_brackets(
 
 # attrExp = attrPath SP "pr" / attrPath SP compareOp SP compValue
 def parse_expression(
-    tokens: Tokens, position: int, attributes: Attributes | None, name: str
+    tokens: Tokens, position: int, attributes: AttributePath | None, name: str
 ) -> Parsed:
     """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
@@ -845,7 +849,7 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
     raise bad_filter(column, "a value: text in double quotes, a number, true, false or null", text)
 
 
-def bind_comparison(attributes: Attributes | None, name: str, op: str, literal: Json) -> Filter:
+def bind_comparison(attributes: AttributePath | None, name: str, op: str, literal: Json) -> Filter:
     """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
     if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
         return Not(bind_comparison(attributes, name, "eq", literal))
@@ -891,7 +895,7 @@ def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) ->
 class PatchPath:
     """The path of a PATCH operation, such as emails[type eq "work"].value; () means no path."""
 
-    attributes: Attributes  # (emails,)
+    attributes: AttributePath  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
 
@@ -1065,7 +1069,7 @@ def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = Fal
 
 
 def defaults(resource_type: ResourceType) -> Resource:
-    """Return the attributes that a new resource gets if the client does not send them."""
+    # Return the attributes that a new resource gets if the client does not send them.
     return {
         sub.name: sub.default
         for sub in resource_type.root.sub_attributes
@@ -1074,7 +1078,7 @@ def defaults(resource_type: ResourceType) -> Resource:
 
 
 def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
-    """Return a resource in the order of the schema, with its "schemas" up to date."""
+    # Return a resource in the order of the schema, with its "schemas" up to date.
     resource = {**resource, "schemas": schemas_of(resource_type, resource)}
     return {
         sub.name: resource[sub.name]
@@ -1103,7 +1107,7 @@ class Selection:
     parents: frozenset[Attribute] = frozenset()  # complex attributes that contain one of these
 
     def includes(self, attribute: Attribute) -> bool:
-        """Return whether any part of a top-level attribute is selected."""
+        # Return whether any part of a top-level attribute is selected.
         return attribute not in self.unwanted and (
             self.wanted is None or attribute in self.wanted or attribute in self.parents
         )
@@ -1217,7 +1221,7 @@ class StoredResource:
         return from_json(self.body)  # type: ignore[no-any-return]
 
     def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
-        """Return the next revision, with other attributes and other values of some columns."""
+        # Return the next revision, with other attributes and other values of some columns.
         row = copy.copy(self)
         vars(row).update(columns, attributes=attributes, body=to_json(attributes))
         row.revision += 1
@@ -1344,8 +1348,8 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
         raise invalid_value(f"{op} without path: expected an object, got {quoted(value)}")
     # With aadOptscim062020 Entra sends paths as names: "name.familyName", "URN:department".
     # Names that a body may not set (id, meta, unknown names) are ignored, as in a body: Okta sends
-    # "id" when it renames a group. A misspelt custom field is an error, so that the administrator
-    # sees it.
+    # "id" when it renames a group. A misspelt custom field in a name is an error, so that the
+    # administrator sees it; inside an extension's object it is ignored, as in a body.
     for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
         if resolve(plain, resource_type) is not None or split_urn(plain, resource_type):
@@ -1582,7 +1586,8 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     # A value that does not match the filter would be added again at each retry.
     if (
         attribute.is_membership
-        or not set() < equal_terms(filter).keys() <= {"type", "primary", "display"}
+        or not (labels := equal_terms(filter).keys())
+        or labels - {"type", "primary", "display"}
         or not matches(filter, value)
     ):
         raise ScimError(400, "noTarget", f"{attribute.path}: no value matches the filter")
@@ -1684,8 +1689,8 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             # The most selective term comes first. If it matches few rows, the others are probes:
             # SQLite would materialise a second set completely, even one of a million rows.
             conditions = [
-                compile_filter(term, row, probe=number > 0 and selectivity(filter) < 2)
-                for number, term in enumerate(sorted(filters, key=selectivity))
+                compile_filter(term, row, probe=number > 0 and breadth(filter) < 2)
+                for number, term in enumerate(sorted(filters, key=breadth))
             ]
             return join_sql(" AND ", conditions, "1 = 1")
         case Or(filters):
@@ -1709,7 +1714,7 @@ def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -
             return row_in_index(target, row, condition, [key] * condition.count("?"))
 
 
-def selectivity(filter: Filter) -> int:
+def breadth(filter: Filter) -> int:
     """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
     match filter:
         case Compare((*_, attribute), "eq"):
@@ -1717,17 +1722,17 @@ def selectivity(filter: Filter) -> int:
         case Compare():
             return 1
         case ValuePath(_, inner):
-            return selectivity(inner)
+            return breadth(inner)
         case And(filters):
-            return min(map(selectivity, filters), default=2)
+            return min(map(breadth, filters), default=2)
         case Or(filters):
-            return max(map(selectivity, filters), default=0)
+            return max(map(breadth, filters), default=0)
         case _:
             return 2
 
 
 def all_in_index(filter: Filter) -> bool:
-    """Return whether all matches are in sets from the index: no Not stands outside of one."""
+    # Return whether all matches are in sets from the index: no Not stands outside of one.
     match filter:
         case And(filters):
             return any(map(all_in_index, filters))
@@ -1744,7 +1749,7 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
     )
 
 
-def row_in_index(target: Attributes, row: str, condition: str, parameters: list[Any]) -> Sql:
+def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
     entries, values = entries_of(target[-1])
     return (
         f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})",
@@ -1762,12 +1767,12 @@ def entries_of(attribute: Attribute) -> Sql:
 class Sorting(NamedTuple):
     """What to order a query by (RFC 7644 §3.4.2.3)."""
 
-    target: Attributes
+    target: AttributePath
     descending: bool = False
 
 
 class Position(NamedTuple):
-    """The place of a resource in a sorted query: those without a value (missing 1) come last."""
+    """The place of a resource in a sorted query; missing is 1 if it has no value to sort by."""
 
     missing: int
     key: str
@@ -1795,7 +1800,7 @@ class Page(NamedTuple):
 
 
 def after_position_sql(missing: int, columns: str, after: Position | None, descending: bool) -> Sql:
-    """Return the condition that a row of one half of a query comes after a position."""
+    # Return the condition that a row of one half of a query comes after a position.
     if after and missing == after.missing:
         values = [after.key, after.seq] if "key" in columns else [after.seq]
         return f"({columns}) {'<' if descending else '>'} ({', '.join('?' * len(values))})", values
@@ -1910,7 +1915,7 @@ class Change:
 #
 # One tenant's resources, memberships, employees and changes in one SQLite file.
 # The only chapter that names a database module; its errors become StoreError.
-# Uses chapters 1 to 6. Knows nothing of HTTP and of JSON bodies.
+# Uses chapters 1 to 6. Of HTTP it knows status numbers only.
 # ----------------------------------------------------------------------------
 
 MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
@@ -1976,10 +1981,7 @@ POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other proc
 
 
 class StoreError(Exception):
-    """A tenant's database cannot be used; the text says why and what to do.
-
-    reason is the database's own text, without the path. status is that of the HTTP answer.
-    """
+    """A tenant's database cannot be used; the text says why and what to do, reason is SQLite's."""
 
     def __init__(self, text: str, reason: str = "") -> None:
         super().__init__(text)
@@ -2004,10 +2006,9 @@ PUT_RESOURCE = """
         modified = excluded.modified, member_count = excluded.member_count"""
 PUT_EMPLOYEE = """
     INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
-        user_id = excluded.user_id, provisioned = excluded.provisioned,
-        external_id = excluded.external_id, user_name = excluded.user_name,
-        active = excluded.active, manager_id = excluded.manager_id,
-        changed = excluded.changed, record = excluded.record"""
+        user_id = excluded.user_id, provisioned = excluded.provisioned, active = excluded.active,
+        external_id = excluded.external_id, user_name = excluded.user_name, changed =
+        excluded.changed, manager_id = excluded.manager_id, record = excluded.record"""
 
 
 class Session:
@@ -2197,7 +2198,7 @@ class Session:
     # -- Changes --
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
-        """Append rows to the change feed; trim it to keep rows that are not older than a time."""
+        """Append rows to the change feed; drop those beyond the newest keep, or before a time."""
         self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
@@ -2375,8 +2376,8 @@ def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> Non
 class Store:
     """One tenant's database: a file, or ":memory:" for one that ends with the store.
 
-    Safe from several threads. A reader sees the last commit and waits for nothing; writers take
-    turns. Raises StoreError if the database cannot be used.
+    Safe from several threads. A reader of a file sees the last commit and waits for no writer, only
+    for one of READERS connections; writers take turns. StoreError if it cannot be used.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -2458,7 +2459,7 @@ class Store:
                 raise store_error(self.path, error) from error
 
     def wait(self, seconds: float) -> bool:
-        """Wait for a write, at most POLL_SECONDS; return False if the store was interrupted.
+        """Wait for a write, at most seconds and POLL_SECONDS; return False if interrupted.
 
         It may return without a write, since writes of other processes are not signalled.
         """
@@ -2485,11 +2486,13 @@ class Store:
         """Write a copy of one commit to a new file, while others read and write; StoreError."""
         try:
             Path(path).touch(0o600, exist_ok=False)
-            with closing(connect(self.path)) as source, closing(sqlite3.connect(path)) as target:
-                source.backup(target)
+            in_memory = self.path == ":memory:"
+            source = nullcontext(self._writer) if in_memory else closing(connect(self.path))
+            with source as present, closing(sqlite3.connect(path)) as target:
+                present.backup(target)
         except (OSError, sqlite3.Error) as error:
             raise StoreError(
-                f"{path}: cannot be written ({error}); name a new file for the backup"
+                f"{self.path}: cannot be copied to {path} ({error}); name a new file for the backup"
             ) from error
 
 
@@ -2511,6 +2514,9 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
             except sqlite3.DatabaseError as error:
                 if type(error) is not sqlite3.DatabaseError:
                     raise
+                with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(path)) as damaged:
+                    # Often its numbers can still be read.
+                    Session(restored).continue_numbering(Session(damaged).numbers())
                 # The damaged database stays in its place until there is a better one.
                 replace_content(f"{path}.restored", restored)
                 for file in filter(os.path.exists, (path, f"{path}-wal")):
@@ -2526,7 +2532,7 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
 def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
     """Copy a tenant's backup to another database, in the format of this version; StoreError."""
     # Without immutable=1, SQLite opens no database in a directory where it may not write.
-    mode = "mode=ro" if os.path.exists(f"{backup}-wal") else "immutable=1"
+    mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
     address = f"{Path(backup).resolve().as_uri()}?{mode}"
     try:
         with closing(sqlite3.connect(address, uri=True)) as source:
@@ -2561,7 +2567,8 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
 # Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
-# What Entra ID sends: the source in Entra ID, the SCIM path, the change in its default mapping.
+# Rows: the source in Entra ID, the SCIM path, and what an administrator must change in Entra's
+# default mapping ("" for nothing).
 # fmt: off
 ENTRA_MAPPING = (
     ("userPrincipalName", "userName", "make it required, matching precedence 1"),
@@ -2656,12 +2663,12 @@ def text_at(path: PatchPath, resource: Resource) -> str:
 
 
 def time_text(instant: datetime) -> str:
-    """Return an instant as the dateTime of meta.created, in UTC with milliseconds."""
+    """Return an instant as dateTime text, in UTC with milliseconds, as in meta.created."""
     return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def change_kind(before: Resource, after: Resource) -> str:
-    """Return the word of the change feed for a change of a resource or employee; {} is none."""
+    """Return "created", "updated" … for a change from before to after; {} means it is absent."""
     if not before or not after:
         return "deleted" if before else "created"
     activity: tuple[Json, Json] = before.get("active"), after.get("active")
@@ -2697,8 +2704,8 @@ def update_employee(
     log is called with the kind of the change, the employee's id and the names of the fields.
     """
     columns, before = employee_columns(user_id, user), session.employee_of(user_id)
-    # A new user is a returning person or a new employee. An old user whose employee has moved to
-    # another one has none until it is active again.
+    # A new user is a returning person or a new employee. If a user's employee was given to a newer
+    # user, the older user has no employee until it is activated again.
     if not before and (is_new or columns.get("active")):
         before = (
             session.former_employee(columns["external_id"], columns["user_name"]) or NEW_EMPLOYEE
@@ -3000,8 +3007,8 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
-            for item in session.groups([row.seq])[row.seq]:
-                group = self._find(session, "Group", item["value"])
+            groups = (item["value"] for item in session.groups([row.seq])[row.seq])
+            for group in [self._find(session, "Group", value) for value in groups if value != id]:
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
@@ -3030,8 +3037,8 @@ class Directory:
                 ids[user["userName"]] = user["id"]
             for body in document.get("Groups", ()):
                 members = [
-                    {**member, "value": ids.get(member["value"], member["value"])}
-                    for item in body.get("members", ())
+                    {**member, "value": ids.get(member.get("value", ""), member.get("value"))}
+                    for item in body.get("members") or ()
                     for member in [item if isinstance(item, dict) else {"value": item}]
                 ]
                 group = self.create("Group", {**body, "members": members})
@@ -3459,7 +3466,7 @@ FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
              "a list with at least one item")
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
 POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
-         "a whole number of 1 or more")
+         "a whole number from 1 to 100000000")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
@@ -4022,7 +4029,8 @@ def error_response(error: Exception) -> Response:
 
 # -- HTTP/1.1: generators that read a buffer (sans-IO) --
 #
-# A reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
+# The parser of http.server accepts what two readers could frame in two ways; this one does not. A
+# reader takes octets from the front of a buffer that somebody else fills, and returns a value. It
 # yields False while octets are missing, and True when it only lets other connections have a turn.
 
 MAX_REQUEST_LINE, MAX_CHUNK_LINE = 8 * 1024, 1024  # octets
@@ -4104,9 +4112,9 @@ def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
         raise ScimError(400, "", "host: expected one host name or address with an optional port")
     if length is not None and not LENGTH.fullmatch(length):
         raise ScimError(400, "", "content-length: expected a number")
-    if coding and (length is not None or minor_version == 0):
+    if coding is not None and (length is not None or minor_version == 0):
         raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
-    if coding and coding.lower() != "chunked":
+    if coding is not None and coding.lower() != "chunked":
         raise ScimError(400, "", "transfer-encoding: expected chunked alone")
 
 
@@ -5681,14 +5689,15 @@ class Application(Tenants):
 
         The first request shows which tenant that is.
         """
+        if len(requests) == 1:  # needs no savepoint
+            return [self.handle(requests[0])]
         started, responses = time.perf_counter(), list[Response]()
         calls = [Call(request, *self._find_route(request.path)) for request in requests]
         try:
             if not (caller := self.caller_of(requests[0])):
                 raise unauthorized()
-            directory = caller.directory
-            if len(requests) == 1 or isinstance(directory, StoreError):  # no savepoint is needed
-                return [self.handle(request._replace(caller=caller)) for request in requests]
+            if isinstance(directory := caller.directory, StoreError):
+                return list(map(self.handle, requests))
             with directory.store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
@@ -5732,9 +5741,12 @@ class Application(Tenants):
             return QUICK if quick and directory.store.path != ":memory:" else READ
         return lane
 
+    def is_bulk(self, path: str) -> bool:
+        return self._find_route(path)[0].label == "/Bulk"
+
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
-        return MAX_BULK_BODY if path == f"{BASE_PATH}/Bulk" else MAX_BODY
+        return MAX_BULK_BODY if self.is_bulk(path) else MAX_BODY
 
     def _find_route(self, path: str) -> tuple[Route, str]:
         # Return the route of a path, literal ones first, and the id in the path.
@@ -5898,11 +5910,9 @@ class WsgiApplication:
 # ----------------------------------------------------------------------------
 # 16. HTTP server                                         RFC 9110, RFC 9112
 #
-# Octets become a Request and a Response becomes octets: strict framing, limits,
-# keep-alive. One thread watches all connections and answers what is quick, reads
-# have a lane, writes have another. The parser is sans-IO: it reads a buffer and
-# knows no socket. The head has our own parser, because the one of http.server
-# accepts what two readers could frame in two ways.
+# Sockets around the parser of chapter 11: limits, deadlines, keep-alive. One thread
+# watches all connections and answers what is quick. The other reads have a lane,
+# writes have another, and what may wait for long has a thread of its own.
 # Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
@@ -6030,17 +6040,17 @@ class Connection:
         socket.setblocking(False)
         self.socket, self.client = socket, client
         self.events = 0  # what the selector watches the socket for
-        self.since = time.monotonic()  # of the connection, or of the last request with a good token
+        self.since = time.monotonic()  # when it came, or last had an answer with a good token
         self.buffer = bytearray()  # arrived and not parsed yet
         self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
         self.request: Request | None = None  # whose head has arrived
-        self.minor_version, self.started = 1, 0.0
-        self.unsent, self.then = memoryview(b""), KEEP
+        self.minor_version, self.started = 1, 0.0  # of HTTP/1; when the request began to arrive
+        self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
         self.authenticated = False  # whether the last request had a good token
         self.rest()
 
     def allow(self, seconds: float, pace: float = 0) -> None:
-        """Set the deadline; each octet that arrives moves it by pace seconds."""
+        # Set the deadline; each octet that arrives moves it by pace seconds.
         self.deadline, self.pace = time.monotonic() + seconds, pace
 
     def receive(self) -> bool:
@@ -6057,7 +6067,8 @@ class Connection:
 
     def send(self, octets: bytes) -> None:
         """Send what the system takes without waiting and keep the rest in unsent."""
-        self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
+        if octets:
+            self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
             while self.unsent:
                 self.unsent = self.unsent[self.socket.send(self.unsent) :]
@@ -6072,8 +6083,8 @@ class Connection:
         return False
 
     def rest(self) -> None:
+        self.allow(IDLE_SECONDS)  # first: from IDLE on, the watching thread may set another one
         self.state = IDLE
-        self.allow(IDLE_SECONDS)
 
 
 def listen(config: Config) -> socket.socket:
@@ -6098,7 +6109,8 @@ class Watcher(http.server.HTTPServer, ABC):
     """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
 
     It alone uses the selector and the set of connections. A subclass reads, executes and refuses
-    requests. A request in execution gives its connection back, from any thread.
+    requests: execute() hands a connection to the thread that answers it, give_back() returns it.
+    End it with stop(); the shutdown() of its base class would wait forever.
     """
 
     def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
@@ -6123,6 +6135,7 @@ class Watcher(http.server.HTTPServer, ABC):
             self._round(poll_interval)
         if not self._paused:
             self._selector.unregister(self.socket)
+        self._paused = False  # the rounds below must not accept again
         self.server_close()
         end = time.monotonic() + STOP_SECONDS
         while self.connections and time.monotonic() < end:
@@ -6159,10 +6172,10 @@ class Watcher(http.server.HTTPServer, ABC):
             self._returned.append(connection)
         self._wake()
 
-    def guarded(self, connection: Connection, action: Callable[..., None], *arguments: Any) -> None:
-        """Call a function; a bug in it ends no more than this connection."""
+    def guarded(self, action: Callable[..., None], connection: Connection, *more: Any) -> None:
+        """Call action(connection, *more); if it raises, only this connection is lost."""
         try:
-            action(*arguments)
+            action(connection, *more)
         except Exception as error:  # noqa: BLE001
             error_response(error)  # prints it
             connection.then, connection.unsent = CLOSE, memoryview(b"")
@@ -6182,10 +6195,10 @@ class Watcher(http.server.HTTPServer, ABC):
             elif key.fileobj is self._wakeup:
                 self._wakeup.recv(RECEIVE_OCTETS)
             else:
-                self.guarded(key.data, self._on_event, key.data)
+                self.guarded(self._on_event, key.data)
         for _ in range(len(self._returned)):
             if (connection := self._returned.popleft()) in self.connections:
-                self.guarded(connection, self._go_on, connection)
+                self.guarded(self._go_on, connection)
         if newcomer:  # may evict a connection, so those that have sent a request come first
             self._accept()
         elif paused:
@@ -6193,8 +6206,12 @@ class Watcher(http.server.HTTPServer, ABC):
             self._paused = False
         if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
             self._swept = now
-            for connection in [peer for peer in self.connections if peer.deadline < now]:
-                self.guarded(connection, self._on_deadline, connection)
+            for connection in [
+                peer
+                for peer in self.connections
+                if peer.state != ANSWERING and peer.deadline < now  # in this order, see rest()
+            ]:
+                self.guarded(self._on_deadline, connection)
 
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
@@ -6211,9 +6228,9 @@ class Watcher(http.server.HTTPServer, ABC):
             connection = Connection(client_socket, address[0])
             if self.tls:
                 connection.allow(HEAD_SECONDS)
-        except BlockingIOError:  # another process has accepted it
+        except (BlockingIOError, ConnectionError, ssl.SSLError):  # another process has it, or gone
             return
-        except OSError:  # no room, no file descriptor is left, or the client has gone already
+        except OSError:  # there is no room, or no file descriptor
             self._selector.unregister(self.socket)
             self._paused = True
             return
@@ -6221,7 +6238,7 @@ class Watcher(http.server.HTTPServer, ABC):
         self._watch(connection, selectors.EVENT_READ)
 
     def _evict(self) -> None:
-        # Close the connection that was without a request with a good token longest; OSError.
+        # Close the connection whose last good token is oldest; OSError if all are busy.
         for connection in sorted(self.connections, key=lambda peer: peer.since):
             sending = connection.state == SENDING and connection.authenticated
             if not (sending or connection.state == ANSWERING or connection.has_unread()):
@@ -6252,7 +6269,8 @@ class Watcher(http.server.HTTPServer, ABC):
                     self._watch(connection, 0)
         elif connection.state == SENDING:
             connection.send(b"")
-            self._go_on(connection)
+            if not connection.unsent:
+                self._go_on(connection)
         elif not connection.receive():
             self._close(connection)
         elif connection.state == LINGERING:
@@ -6290,7 +6308,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
             )
             self.refuse(connection, ScimError(408, "", detail))
-        elif connection.state != ANSWERING:
+        else:
             self._close(connection)
 
     def _parse(self, connection: Connection) -> None:
@@ -6301,17 +6319,13 @@ class Watcher(http.server.HTTPServer, ABC):
         connection.reader = connection.reader or self.read_request(connection)
         try:
             if next(connection.reader):
+                self._watch(connection, 0)  # an event would queue it a second time
                 self._returned.append(connection)
-            return
         except StopIteration as end:
-            request: Request | ScimError = end.value
+            connection.reader, connection.state = None, ANSWERING
+            self.execute(connection, end.value)
         except ScimError as error:
-            request = error
-        connection.reader, connection.state = None, ANSWERING
-        if isinstance(request, ScimError):
-            self.refuse(connection, request)
-        else:
-            self.execute(connection, request)
+            self.refuse(connection, error)
 
 
 class ScimServer(Watcher):
@@ -6363,18 +6377,18 @@ class ScimServer(Watcher):
         head = yield from read_head(connection.buffer)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
+        length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
+        if not (length or coding):
+            return request
         limit = self.application.body_limit(request.path)
-        length = head.headers.get("content-length")
         if length and int(length) > limit:
             raise too_large(limit)
         if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         connection.allow(HEAD_SECONDS, 1 / MIN_OCTETS_PER_SECOND)
-        if "transfer-encoding" in head.headers:
-            return request._replace(body=(yield from read_chunks(connection.buffer, limit)))
-        if length:
-            return request._replace(body=(yield from read_exactly(connection.buffer, int(length))))
-        return request
+        body = read_exactly(connection.buffer, int(length)) if length else None
+        body = body or read_chunks(connection.buffer, limit)
+        return request._replace(body=(yield from body))
 
     def build_request(self, head: Head, client: str) -> Request:
         """Return a request without its body: where it is from, and how it named this server."""
@@ -6402,17 +6416,12 @@ class ScimServer(Watcher):
         if lane == QUICK:
             self._answer(connection, request)
         elif lane == READ:
-            self._readers.submit(
-                self.guarded, connection, self._answer_in_turn, connection, request
-            )
+            self._readers.submit(self.guarded, self._answer_in_turn, connection, request)
         elif lane == WRITE:
             self._queue_write(connection, request)
         else:
-            threading.Thread(
-                target=self.guarded,
-                args=(connection, self._answer, connection, request),
-                daemon=True,
-            ).start()
+            arguments = (self._answer, connection, request)
+            threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
@@ -6449,20 +6458,20 @@ class ScimServer(Watcher):
             self._writers.submit(self._answer_writes, tenant)
 
     def _answer_writes(self, tenant: str) -> None:
-        # Answer the writes that wait for a tenant until there are none.
-        while writes := self._next_writes(tenant):
+        # Answer a batch of a tenant's writes. Its next batch queues after those of other tenants.
+        if writes := self._next_writes(tenant):
             responses = self.application.handle_all([request for _, request in writes])
             for (connection, request), response in zip(writes, responses, strict=True):
-                self.guarded(connection, self._send, connection, request, response)
+                self.guarded(self._send, connection, request, response)
+            self._writers.submit(self._answer_writes, tenant)
 
     def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
         # Take writes of a tenant that may share a transaction; without any, forget the tenant.
         with self._lock:
             waiting = self._writes[tenant]
-            # A Bulk request has a transaction of its own, so that others do not wait for its end.
-            bulks = [
-                n or 1 for n, (_, request) in enumerate(waiting) if request.path.endswith("/Bulk")
-            ]
+            # A Bulk request is taken alone, so that others do not wait for it.
+            is_bulk = self.application.is_bulk
+            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if is_bulk(request.path)]
             size = min([MAX_WRITES_PER_COMMIT, *bulks])
             self._writes[tenant] = waiting[size:]
             if not waiting:
@@ -6948,7 +6957,7 @@ def follow_file(
     while application := reference():
         if (latest := file_signature(file)) != signature:
             signature[:] = latest
-            log_line(f"{file}: {reload_config(application, load)}")
+            log_line(f"{file or 'the built-in demo'}: {reload_config(application, load)}")
         del application
         time.sleep(1)
 
@@ -7041,7 +7050,6 @@ def serve(options: argparse.Namespace) -> None:
         ).start()
         print(greeting(server.url, config), flush=True)
         server.serve_forever()
-        server.stopped.wait()
 
 
 def raise_file_limit() -> None:

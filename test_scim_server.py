@@ -2191,7 +2191,7 @@ def sortable() -> list[tuple[scim_server.Attribute, ...]]:
     ]
 
 
-def naive_sort_key(target: scim_server.Attributes, resource: Any) -> tuple[bool, str]:
+def naive_sort_key(target: scim_server.AttributePath, resource: Any) -> tuple[bool, str]:
     """Return (missing, key): of the primary value, else of the first (RFC 7644 §3.4.2.3)."""
     outer, *inner = target
     values = scim_server.values_at((outer,), resource) if outer.name in resource else []
