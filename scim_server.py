@@ -2813,7 +2813,7 @@ class Precondition(NamedTuple):
 
     def _names(self, header: str, version: str) -> bool:
         # Versions are weak and are compared as such, although RFC 7644 uses them with If-Match.
-        tags = [tag.strip().removeprefix("W/") for tag in header.split(",")]
+        tags = header and [tag.strip().removeprefix("W/") for tag in header.split(",")]
         return "*" in tags or version.removeprefix("W/") in tags
 
 
@@ -3872,11 +3872,8 @@ class Call:
 
     @property
     def resource_types(self) -> tuple[ResourceType, ...]:
-        return tuple(
-            resource_type
-            for name, resource_type in self.directory.resource_types.items()
-            if self.route.type in ("", name)
-        )
+        types, name = self.directory.resource_types, self.route.type
+        return (types[name],) if name else tuple(types.values())
 
     @property
     def base_url(self) -> str:
@@ -5199,7 +5196,7 @@ class BackgroundWriter:
             self.lost += 1
 
     def close(self, seconds: float = 5) -> None:
-        """Write the queued items, in at most that time, and end the thread."""
+        # Write the queued items, in at most that time, and end the thread.
         self._closing.set()
         self._items.put(None)  # the end
         self._thread.join(seconds)
@@ -5711,8 +5708,8 @@ class Application(Tenants):
 
     def caller_of(self, request: Request) -> Caller | None:
         """Return who sent a request; the hook is asked about a token that no tenant has."""
-        caller, secret = self.known_caller(request), credentials_of(request)[1]
-        if caller or not secret or not self._authenticate:
+        caller = self.known_caller(request)
+        if caller or not self._authenticate or not (secret := credentials_of(request)[1]):
             return caller
         try:
             name = self._authenticate(secret)
@@ -6507,9 +6504,9 @@ class ScimServer(Watcher):
         connection.then, connection.authenticated = then, bool(response.tenant)
         if response.tenant:
             connection.since = time.monotonic()
-        # The counts come first, since a client may look for them as soon as it has the answer.
-        self._note(request, response, time.perf_counter() - connection.started, len(body))
         connection.send(octets + body[: len(body) // 2 if cut else None])
+        # The client reads meanwhile. Its next request on this connection finds the counts.
+        self._note(request, response, time.perf_counter() - connection.started, len(body))
         self.give_back(connection)
 
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:

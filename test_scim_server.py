@@ -2999,6 +2999,42 @@ def test_restore_over_a_damaged_file_restarts_readers_of_changes(tmp_path: Path)
     directory.store.close()
 
 
+def test_restore_over_a_damaged_file_reuses_no_number_it_can_read(tmp_path: Path) -> None:
+    path, backup = str(tmp_path / "a.sqlite3"), str(tmp_path / "backup")
+    directory = scim_server.Directory(scim_server.Store(path))
+    directory.store.backup(backup)
+    for number in range(200):
+        directory.create("User", {"userName": f"u{number}", "title": "x" * 500})
+    last = directory.changes(0, count=1_000)[-1].seq
+    directory.store.close()
+    octets = bytearray(Path(path).read_bytes())
+    octets[-40_000:] = b"\xff" * 40_000
+    Path(path).write_bytes(octets)
+    assert scim_server.restore_file(path, backup, "a", "now") == f"{path}.damaged-now"
+    directory = scim_server.Directory(scim_server.Store(path))
+    directory.create("User", {"userName": "zoe"})
+    with pytest.raises(scim_server.ScimError, match="410|after"):
+        directory.changes(last)
+    directory.store.close()
+
+
+def test_backup_of_a_store_in_memory_has_its_content(tmp_path: Path) -> None:
+    directory = scim_server.Directory(scim_server.Store(":memory:"))
+    directory.create("User", {"userName": "ada"})
+    directory.store.backup(str(tmp_path / "backup"))
+    copied = scim_server.Directory(scim_server.Store(tmp_path / "backup"))
+    assert copied.query("User").total_results == 1
+    copied.store.close()
+
+
+def test_a_misspelt_backup_is_not_created(tmp_path: Path) -> None:
+    path = str(tmp_path / "a.sqlite3")
+    scim_server.Store(path).close()
+    with pytest.raises(scim_server.StoreError, match="cannot be restored"):
+        scim_server.restore_file(path, str(tmp_path / "typo"), "a", "now")
+    assert not (tmp_path / "typo").exists()
+
+
 def test_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
     acknowledged: dict[str, str] = {}  # ids and titles
 
@@ -4231,6 +4267,9 @@ CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 SMUGGLED = [  # name, fields and body of a POST whose end two readers could see in two places
     ("a length and chunks",
      b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n"),
+    ("an empty coding and a length",
+     b"Transfer-Encoding:\r\nContent-Length: 5\r\n\r\n0\r\n\r\n"),
+    ("an empty coding", b"Transfer-Encoding:\r\n\r\n0\r\n\r\n"),
     ("two different lengths", b"Content-Length: 5\r\nContent-Length: 6\r\n\r\nhello"),
     ("the same length twice", b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello"),
     ("a length with a plus sign", b"Content-Length: +5\r\n\r\nhello"),
@@ -6871,6 +6910,34 @@ def test_a_body_may_arrive_in_many_small_chunks(server: scim_server.ScimServer) 
     request = b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD
     answer = exchange(server, request + b"Connection: close\r\n\r\n" + chunks + b"0\r\n\r\n")
     assert answer[9:12] == b"201"
+
+
+def test_a_body_that_takes_many_turns_is_answered_in_order(
+    server: scim_server.ScimServer,
+) -> None:
+    body = b'{"userName": "ada", "title": "%s"}' % (b"a" * 20_000)
+    chunks = b"".join(b"1\r\n%c\r\n" % octet for octet in body) + b"0\r\n\r\n"
+    request = b"POST /scim/v2/Users HTTP/1.1\r\nTransfer-Encoding: chunked\r\n" + HEAD + b"\r\n"
+    quick = get("/ServiceProviderConfig", b"Connection: close\r\n")
+    answer = exchange(server, request + chunks + quick)
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"201", b"200"]
+
+
+def test_a_full_server_that_accepts_nobody_can_be_stopped(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, {**CONFIG, "max_connections": 1}) as server,
+        ThreadPoolExecutor(1) as pool,
+        server.directory("acme").store.writing(),
+    ):
+        pool.submit(exchange, server, posted("ada"))
+        wait_until(lambda: is_answering(server))
+        with socket.create_connection(server.server_address[:2], timeout=10):  # it has to wait
+            wait_until(lambda: server._paused)  # nothing public tells it
+            stopping = threading.Thread(target=server.stop)
+            stopping.start()
+            wait_until(server.stopping.is_set)
+    stopping.join(60)
+    assert not stopping.is_alive()
 
 
 def test_a_slow_read_delays_no_other_read(
