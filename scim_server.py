@@ -6784,9 +6784,10 @@ async function resourceList(endpoint, ifEmpty, baseFilter) {
   async function load(startIndex) {
     const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads;
     const terms = [baseFilter, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
+    const filter = terms.filter(Boolean).join(' and ');
     start = Math.max(1, startIndex);
     const {Resources: resources, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy,
-      sortOrder, excludedAttributes: 'members', filter: terms.filter(Boolean).join(' and ')});
+      sortOrder, excludedAttributes: 'members', ...filter && {filter}});
     if (number < loads) return;  // a newer search started
     columns.forEach(([, path], index) => { heads[index].ariaSort = path === sortBy ? sortOrder : 'none'; });
     body.replaceChildren(...resources.map(resource => row(titles, columns.map(([, , content]) => content(resource)))));
