@@ -1580,7 +1580,7 @@ def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Res
     """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
-    # labels only: to change somebody who is no member, or has no such role, must not grant it.
+    # labels only: a change of a user who is not a member, or lacks a role, must not grant it.
     value = equal_terms(filter)
     change_value(attribute, value, operation)
     # A value that does not match the filter would be added again at each retry.
@@ -5444,7 +5444,7 @@ class Metrics:
 # ----------------------------------------------------------------------------
 # 15. Application                                           RFC 7644 §2, §3.12
 #
-# Tenants: who is served, with which tokens, from which store. Then the one table of
+# Tenants: which are served, with which tokens, from which store. Then the one table of
 # routes, and handle(Request) -> Response: token to tenant, path to operation, every
 # failure to a SCIM error.
 # Uses chapters 1 to 14. Knows nothing of sockets.
