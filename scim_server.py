@@ -2311,7 +2311,7 @@ SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE ste
 def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
     """Return a connection to a database whose commits are on the disk when they return."""
     connection = sqlite3.connect(
-        path, BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
     )
     for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
         connection.execute(f"PRAGMA {pragma}")
