@@ -990,8 +990,8 @@ def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
 def accept_value(attribute: Attribute, value: Json) -> Json:
     """Return the canonical value of an attribute; ScimError 400 invalidValue.
 
-    Return None for null, [] and {}, which mean that there is no value (RFC 7643 §2.5), and for ""
-    if the attribute is not a String.
+    Return None for what means "no value" (RFC 7643 §2.5): null, [] (not for a custom field), {} of
+    a complex attribute, and "" of an attribute that is not a String or is clearable.
     """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
@@ -2861,7 +2861,7 @@ class Directory:
 
     @classmethod
     def as_stored(cls, store: Store) -> Directory:
-        """Return a directory to read from, with the custom fields that its server has stored."""
+        """Return a directory with the custom fields that its server has stored. It may write."""
         with store.reading() as session:
             custom_fields = json.loads(session.setting("custom_fields") or "[]")
         return cls(store, tuple(CustomField(*pair) for pair in custom_fields))
@@ -2984,7 +2984,8 @@ class Directory:
     ) -> Resource | None:
         """Apply a PATCH body, or its operations, to a resource (RFC 7644 §3.5.2).
 
-        Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS.
+        Returns the resource; None for a group of more than MAX_ANSWERED_MEMBERS, unless attributes
+        are selected.
         """
         resource_type = self._type(type)
         operations = (
@@ -6383,8 +6384,11 @@ class ScimServer(Watcher):
         if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         connection.allow(HEAD_SECONDS, 1 / MIN_OCTETS_PER_SECOND)
-        body = read_exactly(connection.buffer, int(length)) if length else None
-        body = body or read_chunks(connection.buffer, limit)
+        body = (
+            read_exactly(connection.buffer, int(length))
+            if length
+            else read_chunks(connection.buffer, limit)
+        )
         return request._replace(body=(yield from body))
 
     def build_request(self, head: Head, client: str) -> Request:
@@ -6456,14 +6460,18 @@ class ScimServer(Watcher):
 
     def _answer_writes(self, tenant: str) -> None:
         # Answer a batch of a tenant's writes. Its next batch queues after those of other tenants.
-        if writes := self._next_writes(tenant):
-            responses = self.application.handle_all([request for _, request in writes])
-            for (connection, request), response in zip(writes, responses, strict=True):
-                self.guarded(self._send, connection, request, response)
-            self._writers.submit(self._answer_writes, tenant)
+        writes = self._next_writes(tenant)
+        responses = self.application.handle_all([request for _, request in writes])
+        for (connection, request), response in zip(writes, responses, strict=True):
+            self.guarded(self._send, connection, request, response)
+        with self._lock:
+            if self._writes[tenant]:
+                self._writers.submit(self._answer_writes, tenant)
+            else:
+                del self._writes[tenant]
 
     def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
-        # Take writes of a tenant that may share a transaction; without any, forget the tenant.
+        # Take the first writes of a tenant that may share a transaction.
         with self._lock:
             waiting = self._writes[tenant]
             # A Bulk request is taken alone, so that others do not wait for it.
@@ -6471,8 +6479,6 @@ class ScimServer(Watcher):
             bulks = [n or 1 for n, (_, request) in enumerate(waiting) if is_bulk(request.path)]
             size = min([MAX_WRITES_PER_COMMIT, *bulks])
             self._writes[tenant] = waiting[size:]
-            if not waiting:
-                del self._writes[tenant]
         return waiting[:size]
 
     # -- Answers --
@@ -6485,7 +6491,7 @@ class ScimServer(Watcher):
         then: str = KEEP,
         cut: bool = False,
     ) -> None:
-        # Note and send an answer, half of its body if it is to be cut; give the connection back.
+        # Send an answer, half of its body if it is to be cut; note it; give the connection back.
         if self.exchanges is not None:
             parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
             self.exchanges.append(
