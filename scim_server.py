@@ -22,18 +22,20 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
               4 Resources         accept() lets a body in, project() lets a resource out
               5 PATCH             operations on a resource: all of them, or none
               6 Queries           the filter tree as SQL
-              7 Store             one SQLite file per tenant: sessions, transactions, backup
-              8 Employees         the Facilio employee made from a user
-              9 Directory         the operations on one tenant, a transaction each
-             10 Configuration     tenants, tokens, custom fields
-             11 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
-             12 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             13 Provisioning log  what each call did, and what to do if it failed
-             14 Other endpoints   employees, changes, the console's API, metrics
-             15 Application       tenants, routes, handle(Request) -> Response
-             16 HTTP server       sockets, the watching thread, lanes for reads and writes
-             17 Console           the page that shows why provisioning works or fails
-             18 Interface         running(), wsgi(), main() and the commands
+              7 Databases         connections to SQLite; their errors become StoreError
+              8 Store             one tenant's tables: sessions, transactions, backup
+              9 Employees         the Facilio employee made from a user
+             10 Directory         the operations on one tenant, a transaction each
+             11 Configuration     tenants, tokens, custom fields
+             12 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
+             13 SCIM endpoints    resources, queries, cursors, discovery, Bulk
+             14 Provisioning log  what each call did, and what to do if it failed
+             15 Other endpoints   employees, changes, the console's API, metrics
+             16 Application       tenants, routes, handle(Request) -> Response
+             17 Connections       sockets, TLS, deadlines, the watching thread
+             18 HTTP server       lanes for reads and writes, answers, faults for tests
+             19 Console           the page that shows why provisioning works or fails
+             20 Interface         running(), wsgi(), main() and the commands
 
 One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
               Application.handle (token, route) -> Directory (accept, PATCH or query, in one
@@ -1911,11 +1913,55 @@ class Change:
 
 
 # ----------------------------------------------------------------------------
-# 7. Store
+# 7. Databases
+#
+# Connections to a tenant's SQLite file. The only chapter that names a database module;
+# its errors become StoreError.
+# Uses chapter 1. Of HTTP it knows status numbers only.
+# ----------------------------------------------------------------------------
+
+BUSY_SECONDS = 5  # how long a write waits for another process
+WRITER_PRAGMAS = (
+    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
+    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
+    "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
+)
+
+
+class StoreError(Exception):
+    """A tenant's database cannot be used; the text says why and what to do, reason is SQLite's."""
+
+    def __init__(self, text: str, reason: str = "") -> None:
+        super().__init__(text)
+        self.reason = reason or text
+        self.status = 507 if "full" in reason else 503
+
+
+def store_error(path: str, error: sqlite3.Error) -> StoreError:
+    text = f"{path}: cannot be used ({error})"
+    if type(error) is sqlite3.DatabaseError:  # the subclasses mean something else
+        text = (
+            f"{path}: damaged ({error}); put a backup in its place: "
+            "python scim_server.py restore --tenant NAME FILE"
+        )
+    return StoreError(text, str(error))
+
+
+def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
+    """Return a connection to a database whose commits are on the disk when they return."""
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
+    )
+    for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
+        connection.execute(f"PRAGMA {pragma}")
+    return connection
+
+
+# ----------------------------------------------------------------------------
+# 8. Store
 #
 # One tenant's resources, memberships, employees and changes in one SQLite file.
-# The only chapter that names a database module; its errors become StoreError.
-# Uses chapters 1 to 6. Of HTTP it knows status numbers only.
+# Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
 MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
@@ -1975,30 +2021,8 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
         WHERE length(user_name) < length(CAST(user_name AS BLOB)));
     """,
 )
-BUSY_SECONDS = 5  # how long a write waits for another process
 READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
-
-
-class StoreError(Exception):
-    """A tenant's database cannot be used; the text says why and what to do, reason is SQLite's."""
-
-    def __init__(self, text: str, reason: str = "") -> None:
-        super().__init__(text)
-        self.reason = reason or text
-        self.status = 507 if "full" in reason else 503
-
-
-def store_error(path: str, error: sqlite3.Error) -> StoreError:
-    text = f"{path}: cannot be used ({error})"
-    if type(error) is sqlite3.DatabaseError:  # the subclasses mean something else
-        text = (
-            f"{path}: damaged ({error}); put a backup in its place: "
-            "python scim_server.py restore --tenant NAME FILE"
-        )
-    return StoreError(text, str(error))
-
-
 COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
 PUT_RESOURCE = """
     INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq) DO UPDATE SET
@@ -2298,24 +2322,9 @@ class Session:
         self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
 
 
-WRITER_PRAGMAS = (
-    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
-    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
-    "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
-)
 # How a block begins and ends, and how it is undone.
 TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
 SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
-
-
-def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
-    """Return a connection to a database whose commits are on the disk when they return."""
-    connection = sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
-    for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-    return connection
 
 
 @contextmanager
@@ -2560,11 +2569,11 @@ def replace_content(path: str, restored: sqlite3.Connection) -> None:
 
 
 # ----------------------------------------------------------------------------
-# 8. Employees
+# 9. Employees
 #
 # What the sync is for: the employee of Facilio that a SCIM user is. The sources of
 # its fields, its upkeep at every write of a user, and its table form.
-# Uses chapters 1 to 7. Knows nothing of HTTP or SQL.
+# Uses chapters 1 to 8. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 # Rows: the source in Entra ID, the SCIM path, and what an administrator must change in Entra's
@@ -2781,11 +2790,11 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 
 
 # ----------------------------------------------------------------------------
-# 9. Directory                                                   RFC 7644 §3
+# 10. Directory                                                   RFC 7644 §3
 #
 # One tenant's SCIM operations, a transaction each. Takes and returns canonical
 # resources; the clock and the maker of ids are arguments.
-# Uses chapters 1 to 8. Knows nothing of HTTP.
+# Uses chapters 1 to 9. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
 KEEP_CHANGES = 1_000_000
@@ -3416,12 +3425,12 @@ class Directory:
 
 
 # ----------------------------------------------------------------------------
-# 10. Configuration
+# 11. Configuration
 #
 # A JSON file of tenants, tokens and custom fields becomes frozen dataclasses. Each of
 # their fields carries the rule for its JSON value, and one reader applies the rules. It
 # reports every mistake in a file by its JSON path.
-# Uses chapters 1, 2, 7 and 9. Knows nothing of HTTP or SQL.
+# Uses chapters 1, 2, 8 and 10. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
 
@@ -3801,12 +3810,12 @@ def file_signature(*files: str) -> FileSignature:
 
 
 # ----------------------------------------------------------------------------
-# 11. Messages                                RFC 7644 §3.1, §3.12, RFC 9110, 9112
+# 12. Messages                                RFC 7644 §3.1, §3.12, RFC 9110, 9112
 #
 # What comes in and goes out. First as plain Python: requests, responses and calls,
 # their bodies, lists and errors. Then as octets of HTTP/1.1, read from a buffer and
 # written.
-# Uses chapters 1 to 10. Knows nothing of sockets.
+# Uses chapters 1 to 11. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 RETRY_SECONDS = 5  # a tenant whose database failed is opened again after this time
@@ -3931,7 +3940,7 @@ Operate = Callable[[Call], Response]
 @dataclass(frozen=True, eq=False)
 class Route:
     label: str  # the path for the logs, "" for a path that does not exist
-    access: str  # one of the constants of chapter 15
+    access: str  # one of the constants of chapter 16
     type: str = ""  # the resource type at this path, "" for all of them
     # By method: the lane and the operation.
     operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
@@ -4189,11 +4198,11 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
 
 
 # ----------------------------------------------------------------------------
-# 12. SCIM endpoints                                           RFC 7644 §3, §4
+# 13. SCIM endpoints                                           RFC 7644 §3, §4
 #
 # Each operation takes a Call and returns a Response: discovery, resources, queries,
 # cursors, .search and Bulk.
-# Uses chapters 1 to 11. Knows nothing of sockets.
+# Uses chapters 1 to 12. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 # -- Discovery -------------------------------------------------------------------
@@ -4777,11 +4786,11 @@ def run_bulk(
 
 
 # ----------------------------------------------------------------------------
-# 13. Provisioning log
+# 14. Provisioning log
 #
 # What each call did, warnings about it, and what to do when it failed. A thread in
 # the background writes it.
-# Uses chapters 1 to 12. Knows nothing of sockets.
+# Uses chapters 1 to 13. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
@@ -5257,10 +5266,10 @@ class ProvisioningLog(BackgroundWriter):
 
 
 # ----------------------------------------------------------------------------
-# 14. Other endpoints
+# 15. Other endpoints
 #
 # Employees, changes, the console's API and metrics.
-# Uses chapters 1 to 13. Knows nothing of sockets.
+# Uses chapters 1 to 14. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 # -- Employees and changes -----------------------------------------------------------
@@ -5443,12 +5452,12 @@ class Metrics:
 
 
 # ----------------------------------------------------------------------------
-# 15. Application                                           RFC 7644 §2, §3.12
+# 16. Application                                           RFC 7644 §2, §3.12
 #
 # Tenants: which are served, with which tokens, from which store. Then the one table of
 # routes, and handle(Request) -> Response: token to tenant, path to operation, every
 # failure to a SCIM error.
-# Uses chapters 1 to 14. Knows nothing of sockets.
+# Uses chapters 1 to 15. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 
@@ -5906,12 +5915,11 @@ class WsgiApplication:
 
 
 # ----------------------------------------------------------------------------
-# 16. HTTP server                                         RFC 9110, RFC 9112
+# 17. Connections                                         RFC 9110, RFC 9112
 #
-# Sockets around the parser of chapter 11: limits, deadlines, keep-alive. One thread
-# watches all connections and answers what is quick. The other reads have a lane,
-# writes have another, and what may wait for long has a thread of its own.
-# Uses chapters 1 and 9 to 15. Knows nothing of SCIM but the form of its errors.
+# Sockets: TLS, limits, deadlines, keep-alive. One thread watches all connections: it
+# accepts, receives, and sends what the system did not take at once.
+# Uses chapters 1, 9 and 11 to 16. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
@@ -5921,23 +5929,15 @@ LINGER_SECONDS = 1
 STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
 SWEEP_SECONDS = 1  # how often deadlines are checked
 PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
-MAX_LANE_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
-MAX_WRITES_PER_COMMIT = 64
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
-MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
 SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
 
 def log_line(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
-
-
-# -- TLS and the access log --
 
 
 class Tls:
@@ -5971,60 +5971,7 @@ class Tls:
         return context
 
 
-def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return a writer of requests as lines of a style: text, json or off."""
-
-    def text(line: dict[str, Any]) -> str:
-        line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        values = [str(value) or "-" for value in line.values()]
-        return json.dumps(line) if style == "json" else " ".join(values)
-
-    def write(lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):  # the stream is broken or closed
-            stream.write("".join(f"{text(line)}\n" for line in lines))
-            stream.flush()
-
-    # Lines wait for others for 50 ms; at most 10 000 of them wait for a slow stream.
-    return BackgroundWriter(write, pause=0.05, limit=0 if style == "off" else 10_000)
-
-
-# -- Aids for tests --
-
-
-class Exchange(NamedTuple):
-    """A request and its answer, for a test to inspect."""
-
-    request: Request
-    response: Response
-
-
-@dataclass
-class Fault:
-    """A fault to inject into the next matching requests, to test a client."""
-
-    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
-    times: int = 1
-    method: str = ""  # any if empty
-    path: str = ""  # text that the path contains
-    delay: float = 0  # seconds
-    cut: bool = False  # close the connection in the middle of the answer's body
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def matches(self, request: Request) -> bool:
-        """Return whether this fault is for a request."""
-        method = self.method.upper()
-        return self.times > 0 and method in ("", request.method) and self.path in request.path
-
-    def response(self) -> Response:
-        """Return the answer that the status means."""
-        conflict = "If-Match: the version has changed; read the resource again"
-        detail = conflict if self.status == 412 else "injected fault"
-        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail)
-        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return error_response(error)._replace(headers={**error.headers, **retry, **self.headers})
-
-
-# -- Connections and lanes --
+# -- Connections --
 
 
 class Connection:
@@ -6100,7 +6047,7 @@ def url_of(config: Config, port: int) -> str:
     return f"http{'s' * bool(config.tls)}://{host}:{port}{BASE_PATH}"
 
 
-# -- The server --
+# -- The watching thread --
 
 
 class Watcher(http.server.HTTPServer, ABC):
@@ -6326,6 +6273,81 @@ class Watcher(http.server.HTTPServer, ABC):
             self.refuse(connection, error)
 
 
+# ----------------------------------------------------------------------------
+# 18. HTTP server                                         RFC 9110, RFC 9112
+#
+# An application behind the connections of chapter 17 and the parser of chapter 12. The
+# watching thread answers what is quick. The other reads have a lane, writes have
+# another, and what may wait for long has a thread of its own.
+# Uses chapters 1 and 9 to 17. Knows nothing of SCIM but the form of its errors.
+# ----------------------------------------------------------------------------
+
+MAX_LANE_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
+MAX_WRITES_PER_COMMIT = 64
+MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
+http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
+
+
+# -- The access log --
+
+
+def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
+    """Return a writer of requests as lines of a style: text, json or off."""
+
+    def text(line: dict[str, Any]) -> str:
+        line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
+        values = [str(value) or "-" for value in line.values()]
+        return json.dumps(line) if style == "json" else " ".join(values)
+
+    def write(lines: list[dict[str, Any]]) -> None:
+        with suppress(OSError, ValueError):  # the stream is broken or closed
+            stream.write("".join(f"{text(line)}\n" for line in lines))
+            stream.flush()
+
+    # Lines wait for others for 50 ms; at most 10 000 of them wait for a slow stream.
+    return BackgroundWriter(write, pause=0.05, limit=0 if style == "off" else 10_000)
+
+
+# -- Aids for tests --
+
+
+class Exchange(NamedTuple):
+    """A request and its answer, for a test to inspect."""
+
+    request: Request
+    response: Response
+
+
+@dataclass
+class Fault:
+    """A fault to inject into the next matching requests, to test a client."""
+
+    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
+    times: int = 1
+    method: str = ""  # any if empty
+    path: str = ""  # text that the path contains
+    delay: float = 0  # seconds
+    cut: bool = False  # close the connection in the middle of the answer's body
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, request: Request) -> bool:
+        """Return whether this fault is for a request."""
+        method = self.method.upper()
+        return self.times > 0 and method in ("", request.method) and self.path in request.path
+
+    def response(self) -> Response:
+        """Return the answer that the status means."""
+        conflict = "If-Match: the version has changed; read the resource again"
+        detail = conflict if self.status == 412 else "injected fault"
+        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail)
+        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        return error_response(error)._replace(headers={**error.headers, **retry, **self.headers})
+
+
+# -- The server --
+
+
 class ScimServer(Watcher):
     """An application on a socket. See url; running() starts and stops it.
 
@@ -6534,10 +6556,10 @@ class ScimServer(Watcher):
 
 
 # ----------------------------------------------------------------------------
-# 17. Console
+# 19. Console
 #
 # The page at /, which shows an administrator why provisioning works or fails:
-# HTML, style and script in one string. The script reads the API of chapter 14
+# HTML, style and script in one string. The script reads the API of chapter 15
 # and the SCIM endpoints.
 # Uses nothing.
 # ----------------------------------------------------------------------------
@@ -6880,7 +6902,7 @@ addEventListener('hashchange', route); route();
 
 
 # ----------------------------------------------------------------------------
-# 18. Interface
+# 20. Interface
 #
 # running() and wsgi() for other programs, then main() and its commands: serve (the
 # default), token, check, employees, changes, backup, restore and demo. A problem that the
