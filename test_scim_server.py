@@ -1,4 +1,7 @@
-"""Tests of scim_server, in the order of its chapters: real HTTP, real SQLite files."""
+"""Tests of scim_server, in the order of its chapters: real HTTP, real SQLite files.
+
+Tests that use the fixture `engine` run on PostgreSQL, too, where psycopg and initdb are installed.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +11,25 @@ import csv
 import functools
 import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import os
+import pwd
 import queue
 import random
 import re
 import resource
 import shlex
+import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import unicodedata
 import uuid
@@ -153,15 +160,168 @@ def assert_error(answer: requests.Response, status: int, scim_type: str = "", *w
     assert error["detail"] and all(word in error["detail"] for word in words), error
 
 
-def serving(data_dir: Path, document: Any = CONFIG) -> Any:
-    """Run a server in this process, on a free port, with its data in files."""
-    return scim_server.running({**document, "data_dir": str(data_dir)})
+# -- Engines: where the data of a test is --
+
+
+def postgresql_programs() -> Path | None:
+    """Return the directory of PostgreSQL's programs, None if they are not installed."""
+    if in_path := shutil.which("initdb"):
+        return Path(in_path).parent
+    versions = sorted(Path("/usr/lib/postgresql").glob("[0-9]*"), key=lambda path: int(path.name))
+    return versions[-1] / "bin" if versions else None
+
+
+class Cluster:
+    """A PostgreSQL server with an ICU default collation, reached through a socket in its directory.
+
+    It ends with this process, even if that is killed: `guard` waits for the end of its standard
+    input, then stops the server and removes the directory.
+    """
+
+    GUARD = 'cat; "$1/pg_ctl" -D "$0/data" -m immediate stop; rm -rf "$0"'
+    OPTIONS = "-h '' -k '{}' -c fsync=off -c full_page_writes=off -c max_connections=200"
+
+    def __init__(self) -> None:
+        programs = postgresql_programs()
+        assert programs
+        self.programs, self.numbers = programs, itertools.count()
+        self.directory = Path(tempfile.mkdtemp(prefix="pg"))  # The path of a socket must be short.
+        self.owner: Any = {}
+        if os.getuid() == 0:  # PostgreSQL refuses to run as root.
+            nobody = pwd.getpwnam("nobody")
+            self.owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
+        self.guard = subprocess.Popen(
+            ["sh", "-c", self.GUARD, self.directory, self.programs],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            **self.owner,
+        )
+
+    def close(self) -> None:
+        """Stop the server and remove its directory."""
+        self.guard.communicate()
+
+    def run(self, program: str, *arguments: str) -> None:
+        """Run one of PostgreSQL's programs on the cluster, and wait for its end."""
+        with (self.directory / "output").open("ab") as output:
+            subprocess.run(
+                [self.programs / program, "-D", self.directory / "data", *arguments],
+                cwd=self.directory,
+                stdout=output,
+                stderr=output,
+                check=True,
+                **self.owner,
+            )
+
+    def initialize(self) -> None:
+        """Make the cluster's files."""
+        collation = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US")
+        self.run("initdb", "-U", "scim", "-A", "trust", "-E", "UTF8", "--no-sync", *collation)
+
+    def start(self) -> None:
+        """Start the server, and wait until it can be used."""
+        log = str(self.directory / "log")
+        self.run("pg_ctl", "-w", "-l", log, "-o", self.OPTIONS.format(self.directory), "start")
+
+    def stop(self, mode: str = "fast") -> None:
+        """Stop the server: fast, or immediate, which is like a crash."""
+        self.run("pg_ctl", "-w", "-m", mode, "stop")
+
+    def url(self, database: str = "postgres") -> str:
+        """Return the URL of a database."""
+        return f"postgresql://scim@/{database}?host={self.directory}"
+
+    def execute(self, sql: str, *parameters: Any, database: str = "postgres") -> list[Any]:
+        """Run a statement in a transaction of its own; return the rows, if it has any."""
+        with psycopg.connect(self.url(database), autocommit=True) as connection:
+            cursor = connection.execute(sql, parameters)
+            return cursor.fetchall() if cursor.description else []
+
+    @contextmanager
+    def database(self) -> Iterator[str]:
+        """Make an empty database for the time of a block; yields its URL."""
+        name = f"test_{next(self.numbers)}"
+        self.execute(f"CREATE DATABASE {name}")
+        try:
+            yield self.url(name)
+        finally:
+            self.execute(f"DROP DATABASE {name} WITH (FORCE)")
+
+
+if importlib.util.find_spec("psycopg") is None:
+    NO_POSTGRESQL = "psycopg is not installed"
+elif postgresql_programs() is None:
+    NO_POSTGRESQL = "there is no initdb"
+elif not hasattr(scim_server, "PostgresEngine"):
+    NO_POSTGRESQL = "scim_server.py has no PostgreSQL"
+else:
+    NO_POSTGRESQL = ""
+    import psycopg
+
+ENGINES = ["sqlite"] if NO_POSTGRESQL else ["sqlite", "postgresql"]
+
+on_sqlite = pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+on_postgresql = pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def tell_if_postgresql_is_missing(request: pytest.FixtureRequest) -> None:
+    """Print a line if no test runs on PostgreSQL."""
+    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
+    if NO_POSTGRESQL and reporter:
+        reporter.write_line(f"no test runs on PostgreSQL: {NO_POSTGRESQL}")
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running PostgreSQL cluster, one for all tests."""
+    with closing(Cluster()) as cluster:
+        cluster.initialize()
+        cluster.start()
+        yield cluster
+
+
+@contextmanager
+def empty_place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Make a place for data on the engine that is a fixture's parameter; yields it as a text."""
+    if request.param == "postgresql":
+        with request.getfixturevalue("cluster").database() as url:
+            yield url
+    else:
+        yield ":memory:" if request.param == "memory" else str(request.getfixturevalue("tmp_path"))
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The place of a test's data, empty: the directory tmp_path, or the URL of a database."""
+    with empty_place(request) as place:
+        yield place
+
+
+def member_for(place: str) -> dict[str, str]:
+    """Return the member of a configuration that names the place of the data."""
+    return {"database" if "://" in place else "data_dir": place}
+
+
+def open_at(place: str, name: str = "one") -> scim_server.Store:
+    """Open the store with a name in a place."""
+    if "://" in place:
+        return scim_server.Store(place, name)
+    return scim_server.Store(place if place == ":memory:" else f"{place}/{name}.sqlite3")
+
+
+def serving(place: Path | str, document: Any = CONFIG) -> Any:
+    """Run a server in this process, on a free port, with its data in a place such as `engine`."""
+    return scim_server.running({**document, **member_for(str(place))})
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[scim_server.ScimServer]:
+def server(engine: str) -> Iterator[scim_server.ScimServer]:
     """A server with the tenants acme and globex, both empty."""
-    with serving(tmp_path) as server:
+    with serving(engine) as server:
         yield server
 
 
@@ -384,13 +544,13 @@ def mounted(application: Any, prefix: str = "/idp") -> Iterator[str]:
 
 
 @pytest.fixture(params=["http", "wsgi"])
-def either(request: Any, tmp_path: Path) -> Iterator[Scim]:
+def either(request: Any, engine: str) -> Iterator[Scim]:
     """The client of the tenant acme, once on the built-in server and once on WSGI."""
     if request.param == "http":
-        with serving(tmp_path) as server:
+        with serving(engine) as server:
             yield Scim(server.url, "acme-secret")
     else:
-        application = scim_server.wsgi({**CONFIG, "data_dir": str(tmp_path)})
+        application = scim_server.wsgi({**CONFIG, **member_for(engine)})
         with mounted(application) as url:
             yield Scim(url, "acme-secret")
         application.application.close()
@@ -1925,10 +2085,17 @@ FILTERS = [  # name, filter, matching people
 # fmt: on
 
 
+@pytest.fixture(scope="module", params=["memory", *ENGINES[1:]])
+def place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A place for stores that tests share."""
+    with empty_place(request) as place:
+        yield place
+
+
 @pytest.fixture(scope="module")
-def people() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
+def people(place: str) -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
     """A directory of PEOPLE, and its resources by name."""
-    with closing(scim_server.Store(":memory:")) as store:
+    with closing(open_at(place, "people")) as store:
         directory = scim_server.Directory(store, FIELDS)
         yield directory, {name: directory.create(USER_TYPE, PEOPLE[name]) for name in PEOPLE}
 
@@ -1997,9 +2164,9 @@ EDGE_FILTERS = [  # name, filter, matching users
 
 
 @pytest.fixture(scope="module")
-def edge_users() -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
+def edge_users(place: str) -> Iterator[tuple[scim_server.Directory, dict[str, Any]]]:
     """A directory of users with EDGE_VALUES, and its resources by name."""
-    with closing(scim_server.Store(":memory:")) as store:
+    with closing(open_at(place, "edge_users")) as store:
         directory = scim_server.Directory(store, FIELDS)
         bodies = {name: {"userName": name, **EDGE_VALUES[name]} for name in EDGE_VALUES}
         yield directory, {name: directory.create("User", bodies[name]) for name in bodies}
@@ -2127,10 +2294,10 @@ def some_comparison(chance: random.Random, attribute: scim_server.Attribute) -> 
 
 
 @pytest.fixture(scope="module")
-def crowd() -> Iterator[tuple[scim_server.Directory, list[Any]]]:
+def crowd(place: str) -> Iterator[tuple[scim_server.Directory, list[Any]]]:
     """A directory of random users and groups, and all its resources."""
     chance = random.Random(SEED)
-    with closing(scim_server.Store(":memory:")) as store:
+    with closing(open_at(place, "crowd")) as store:
         directory = scim_server.Directory(store, FIELDS)
         users = [some_user(chance, f"{chance.choice(TEXTS)}{number}") for number in range(40)]
         ids = [directory.create(USER_TYPE, user)["id"] for user in users]
@@ -2258,10 +2425,10 @@ def test_unknown_sort_order_is_refused(scim: Scim) -> None:
 
 
 @pytest.fixture
-def crews() -> Iterator[scim_server.Directory]:
+def crews(engine: str) -> Iterator[scim_server.Directory]:
     """A directory of three users and three groups; ids and displays have different orders."""
     ids = iter(["1-ada", "2-bob", "3-cy", "4-aa", "5-zz", "6-mm"])
-    with closing(scim_server.Store(":memory:")) as store:
+    with closing(open_at(engine)) as store:
         directory = scim_server.Directory(store, new_id=lambda: next(ids))
         for user in ("ada", "bob", "cy"):
             directory.create("User", {"userName": user})
@@ -2355,27 +2522,18 @@ def test_ne_means_not_eq(emails: list[str], filter: str, matches: bool) -> None:
 # -- 8. Store --------------------------------------------------------------------------------------
 
 
-STORES: dict[str, Any] = {  # every kind of store: a function of an empty directory that opens one
-    "file": lambda directory: scim_server.Store(directory / "one.sqlite3"),
-    "memory": lambda directory: scim_server.Store(":memory:"),
-}
-
-
-DURABLE_STORES = ["file"]  # the kinds whose content outlives the store
-
-
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[scim_server.Store]:
-    """An empty store of each kind."""
-    with closing(STORES[request.param](tmp_path)) as store:
+@pytest.fixture(params=["memory", *ENGINES])
+def store(request: pytest.FixtureRequest) -> Iterator[scim_server.Store]:
+    """An empty store on each engine."""
+    with empty_place(request) as place, closing(open_at(place)) as store:
         yield store
 
 
-@pytest.fixture(params=DURABLE_STORES)
-def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """A function that opens another store on the same content, for each durable kind."""
+@pytest.fixture
+def open_store(engine: str) -> Iterator[Any]:
+    """A function that opens another store on the same content."""
     with ExitStack() as stack:
-        yield lambda: stack.enter_context(closing(STORES[request.param](tmp_path)))
+        yield lambda: stack.enter_context(closing(open_at(engine)))
 
 
 def settings(store: scim_server.Store, *names: str) -> list[str]:
@@ -2392,7 +2550,7 @@ def log_changes(store: scim_server.Store, *times: str, keep: int = 9, older_than
 
 
 class TestStore:
-    """What every store must do, whatever its engine. The kinds of stores are in STORES."""
+    """What every store must do, whatever its engine."""
 
     # -- Atomic writes --
 
@@ -2651,6 +2809,7 @@ def test_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
         scim_server.Store(path)
 
 
+@on_sqlite
 def test_only_the_owner_may_read_a_tenants_file(
     tmp_path: Path, server: scim_server.ScimServer, scim: Scim
 ) -> None:
@@ -2690,6 +2849,7 @@ SPOILED_DATABASES = [  # name, pragma that makes writes fail, pragma that ends t
 
 
 @each_row("spoil, mend, status", SPOILED_DATABASES)
+@on_sqlite
 def test_spoiled_database_undoes_the_write_and_recovers(
     connections: Any, scim: Scim, globex: Scim, spoil: str, mend: str, status: int
 ) -> None:
@@ -2709,6 +2869,7 @@ def test_spoiled_database_undoes_the_write_and_recovers(
     assert len(employees(scim, "?count=999")) == 2 + number
 
 
+@on_sqlite
 def test_bulk_on_a_full_disk_leaves_nothing(connections: Any, scim: Scim) -> None:
     scim.user("ada")
     set_pragma(connections, "max_page_count = 1")
@@ -3268,12 +3429,12 @@ def test_entras_update_makes_this_employee(scim: Scim, tomas: str) -> None:
 
 
 def test_employees_are_read_by_python_http_and_command(
-    server: scim_server.ScimServer, scim: Scim, tomas: str, tmp_path: Path
+    engine: str, server: scim_server.ScimServer, scim: Scim, tomas: str, tmp_path: Path
 ) -> None:
     [employee] = employees(scim, "?id=2")
     assert [asdict(row) for row in server.directory("acme").employees()] == employees(scim)
     file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": "."}))
+    file.write_text(json.dumps({**CONFIG, **member_for(engine)}))
     arguments = ["--tenant", "acme", "--config", str(file), "--id", "2", "--format"]
     printed = {
         form: command("employees", *arguments, form).stdout for form in ("json", "csv", "table")
@@ -3575,10 +3736,10 @@ def test_the_external_id_counts_for_more_than_the_user_name(scim: Scim) -> None:
 # -- 10. Directory ---------------------------------------------------------------------------------
 
 
-def test_removed_custom_field_hides_its_values_until_it_returns(tmp_path: Path) -> None:
+def test_removed_custom_field_hides_its_values_until_it_returns(engine: str) -> None:
     def served(*fields: Any) -> Any:
         tenant = {**CONFIG["tenants"][0], "custom_fields": list(fields)}
-        return serving(tmp_path, {"tenants": [tenant]})
+        return serving(engine, {"tenants": [tenant]})
 
     union = {"link_name": "union_code", "type": "String"}
     locker = {"link_name": "locker_no", "type": "Integer"}
@@ -3761,8 +3922,8 @@ def test_callback_continues_after_an_error_of_the_store(
     directory.store.close()
 
 
-def test_410_for_forgotten_changes_says_where_to_start(tmp_path: Path) -> None:
-    with serving(tmp_path, {**CONFIG, "changes": {"keep": 6}}) as server:
+def test_410_for_forgotten_changes_says_where_to_start(engine: str) -> None:
+    with serving(engine, {**CONFIG, "changes": {"keep": 6}}) as server:
         scim = Scim(server.url, "acme-secret")
         for number in range(5):
             scim.user(f"u{number}")
@@ -3873,8 +4034,8 @@ def test_seed_names_members_and_is_all_or_nothing(tmp_path: Path) -> None:
         assert directory.query("User").total_results == 1
 
 
-def test_values_of_unknown_custom_fields_block_no_write(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+def test_values_of_unknown_custom_fields_block_no_write(engine: str) -> None:
+    with serving(engine) as server:
         stale = server.directory("acme")
         server.application.add_tenant({**CONFIG["tenants"][0], "custom_fields": []})
         id = stale.create("User", {"userName": "ada", FAC: {"locker_no": 5}})["id"]
@@ -3886,9 +4047,9 @@ def test_values_of_unknown_custom_fields_block_no_write(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def two_views(tmp_path: Path) -> Iterator[Any]:
+def two_views(engine: str) -> Iterator[Any]:
     """Directories with different custom fields on one store, and two users of the older one."""
-    with closing(scim_server.Store(tmp_path / "one.sqlite3")) as store:
+    with closing(open_at(engine)) as store:
         field = scim_server.CustomField
         old = scim_server.Directory(store, [field("code"), field("floor")])
         new = scim_server.Directory(store, [field("code", "Integer")])
@@ -4520,8 +4681,8 @@ FORWARDED = [  # name, fields of a request, the start of URLs if the proxy is tr
 
 
 @each_row("headers, start", FORWARDED)
-def test_trusted_proxy_names_the_url(tmp_path: Path, headers: Any, start: str) -> None:
-    with serving(tmp_path, {**CONFIG, "trusted_proxies": ["127.0.0.0/8", "::1"]}) as server:
+def test_trusted_proxy_names_the_url(engine: str, headers: Any, start: str) -> None:
+    with serving(engine, {**CONFIG, "trusted_proxies": ["127.0.0.0/8", "::1"]}) as server:
         scim = Scim(server.url, "acme-secret")
         answer = scim.call("POST", "/Users", {"userName": "a"}, **headers)
     assert answer.headers["Location"].startswith(f"{start}/scim/v2/Users/")
@@ -4529,9 +4690,9 @@ def test_trusted_proxy_names_the_url(tmp_path: Path, headers: Any, start: str) -
 
 @each_row("headers, start", FORWARDED)
 def test_proxy_that_is_not_trusted_does_not_name_the_url(
-    tmp_path: Path, headers: Any, start: str
+    engine: str, headers: Any, start: str
 ) -> None:
-    with serving(tmp_path, {**CONFIG, "trusted_proxies": ["10.0.0.1"]}) as server:
+    with serving(engine, {**CONFIG, "trusted_proxies": ["10.0.0.1"]}) as server:
         scim = Scim(server.url, "acme-secret")
         answer = scim.call("POST", "/Users", {"userName": "b"}, **headers)
         host = headers.get("Host", server.url[7:].partition("/")[0])
@@ -5968,8 +6129,8 @@ WITH_EXPIRED_TOKEN = {
 }
 
 
-def test_an_expired_token_is_reported_to_its_tenant_alone(tmp_path: Path) -> None:
-    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+def test_an_expired_token_is_reported_to_its_tenant_alone(engine: str) -> None:
+    with serving(engine, WITH_EXPIRED_TOKEN) as server:
         assert_error(Scim(server.url, "old-secret").call("GET", "/Users"), 401)
         console = console_of(server, "new-secret")
         [entry] = logged(console, 1)
@@ -5984,8 +6145,8 @@ def test_an_expired_token_is_reported_to_its_tenant_alone(tmp_path: Path) -> Non
         assert (other_setup["refused"], other_setup["last"]) == ([], [])
 
 
-def test_calls_with_an_unknown_token_are_counted_for_all(tmp_path: Path) -> None:
-    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+def test_calls_with_an_unknown_token_are_counted_for_all(engine: str) -> None:
+    with serving(engine, WITH_EXPIRED_TOKEN) as server:
         for secret in ("old-secret", "wrong", "wrong"):
             assert_error(Scim(server.url, secret).call("GET", "/Users"), 401)
         logged(console_of(server, "new-secret"), 1)
@@ -5994,12 +6155,12 @@ def test_calls_with_an_unknown_token_are_counted_for_all(tmp_path: Path) -> None
             assert setup["strangers"] == 2 and setup["strange_since"]
 
 
-def test_the_log_survives_a_restart_and_keeps_its_last_entries(tmp_path: Path) -> None:
+def test_the_log_survives_a_restart_and_keeps_its_last_entries(engine: str) -> None:
     tenant = {**CONFIG["tenants"][0], "log": {"keep": 3}}
-    with serving(tmp_path, {"tenants": [tenant]}) as server:
+    with serving(engine, {"tenants": [tenant]}) as server:
         for name in "abcde":
             Scim(server.url, "acme-secret").user(name)
-    with serving(tmp_path, {"tenants": [tenant]}) as server:
+    with serving(engine, {"tenants": [tenant]}) as server:
         assert [entry["name"] for entry in logged(console_of(server), 1)] == ["e", "d", "c"]
 
 
@@ -6154,9 +6315,9 @@ METRICS_CALLERS = [  # name, the Authorization of a call from elsewhere, status
     "name, authorization, status", METRICS_CALLERS, ids=[row[0] for row in METRICS_CALLERS]
 )
 def test_metrics_from_elsewhere_need_their_token(
-    tmp_path: Path, name: str, authorization: str | None, status: int
+    engine: str, name: str, authorization: str | None, status: int
 ) -> None:
-    with serving(tmp_path, {**CONFIG, "metrics_token": "watcher"}) as server:
+    with serving(engine, {**CONFIG, "metrics_token": "watcher"}) as server:
         url = f"{server.url.removesuffix('/scim/v2')}/metrics"
         assert requests.get(url).status_code == 200
         headers = {"X-Forwarded-For": "1.2.3.4", "Authorization": authorization}
@@ -6253,8 +6414,8 @@ REFUSED_CREDENTIALS = [  # no Authorization at all, and header values
 ]
 
 
-def test_every_refused_token_gets_the_same_answer(tmp_path: Path) -> None:
-    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+def test_every_refused_token_gets_the_same_answer(engine: str) -> None:
+    with serving(engine, WITH_EXPIRED_TOKEN) as server:
         answers = [
             requests.request(
                 method, f"{server.url}/Users", data="{}", headers={"Authorization": credentials}
@@ -6269,9 +6430,9 @@ def test_every_refused_token_gets_the_same_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["Bearer", "bearer", "BEARER"])
-def test_a_token_may_be_configured_by_its_digest(tmp_path: Path, scheme: str) -> None:
+def test_a_token_may_be_configured_by_its_digest(engine: str, scheme: str) -> None:
     token = {"name": "new", "sha256": scim_server.digest("new-secret")}
-    with serving(tmp_path, {"tenants": [{"name": "acme", "tokens": [token]}]}) as server:
+    with serving(engine, {"tenants": [{"name": "acme", "tokens": [token]}]}) as server:
         headers = {"Authorization": f"{scheme} new-secret"}
         assert requests.get(f"{server.url}/Users", headers=headers).status_code == 200
 
@@ -6817,6 +6978,7 @@ def statuses_of(answers: list[bytes]) -> list[int]:
     return sorted(int(answer[9:12]) for answer in answers)
 
 
+@on_sqlite
 def test_waiting_writes_share_a_commit_but_not_an_error(
     commits: Commits, server: scim_server.ScimServer, scim: Scim
 ) -> None:
@@ -6827,6 +6989,7 @@ def test_waiting_writes_share_a_commit_but_not_an_error(
     assert scim.get("/Users")["totalResults"] == 40
 
 
+@on_sqlite
 def test_a_failed_commit_fails_all_writes_that_share_it(
     commits: Commits, server: scim_server.ScimServer, scim: Scim
 ) -> None:
@@ -6842,8 +7005,8 @@ def test_a_failed_commit_fails_all_writes_that_share_it(
     assert [entry["status"] for entry in log if entry["method"] == "POST"] == [201] * 4 + [503] * 4
 
 
-def test_a_slow_reader_without_a_token_is_evicted_at_the_limit(tmp_path: Path) -> None:
-    with serving(tmp_path, {**CONFIG, "max_connections": 2}) as server, ExitStack() as stack:
+def test_a_slow_reader_without_a_token_is_evicted_at_the_limit(engine: str) -> None:
+    with serving(engine, {**CONFIG, "max_connections": 2}) as server, ExitStack() as stack:
         shrink_send_buffers(server)
         for _ in range(2):
             console_pages = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 40
@@ -6866,6 +7029,7 @@ def test_a_look_up_waits_for_no_write(server: scim_server.ScimServer, scim: Scim
         assert scim.names('userName eq "ada"') == []
 
 
+@on_sqlite
 def test_a_broken_standard_error_stops_no_answer(
     monkeypatch: pytest.MonkeyPatch, commits: Commits, server: scim_server.ScimServer
 ) -> None:
@@ -6892,8 +7056,8 @@ def test_requests_that_arrived_before_a_stop_are_answered(server: scim_server.Sc
         assert statuses_of(answers) == [201] * 20
 
 
-def test_a_complete_request_is_never_evicted(tmp_path: Path) -> None:
-    with serving(tmp_path, {**CONFIG, "max_connections": 3}) as server, ExitStack() as stack:
+def test_a_complete_request_is_never_evicted(engine: str) -> None:
+    with serving(engine, {**CONFIG, "max_connections": 3}) as server, ExitStack() as stack:
         with server.directory("acme").store.writing():
             writers = [connect(stack, server), connect(stack, server)]
             for number, connection in enumerate(writers):
@@ -6923,9 +7087,9 @@ def test_a_body_that_takes_many_turns_is_answered_in_order(
     assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"201", b"200"]
 
 
-def test_a_full_server_that_accepts_nobody_can_be_stopped(tmp_path: Path) -> None:
+def test_a_full_server_that_accepts_nobody_can_be_stopped(engine: str) -> None:
     with (
-        serving(tmp_path, {**CONFIG, "max_connections": 1}) as server,
+        serving(engine, {**CONFIG, "max_connections": 1}) as server,
         ThreadPoolExecutor(1) as pool,
         server.directory("acme").store.writing(),
     ):
@@ -6998,9 +7162,9 @@ def test_a_client_that_falls_silent_is_disconnected(
     )
 
 
-def test_three_hundred_slow_clients_block_no_other(tmp_path: Path) -> None:
+def test_three_hundred_slow_clients_block_no_other(engine: str) -> None:
     limit = 64
-    with serving(tmp_path, {**CONFIG, "max_connections": limit}) as server:
+    with serving(engine, {**CONFIG, "max_connections": limit}) as server:
         slow: deque[socket.socket] = deque(maxlen=300)  # the oldest is closed as it is dropped
         done = threading.Event()
 
@@ -7027,9 +7191,9 @@ def test_three_hundred_slow_clients_block_no_other(tmp_path: Path) -> None:
             connection.close()
 
 
-def test_at_the_limit_a_new_connection_waits_for_an_answer(tmp_path: Path) -> None:
+def test_at_the_limit_a_new_connection_waits_for_an_answer(engine: str) -> None:
     with (
-        serving(tmp_path, {**CONFIG, "max_connections": 1}) as server,
+        serving(engine, {**CONFIG, "max_connections": 1}) as server,
         ThreadPoolExecutor(2) as pool,
     ):
         poll = pool.submit(changes, Scim(server.url, "acme-secret"), "after=0&wait=60")
@@ -7153,9 +7317,9 @@ def tls_files(folder: Path, number: int = 0) -> Any:
 
 
 @pytest.fixture
-def tls_server(tmp_path: Path) -> Iterator[scim_server.ScimServer]:
+def tls_server(engine: str, tmp_path: Path) -> Iterator[scim_server.ScimServer]:
     """A server with the first certificate, which is in the file tls.pem of tmp_path."""
-    with serving(tmp_path, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
+    with serving(engine, {**CONFIG, "tls": tls_files(tmp_path)}) as server:
         yield server
 
 
@@ -7351,8 +7515,8 @@ def test_the_api_of_the_console_needs_a_token_and_no_cache(
     assert answer.status_code == 200 and answer.headers["Cache-Control"] == "no-store"
 
 
-def test_a_console_that_is_switched_off_is_404(tmp_path: Path) -> None:
-    with serving(tmp_path, {**CONFIG, "console": False}) as server:
+def test_a_console_that_is_switched_off_is_404(engine: str) -> None:
+    with serving(engine, {**CONFIG, "console": False}) as server:
         base, headers = server.url.removesuffix("/scim/v2"), {"Authorization": "Bearer acme-secret"}
         for path in ("/", "/console/api/log", "/console/api/setup"):
             assert_error(requests.get(base + path, headers=headers), 404)
@@ -7822,11 +7986,11 @@ def test_no_command_uses_an_expired_token(tmp_path: Path) -> None:
         assert "no step(s) went wrong" in ended.stdout
 
 
-def test_the_token_command_prints_a_secret_and_its_entry(tmp_path: Path) -> None:
+def test_the_token_command_prints_a_secret_and_its_entry(engine: str) -> None:
     lines = command("token", "--name", "entra").stdout.split("\n")
     [secret] = [line.strip() for line in lines if re.fullmatch(r"  [\w-]{43}", line)]
     [entry] = [json.loads(line) for line in lines if line.strip().startswith("{")]
-    with serving(tmp_path, {"tenants": [{"name": "a", "tokens": [entry]}]}) as server:
+    with serving(engine, {"tenants": [{"name": "a", "tokens": [entry]}]}) as server:
         assert Scim(server.url, secret).get("/Users")["totalResults"] == 0
 
 
