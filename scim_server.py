@@ -22,7 +22,7 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
               4 Resources         accept() lets a body in, project() lets a resource out
               5 PATCH             operations on a resource: all of them, or none
               6 Queries           the filter tree as SQL
-              7 Databases         connections to SQLite; their errors become StoreError
+              7 Databases         connections and transactions; errors become StoreError
               8 Store             one tenant's tables: sessions, transactions, backup
               9 Employees         the Facilio employee made from a user
              10 Directory         the operations on one tenant, a transaction each
@@ -1915,21 +1915,21 @@ class Change:
 # ----------------------------------------------------------------------------
 # 7. Databases
 #
-# Connections to a tenant's SQLite file. The only chapter that names a database module;
-# its errors become StoreError.
-# Uses chapter 1. Of HTTP it knows status numbers only.
+# A Database is where one tenant's tables are. It has pools of Links: a Link is a connection
+# that runs SQL in transactions and savepoints. The only chapter that names a database
+# module; whatever an engine raises becomes a StoreError.
+# Uses chapters 1 and 2. Knows no table, and of HTTP only status numbers.
 # ----------------------------------------------------------------------------
 
-BUSY_SECONDS = 5  # how long a write waits for another process
-WRITER_PRAGMAS = (
-    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
-    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
-    "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
-)
+BUSY_SECONDS = 5  # how long a write waits for another process, and a reader for a connection
+READERS = 16  # maximum of concurrent connections that read an SQLite file
 
 
 class StoreError(Exception):
-    """A tenant's database cannot be used; the text says why and what to do, reason is SQLite's."""
+    """A tenant's database cannot be used; the text says why and what to do.
+
+    reason is what the engine says, and status that of the answers to requests.
+    """
 
     def __init__(self, text: str, reason: str = "") -> None:
         super().__init__(text)
@@ -1937,30 +1937,225 @@ class StoreError(Exception):
         self.status = 507 if "full" in reason else 503
 
 
-def store_error(path: str, error: sqlite3.Error) -> StoreError:
-    text = f"{path}: cannot be used ({error})"
-    if type(error) is sqlite3.DatabaseError:  # the subclasses mean something else
-        text = (
-            f"{path}: damaged ({error}); put a backup in its place: "
-            "python scim_server.py restore --tenant NAME FILE"
-        )
-    return StoreError(text, str(error))
+class Damaged(StoreError):
+    """The content of a database is unreadable; only a backup can replace it."""
 
 
-def connect(path: str, pragmas: Iterable[str] = ()) -> sqlite3.Connection:
-    """Return a connection to a database whose commits are on the disk when they return."""
-    connection = sqlite3.connect(
-        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
-    )
-    for pragma in (*pragmas, "journal_mode = WAL", "synchronous = FULL"):
-        connection.execute(f"PRAGMA {pragma}")
-    return connection
+class Link(ABC):
+    """A connection to a database.
+
+    run takes a statement and its values, one for each ?, and returns a cursor; run_many takes a
+    statement and rows of values. Both are used in a block of transaction() or snapshot() only:
+    what the engine raises leaves the block as a StoreError.
+    """
+
+    place: str  # which database it is, for messages
+    run: Callable[..., Any]
+    run_many: Callable[..., Any]
+    # How a block begins and ends, and how it is undone.
+    TRANSACTION = ("BEGIN", "COMMIT", ("ROLLBACK",))
+    SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make a block a transaction, or a savepoint of the open one; undo it if it raises."""
+        begin, end, undo = self.SAVEPOINT if self.in_transaction else self.TRANSACTION
+        with self.errors():
+            self.run(begin)
+            try:
+                yield
+                self.run(end)  # fails if the engine has rolled back the transaction after an error
+            except BaseException:
+                for statement in undo if self.in_transaction else ():
+                    self.run(statement)
+                raise
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Let a block see one commit, whatever is written meanwhile."""
+        with self.errors():
+            self.run("BEGIN")
+            try:
+                yield
+            finally:
+                self.run("ROLLBACK")
+
+    @abstractmethod
+    def errors(self) -> AbstractContextManager[None]:
+        """Return a context in which each error of the engine becomes a StoreError."""
+
+    @property
+    @abstractmethod
+    def in_transaction(self) -> bool:
+        """Whether a transaction is open. Some errors end it."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """The format of the tables, 0 if there are none."""
+
+    @abstractmethod
+    def set_version(self, version: int) -> None: ...
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
+class Pool:
+    """At most size links to a database. A thread takes one for each transaction."""
+
+    def __init__(self, connect: Callable[[], Link], size: int) -> None:
+        self._connect, self._idle = connect, list[Link]()
+        self._free, self._closed = threading.Semaphore(size), False
+
+    @contextmanager
+    def link(self) -> Iterator[Link]:
+        """Lend a link to a block; StoreError if all are in use for BUSY_SECONDS."""
+        if not self._free.acquire(timeout=BUSY_SECONDS):
+            raise StoreError("all connections to the database are in use")
+        try:
+            if self._closed:
+                raise StoreError("the store is closed")
+            try:
+                link = self._idle.pop()
+            except IndexError:  # checking first would not help: other threads pop, too
+                link = self._connect()
+            try:
+                yield link
+            finally:
+                self._idle.append(link)
+                if self._closed:
+                    self.close()
+        finally:
+            self._free.release()
+
+    def close(self) -> None:
+        """Close all links; one that is in use now is closed when it comes back."""
+        self._closed = True
+        with suppress(IndexError):
+            while True:
+                self._idle.pop().close()
+
+
+class Database(ABC):
+    """Where one tenant's tables are.
+
+    place names it in messages. Its writers are links for transactions, and its readers for
+    snapshots; None if readers have to use the one writer. is_quick says that a look-up takes
+    less time than giving it to another thread.
+    """
+
+    place: str
+    is_quick: bool
+    writers: Pool
+    readers: Pool | None
+
+    def close(self) -> None:
+        """Close all links; those in use are closed when they come back."""
+        for pool in filter(None, (self.writers, self.readers)):
+            pool.close()
+
+
+# -- SQLite ------------------------------------------------------------------------
+
+DURABLE = ("journal_mode = WAL", "synchronous = FULL")  # a commit that returns is on the disk
+WRITER_PRAGMAS = (
+    "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
+    "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
+    "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
+    *DURABLE,
+)
+
+
+class SqliteLink(Link):
+    """A connection to an SQLite file; "" is a temporary one that ends with its connection."""
+
+    TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
+
+    def __init__(self, path: str, pragmas: Iterable[str] = (), **options: Any) -> None:
+        self.place = path
+        options = {"timeout": BUSY_SECONDS, **options}
+        with self.errors():
+            self._connection: sqlite3.Connection = sqlite3.connect(
+                path, isolation_level=None, check_same_thread=False, **options
+            )
+            self.run, self.run_many = self._connection.execute, self._connection.executemany
+            for pragma in pragmas:
+                self.run(f"PRAGMA {pragma}")
+        # Formats 1 to 5 had other keys.
+        self._connection.create_function("text_key", 1, Attribute("text").key)
+        self._connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            if type(error) is not sqlite3.DatabaseError:  # the subclasses mean something else
+                text = f"{self.place}: cannot be used ({error})"
+                raise StoreError(text, str(error)) from error
+            raise Damaged(
+                f"{self.place}: damaged ({error}); put a backup in its place: "
+                "python scim_server.py restore --tenant NAME FILE",
+                str(error),
+            ) from error
+
+    @property
+    def in_transaction(self) -> bool:
+        return self._connection.in_transaction
+
+    @property
+    def version(self) -> int:
+        return int(self.run("PRAGMA user_version").fetchone()[0])
+
+    def set_version(self, version: int) -> None:
+        self.run(f"PRAGMA user_version = {version}")
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def check_pages(self) -> None:
+        """Read all pages; Damaged if one of them is."""
+        with self.errors():
+            if (finding := self.run("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+                raise sqlite3.DatabaseError(finding)
+
+    def copy_to(self, target: SqliteLink) -> None:
+        """Replace the content of another database by one commit of this one."""
+        with self.errors():
+            self._connection.backup(target._connection)
+
+
+class SqliteDatabase(Database):
+    """An SQLite file, or ":memory:" for one that ends with its store."""
+
+    def __init__(self, path: str) -> None:
+        self.place, self.is_quick = path, path != ":memory:"
+        wal = Path(f"{path}-wal")
+        try:
+            if self.is_quick:  # personal data: for this user alone, as is the WAL then
+                Path(path).touch(0o600)
+            # Closing a database removes its WAL.
+            self._unclean = wal.exists() and wal.stat().st_size > 0
+        except OSError as error:
+            raise StoreError(
+                f"{path}: cannot be opened for writing ({error}); "
+                "choose a directory that this user may write to"
+            ) from error
+        self.writers = Pool(self._open_writer, 1)
+        self.readers = Pool(partial(SqliteLink, path, DURABLE), READERS) if self.is_quick else None
+
+    def _open_writer(self) -> Link:
+        link = SqliteLink(self.place, WRITER_PRAGMAS)
+        if self._unclean:
+            link.check_pages()
+        return link
 
 
 # ----------------------------------------------------------------------------
 # 8. Store
 #
-# One tenant's resources, memberships, employees and changes in one SQLite file.
+# One tenant's resources, memberships, employees and changes in a database.
 # Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
@@ -2021,7 +2216,6 @@ MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
         WHERE length(user_name) < length(CAST(user_name AS BLOB)));
     """,
 )
-READERS = 16  # maximum of concurrent read connections
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
 PUT_RESOURCE = """
@@ -2038,9 +2232,8 @@ PUT_EMPLOYEE = """
 class Session:
     """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self.run = connection.execute
-        self.run_many = connection.executemany
+    def __init__(self, link: Link) -> None:
+        self.run, self.run_many = link.run, link.run_many
 
     # -- Resources --
 
@@ -2322,25 +2515,6 @@ class Session:
         self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
 
 
-# How a block begins and ends, and how it is undone.
-TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
-SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
-
-
-@contextmanager
-def transaction(connection: sqlite3.Connection) -> Iterator[Session]:
-    """Yield a session in a new transaction, or a savepoint of the open one; undo it on errors."""
-    begin, end, undo = SAVEPOINT if connection.in_transaction else TRANSACTION
-    connection.execute(begin)
-    try:
-        yield Session(connection)
-        connection.execute(end)  # fails if SQLite has rolled back the transaction after an error
-    except BaseException:
-        for statement in undo if connection.in_transaction else ():
-            connection.execute(statement)
-        raise
-
-
 def key_before_6(attribute: Attribute, value: Json) -> str:
     # Return the key that a file of format 5 has for a value.
     if attribute.type in STRING_TYPES and not attribute.case_exact:
@@ -2358,28 +2532,20 @@ def renew_keys(session: Session) -> None:
         session.update_index(row.seq, set(entries(key=key_before_6)), set(entries()))
 
 
-def migrate(connection: sqlite3.Connection, path: str, check_pages: bool) -> None:
-    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
-
-    With check_pages, all pages are read first: DatabaseError if SQLite finds that they are damaged.
-    """
-    finding = connection.execute("PRAGMA quick_check(1)").fetchone()[0] if check_pages else "ok"
-    if finding != "ok":
-        raise sqlite3.DatabaseError(finding)
-    with transaction(connection) as session:
-        version = session.run("PRAGMA user_version").fetchone()[0]
+def migrate(link: Link) -> None:
+    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
+    with link.transaction():
+        version, session = link.version, Session(link)
         if version > len(MIGRATIONS):
             raise StoreError(
-                f"{path}: written by a newer scim_server (format {version}, "
+                f"{link.place}: written by a newer scim_server (format {version}, "
                 f"this one knows {len(MIGRATIONS)}); run that version"
             )
-        connection.create_function("text_key", 1, Attribute("text").key)
-        connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
         for statement in ";".join(MIGRATIONS[version:]).split(";"):
             session.run(statement)
         if version < 6:
             renew_keys(session)
-        session.run(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        link.set_version(len(MIGRATIONS))
 
 
 class Store:
@@ -2390,82 +2556,50 @@ class Store:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = str(path)
+        self.database: Database = SqliteDatabase(str(path))
         self._writing = threading.RLock()
-        self._depth = 0  # of the open blocks of writing(): the inner ones are savepoints
-        self._written = threading.Condition()
-        self._interrupted = self._closed = False
-        self._idle: list[sqlite3.Connection] = []  # readers
-        self._readers = threading.Semaphore(READERS)
-        wal = Path(f"{self.path}-wal")
+        self._link: Link | None = None  # that of the outermost block of writing()
+        self._written, self._interrupted = threading.Condition(), False
         try:
-            if self.path != ":memory:":  # personal data: for this user alone, as is the WAL then
-                Path(self.path).touch(0o600)
-            # Closing a database removes its WAL.
-            unclean = wal.exists() and wal.stat().st_size > 0
-            self._writer = connect(self.path, WRITER_PRAGMAS)
-            migrate(self._writer, self.path, check_pages=unclean)
-        except sqlite3.DatabaseError as error:
-            raise store_error(self.path, error) from error
-        except OSError as error:
-            raise StoreError(
-                f"{self.path}: cannot be opened for writing ({error}); "
-                "choose a directory that this user may write to"
-            ) from error
+            with self.database.writers.link() as link:
+                migrate(link)
+        except BaseException:
+            self.database.close()
+            raise
 
     @contextmanager
     def writing(self) -> Iterator[Session]:
         """Yield a session; its changes are on the disk when the block ends, or undone if it raises.
 
         A block inside a block of the same thread is a savepoint: it is undone alone if it raises.
-        If SQLite rolls back the whole transaction in it, all later steps and the commit fail.
+        If the engine rolls back the whole transaction in it, all later steps and the commit fail.
         """
         with self._writing:
-            try:
-                changes = self._writer.total_changes
-                if self._depth and not self._writer.in_transaction:
+            if self._link:
+                if not self._link.in_transaction:
                     # A savepoint would begin a transaction of its own.
-                    raise sqlite3.OperationalError("an earlier step of the same write failed")
-                with transaction(self._writer) as session:
-                    self._depth += 1
-                    try:
-                        yield session
-                    finally:
-                        self._depth -= 1
-                unchanged = changes == self._writer.total_changes
-            except sqlite3.DatabaseError as error:
-                raise store_error(self.path, error) from error
-            if self._depth or unchanged:
+                    raise StoreError("an earlier step of the same write failed")
+                with self._link.transaction():
+                    yield Session(self._link)
                 return
+            with self.database.writers.link() as link:
+                self._link = link
+                try:
+                    with link.transaction():
+                        yield Session(link)
+                finally:
+                    self._link = None
         with self._written:
             self._written.notify_all()
 
     def reading(self) -> AbstractContextManager[Session]:
         """Return a context of a session that sees one commit, whatever is written meanwhile."""
-        # A database in memory has only one connection.
-        return self.writing() if self.path == ":memory:" else self._snapshot()
+        return self._snapshot(self.database.readers) if self.database.readers else self.writing()
 
     @contextmanager
-    def _snapshot(self) -> Iterator[Session]:
-        with self._readers:
-            try:
-                if self._closed:
-                    raise sqlite3.ProgrammingError("the store is closed")
-                try:
-                    connection = self._idle.pop()
-                except IndexError:  # checking first would not help: other threads pop, too
-                    connection = connect(self.path)
-                try:
-                    connection.execute("BEGIN")
-                    yield Session(connection)
-                finally:
-                    connection.rollback()
-                    if self._closed:
-                        connection.close()
-                    else:
-                        self._idle.append(connection)
-            except sqlite3.DatabaseError as error:
-                raise store_error(self.path, error) from error
+    def _snapshot(self, readers: Pool) -> Iterator[Session]:
+        with readers.link() as link, link.snapshot():
+            yield Session(link)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a write, at most seconds and POLL_SECONDS; return False if interrupted.
@@ -2487,21 +2621,19 @@ class Store:
         """Close the database after the present write; a read in progress closes its connection."""
         self.interrupt()
         with self._writing:
-            self._closed = True
-            for connection in (*self._idle, self._writer):
-                connection.close()
+            self.database.close()
 
     def backup(self, path: str) -> None:
         """Write a copy of one commit to a new file, while others read and write; StoreError."""
         try:
             Path(path).touch(0o600, exist_ok=False)
-            in_memory = self.path == ":memory:"
-            source = nullcontext(self._writer) if in_memory else closing(connect(self.path))
-            with source as present, closing(sqlite3.connect(path)) as target:
-                present.backup(target)
-        except (OSError, sqlite3.Error) as error:
+            source = self.database.readers or self.database.writers
+            with source.link() as present, closing(SqliteLink(path)) as target:
+                cast(SqliteLink, present).copy_to(target)
+        except (OSError, StoreError) as error:
             raise StoreError(
-                f"{self.path}: cannot be copied to {path} ({error}); name a new file for the backup"
+                f"{self.database.place}: cannot be copied to {path} ({error}); "
+                "name a new file for the backup"
             ) from error
 
 
@@ -2514,16 +2646,14 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
     A damaged database is moved aside to *.damaged-NOW; returns the new name, "" if it was sound.
     StoreError for a file that is no backup of the tenant, and for a database that is in use.
     """
-    with closing(sqlite3.connect("", isolation_level=None)) as restored:  # a temporary file
+    with closing(SqliteLink("")) as restored:  # a temporary file
         copy_backup(backup, restored, tenant)
         try:
             try:
                 replace_content(path, restored)
                 return ""
-            except sqlite3.DatabaseError as error:
-                if type(error) is not sqlite3.DatabaseError:
-                    raise
-                with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(path)) as damaged:
+            except Damaged:
+                with suppress(StoreError), closing(SqliteLink(path)) as damaged, damaged.snapshot():
                     # Often its numbers can still be read.
                     Session(restored).continue_numbering(Session(damaged).numbers())
                 # The damaged database stays in its place until there is a better one.
@@ -2532,40 +2662,43 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
                     os.replace(file, f"{file}.damaged-{now}")
                 os.replace(f"{path}.restored", path)
                 return f"{path}.damaged-{now}"
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, StoreError) as error:
             raise StoreError(
                 f"{path}: cannot be replaced ({error}); stop the server that uses it"
             ) from error
 
 
-def copy_backup(backup: str, target: sqlite3.Connection, tenant: str) -> None:
+def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
     """Copy a tenant's backup to another database, in the format of this version; StoreError."""
     # Without immutable=1, SQLite opens no database in a directory where it may not write.
     mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
     address = f"{Path(backup).resolve().as_uri()}?{mode}"
     try:
-        with closing(sqlite3.connect(address, uri=True)) as source:
-            source.backup(target)
-        if not target.execute("PRAGMA user_version").fetchone()[0]:
-            raise sqlite3.DatabaseError("not made by scim_server")
-        migrate(target, backup, check_pages=True)
-    except sqlite3.Error as error:
-        raise StoreError(f"{backup}: cannot be restored ({error}); choose another one") from error
+        with closing(SqliteLink(address, uri=True)) as source:
+            source.copy_to(target)
+        if not target.version:
+            raise StoreError("not made by scim_server")
+        target.check_pages()
+        migrate(target)
+    except StoreError as error:
+        raise StoreError(
+            f"{backup}: cannot be restored ({error.reason}); choose another one"
+        ) from error
     owner = Session(target).setting("tenant")
     if owner not in ("", tenant):
         raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
 
 
-def replace_content(path: str, restored: sqlite3.Connection) -> None:
+def replace_content(path: str, restored: SqliteLink) -> None:
     """Replace the content of a database in one commit; no number is given out again."""
     Path(path).touch(0o600)
-    with closing(sqlite3.connect(path, timeout=0, isolation_level=None)) as target:
-        # Nothing can be read in this mode while another process has the database open.
-        target.execute("PRAGMA locking_mode = EXCLUSIVE")
-        migrate(target, path, check_pages=True)
-        with transaction(restored) as session:
-            session.continue_numbering(Session(target).numbers())
-        restored.backup(target)
+    # Nothing can be read in this mode while another process has the database open.
+    with closing(SqliteLink(path, ["locking_mode = EXCLUSIVE"], timeout=0)) as target:
+        target.check_pages()
+        migrate(target)
+        with restored.transaction(), target.snapshot():
+            Session(restored).continue_numbering(Session(target).numbers())
+        restored.copy_to(target)
 
 
 # ----------------------------------------------------------------------------
@@ -2881,7 +3014,7 @@ class Directory:
             owner = session.setting("tenant") or tenant
             if owner != tenant:
                 raise StoreError(
-                    f"{self.store.path}: is the file of tenant {owner}, not of {tenant}"
+                    f"{self.store.database.place}: is the file of tenant {owner}, not of {tenant}"
                 )
             session.set_setting("tenant", tenant)
 
@@ -5745,7 +5878,7 @@ class Application(Tenants):
         if lane == QUICK and route.type:
             # With a store in memory, readers wait for the writer.
             quick = id or QUICK_QUERIES[route.type].fullmatch(request.query)
-            return QUICK if quick and directory.store.path != ":memory:" else READ
+            return QUICK if quick and directory.store.database.is_quick else READ
         return lane
 
     def is_bulk(self, path: str) -> bool:
@@ -7181,7 +7314,7 @@ def check(options: argparse.Namespace) -> None:
 def back_up(options: argparse.Namespace) -> None:
     with closing(existing_store(*chosen_tenant(options))) as store:
         store.backup(options.file)
-    print(f"tenant {options.tenant}: {store.path} copied to {options.file}")
+    print(f"tenant {options.tenant}: {store.database.place} copied to {options.file}")
 
 
 def restore(options: argparse.Namespace) -> None:

@@ -2679,6 +2679,17 @@ class TestStore:
         with pytest.raises(scim_server.StoreError, match="closed"), getattr(store, block)():
             raise AssertionError("this block must not begin")
 
+    def test_reader_that_gets_no_connection_is_refused(
+        self, open_store: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
+        monkeypatch.setattr(scim_server, "READERS", 2)
+        store = open_store()
+        refused = pytest.raises(scim_server.StoreError, match="in use")
+        with store.reading(), store.reading(), refused, store.reading():
+            raise AssertionError("this block must not begin")
+        assert settings(store, "name") == [""]
+
     # -- Waiting for a write --
 
     # POLL_SECONDS is long here, so that only an event can end the waiting.
