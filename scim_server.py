@@ -123,6 +123,9 @@ MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested bracket
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
 MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
+MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
+LINK_SIZE = 200  # bytes of a member of a group, or a group of a user, in an answer
+MAX_PAGE = 8 * 1024 * 1024  # bytes of resources, after which a page ends
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
 CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
@@ -1678,6 +1681,7 @@ COMPARISONS = {  # each ? is the key; all but co and ew are one range of the ind
 }
 Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
+Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
 COLUMNS = {"resource": "seq", "entry": "seq, element"}  # that identify a row in a condition
 
 
@@ -1789,6 +1793,7 @@ class Window:
     offset: int = 0
     after: Position | None = None
     backward: bool = False  # towards the first resource; the page keeps the order of the query
+    size: int = 2**62  # bytes of resources, after which it ends; it has at least one resource
 
 
 class Page(NamedTuple):
@@ -2296,15 +2301,24 @@ class Session:
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
     ) -> tuple[list[tuple[int, str, StoredResource]], bool]:
-        """Return a window's matches, each after its missing and key, and whether there are more."""
+        """Return a window's matches, each after its missing and key, and whether there are more.
+
+        The first is the one at the window's position, also if the window is backward.
+        """
+        matches: list[tuple[int, str, StoredResource]] = []
+        size = 0
         try:
-            rows = self.run(*compile_page(filters, sorting, window)).fetchall()
+            for missing, key, *values in self.run(*compile_page(filters, sorting, window)):
+                row = StoredResource(*values)
+                size += len(row.body.encode())
+                if len(matches) == window.count or (matches and size > window.size):
+                    return matches, True
+                matches.append((missing, key, row))
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        matches = [(row[0], row[1], StoredResource(*row[2:])) for row in rows[: window.count]]
-        return matches[::-1] if window.backward else matches, len(rows) > window.count
+        return matches, False
 
     # -- Memberships --
 
@@ -3073,11 +3087,7 @@ class Directory:
         )
 
     def search(
-        self,
-        queries: Mapping[str, tuple[Filter, Selection]],
-        sorting: Sorting | None,
-        window: Window,
-        base_url: str = "",
+        self, queries: Queries, sorting: Sorting | None, window: Window, base_url: str = ""
     ) -> Page:
         """Return a window on the matches of several types, each with a filter (RFC 7644 §3.4.2.1).
 
@@ -3086,20 +3096,17 @@ class Directory:
         filters = {name: filter for name, (filter, _) in queries.items()}
         with self.store.reading() as session:
             matches, more = session.page(filters, sorting, window)
+            rows = [row for *_, row in matches]
+            resources = self._page(session, rows, queries, window.size, base_url)
+            more = more or len(resources) < len(matches)
+            matches = matches[: len(resources)]
             # A first page that is not full, or one with the last match, says how many there are.
             uncounted = not window.after and (more or (window.offset and not matches))
             total = session.total(filters) if uncounted else window.offset + len(matches)
-            rows = [self._with_current_fields(row) for *_, row in matches]
-            groups = session.groups([row.seq for row in rows if row.type == "User"])
-            resources: list[Resource | Encoded] = [
-                self._encoded(session, row, groups, base_url)
-                if base_url and queries[row.type][1] == WHOLE
-                else self._resource(session, row, queries[row.type][1], groups=groups)
-                for row in rows
-            ]
-        first, last = [
-            Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]
-        ] or (None, None)
+        if window.backward:
+            matches, resources = matches[::-1], resources[::-1]
+        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
+        first, last = ends or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
@@ -3362,6 +3369,28 @@ class Directory:
             },
             **links,
         }
+
+    def _page(
+        self, session: Session, rows: list[StoredResource], queries: Queries, size: int, url: str
+    ) -> list[Resource | Encoded]:
+        # Return the resources of rows, those that fit in some bytes, but the first in any case.
+        resources, groups = list[Resource | Encoded](), dict[int, list[Resource]]()
+        members = self.resource_types["Group"].root.by_name["members"]
+        for number, row in enumerate(map(self._with_current_fields, rows)):
+            if number % DEFAULT_COUNT == 0:
+                batch = rows[number : number + DEFAULT_COUNT]
+                groups = session.groups([user.seq for user in batch if user.type == "User"])
+            selection = queries[row.type][1]
+            links = row.member_count * selection.includes(members) + len(groups.get(row.seq, ()))
+            size -= len(row.body.encode()) + LINK_SIZE * links
+            if size < 0 and resources:
+                break
+            resources.append(
+                self._encoded(session, row, groups, url)
+                if url and selection == WHOLE
+                else self._resource(session, row, selection, groups=groups)
+            )
+        return resources
 
     def _encoded(
         self,
@@ -4092,12 +4121,15 @@ def parse_body(request: Request) -> Json:
     """Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong."""
     if not isinstance(body := request.body, bytes):
         return body
+    # A text may hold brackets too, but no client sends so many of them.
+    if (brackets := body.count(b"{") + body.count(b"[")) > MAX_CONTAINERS:
+        raise ScimError(413, "", f"the body has more than {MAX_CONTAINERS} objects and lists")
     try:
         value = json.loads(
             body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names
         )
         # Only a body with escapes or many brackets can hold what the walk is for.
-        if b"\\u" in body or body.count(b"{") + body.count(b"[") > MAX_DEPTH:
+        if b"\\u" in body or brackets > MAX_DEPTH:
             check_texts(value)
         return value
     except (ValueError, RecursionError) as error:
@@ -4280,8 +4312,10 @@ def read_chunks(buffer: bytearray, limit: int) -> Reading:
         if number % CHUNKS_PER_ROUND == 0:
             yield True
     for _ in range(MAX_FIELDS):  # trailers, up to an empty line
-        if (yield from read_line()) == b"\r\n":
+        if (trailer := (yield from read_line())) == b"\r\n":
             return bytes(body)
+        if not FIELD_LINE.fullmatch(trailer.removesuffix(b"\r\n")):
+            break
     raise malformed
 
 
@@ -4535,7 +4569,7 @@ def list_resources(call: Call) -> Response:
         return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = search(Window(count, start_index - 1))
+    page = search(Window(count, start_index - 1, size=MAX_PAGE))
     return list_response(
         map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
     )
@@ -4578,7 +4612,7 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
         raise invalid_value("startIndex: not together with cursor")
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
-    page = search(Window(count, 0, after, backward))
+    page = search(Window(count, 0, after, backward, MAX_PAGE))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
     ends = {
@@ -5419,9 +5453,14 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees = list(itertools.islice(rows, count))
+    employees, size, more = list[Employee](), 0, False
+    for employee in rows:
+        size += len(repr(employee))
+        if more := len(employees) == count or (size > MAX_PAGE and employees != []):
+            break
+        employees.append(employee)
     headers, cursor = {}, {}
-    if next(rows, None):
+    if more:
         cursor["nextCursor"] = str(employees[-1].id)
         query = urlencode({**call.parameters, "cursor": cursor["nextCursor"]})
         headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'

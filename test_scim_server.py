@@ -3546,6 +3546,15 @@ def test_employees_are_read_page_by_page(five_users: Scim) -> None:
     assert requests.get(page.url).status_code == 401
 
 
+def test_page_of_employees_ends_at_8_mib_too(
+    monkeypatch: pytest.MonkeyPatch, five_users: Scim
+) -> None:
+    monkeypatch.setattr(scim_server, "MAX_PAGE", 10)
+    assert [row["id"] for row in employees(five_users)] == [1]
+    assert [row["id"] for row in employees(five_users, "?cursor=4")] == [5]
+    assert "nextCursor" not in beside(five_users, "/employees?cursor=4").json()
+
+
 @pytest.mark.parametrize(
     "query", ["active=perhaps", "changed_since=today", "count=x", "cursor=x", "id=x"]
 )
@@ -4469,6 +4478,13 @@ SMUGGLED = [  # name, fields and body of a POST whose end two readers could see 
     ("a NUL in a chunk extension", CHUNKED + b"2;a=\x00\r\nhi\r\n0\r\n\r\n"),
     ("a chunk size of too many digits", CHUNKED + b"2" + b"0" * 1100 + b"\r\n"),
     ("too many trailers", CHUNKED + b"0\r\n" + b"a: b\r\n" * 200 + b"\r\n"),
+    ("a trailer that ends with LF only", CHUNKED + b"0\r\nX: a\n\r\n"),
+    ("a folded trailer", CHUNKED + b"0\r\nX: a\r\n b\r\n\r\n"),
+    ("a NUL in a trailer", CHUNKED + b"0\r\nX: a\x00b\r\n\r\n"),
+    ("a CR in a trailer", CHUNKED + b"0\r\nX: a\rb\r\n\r\n"),
+    ("a trailer without a colon", CHUNKED + b"0\r\nX\r\n\r\n"),
+    ("a trailer without a name", CHUNKED + b"0\r\n: a\r\n\r\n"),
+    ("trailers that end with LF only", CHUNKED + b"0\r\nX: a\r\n\n"),
     ("a folded field", b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n"),
     ("a blank before the first field", b" X: a\r\nContent-Length: 0\r\n\r\n"),
     ("a CR in a value", b"X: a\rb\r\nContent-Length: 0\r\n\r\n"),
@@ -5173,6 +5189,50 @@ def test_page_begins_at_start_index_and_has_count_items(
     assert page["itemsPerPage"] == len(user_names)
 
 
+@pytest.fixture
+def large_users(scim: Scim) -> list[str]:
+    """The ids of nine users of 1.2 MB each, 10.8 MB in all."""
+    roles = [{"value": f"{number}".rjust(60_000)} for number in range(20)]
+    return [scim.user(f"u{number}", roles=roles)["id"] for number in range(9)]
+
+
+@each_row("parameters", [("whole users", {}), ("selected attributes", {"attributes": "roles"})])
+def test_page_ends_at_8_mib_and_paging_still_sees_everyone(
+    scim: Scim, large_users: list[str], parameters: dict[str, str]
+) -> None:
+    sizes, seen, start = list[int](), list[str](), 1
+    while start <= len(large_users):
+        page = scim.get("/Users", startIndex=start, count=1000, **parameters)
+        assert page["totalResults"] == 9 and page["itemsPerPage"] == len(page["Resources"]) > 0
+        seen += [user["id"] for user in page["Resources"]]
+        sizes.append(page["itemsPerPage"])
+        start += page["itemsPerPage"]
+    assert seen == large_users and sizes == [6, 3]
+
+
+def test_page_of_large_users_can_be_walked_by_cursor_both_ways(
+    scim: Scim, large_users: list[str]
+) -> None:
+    steps = [("nextCursor", 2), ("nextCursor", 2), ("previousCursor", 9), ("previousCursor", 9)]
+    pages = [scim.get("/Users", cursor="", count=1000)]
+    for name, count in steps:
+        pages.append(scim.get("/Users", cursor=pages[-1][name], count=count))
+    assert {page["totalResults"] for page in pages} == {9}
+    seen = [[large_users.index(user["id"]) for user in page["Resources"]] for page in pages]
+    assert seen == [[0, 1, 2, 3, 4, 5], [6, 7], [8], [2, 3, 4, 5, 6, 7], [0, 1]]
+    assert "nextCursor" not in pages[2] and "previousCursor" not in pages[4]
+
+
+def test_members_count_for_the_size_of_a_page(monkeypatch: pytest.MonkeyPatch, scim: Scim) -> None:
+    monkeypatch.setattr(scim_server, "MAX_PAGE", 20 * scim_server.LINK_SIZE)
+    ids = [scim.user(f"u{number}")["id"] for number in range(15)]
+    for name in ("a", "b"):
+        scim.group(name, *ids)
+    assert scim.get("/Groups")["itemsPerPage"] == 1
+    assert scim.get("/Groups", startIndex=2)["Resources"][0]["displayName"] == "b"
+    assert scim.get("/Groups", excludedAttributes="members")["itemsPerPage"] == 2
+
+
 def test_page_shows_each_resource_as_a_get_does(scim: Scim) -> None:
     bodies = [
         *PEOPLE.values(),
@@ -5399,6 +5459,8 @@ def test_bulk_follows_a_chain_of_a_thousand_references(scim: Scim) -> None:
 
 def test_bulk_has_at_most_a_thousand_operations(scim: Scim) -> None:
     assert_error(scim.call("POST", "/Bulk", {"Operations": [{}] * 1001}), 413, "", "maxOperations")
+    # So many would take 200 MB as Python objects, so they are counted before they are made.
+    assert_error(scim.call("POST", "/Bulk", {"Operations": [{}] * 300_000}), 413, "", "250000")
 
 
 def test_bulk_completes_cycles_and_answers_with_final_versions(scim: Scim) -> None:
