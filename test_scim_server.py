@@ -270,9 +270,10 @@ on_postgresql = pytest.mark.parametrize("engine", ENGINES[1:], indirect=True)
 @pytest.fixture(scope="session", autouse=True)
 def tell_if_postgresql_is_missing(request: pytest.FixtureRequest) -> None:
     """Print a line if no test runs on PostgreSQL."""
-    reporter: Any = request.config.pluginmanager.get_plugin("terminalreporter")
-    if NO_POSTGRESQL and reporter:
-        reporter.write_line(f"no test runs on PostgreSQL: {NO_POSTGRESQL}")
+    if NO_POSTGRESQL:
+        capture: Any = request.config.pluginmanager.get_plugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(f"no test runs on PostgreSQL: {NO_POSTGRESQL}", file=sys.stderr)
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@
     python benchmarks/bench.py                             10 000 users, everything
     python benchmarks/bench.py --users 1000000 --keep DIR  DIR keeps the filled database for the next run
     python benchmarks/bench.py --only lookup,create        some rows, by the start of their names
+    python benchmarks/bench.py --database postgresql://…   the same rows, the data on PostgreSQL
     python benchmarks/bench.py --against scim2-server      the same load on a peer
     python benchmarks/bench.py --compare A.json B.json     two results of --json
 
@@ -104,7 +105,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 class Server:
     """A server in a folder of its own: scim_server.py, also as a module, or another command.
 
-    With --processes, several processes share the address and the folder.
+    With --processes, several processes share the address and the folder. With --database, the
+    folder has the configuration alone, and its tenant is in the database.
     """
 
     def __init__(
@@ -113,13 +115,19 @@ class Server:
         options: argparse.Namespace,
         command: Sequence[str] | None = None,
         module: bool = False,
+        tenant: str = "bench",
     ) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self.commits_file = folder / "commits"
         self.processes = options.processes
-        shared = {"reuse_port": True} if self.processes > 1 else {}
-        (folder / "config.json").write_text(json.dumps(CONFIG | shared | dict(options.set)))
+        config = CONFIG | dict(options.set)
+        if self.processes > 1:
+            config["reuse_port"] = True
+        if options.database:
+            config["database"] = options.database
+            config["tenants"] = [CONFIG["tenants"][0] | {"name": tenant}]
+        (folder / "config.json").write_text(json.dumps(config))
         delay = (
             []
             if options.commit_delay is None
@@ -190,6 +198,11 @@ class Server:
     def commits(self) -> int:
         """Return how many commits wrote something, as --commit-delay counts them."""
         return self.commits_file.stat().st_size if self.commits_file.exists() else 0
+
+
+def fresh_tenant() -> str:
+    """Return the name of a tenant that no database has yet."""
+    return f"bench-{time.time_ns():x}"
 
 
 # -- Rows --------------------------------------------------------------------------
@@ -631,7 +644,7 @@ def report_sync(folder: Path, options: argparse.Namespace, report: Report) -> No
     groups, seconds = max(users // 100, 1), {}
     for way, sync in (("sync", sync_singly), ("sync-bulk", sync_by_bulk)):
         shutil.rmtree(folder / way, ignore_errors=True)
-        server = Server(folder / way, options)
+        server = Server(folder / way, options, tenant=fresh_tenant())
         try:
             with closing(Wire(server.start())) as wire:
                 user_times, group_times = sync(wire, users, groups, Progress(way, users + groups))
@@ -779,6 +792,7 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--json", metavar="FILE", help="write the results")
     add("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two results, then end")
     add("--against", choices=["scim2-server"], help="measure lookup, get and create on a peer too")
+    add("--database", metavar="URL", help="of an empty PostgreSQL database for the data")
     add("--url", help="load a server that runs, with --token")
     add("--token", default=TOKEN)
     add("--keep", metavar="DIR", help="scratch directory; what is filled there is used again")
@@ -801,6 +815,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--users: expected a multiple of 100")
     if options.url and (options.commit_delay is not None or options.against):
         parser.error("--url: the server runs already; not with --commit-delay, --against")
+    if options.database and options.commit_delay is not None:
+        parser.error("--database: --commit-delay delays the commits of SQLite alone")
     options.only = tuple(options.only.split(","))  # every name starts with ""
     options.connections = [int(text) for text in options.connections.split(",")]
     options.sync_users = options.sync_users or min(options.users, 10_000)
@@ -811,7 +827,8 @@ def run_rows(
     folder: Path, people: People, server: Server | None, options: argparse.Namespace, report: Report
 ) -> None:
     """Measure the rows that are wanted."""
-    filled = folder / "server" / "data" / "bench.sqlite3" if server else None
+    in_file = server and not options.database
+    filled = folder / "server" / "data" / "bench.sqlite3" if in_file else None
     limits = Limits(options, report, folder, filled, person(NUMBER))
     for row in all_rows(people):
         if any(name.startswith(options.only) for name in row.names):
@@ -828,9 +845,8 @@ def run_scratch(folder: Path, options: argparse.Namespace, report: Report) -> No
         server.stop()
         if "start".startswith(options.only) or "rss-idle".startswith(options.only):
             for module, what in [(False, "empty"), (True, "empty, as a module")]:
-                report_start(
-                    Server(folder / "empty", options, module=module), what, report, options.runs
-                )
+                empty = Server(folder / "empty", options, module=module, tenant=fresh_tenant())
+                report_start(empty, what, report, options.runs)
                 shutil.rmtree(folder / "empty")
             report_start(server, f"{options.users:,} users", report, options.runs)
         run_rows(folder, People(server.start(), options.users), server, options, report)
