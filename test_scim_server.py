@@ -166,7 +166,7 @@ def assert_error(answer: requests.Response, status: int, scim_type: str = "", *w
 def postgresql_programs() -> Path | None:
     """Return the directory of PostgreSQL's programs, None if they are not installed."""
     if in_path := shutil.which("initdb"):
-        return Path(in_path).parent
+        return Path(in_path).resolve().parent
     versions = sorted(Path("/usr/lib/postgresql").glob("[0-9]*"), key=lambda path: int(path.name))
     return versions[-1] / "bin" if versions else None
 
@@ -192,7 +192,7 @@ class Cluster:
             self.owner = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
             os.chown(self.directory, nobody.pw_uid, nobody.pw_gid)
         self.guard = subprocess.Popen(
-            ["sh", "-c", self.GUARD, self.directory, self.programs],
+            ["sh", "-c", self.GUARD, self.directory, programs],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -221,10 +221,14 @@ class Cluster:
         collation = ("--locale=C.UTF-8", "--locale-provider=icu", "--icu-locale=en-US")
         self.run("initdb", "-U", "scim", "-A", "trust", "-E", "UTF8", "--no-sync", *collation)
 
-    def start(self) -> None:
+    def copy(self, primary: Cluster) -> None:
+        """Make the cluster a standby of another one, with a copy of its files."""
+        self.run("pg_basebackup", "-d", primary.url(), "-R", "-c", "fast", "--no-sync")
+
+    def start(self, options: str = "") -> None:
         """Start the server, and wait until it can be used."""
-        log = str(self.directory / "log")
-        self.run("pg_ctl", "-w", "-l", log, "-o", self.OPTIONS.format(self.directory), "start")
+        options = f"{self.OPTIONS.format(self.directory)} {options}"
+        self.run("pg_ctl", "-w", "-l", str(self.directory / "log"), "-o", options, "start")
 
     def stop(self, mode: str = "fast") -> None:
         """Stop the server: fast, or immediate, which is like a crash."""
@@ -338,13 +342,13 @@ def globex(server: scim_server.ScimServer) -> Scim:
     return Scim(server.url, "globex-secret")
 
 
-def wait_until(condition: Any) -> None:
+def wait_until(condition: Any, seconds: float = 30) -> None:
     """Wait until a condition holds that another thread or process makes true."""
-    for _ in range(3_000):
+    for _ in range(int(seconds * 100)):
         if condition():
             return
         threading.Event().wait(0.01)
-    raise AssertionError("the condition did not become true within 30 seconds")
+    raise AssertionError(f"the condition did not become true within {seconds} seconds")
 
 
 def is_answering(server: scim_server.ScimServer) -> bool:
@@ -608,6 +612,23 @@ def process(
         running.kill()
         running.wait()
         running.stdout.close()
+
+
+def config_file(folder: Path, **members: Any) -> Path:
+    """Write a configuration file; its data directory is data, unless members says otherwise."""
+    place = {} if "database" in members else {"data_dir": "data"}
+    file = folder / "config.json"
+    file.write_text(json.dumps({**CONFIG, **place, **members}))
+    return file
+
+
+@contextmanager
+def processes(count: int, engine: str, folder: Path) -> Iterator[Any]:
+    """Run server processes on the same data; yields each with its client of the tenant acme."""
+    file = config_file(folder, **member_for(engine))
+    with ExitStack() as stack:
+        started = [stack.enter_context(process("--config", str(file))) for _ in range(count)]
+        yield [(running, Scim(url, "acme-secret")) for running, url, _ in started]
 
 
 NAME = {"givenName": "Ada", "familyName": "Quill", "formatted": "Ada Quill"}
@@ -2545,9 +2566,9 @@ def settings(store: scim_server.Store, *names: str) -> list[str]:
 
 def log_changes(store: scim_server.Store, *times: str, keep: int = 9, older_than: str = "") -> None:
     """Append a change for each time to the feed, a commit each, and trim the feed."""
-    for time in times:
+    for at in times:
         with store.writing() as session:
-            session.log([(time, "user.created", "1", "", "entra", "[]")], keep, older_than)
+            session.log([(at, "user.created", "1", "", "entra", "[]")], keep, older_than)
 
 
 class TestStore:
@@ -3445,8 +3466,7 @@ def test_employees_are_read_by_python_http_and_command(
 ) -> None:
     [employee] = employees(scim, "?id=2")
     assert [asdict(row) for row in server.directory("acme").employees()] == employees(scim)
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps({**CONFIG, **member_for(engine)}))
+    file = config_file(tmp_path, **member_for(engine))
     arguments = ["--tenant", "acme", "--config", str(file), "--id", "2", "--format"]
     printed = {
         form: command("employees", *arguments, form).stdout for form in ("json", "csv", "table")
@@ -7599,17 +7619,10 @@ def test_a_console_that_is_switched_off_is_404(engine: str) -> None:
 # -- 20. Interface ---------------------------------------------------------------------------------
 
 
-def config_file(folder: Path, **members: Any) -> Path:
-    """Write a configuration file; its data directory is data, unless members says otherwise."""
-    file = folder / "config.json"
-    file.write_text(json.dumps({**CONFIG, "data_dir": "data", **members}))
-    return file
-
-
-def test_changes_prints_a_line_per_change(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+def test_changes_prints_a_line_per_change(engine: str, tmp_path: Path) -> None:
+    with serving(engine) as server:
         Scim(server.url, "acme-secret").user("ada")
-    file = config_file(tmp_path, data_dir=".")
+    file = config_file(tmp_path, **member_for(engine))
     printed = command("changes", "--tenant", "acme", "--config", str(file), "--after", "1")
     [line] = printed.stdout.splitlines()
     assert json.loads(line)["kind"] == "employee.created"
@@ -7904,12 +7917,12 @@ def test_the_demo_reports_what_goes_wrong(tmp_path: Path) -> None:
     assert gone.returncode == 2 and "no answer" in gone.stderr
 
 
-def test_reading_with_fewer_custom_fields_changes_nothing(tmp_path: Path) -> None:
-    with serving(tmp_path) as server:
+def test_reading_with_fewer_custom_fields_changes_nothing(engine: str, tmp_path: Path) -> None:
+    with serving(engine) as server:
         scim = Scim(server.url, "acme-secret")
         ada = scim.user("ada", **{FAC: {"locker_no": 5}})
         without_fields = {"name": "acme", "tokens": [{"name": "e", "secret": "x"}]}
-        file = config_file(tmp_path, data_dir=".", tenants=[without_fields])
+        file = config_file(tmp_path, **member_for(engine), tenants=[without_fields])
         arguments = ["--tenant", "acme", "--config", str(file), "--format", "json"]
         printed = command("employees", *arguments)
         assert json.loads(printed.stdout)["custom_fields"] == {"locker_no": 5}
