@@ -159,6 +159,8 @@ class ScimError(Exception):
         headers: Mapping[str, str] = {},
         reason: tuple[str, ...] = (),
     ) -> None:
+        # A client's text in a detail may have half a surrogate pair, which UTF-8 cannot carry.
+        detail = detail.encode("utf-8", "replace").decode()
         super().__init__(detail)
         self.status, self.scim_type = status, scim_type
         self.detail = detail if len(detail) <= MAX_DETAIL else f"{detail[: MAX_DETAIL - 3]}..."
@@ -951,6 +953,9 @@ def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
 # ----------------------------------------------------------------------------
 
 
+RELATIVE = re.compile(r"(\.\./)*/?[\w~%-][\w.~%/-]*", re.ASCII)  # a URL without a host
+
+
 def lowercase_keys(
     value: Json, expected: str = "the body must be a JSON object"
 ) -> dict[str, Json]:
@@ -1029,6 +1034,10 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     if not attribute.is_membership and (
         value is None or (value == "" and (attribute.type != "string" or attribute.clearable))
     ):
+        return None
+    # A reference to a user or group may be relative. Another host in it would mislead its readers.
+    is_reference = "User" in attribute.reference_types and isinstance(value, str)
+    if is_reference and not RELATIVE.fullmatch(value):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
@@ -2473,6 +2482,11 @@ class Session:
             "FROM sqlite_sequence WHERE name = 'change'"
         ).fetchone() or (0, 0)
 
+    def last_change(self) -> str:
+        """Return the time of the newest change that is kept, "" for none."""
+        row = self.run("SELECT at FROM change ORDER BY seq DESC LIMIT 1").fetchone()
+        return row[0] if row else ""
+
     # -- The provisioning log --
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
@@ -2929,7 +2943,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
         # A spreadsheet would run a cell that looks like a formula; an apostrophe makes it text.
         csv.writer(line).writerow(
             f"'{cell}"
-            if cell[:1] in tuple("=+-@\t\r") and not re.fullmatch(r"-?\d+", cell)
+            if cell[:1] in tuple("=+-@\t\r\n＝＋－＠") and not re.fullmatch(r"-?\d+", cell)
             else cell
             for cell in row
         )
@@ -3045,11 +3059,11 @@ class Directory:
         resource_type = self._type(type)
         resource = accept(resource_type, body)
         resource.update(defaults(resource_type) | resource)
-        now = time_text(self.clock())
-        row = StoredResource(
-            0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
-        ).changed(stored(resource))
         with self.store.writing() as session:
+            now = self._now(session)
+            row = StoredResource(
+                0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
+            ).changed(stored(resource))
             self._check_unique(session, row, {}, resource)
             session.save(row, set(), row.entries(resource_type))
             self._record(session, row, {}, resource)
@@ -3481,7 +3495,7 @@ class Directory:
     def _touch(
         self, session: Session, row: StoredResource, attributes: Resource, member_count: int
     ) -> StoredResource:
-        resource_type, now = self.resource_types[row.type], time_text(self.clock())
+        resource_type, now = self.resource_types[row.type], max(row.modified, self._now(session))
         changed = row.changed(attributes, modified=now, member_count=member_count)
         session.save(changed, row.entries(resource_type), changed.entries(resource_type))
         return changed
@@ -3520,7 +3534,7 @@ class Directory:
             attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
         )
         if row.type == "User":
-            update_employee(session, row.id, after, time_text(self.clock()), log, not before)
+            update_employee(session, row.id, after, self._now(session), log, not before)
 
     def _log(
         self,
@@ -3531,12 +3545,17 @@ class Directory:
         attributes: Sequence[str] = (),
     ) -> None:
         # A row for each member; the feed is trimmed too.
-        now, names = self.clock(), to_json(attributes)
+        now, names = self._now(session), to_json(attributes)
         session.log(
-            [(time_text(now), kind, id, member, self.token, names) for member in members],
+            [(now, kind, id, member, self.token, names) for member in members],
             self.keep,
-            time_text(now - timedelta(days=self.keep_days)),
+            time_text(self.clock() - timedelta(days=self.keep_days)),
         )
+
+    def _now(self, session: Session) -> str:
+        # The time of a change. If the clock goes back it stands still, so that readers who ask for
+        # what has changed since a time miss nothing.
+        return max(time_text(self.clock()), session.last_change())
 
     # -- What was stored under another configuration, or by an older version --
 
@@ -3642,6 +3661,7 @@ POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 els
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
+HOST_NAME = text_of("[A-Za-z0-9._-]+", "a host name such as scim.example.com", convert=str.lower)
 NETWORK = (lambda value: ipaddress.ip_network(str(value)),
            "an address such as 10.0.0.1 or 10.0.0.0/8")
 TIME = (lambda value: datetime.fromisoformat(date_time_key(value)[:19]).replace(tzinfo=UTC),
@@ -3728,6 +3748,7 @@ class Config:
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
         [LIST, NETWORK], ()
     )
+    host_names: tuple[str, ...] = setting([LIST, HOST_NAME], (), live=True)
     max_connections: int = setting(POSITIVE, 512)
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
     access_log: str = setting(text_of("text|json|off", "text, json or off"), "text")
@@ -3914,7 +3935,7 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
     members = dict(pairs)
     if len(members) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
-        raise ValueError(f"{name}: appears twice in one object")
+        raise ValueError(f"{quoted(name)} appears twice in one object")
     return members
 
 
@@ -4126,7 +4147,10 @@ def parse_body(request: Request) -> Json:
         raise ScimError(413, "", f"the body has more than {MAX_CONTAINERS} objects and lists")
     try:
         value = json.loads(
-            body.decode("utf-8-sig"), parse_constant=not_json, object_pairs_hook=unique_names
+            body.decode("utf-8-sig"),
+            parse_constant=not_json,
+            parse_float=finite,
+            object_pairs_hook=unique_names,
         )
         # Only a body with escapes or many brackets can hold what the walk is for.
         if b"\\u" in body or brackets > MAX_DEPTH:
@@ -4157,6 +4181,11 @@ def not_json(word: str) -> Json:
     raise ValueError(word)
 
 
+def finite(text: str) -> float:
+    """Return a JSON number; ValueError for one like 1e999, which Python reads as Infinity."""
+    return float(text) if float("-inf") < float(text) < float("inf") else not_json(quoted(text))
+
+
 # -- Answers: lists and errors --
 
 
@@ -4176,9 +4205,8 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is not a SCIM message, which no cache keeps and no browser guesses."""
-    fixed = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff"}
-    return Response(200, body, {"Content-Type": type, **fixed, **headers})
+    """Return an answer that is not a SCIM message."""
+    return Response(200, body, {"Content-Type": type, **headers})
 
 
 def error_response(error: Exception) -> Response:
@@ -4242,12 +4270,17 @@ def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: 
     return (yield from read_exactly(buffer, end + len(mark)))
 
 
-def read_head(buffer: bytearray) -> Generator[bool, None, Head]:
-    """Read the head of a request (RFC 9112 §3, §5); ScimError 400, 414, 431 or 505."""
+def read_request_line(buffer: bytearray) -> Reading:
+    """Read the line that begins a request (RFC 9112 §3); ScimError 414."""
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = yield from read_until(buffer, b"\n", *limits)
     if line == b"\r\n":  # RFC 9112 §2.2: one empty line before a request is ignored
         line = yield from read_until(buffer, b"\n", *limits)
+    return line
+
+
+def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
+    """Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505."""
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -4355,7 +4388,9 @@ def body_text(body: Json) -> str:
 def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
     """Return the status, the header fields and the body of an answer."""
     body = b"" if response.body is None else body_text(response.body).encode()
-    fields = [("X-Request-Id", request.id), *response.headers.items()]
+    # Nearly every answer is about people: no cache keeps one, and no browser guesses its type.
+    private = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
+    fields = [("X-Request-Id", request.id), *private, *response.headers.items()]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
     if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
@@ -4964,7 +4999,15 @@ LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
 LOG_READS = 50  # the same for successful reads, the least informative calls
 LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
-SECRET = re.compile(r"password|secret|token|authorization", re.IGNORECASE)
+NEVER_RETURNED = [
+    sub.name
+    for resource_type in resource_types(()).values()
+    for sub in resource_type.root.sub_attributes
+    if sub.returned == "never"
+]
+# The attributes that the schemas keep secret, and what a client may send by mistake.
+SECRET = re.compile("|".join([*NEVER_RETURNED, "secret|token|authorization"]), re.IGNORECASE)
+SECRET_NAME = re.compile(rf"[\w.:$-]*({SECRET.pattern})", re.IGNORECASE)
 REDACTED = "•••"
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
@@ -5126,12 +5169,16 @@ class LogItem:
                 sent += [("add", f"{name}:{sub}", item) for sub, item in value.items()]
             elif name.lower() not in ("schemas", "id", "meta"):
                 sent.append(("add", name, value))
-        return [(op, path[:200], value) for op, path, value in sent]
+        return [(op, redacted(path)[:200], value) for op, path, value in sent]
 
     @cached_property
     def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
-        is_error, body = self.response.status >= 400, self.call.body or self.call.request.body
-        return is_error and SECRET.search(f"{body!r} {self.call.request.query}") is not None
+        request, body = self.call.request, self.call.body
+        is_unparsed, text = (
+            body is None and bool(request.body),
+            f"{body!r} {unquote(request.query)}",
+        )
+        return self.response.status >= 400 and (is_unparsed or SECRET.search(text) is not None)
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -5262,13 +5309,19 @@ def without_quotes(text: str) -> str:
 
 
 def redacted(value: Json) -> Json:
-    """Return a body with the values of secrets hidden, in a PATCH too."""
+    """Return a body with the values of secrets hidden, in filters and in a PATCH too."""
+    if isinstance(value, str):
+        # A filter, or the path of a PATCH, may have the secret beside its name.
+        is_more_than_a_name = SECRET.search(value) and not SECRET_NAME.fullmatch(value)
+        return REDACTED if is_more_than_a_name else value
     if not isinstance(value, dict):
         return [redacted(item) for item in value] if isinstance(value, list) else value
     path = " ".join(str(item) for name, item in value.items() if name.lower() == "path")
     hidden = "value" if SECRET.search(path) else ""  # of a PATCH operation on a secret
     return {
-        name: REDACTED if SECRET.search(name) or name.lower() == hidden else redacted(item)
+        redacted(name): REDACTED
+        if SECRET.search(name) or name.lower() == hidden
+        else redacted(item)
         for name, item in value.items()
     }
 
@@ -5398,9 +5451,7 @@ class ProvisioningLog(BackgroundWriter):
         """Queue a call for its tenant's log, or count it if no tenant has its token."""
         request, caller = call.request, call.caller
         is_lost = response.status == 404 and not call.route.label
-        # Reading the results in the console is not a part of the provisioning.
-        is_console = request.method == "GET" and "x-console" in request.headers
-        logged = (request.path.startswith(BASE_PATH) or is_lost) and not is_console
+        logged = request.path.startswith(BASE_PATH) or is_lost
         if not caller and logged and response.status == 401:
             self.unknown_token_calls += 1
             self.unknown_token_since = self.unknown_token_since or time_text(clock())
@@ -5418,7 +5469,8 @@ class ProvisioningLog(BackgroundWriter):
         call, answer = item.call, item.response.body
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
             item.response = item.response._replace(body=None)
-        if isinstance(call.request.body, bytes) and len(call.request.body) > LOGGED_BODY:
+        body = call.request.body  # of an operation of Bulk it is JSON
+        if len(body if isinstance(body, bytes) else to_json(body)) > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
             call.operations, item.may_show_secret = (), True
         self.add(item)
@@ -5756,9 +5808,11 @@ class Tenants:
 
 # -- Routes --------------------------------------------------------------------------
 
-ANYONE, OPERATOR, BEARER, NOWHERE = "anyone", "operator", "bearer", "nowhere"  # who may call
+ANYONE, PROBE, OPERATOR = "anyone", "probe", "operator"  # who may call
+BEARER, NOWHERE = "bearer", "nowhere"
 # Lanes of the HTTP server: at once, with the reads, with the writes, in a thread of its own.
 QUICK, READ, WRITE, SLOW = "quick", "read", "write", "slow"
+HOST_ADDRESS = re.compile(r"[\d.]+|\[.*\]", re.ASCII)  # a Host that is no name
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
 # The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
 SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
@@ -5814,8 +5868,8 @@ class Application(Tenants):
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
         # fmt: off
         rows: list[RouteRow] = [
-            ("GET",    "/healthz",                       ANYONE,   QUICK, lambda call: health),
-            ("GET",    "/readyz",                        ANYONE,   READ,  self._get_readiness),
+            ("GET",    "/healthz",                       PROBE,    QUICK, lambda call: health),
+            ("GET",    "/readyz",                        PROBE,    READ,  self._get_readiness),
             ("GET",    "/metrics",                       OPERATOR, READ,  self.metrics.answer),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
@@ -5838,6 +5892,8 @@ class Application(Tenants):
             ("GET",    "/employees/{id}",                BEARER,   READ,  get_employee),
             ("GET",    "/changes",                       BEARER,   SLOW,  list_changes),
             ("GET",    "/",                              ANYONE,   QUICK, lambda call: page_answer),
+            # The console's reads are not part of the provisioning, and not in its log.
+            ("GET",    "/console/api/{type}",            BEARER,   READ,  list_resources),
             ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
             ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
             ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
@@ -5906,7 +5962,7 @@ class Application(Tenants):
         """Return the lane of a request: QUICK, READ, WRITE or SLOW; never waits."""
         route, id = self._find_route(request.path)
         lane, _ = route.operations.get(request.method, (QUICK, None))
-        if route.access in (ANYONE, OPERATOR):
+        if route.access not in (BEARER, NOWHERE):
             return lane
         if not (caller := self.known_caller(request)):
             return SLOW if self._authenticate and credentials_of(request)[1] else QUICK
@@ -5948,8 +6004,8 @@ class Application(Tenants):
                 call.caller = self.caller_of(request)
             if access == BEARER:
                 call.directory = self._admit(request, call.caller)
-            elif access == OPERATOR:
-                self._admit_operator(request)
+            elif access in (PROBE, OPERATOR):
+                self._admit_operator(request, access)
             return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             return error_response(error)
@@ -5967,12 +6023,22 @@ class Application(Tenants):
             directory = self._reopened(tenant.name)
         return directory.on_behalf_of(token.name)
 
-    def _admit_operator(self, request: Request) -> None:
-        # Raise ScimError 401 unless the request is from this machine or has the metrics token.
+    def _admit_operator(self, request: Request, access: str) -> None:
+        # Raise ScimError 421 for a host name that is not this server's: a page on the Web can let a
+        # name of its own stand for this machine (DNS rebinding), but not an address. Then raise 401
+        # for /metrics unless the request is from this machine or has the metrics token.
+        name = re.sub(r":\d+$", "", request.host).rstrip(".").lower()
+        names = ("localhost", self.config.host.lower(), *self.config.host_names)
+        if name not in names and not HOST_ADDRESS.fullmatch(name):
+            raise ScimError(421, "", f"host: {quoted(name)} is not one of the host_names")
         is_local = request.client in ("127.0.0.1", "::1") and not (
             {"forwarded", "x-forwarded-for"} & request.headers.keys()
         )
-        if not is_local and digest(credentials_of(request)[1]) != self.config.metrics_sha256:
+        if (
+            access == OPERATOR
+            and not is_local
+            and digest(credentials_of(request)[1]) != self.config.metrics_sha256
+        ):
             raise ScimError(
                 401,
                 "",
@@ -6058,6 +6124,10 @@ class WsgiApplication:
         mount_point, path = (
             quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
         )
+        # The path as it was sent, if the server passes it: in it an encoded slash is data.
+        target = environ.get("REQUEST_URI") or environ.get("RAW_URI", "")
+        sent_path = target.partition("?")[0].removeprefix(environ.get("SCRIPT_NAME", ""))
+        path = sent_path if unquote(sent_path) == unquote(path) else path
         id = headers.get("x-request-id", "")
         return Request(
             environ["REQUEST_METHOD"],
@@ -6160,6 +6230,7 @@ class Connection:
         self.since = time.monotonic()  # when it came, or last had an answer with a good token
         self.buffer = bytearray()  # arrived and not parsed yet
         self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
+        self.line = b""  # the first one of that request, as soon as it has arrived
         self.request: Request | None = None  # whose head has arrived
         self.minor_version, self.started = 1, 0.0  # of HTTP/1; when the request began to arrive
         self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
@@ -6565,8 +6636,9 @@ class ScimServer(Watcher):
 
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-        connection.request = None
-        head = yield from read_head(connection.buffer)
+        connection.request, connection.line = None, b""
+        connection.line = yield from read_request_line(connection.buffer)
+        head = yield from read_head(connection.buffer, connection.line)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
         length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
@@ -6620,7 +6692,9 @@ class ScimServer(Watcher):
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
-        request = connection.request or Request("", "", id=next(self._request_ids))
+        # The answer to HEAD has no body, even if nothing but the method can be read.
+        method = "HEAD" if (connection.line or connection.buffer).startswith(b"HEAD ") else ""
+        request = connection.request or Request(method, "", id=next(self._request_ids))
         connection.reader, connection.state = None, ANSWERING
         self._send(connection, request, error_response(error), then=LINGER)
 
@@ -6699,8 +6773,11 @@ class ScimServer(Watcher):
             then = CLOSE
         lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}"]
         lines += [f"{name}: {value}" for name, value in fields]
-        lines += ["\r\n"] if then == KEEP else ["Connection: close", "\r\n"]
-        octets = "\r\n".join(lines).encode("latin-1", "replace")
+        # A client of HTTP/1.0 takes the connection for closed unless the answer says otherwise.
+        lines += [f"Connection: {'keep-alive' if then == KEEP else 'close'}"] * (
+            then != KEEP or connection.minor_version == 0
+        )
+        octets = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
         connection.then, connection.authenticated = then, bool(response.tenant)
         if response.tenant:
             connection.since = time.monotonic()
@@ -6839,7 +6916,7 @@ const searchField = (placeholder, load, timer) => h('input', {type: 'search', ar
 
 // -- The server: the token is sent in a header only --
 async function request(path, signal) {
-  const response = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token, 'X-Console': '1'}});
+  const response = await fetch(path, {signal, headers: {Authorization: 'Bearer ' + sessionStorage.token}});
   if (response.status === 401) signIn('The token is unknown or has expired.');
   if (!response.ok) throw Error((await response.json().catch(() => ({}))).detail || `The server answered ${response.status}.`);
   return response;
@@ -6918,7 +6995,7 @@ async function showLog() {
 
 // -- Set-up --
 async function testConnection(output) {  // like Entra's button: filters that match no one
-  const probe = (endpoint, attribute) => get('/scim/v2/' + endpoint, {filter: `${attribute} eq "${Math.random()}"`}).then(
+  const probe = (endpoint, attribute) => get('/console/api/' + endpoint, {filter: `${attribute} eq "${Math.random()}"`}).then(
     page => [!page.totalResults, `${endpoint}: the filter works. It matched nothing, as expected.`],
     error => [false, `${endpoint}: ${error.message}`]);
   const results = await Promise.all([probe('Users', 'userName'), probe('Groups', 'displayName')]);
@@ -6986,7 +7063,7 @@ async function resourceList(endpoint, ifEmpty, baseFilter) {
     const terms = [baseFilter, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
     const filter = terms.filter(Boolean).join(' and ');
     start = Math.max(1, startIndex);
-    const {Resources: resources, totalResults: total} = await get('/scim/v2/' + endpoint, {startIndex: start, count: 25, sortBy,
+    const {Resources: resources, totalResults: total} = await get('/console/api/' + endpoint, {startIndex: start, count: 25, sortBy,
       sortOrder, excludedAttributes: 'members', ...filter && {filter}});
     if (number < loads) return;  // a newer search started
     columns.forEach(([, path], index) => { heads[index].ariaSort = path === sortBy ? sortOrder : 'none'; });
@@ -7005,7 +7082,7 @@ const showGroups = async () => ['Groups', 'The provisioned groups.', ...await re
   'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
 async function resourceDetails(endpoint, id) {  // resource, employee (of a user), sections of the page
   const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
-    get('/scim/v2/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
+    get('/console/api/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
     get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
   const history = changes.map(({kind, id: changedId, member, at, token, attributes}) => h('li', h('div', h('b', kind.replace('.', ' ')),
     member && [': ', changedId === id ? link('this user', 'people', member) : link('this group', 'groups', changedId)],

@@ -565,7 +565,6 @@ def either(request: Any, engine: str) -> Iterator[Scim]:
 def console(server: scim_server.ScimServer) -> Scim:
     """The client that the console of the tenant acme is to its server."""
     client = Scim(server.url.removesuffix("/scim/v2"), "acme-secret")
-    client.session.headers["X-Console"] = "1"
     return client
 
 
@@ -951,6 +950,32 @@ def test_empty_text_in_a_body_clears_what_is_no_string(scim: Scim, method: str) 
     assert user[FAC] == {"union_code": ""} and user[ENT] == {"department": "D"}
     assert user["emails"] == [{"value": "h@x"}] and user["active"] is True
     assert user.keys().isdisjoint({"profileUrl", "name", "addresses"})
+
+
+REFERENCES = [  # name, $ref of a manager, whether it is kept
+    ("a relative path", "../Users/b0ss", True),
+    ("a path", "/scim/v2/Users/b%20ss", True),
+    ("an id", "b0ss", True),
+    ("another host", "https://evil.example/Users/b0ss", False),
+    ("another host without a scheme", "//evil.example/b0ss", False),
+    ("another host as a browser reads it", "/\\evil.example/b0ss", False),
+    ("a script", "javascript:alert(1)", False),
+    ("a blank before a URL", " https://evil.example", False),
+]
+
+
+@each_row("reference, is_kept", REFERENCES)
+def test_a_reference_to_another_host_is_not_stored(
+    scim: Scim, reference: str, is_kept: bool
+) -> None:
+    manager = {"value": "b0ss", "$ref": reference}
+    kept = manager if is_kept else {"value": "b0ss"}
+    ada = scim.user("ada", **{ENT: {"manager": manager}})
+    bob = scim.user("bob")
+    patched = scim.patch(f"/Users/{bob['id']}", put(MANAGER, manager))
+    crew = scim.create("/Groups", displayName="Crew", members=[{**manager, "value": bob["id"]}])
+    assert ada[ENT]["manager"] == patched[ENT]["manager"] == kept
+    assert crew["members"][0]["$ref"] == f"{scim.url}/Users/{bob['id']}"
 
 
 # -- 5. PATCH --------------------------------------------------------------------------------------
@@ -1349,8 +1374,8 @@ MANAGER_PATCHES = [  # name, before, operations, after
     ("text without a path is the id", {}, [pathless({MANAGER: "b0ss"}, "add")], THE_BOSS),
     ("an object", {}, [put(MANAGER, {"value": "b0ss"})], THE_BOSS),
     ("an object in a list, the path without the URN",
-     {}, [add("manager", [{"$ref": "http://x/b0ss", "value": "b0ss"}])],
-     {ENT: {"manager": {"value": "b0ss", "$ref": "http://x/b0ss"}}}),
+     {}, [add("manager", [{"$ref": "/Users/b0ss", "value": "b0ss"}])],
+     {ENT: {"manager": {"value": "b0ss", "$ref": "/Users/b0ss"}}}),
     ("the path of the id", {}, [put(f"{MANAGER}.value", "b0ss")], THE_BOSS),
     ("remove", ID_ALONE, [remove(MANAGER)], {}),
     ("remove of the id", ID_AND_NAME, [remove(f"{MANAGER}.value")], {}),
@@ -1719,6 +1744,8 @@ def some_value(chance: random.Random, attribute: scim_server.Attribute) -> Any:
         chosen = chance.sample(subs, chance.randint(1, min(3, len(subs))))
         return {sub.name: some_value(chance, sub) for sub in chosen}
     values = {"boolean": [True, False], "integer": NUMBERS, "dateTime": TIMES}
+    if attribute.name == "$ref":
+        return chance.choice(["../Users/a", "/Users/A", "b"])
     return chance.choice(values.get(attribute.type, TEXTS))
 
 
@@ -3608,6 +3635,12 @@ def test_csv_has_custom_fields_as_columns_and_no_formula(scim: Scim) -> None:
     assert text.endswith("\r\n")
 
 
+@pytest.mark.parametrize("sign", "=+-@\t\r\n＝＋－＠")
+def test_a_cell_that_starts_like_a_formula_is_text(sign: str) -> None:
+    [line] = scim_server.employee_csv([[f"{sign}1+1"]])
+    assert next(csv.reader(io.StringIO(line, newline=""))) == [f"'{sign}1+1"]
+
+
 def test_users_of_an_older_file_become_employees(tmp_path: Path) -> None:
     path = tmp_path / "acme.sqlite3"
     with closing(scim_server.Store(path)) as store:
@@ -4290,6 +4323,23 @@ def test_a_put_with_null_as_a_member_is_refused(scim: Scim) -> None:
     )
 
 
+def test_times_of_changes_never_go_back() -> None:
+    clock = iter(datetime(2026, 1, day, tzinfo=scim_server.UTC) for day in range(28, 0, -1))
+    directory = scim_server.Directory(scim_server.Store(":memory:"), clock=lambda: next(clock))
+    ada = directory.create("User", {"userName": "ada"})
+    crew = directory.create("Group", {"displayName": "Crew", "members": [{"value": ada["id"]}]})
+    since = directory.changes()[-1].at
+    patched = directory.patch("User", ada["id"], patch_body(put("title", "Chief")))
+    assert patched and patched["meta"]["lastModified"] >= ada["meta"]["created"]
+    assert crew["meta"]["lastModified"] >= crew["meta"]["created"] >= ada["meta"]["lastModified"]
+    # The clock has gone back by days, and a reader of what has changed since sees the change.
+    assert [employee.designation for employee in directory.employees(changed_since=since)] == [
+        "Chief"
+    ]
+    times = [change.at for change in directory.changes()]
+    assert times == sorted(times)
+
+
 # -- 11. Configuration -----------------------------------------------------------------------------
 
 
@@ -4591,7 +4641,8 @@ def read_in_pieces(octets: bytes, size: int) -> Any:
     buffer = bytearray()
 
     def read() -> Any:
-        head = yield from scim_server.read_head(buffer)
+        line = yield from scim_server.read_request_line(buffer)
+        head = yield from scim_server.read_head(buffer, line)
         if "transfer-encoding" in head.headers:
             return head, (yield from scim_server.read_chunks(buffer, 99))
         length = int(head.headers.get("content-length", 0))
@@ -4620,7 +4671,8 @@ def test_request_is_read_alike_whole_and_in_pieces(octets: bytes) -> None:
 def head_of(octets: bytes) -> Any:
     """Return the head that the parser reads from octets that hold one."""
     try:
-        next(scim_server.read_head(bytearray(octets)))
+        line, _, rest = octets.partition(b"\n")
+        next(scim_server.read_head(bytearray(rest), line + b"\n"))
     except StopIteration as end:
         return end.value
 
@@ -4697,7 +4749,9 @@ BAD_JSON = [  # name, body, scimType, a word of the detail
      json.dumps({"userName": "ada", "roles": [{"value": f"r{n}"} for n in range(1001)]}).encode(),
      "invalidValue", "roles"),
     ("an integer that is too large", b'{"userName": "ada", "%s": {"locker_no": 1e400}}'
-     % FAC.encode(), "invalidValue", "locker_no"),
+     % FAC.encode(), "invalidSyntax", "1e400"),
+    ("a name that is half a surrogate pair, twice", b'{"\\ud800": 1, "\\ud800": 2}',
+     "invalidSyntax", '"?" appears twice'),
     # Python before 3.10.7 reads such a number, so that the scimType depends on the version.
     ("an integer of 5000 digits", b'{"userName": "ada", "%s": {"locker_no": %s}}'
      % (FAC.encode(), b"9" * 5000), "", ""),
@@ -4782,6 +4836,23 @@ def test_query_may_be_empty_or_in_capitals_or_unknown(scim: Scim) -> None:
     scim.user("ada")
     assert scim.call("GET", "/Users?").json()["totalResults"] == 1
     assert scim.call("GET", "/Users?STARTINDEX=2&unknown=1").json()["Resources"] == []
+
+
+SURROGATES_TWICE = b'{"\\ud800": 1, "\\ud800": 2}'
+
+
+@pytest.mark.parametrize(
+    "method, path",
+    [
+        (method, path)
+        for path in ("/Users", "/Groups", "/.search", "/Users/.search", "/Bulk", "/Users/{id}")
+        for method in (["PUT", "PATCH"] if "{id}" in path else ["POST"])
+    ],
+)
+def test_an_error_about_any_text_is_answered(either: Scim, method: str, path: str) -> None:
+    path = path.replace("{id}", either.user("ada")["id"])
+    answer = either.session.request(method, either.url + path, data=SURROGATES_TWICE)
+    assert_error(answer, 400, "invalidSyntax", "appears twice")
 
 
 # -- What identity providers send --
@@ -6182,35 +6253,82 @@ SECRET_OPERATIONS = [
     pathless({"password": "s3cr3t"}),
     put("password", {"value": "s3cr3t"}),
     put("password.of", "s3cr3t"),
+    put('password[value eq "s3cr3t"]', "x"),
+    remove("password.s3cr3t"),
+    pathless({'password[value eq "s3cr3t"]': "x", "active": "maybe"}),
 ]
 
 SECRET_BODIES = [
     b'{"userName": "x", "password": ["s3cr3t"]}',
     b'{"userName": "x", "pass\\u0077ord": ["s3cr3t"]}',
     b'{"userName": "x", "title": "%s", "password": ["s3cr3t"]}' % (b"x" * 40_000),
+    b'{"userName": "x", "password[value eq \\"s3cr3t\\"]": 1}',
+    b'{"userName": "x", "p\\u0061ssword": {"s3cr3t\\u0000": 1}}',
+    b'{"s3cr3t": 1, "s3cr3t": 2%s}' % (b" " * 40_000),
+    b'"password s3cr3t"',
+]
+SECRET_FILTERS = [
+    'password eq "s3cr3t"',
+    "password eq s3cr3t",
+    "password sw s3cr3t",
+    'not password "s3cr3t"',
 ]
 
 
 def test_no_secret_enters_the_log(tmp_path: Path) -> None:
-    tenant = {**CONFIG["tenants"][0], "log": {"bodies": True, "keep": 10}}
+    tenant = {**CONFIG["tenants"][0], "log": {"bodies": True}}
     with serving(tmp_path, {"tenants": [tenant]}) as server:
         scim = Scim(server.url, "acme-secret")
+        headers = {"Content-Type": "application/scim+json"}
         ada = scim.user("ada", password="s3cr3t", title="Engineer")["id"]
+        long = {"userName": "x", "title": "x" * 40_000, 'password[value eq "s3cr3t"]': "s3cr3t"}
+        bulk(scim, post("/Users", "x", **long))
+        calls = 3  # those above; the operation of the Bulk is a call
+        for body in SECRET_BODIES:
+            scim.session.post(f"{scim.url}/Users", data=body, headers=headers)
+            calls += 1
         for operation in SECRET_OPERATIONS:
             scim.try_patch(f"/Users/{ada}", operation)
-        for body in SECRET_BODIES:
-            headers = {"Content-Type": "application/scim+json"}
-            scim.session.post(f"{scim.url}/Users", data=body, headers=headers)
-        scim.call("GET", '/Users?filter=password eq "s3cr3t"')
-        for _ in range(3):
-            scim.call("GET", "/Users?filter=password eq s3cr3t")
-        entries = logged(console_of(server), 12)
+            bulk(scim, ("PATCH", f"/Users/{ada}", "", patch_body(operation)))
+            calls += 3
+        for filter in SECRET_FILTERS:
+            scim.call("GET", f"/Users?filter={filter}")
+            scim.call("GET", "/Users?filter=" + filter.replace("password", "pass%77ord"))
+            scim.call("POST", "/Users/.search", {"filter": filter})
+            calls += 3
+        entries = logged(console_of(server), calls, count=1000)
     text = json.dumps(entries)
     files = [file.read_bytes().decode("latin-1") for file in tmp_path.iterdir()]
-    assert len(entries) == 10 and '"password": "\\u2022' in text and files
+    assert len(entries) == calls and '"password": "\\u2022' in text and files
+    assert '"path": "password"' in text  # the name of a secret is none
     assert not any(
         secret in place for place in (text, *files) for secret in ("s3cr3t", "acme-secret")
     )
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_the_log_is_json_whatever_number_was_sent(tmp_path: Path, number: str) -> None:
+    tenant = {**CONFIG["tenants"][0], "log": {"bodies": True}}
+    with serving(tmp_path, {"tenants": [tenant]}) as server:
+        scim, console = Scim(server.url, "acme-secret"), console_of(server)
+        body = f'{{"userName": "ada", "other": {number}}}'.encode()
+        assert_error(scim.session.post(f"{scim.url}/Users", data=body), 400, "invalidSyntax")
+        logged(console, 1)
+        answer = console.call("GET", "/console/api/log")
+    assert json.loads(answer.text, parse_constant=pytest.fail)["entries"]
+
+
+def test_no_header_keeps_a_read_out_of_the_log(scim: Scim, console: Scim) -> None:
+    scim.call("GET", "/Users", X_Console="1")
+    assert [entry["operation"] for entry in logged(console, 1)] == ["List users"]
+
+
+def test_reads_of_the_console_are_not_in_the_log(scim: Scim, console: Scim) -> None:
+    ada = scim.user("ada")
+    assert console.get("/console/api/Users", filter='userName eq "ada"')["Resources"] == [ada]
+    assert console.get("/console/api/Groups")["totalResults"] == 0
+    scim.call("GET", "/Users")
+    assert [entry["operation"] for entry in logged(console, 2)] == ["List users", "Create user"]
 
 
 EXPIRED_TOKEN = {"name": "old", "secret": "old-secret", "expires": "2020-01-01T00:00:00Z"}
@@ -6386,6 +6504,36 @@ def test_health_and_readiness_need_no_token(server: scim_server.ScimServer) -> N
     root = server.url.removesuffix("/scim/v2")
     assert requests.get(f"{root}/healthz").text == "ok\n"
     assert requests.get(f"{root}/readyz").text == "ready\n"
+
+
+HOSTS = [  # name, Host, status
+    ("an address", "10.1.2.3:8080", 200),
+    ("an address of IPv6", "[fd00::1]:8080", 200),
+    ("this machine", "localhost", 200),
+    ("a configured name", "SCIM.example.com.:8080", 200),
+    ("the host of listen", "scim-host", 200),
+    ("another name", "evil.example", 421),
+    ("an address as a part of a name", "127.0.0.1.evil.example", 421),
+]
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics"])
+@each_row("host, status", HOSTS)
+def test_operators_use_an_address_or_a_configured_name(path: str, host: str, status: int) -> None:
+    config = scim_server.parse_config(
+        {
+            **CONFIG,
+            "data_dir": ":memory:",
+            "listen": "scim-host:80",
+            "host_names": ["Scim.Example.com"],
+        }
+    )
+    application = scim_server.Application(config)
+    request = scim_server.Request("GET", path, host=host, client="127.0.0.1")
+    response = application.handle(request)
+    assert response.status == status
+    assert status == 200 or "host_names" in response.body["detail"]
+    application.close()
 
 
 def test_metrics_count_requests_by_route_and_status(scim: Scim) -> None:
@@ -7022,6 +7170,83 @@ def test_a_slow_reader_delays_no_other_and_gets_its_whole_answer(
         assert exchange(server, posted("bob", HEAD + b"Connection: close\r\n"))[9:12] == b"201"
         answer = b"".join(iter(partial(slow.recv, 65536), b""))
     assert json.loads(answer.partition(b"\r\n\r\n")[2])["roles"] == roles
+
+
+@pytest.mark.parametrize("path", ["/scim%2fv2", "/scim%2Fv2/Users", "/scim/v2%2FUsers"])
+def test_an_encoded_slash_is_data(server: scim_server.ScimServer, path: str) -> None:
+    answer = exchange(server, LAST.replace(b"/scim/v2/Users", path.encode()))
+    assert answer.startswith(b"HTTP/1.1 404")
+
+
+@pytest.mark.parametrize("key", ["REQUEST_URI", "RAW_URI"])
+def test_an_encoded_slash_is_data_to_wsgi(key: str) -> None:
+    application = scim_server.wsgi({**CONFIG, "data_dir": ":memory:"})
+    statuses: list[str] = []
+    for sent in ("/idp/scim%2Fv2/Users", "/idp/scim/v2/Users?count=1", "/idp/scim/v2/%55sers"):
+        environ = {
+            "SCRIPT_NAME": "/idp",
+            "PATH_INFO": "/scim/v2/Users",
+            key: sent,
+            "HTTP_AUTHORIZATION": "Bearer acme-secret",
+        }
+        wsgiref.util.setup_testing_defaults(environ)
+        application(environ, lambda status, _: statuses.append(status))
+    application.application.close()
+    assert [status[:3] for status in statuses] == ["404", "200", "200"]
+
+
+# fmt: off
+REFUSED_HEADS = [  # name, octets of a HEAD that cannot be read
+    ("a malformed field", b"HEAD /scim/v2/Users HTTP/1.1\r\nHost x\r\n\r\n"),
+    ("a malformed request line", b"HEAD  /scim/v2/Users HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("another version", b"HEAD / HTTP/2.0\r\nHost: x\r\n\r\n"),
+    ("no Host", b"HEAD / HTTP/1.1\r\n\r\n"),
+    ("a target that is no path", b"HEAD x HTTP/1.1\r\nHost: x\r\n\r\n"),
+    ("a request line that is too long", b"HEAD /" + b"x" * 9_000),
+    ("a body that is too long",
+     b"HEAD /scim/v2/Users HTTP/1.1\r\nContent-Length: 99999999\r\n" + HEAD + b"\r\n"),
+]
+# fmt: on
+
+
+@each_row("octets", REFUSED_HEADS)
+def test_answer_to_a_refused_head_has_no_body(
+    server: scim_server.ScimServer, octets: bytes
+) -> None:
+    head, _, body = exchange(server, octets).partition(b"\r\n\r\n")
+    assert head.startswith((b"HTTP/1.1 4", b"HTTP/1.1 5")) and b"Content-Length: " in head
+    assert body == b""
+
+
+def test_keep_alive_of_http_1_0_is_confirmed(server: scim_server.ScimServer) -> None:
+    request = b"GET /scim/v2/Users HTTP/1.0\r\n" + HEAD
+    with_option = request + b"Connection: Keep-Alive\r\n\r\n"
+    answers = exchange(server, with_option, request + b"\r\n").split(b"HTTP/1.1 ")
+    assert b"\r\nConnection: keep-alive\r\n" in answers[1]
+    assert b"\r\nConnection: close\r\n" in answers[2]
+
+
+PRIVATE = [  # name, method, path
+    ("a list", "GET", "/scim/v2/Users"),
+    ("a resource", "GET", "/scim/v2/Users/{id}"),
+    ("a query by POST", "POST", "/scim/v2/.search"),
+    ("an error", "GET", "/scim/v2/Users/nobody"),
+    ("no resource", "DELETE", "/scim/v2/Groups/nobody"),
+    ("employees", "GET", "/employees"),
+    ("changes", "GET", "/changes"),
+    ("the log", "GET", "/console/api/log"),
+]
+
+
+@each_row("method, path", PRIVATE)
+def test_no_cache_keeps_an_answer(either: Scim, method: str, path: str) -> None:
+    ada = either.user("ada")
+    headers = {"If-None-Match": ada["meta"]["version"]} if "{id}" in path else {}
+    url = either.url.removesuffix("/scim/v2") + path.format(id=ada["id"])
+    answer = either.session.request(method, url, json={}, headers=headers)
+    assert answer.status_code == 304 if headers else answer.status_code in (200, 404)
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["X-Content-Type-Options"] == "nosniff"
 
 
 class Commits:

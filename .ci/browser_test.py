@@ -325,7 +325,7 @@ def check_problem(browser: Browser, user_id: str) -> None:
 def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | None) -> None:
     """Every view fits both widths, is readable in both themes, and runs no script in a text."""
     group_id = browser.run("""
-        const headers = {'X-Console': '1', Authorization: 'Bearer ' + sessionStorage.token};
+        const headers = {Authorization: 'Bearer ' + sessionStorage.token};
         return fetch('/scim/v2/Groups', {headers}).then(response => response.json())
             .then(page => page.Resources[0].id)""")
     titles = {
