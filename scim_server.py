@@ -3176,12 +3176,8 @@ class Directory:
                 session.remove_members(group.seq, [id])
                 self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            self._log(
-                session,
-                "member.removed",
-                id,
-                [member["value"] for member in session.members(row.seq)],
-            )
+            members = [member["value"] for member in session.members(row.seq)]
+            self._log(session, "member.removed", id, members)
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3332,11 +3328,8 @@ class Directory:
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            raise ScimError(
-                404,
-                "",
-                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
-            )
+            names = ", ".join(self.resource_types)
+            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(
