@@ -2247,7 +2247,7 @@ class Session:
     """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
 
     def __init__(self, link: Link) -> None:
-        self.run, self.run_many = link.run, link.run_many
+        self.run, self.run_many, self._time = link.run, link.run_many, ""
 
     # -- Resources --
 
@@ -2482,10 +2482,14 @@ class Session:
             "FROM sqlite_sequence WHERE name = 'change'"
         ).fetchone() or (0, 0)
 
-    def last_change(self) -> str:
-        """Return the time of the newest change that is kept, "" for none."""
-        row = self.run("SELECT at FROM change ORDER BY seq DESC LIMIT 1").fetchone()
-        return row[0] if row else ""
+    def time_of_write(self, now: str) -> str:
+        """Return the time of all changes in this session: now, but never before earlier ones."""
+        # If the clock goes back it stands still, so that readers who ask for what has changed
+        # since a time miss nothing. The clocks of two machines differ, too.
+        if not self._time:
+            newest = self.run("SELECT at FROM change ORDER BY seq DESC LIMIT 1").fetchone()
+            self._time = max(now, *newest or ("",))
+        return self._time
 
     # -- The provisioning log --
 
@@ -3546,9 +3550,7 @@ class Directory:
         )
 
     def _now(self, session: Session) -> str:
-        # The time of a change. If the clock goes back it stands still, so that readers who ask for
-        # what has changed since a time miss nothing.
-        return max(time_text(self.clock()), session.last_change())
+        return session.time_of_write(time_text(self.clock()))
 
     # -- What was stored under another configuration, or by an older version --
 
