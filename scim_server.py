@@ -85,7 +85,7 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -93,7 +93,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, NamedTuple, TextIO, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TextIO, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -122,7 +122,8 @@ MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
-MAX_BODY, MAX_BULK_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024  # bytes
+# Bytes of a body: of any request, of a bulk request, and where no token is needed.
+MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
 MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
 LINK_SIZE = 200  # bytes of a member of a group, or a group of a user, in an answer
 MAX_PAGE = 8 * 1024 * 1024  # bytes of resources, after which a page ends
@@ -4030,8 +4031,13 @@ class Request(NamedTuple):
     mount_point: str = ""  # the path that the server is mounted at
     client: str = ""  # its IP address
     id: str = "-"  # for the logs
-    caller: Caller | None = None  # set where the token has been read already
+    # None until somebody asks whose token it has; False if it is nobody's.
+    caller: Caller | Literal[False] | None = None
     encoded: bool = False  # whether resources in the answer may be Encoded
+
+    @property
+    def tenant(self) -> str:
+        return self.caller.tenant.name if self.caller else ""
 
 
 class Response(NamedTuple):
@@ -4122,6 +4128,11 @@ class Route:
     type: str = ""  # the resource type at this path, "" for all of them
     # By method: the lane and the operation.
     operations: dict[str, tuple[str, Operate]] = field(default_factory=dict)
+
+    @property
+    def allow(self) -> dict[str, str]:
+        # The header field Allow; HEAD comes after the methods of the table.
+        return {"Allow": ", ".join([*sorted(self.operations, key="HEAD".__eq__), "OPTIONS"])}
 
 
 def credentials_of(request: Request) -> tuple[str, str]:
@@ -5752,8 +5763,8 @@ class Tenants:
 
     def known_caller(self, request: Request) -> Caller | None:
         """Return who sent a request, by the tokens of the configuration, expired ones included."""
-        if request.caller:
-            return request.caller
+        if request.caller is not None:
+            return request.caller or None
         secret = credentials_of(request)[1]
         entry = self._tokens.get(digest(secret)) if secret else None
         return self._caller(*entry) if entry else None
@@ -5941,17 +5952,30 @@ class Application(Tenants):
 
     def caller_of(self, request: Request) -> Caller | None:
         """Return who sent a request; the hook is asked about a token that no tenant has."""
-        caller = self.known_caller(request)
-        if caller or not self._authenticate or not (secret := credentials_of(request)[1]):
-            return caller
+        if not self.must_ask(request) or not self._authenticate:
+            return self.known_caller(request)
         try:
-            name = self._authenticate(secret)
+            name = self._authenticate(credentials_of(request)[1])
         except (Exception, SystemExit) as error:  # noqa: BLE001  its text may hold the secret
             raise ScimError(
                 503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
             ) from None
         tenant = self.tenants.get(name) if isinstance(name, str) else None
         return self._caller(tenant, Token("authenticate", "")) if tenant else None
+
+    def must_ask(self, request: Request) -> bool:
+        """Return whether only the hook can tell who sent a request; it may take its time."""
+        may_ask = self._authenticate is not None and request.caller is None
+        return may_ask and bool(credentials_of(request)[1]) and not self.known_caller(request)
+
+    def accepts_head(self, request: Request) -> bool:
+        """Return whether the answer depends on the body: False for 401, 404, 405 and 415."""
+        call = Call(request, *self._find_route(request.path), caller=self.known_caller(request))
+        try:
+            self._check_head(call)
+        except ScimError:
+            return False
+        return True
 
     def lane_of(self, request: Request) -> str:
         """Return the lane of a request: QUICK, READ, WRITE or SLOW; never waits."""
@@ -5960,7 +5984,7 @@ class Application(Tenants):
         if route.access not in (BEARER, NOWHERE):
             return lane
         if not (caller := self.known_caller(request)):
-            return SLOW if self._authenticate and credentials_of(request)[1] else QUICK
+            return QUICK
         if isinstance(directory := caller.directory, StoreError):
             return SLOW if self._may_reopen() else QUICK
         if lane == SLOW and "wait" not in unquote(request.query).lower():
@@ -5976,7 +6000,9 @@ class Application(Tenants):
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
-        return MAX_BULK_BODY if self.is_bulk(path) else MAX_BODY
+        route, _ = self._find_route(path)
+        limit = MAX_BODY if route.access == BEARER else MAX_PUBLIC_BODY
+        return MAX_BULK_BODY if route.label == "/Bulk" else limit
 
     def _find_route(self, path: str) -> tuple[Route, str]:
         # Return the route of a path, literal ones first, and the id in the path.
@@ -5997,23 +6023,26 @@ class Application(Tenants):
         try:
             if access in (BEARER, NOWHERE):  # the log shows calls to unknown paths, too
                 call.caller = self.caller_of(request)
-            if access == BEARER:
-                call.directory = self._admit(request, call.caller)
-            elif access in (PROBE, OPERATOR):
-                self._admit_operator(request, access)
+            self._check_head(call)
+            if call.caller and access == BEARER:
+                call.directory = self._directory_of(call.caller)
             return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             return error_response(error)
 
-    def _admit(self, request: Request, caller: Caller | None) -> Directory:
-        # Return the caller's directory, in the name of its token, or raise ScimError 401 or 503.
+    def _check_token(self, request: Request, caller: Caller | None) -> None:
+        # Raise ScimError 401 for a request that no valid token allows.
         if not caller:
             raise unauthorized()
-        tenant, token, directory = caller
-        if token.expired(now := self._clock()):
+        token, now = caller.token, self._clock()
+        if token.expired(now):
             raise unauthorized(reason=("expired", token.name, time_text(token.expires or now)[:16]))
         if credentials_of(request)[0].lower() != "bearer":
             raise unauthorized(reason=("scheme", token.name))
+
+    def _directory_of(self, caller: Caller) -> Directory:
+        # Return the caller's directory, in the name of its token, or raise ScimError 503.
+        tenant, token, directory = caller
         if isinstance(directory, StoreError):
             directory = self._reopened(tenant.name)
         return directory.on_behalf_of(token.name)
@@ -6041,8 +6070,13 @@ class Application(Tenants):
                 {"WWW-Authenticate": "Bearer"},
             )
 
-    def _operate(self, call: Call) -> Response:
-        request, operations = call.request, call.route.operations
+    def _check_head(self, call: Call) -> None:
+        # Raise ScimError 401, 404, 405 or 415 for a request that no body can make good.
+        request, access, operations = call.request, call.route.access, call.route.operations
+        if access == BEARER:
+            self._check_token(request, call.caller)
+        elif access in (PROBE, OPERATOR):
+            self._admit_operator(request, access)
         if not operations:
             raise ScimError(
                 404,
@@ -6051,17 +6085,10 @@ class Application(Tenants):
                 f"Users and Groups follow {BASE_PATH}",
                 reason=("path", request.path, BASE_PATH),
             )
-        if request.method not in operations:
-            # HEAD comes after the methods of the table.
-            allow = {"Allow": ", ".join([*sorted(operations, key="HEAD".__eq__), "OPTIONS"])}
-            if request.method == "OPTIONS":
-                return Response(204, headers=allow)
-            raise ScimError(
-                405,
-                "",
-                f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
-                allow,
-            )
+        if request.method not in (*operations, "OPTIONS"):
+            allow = call.route.allow
+            detail = f"{request.method} is not for {request.path}; it takes {allow['Allow']}"
+            raise ScimError(405, "", detail, allow)
         if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
             raise ScimError(
                 415,
@@ -6069,12 +6096,17 @@ class Application(Tenants):
                 f"Content-Encoding: {quoted(coding)} is not supported; send the body as it is",
                 {"Accept-Encoding": "identity"},
             )
+
+    def _operate(self, call: Call) -> Response:
+        request = call.request
+        if request.method not in call.route.operations:
+            return Response(204, headers=call.route.allow)  # to OPTIONS
         if request.query:
             call.parameters = {
                 name.lower(): value
                 for name, value in parse_qsl(request.query, keep_blank_values=True)
             }
-        return operations[request.method][1](call)
+        return call.route.operations[request.method][1](call)
 
     def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
@@ -6102,7 +6134,10 @@ class WsgiApplication:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         request = self._request(environ)
         try:
-            response = self.application.handle(request._replace(body=self._body(environ, request)))
+            request = request._replace(caller=self.application.caller_of(request) or False)
+            if self.application.accepts_head(request):
+                request = request._replace(body=self._body(environ, request))
+            response = self.application.handle(request)
         except ScimError as error:
             response = error_response(error)
         status, fields, body = to_http(response, request)
@@ -6159,10 +6194,11 @@ class WsgiApplication:
 # Uses chapters 1, 9 and 11 to 16. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
-HEAD_SECONDS = 10  # for a head, a TLS handshake or the first octet of a body to arrive
-MIN_OCTETS_PER_SECOND = 1024  # of a body, in both directions
+HEAD_SECONDS = 10  # for a head or a TLS handshake to arrive
+# A body or an answer that moves no octet for STALL_SECONDS, or too few in PACE_SECONDS, is cut.
+STALL_SECONDS, PACE_SECONDS, PACE_OCTETS = 10, 30, 30 * 1024
 IDLE_SECONDS = 65
-LINGER_SECONDS = 1
+LINGER_SECONDS = 5  # for a client to read the answer to a request that was not read to its end
 STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
 SWEEP_SECONDS = 1  # how often deadlines are checked
 PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
@@ -6233,8 +6269,17 @@ class Connection:
         self.rest()
 
     def allow(self, seconds: float, pace: float = 0) -> None:
-        # Set the deadline; each octet that arrives moves it by pace seconds.
-        self.deadline, self.pace = time.monotonic() + seconds, pace
+        # Set a deadline. With a pace, octets that move put it off, for pace seconds at most.
+        self.deadline, self.moved = time.monotonic() + seconds, 0
+        self.pace_end = pace and time.monotonic() + pace
+
+    def note_moved(self, octets: int) -> None:
+        # Octets of a body or an answer have moved. Those that come early earn no time for others.
+        self.moved += octets
+        if self.pace_end and self.moved >= PACE_OCTETS:
+            self.allow(STALL_SECONDS, PACE_SECONDS)
+        elif self.pace_end and octets:
+            self.deadline = min(time.monotonic() + STALL_SECONDS, self.pace_end)
 
     def receive(self) -> bool:
         """Move the octets that arrived to the buffer; return False if the client has closed."""
@@ -6245,7 +6290,7 @@ class Connection:
         except OSError:
             return False
         self.buffer += octets
-        self.deadline += len(octets) * self.pace
+        self.note_moved(len(octets))
         return bool(octets)
 
     def send(self, octets: bytes) -> None:
@@ -6254,7 +6299,9 @@ class Connection:
             self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
             while self.unsent:
-                self.unsent = self.unsent[self.socket.send(self.unsent) :]
+                sent = self.socket.send(self.unsent)
+                self.unsent = self.unsent[sent:]
+                self.note_moved(sent)
         except WOULD_BLOCK:
             pass
         except OSError:  # the client is gone
@@ -6424,7 +6471,8 @@ class Watcher(http.server.HTTPServer, ABC):
         # Close the connection whose last good token is oldest; OSError if all are busy.
         for connection in sorted(self.connections, key=lambda peer: peer.since):
             sending = connection.state == SENDING and connection.authenticated
-            if not (sending or connection.state == ANSWERING or connection.has_unread()):
+            asking = connection.state != LINGERING and connection.has_unread()
+            if not (sending or connection.state == ANSWERING or asking):
                 self._close(connection)
                 return
         raise OSError("all connections are in use")
@@ -6465,11 +6513,11 @@ class Watcher(http.server.HTTPServer, ABC):
         # Do what comes after an answer, or after a part of a body that took its time.
         if connection.unsent:
             connection.state = SENDING
-            connection.allow(HEAD_SECONDS + len(connection.unsent) / MIN_OCTETS_PER_SECOND)
+            connection.allow(STALL_SECONDS, PACE_SECONDS)
             self._watch(connection, selectors.EVENT_WRITE)
-        elif connection.then == CLOSE:
+        elif connection.then == CLOSE and not (connection.buffer or connection.has_unread()):
             self._close(connection)
-        elif connection.then == LINGER:
+        elif connection.then != KEEP:
             # Unread octets would make the system reset the connection, and the answer be lost.
             connection.state = LINGERING
             with suppress(OSError):  # SSLSocket.shutdown() would end the encryption, too
@@ -6477,18 +6525,23 @@ class Watcher(http.server.HTTPServer, ABC):
             connection.allow(LINGER_SECONDS)
             self._watch(connection, selectors.EVENT_READ)
         else:
-            if connection.state != READING:
+            if not connection.reader:
                 connection.rest()
             self._watch(connection, selectors.EVENT_READ)
-            if connection.buffer:
+            if connection.buffer or connection.reader:
                 self._parse(connection)
 
     def _on_deadline(self, connection: Connection) -> None:
         # Close a connection that was silent or slow for too long; answer a request that began.
+        if connection.state == SENDING:
+            # The system reports room when a third of its buffer is free, which may come late.
+            self._on_event(connection)
+        if connection.deadline > time.monotonic():
+            return
         if connection.state == READING:
             detail = (
-                f"the request took too long: its head must arrive within {HEAD_SECONDS} s, "
-                f"its body at {MIN_OCTETS_PER_SECOND} octets a second"
+                f"the request took too long: a head may take {HEAD_SECONDS} s; a body must have "
+                f"{PACE_OCTETS} octets in {PACE_SECONDS} s and no pause of {STALL_SECONDS} s"
             )
             self.refuse(connection, ScimError(408, "", detail))
         else:
@@ -6497,8 +6550,9 @@ class Watcher(http.server.HTTPServer, ABC):
     def _parse(self, connection: Connection) -> None:
         # Parse what has arrived, and execute or refuse the request that it is.
         if connection.state == IDLE:
-            connection.state, connection.started = READING, time.perf_counter()
+            connection.started = time.perf_counter()
             connection.allow(HEAD_SECONDS)
+        connection.state = READING
         connection.reader = connection.reader or self.read_request(connection)
         try:
             if next(connection.reader):
@@ -6631,26 +6685,54 @@ class ScimServer(Watcher):
 
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-        connection.request, connection.line = None, b""
+        connection.then, connection.request, connection.line = KEEP, None, b""
         connection.line = yield from read_request_line(connection.buffer)
         head = yield from read_head(connection.buffer, connection.line)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
+        caller = yield from self._find_caller(connection, request)
+        connection.request = request = request._replace(caller=caller or False)
         length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
         if not (length or coding):
+            return request
+        is_here = length and int(length) <= len(connection.buffer)
+        if not is_here and not self.application.accepts_head(request):
+            connection.then = LINGER  # the answer comes instead of 100 Continue and the body
             return request
         limit = self.application.body_limit(request.path)
         if length and int(length) > limit:
             raise too_large(limit)
         if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
-        connection.allow(HEAD_SECONDS, 1 / MIN_OCTETS_PER_SECOND)
+        connection.allow(STALL_SECONDS, PACE_SECONDS)
         body = (
             read_exactly(connection.buffer, int(length))
             if length
             else read_chunks(connection.buffer, limit)
         )
         return request._replace(body=(yield from body))
+
+    def _find_caller(
+        self, connection: Connection, request: Request
+    ) -> Generator[bool, None, Caller | None]:
+        # Return who sent a request. A hook is asked in a thread of its own: it may take its time,
+        # and must do so before the body, which strangers could fill the memory with.
+        if not self.application.must_ask(request):
+            return self.application.known_caller(request)
+        answer = Future[Caller | None]()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self.application.caller_of(request))
+            except ScimError as error:
+                answer.set_exception(error)
+            self._returned.append(connection)
+            self._wake()
+
+        connection.state = ANSWERING  # neither read nor closed meanwhile
+        threading.Thread(target=ask, daemon=True).start()
+        yield False
+        return answer.result()
 
     def build_request(self, head: Head, client: str) -> Request:
         """Return a request without its body: where it is from, and how it named this server."""
@@ -6672,9 +6754,9 @@ class ScimServer(Watcher):
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
-        request = request._replace(caller=self.application.known_caller(request))
         # A fault may delay the requests that meet it, so it gives each request its own thread.
-        lane = SLOW if self.faults else self.application.lane_of(request)
+        lane = QUICK if connection.then == LINGER else self.application.lane_of(request)
+        lane = SLOW if self.faults else lane
         if lane == QUICK:
             self._answer(connection, request)
         elif lane == READ:
@@ -6690,8 +6772,8 @@ class ScimServer(Watcher):
         # The answer to HEAD has no body, even if nothing but the method can be read.
         method = "HEAD" if (connection.line or connection.buffer).startswith(b"HEAD ") else ""
         request = connection.request or Request(method, "", id=next(self._request_ids))
-        connection.reader, connection.state = None, ANSWERING
-        self._send(connection, request, error_response(error), then=LINGER)
+        connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
+        self._send(connection, request, error_response(error))
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; faults come first.
@@ -6714,12 +6796,11 @@ class ScimServer(Watcher):
 
     def _queue_write(self, connection: Connection, request: Request) -> None:
         # Have a write answered with the others that wait for its tenant.
-        tenant = request.caller[0].name if request.caller else ""
         with self._lock:
-            first = tenant not in self._writes
-            self._writes.setdefault(tenant, []).append((connection, request))
+            first = request.tenant not in self._writes
+            self._writes.setdefault(request.tenant, []).append((connection, request))
         if first:
-            self._writers.submit(self._answer_writes, tenant)
+            self._writers.submit(self._answer_writes, request.tenant)
 
     def _answer_writes(self, tenant: str) -> None:
         # Answer a batch of a tenant's writes. Its next batch queues after those of other tenants.
@@ -6751,7 +6832,6 @@ class ScimServer(Watcher):
         connection: Connection,
         request: Request,
         response: Response,
-        then: str = KEEP,
         cut: bool = False,
     ) -> None:
         # Send an answer, half of its body if it is to be cut; note it; give the connection back.
@@ -6764,17 +6844,17 @@ class ScimServer(Watcher):
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
         keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
-        if then == KEEP and (cut or not keep or self.stopping.is_set()):
-            then = CLOSE
+        if connection.then == KEEP and (cut or not keep or self.stopping.is_set()):
+            connection.then = CLOSE
         lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}"]
         lines += [f"{name}: {value}" for name, value in fields]
         # A client of HTTP/1.0 takes the connection for closed unless the answer says otherwise.
-        lines += [f"Connection: {'keep-alive' if then == KEEP else 'close'}"] * (
-            then != KEEP or connection.minor_version == 0
+        lines += [f"Connection: {'keep-alive' if connection.then == KEEP else 'close'}"] * (
+            connection.then != KEEP or connection.minor_version == 0
         )
         octets = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
-        connection.then, connection.authenticated = then, bool(response.tenant)
-        if response.tenant:
+        connection.authenticated = bool(response.tenant and response.route)
+        if connection.authenticated:
             connection.since = time.monotonic()
         connection.send(octets + body[: len(body) // 2 if cut else None])
         # The client reads meanwhile. Its next request on this connection finds the counts.

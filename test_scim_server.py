@@ -6844,11 +6844,47 @@ def test_each_kind_of_request_has_its_lane(
     assert lane(server.application, method, target) == expected
 
 
-def test_only_a_hook_makes_an_unknown_token_slow(server: scim_server.ScimServer) -> None:
-    assert lane(server.application, "POST", "/scim/v2/Users", "unknown") == scim_server.QUICK
-    with scim_server.running(authenticate=lambda secret: None) as other:
-        assert lane(other.application, "POST", "/scim/v2/Users", "unknown") == scim_server.SLOW
-        assert lane(other.application, "GET", "/healthz", "unknown") == scim_server.QUICK
+def test_a_token_of_the_hook_has_the_lanes_of_its_tenant(engine: str) -> None:
+    threads: list[str] = []
+
+    def authenticate(secret: str) -> str:
+        threads.append(threading.current_thread().name)
+        return "acme"
+
+    with scim_server.running({**CONFIG, **member_for(engine)}, authenticate=authenticate) as server:
+        vault = Scim(server.url, "vault-secret")
+        assert vault.user("ada")["userName"] == "ada" and vault.names('userName eq "ada"') == [
+            "ada"
+        ]
+        lanes = [thread.name for thread in threading.enumerate() if "ThreadPool" in thread.name]
+    assert len(threads) == 2 and all("ask" in name for name in threads), threads
+    assert lanes, "the write was executed in a lane"
+
+
+def test_a_slow_hook_delays_no_other_and_no_body_is_read_before_it() -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def authenticate(secret: str) -> str | None:
+        asked.set()
+        go_on.wait(60)
+        return {"vault-secret": "demo"}.get(secret)
+
+    with scim_server.running(authenticate=authenticate) as server, ExitStack() as stack:
+        known, unknown = connect(stack, server), connect(stack, server)
+        for connection, secret in ((known, b"vault-secret"), (unknown, b"wrong-secret")):
+            connection.sendall(
+                b"POST /scim/v2/Users HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer "
+                + secret
+                + b"\r\nExpect: 100-continue\r\nContent-Length: 19\r\n\r\n"
+            )
+            assert asked.wait(60)
+            asked.clear()
+        assert Scim(server.url, server.token("demo")).get("/Users")["totalResults"] == 0
+        go_on.set()
+        assert unknown.recv(65536).startswith(b"HTTP/1.1 401 ")
+        assert known.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        known.sendall(b'{"userName": "ada"}')
+        assert known.recv(65536).startswith(b"HTTP/1.1 201 ")
 
 
 def test_look_ups_in_memory_are_not_quick() -> None:
@@ -7065,6 +7101,7 @@ def test_requests_of_one_connection_are_answered_in_order(server: scim_server.Sc
     chunks = b"8\r\n" + body[:8] + b"\r\nb;x=1\r\n" + body[8:] + b"\r\n0\r\nTrailer: x\r\n\r\n"
     answer = exchange(
         server,
+        # The bodies of the first three are here already, so they are read.
         b"POST /scim/v2/Users HTTP/1.1\r\nHost: x\r\n" + length + b"\r\n" + body,  # no token
         b"POST /nowhere HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
         b"PUT /scim/v2/Users HTTP/1.1\r\n" + HEAD + length + b"\r\n" + body,
@@ -7140,6 +7177,67 @@ def test_a_client_that_waits_for_100_continue_gets_it(server: scim_server.ScimSe
         assert connection.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(body)
         assert connection.recv(65536).startswith(b"HTTP/1.1 201 ")
+
+
+# fmt: off
+EXPIRED = b"Host: x\r\nAuthorization: Bearer old-secret\r\n"
+BULK, LONG = b"POST /scim/v2/Bulk HTTP/1.1\r\n", b"Content-Length: 2000000\r\n"
+REFUSED_HEADS = [  # name, the head of a request, status
+    ("no token", BULK + b"Host: x\r\n" + LONG, 401),
+    ("no token, in chunks", BULK + b"Host: x\r\n" + CHUNKED[:-2], 401),
+    ("an unknown token", BULK + b"Host: x\r\nAuthorization: Bearer x\r\n" + LONG, 401),
+    ("an expired token", BULK + EXPIRED + LONG, 401),
+    ("another scheme", BULK + b"Host: x\r\nAuthorization: Basic new-secret\r\n" + LONG, 401),
+    ("a path that does not exist", b"POST /scim/v2/Nothing HTTP/1.1\r\n" + HEAD + LONG, 401),
+    ("a path outside of SCIM", b"POST /nowhere HTTP/1.1\r\nHost: x\r\n" + LONG, 404),
+    ("another method", b"POST /healthz HTTP/1.1\r\nHost: localhost\r\n" + LONG, 405),
+    ("a compressed body",
+     b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nContent-Encoding: gzip\r\n" + LONG, 415),
+    ("a long body for a public page", b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n" + LONG, 413),
+]
+# fmt: on
+
+
+@each_row("head, status", REFUSED_HEADS)
+def test_what_the_head_decides_is_answered_before_the_body(
+    tmp_path: Path, head: bytes, status: int
+) -> None:
+    with serving(tmp_path, WITH_EXPIRED_TOKEN) as server:
+        answer = exchange(server, head + b"Expect: 100-continue\r\n\r\n")
+    assert re.findall(rb"HTTP/1\.1 (\d+) ", answer) == [b"%d" % status]
+    assert b"\r\nConnection: close\r\n" in answer
+
+
+def test_bodies_without_a_token_fill_no_memory(server: scim_server.ScimServer) -> None:
+    head = b"POST /scim/v2/Bulk HTTP/1.1\r\nHost: x\r\nContent-Length: 10485760\r\n\r\n"
+    with ExitStack() as stack:
+        for _ in range(8):
+            connection = connect(stack, server)
+            connection.sendall(head)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+            connection.sendall(bytes(10_000_000))
+            assert max(len(peer.buffer) for peer in list(server.connections)) < 100_000
+
+
+def test_an_answer_is_not_lost_when_more_was_sent_than_is_read(
+    server: scim_server.ScimServer,
+) -> None:
+    answer = exchange(server, LAST + LAST * 2_000)
+    assert answer.startswith(b"HTTP/1.1 200 ") and b'"totalResults":0' in answer
+
+
+def test_an_expired_token_keeps_no_connection(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path, {**WITH_EXPIRED_TOKEN, "max_connections": 2}) as server,
+        ExitStack() as stack,
+    ):
+        expired, good = connect(stack, server), Scim(server.url, "new-secret")
+        wait_until(lambda: server.connections)
+        good.get("/Users")
+        expired.sendall(b"GET /nowhere HTTP/1.1\r\n" + EXPIRED + b"\r\n")
+        assert expired.recv(65536).startswith(b"HTTP/1.1 404 ")
+        assert exchange(server, LAST).startswith(b"HTTP/1.1 401 ")
+        assert expired.recv(65536) == b""
 
 
 def shrink_send_buffers(server: scim_server.ScimServer) -> None:
@@ -7473,6 +7571,36 @@ STALLED = [  # name, what is sent before the client falls silent, the status of 
 # fmt: on
 
 
+# fmt: off
+TRANSFERS = [  # name, (seconds, octets) that move, when the transfer is cut if no more do
+    ("nothing", [], 10),
+    ("a pause after the first octets", [(5, 100)], 15),
+    ("octets that came early", [(1, 10_000_000)], 11),
+    ("one octet at a time", [(9, 1), (18, 1), (27, 1)], 30),
+    ("too few octets", [(9, 9_000), (18, 9_000), (27, 9_000)], 30),
+    ("enough octets", [(9, 12_000), (18, 12_000), (27, 12_000), (36, 12_000)], 46),
+    ("slowly after many octets", [(1, 10_000_000), (10, 1), (19, 1), (28, 1)], 31),
+]
+# fmt: on
+
+
+@each_row("moves, end", TRANSFERS)
+def test_a_transfer_is_cut_when_it_stalls_or_is_too_slow(
+    monkeypatch: pytest.MonkeyPatch, moves: list[tuple[int, int]], end: int
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = scim_server.Connection(ours, "")
+        now = 0.0
+        monkeypatch.setattr(scim_server.time, "monotonic", lambda: now)
+        connection.allow(scim_server.STALL_SECONDS, scim_server.PACE_SECONDS)
+        for seconds, octets in moves:
+            assert seconds < connection.deadline
+            now = float(seconds)
+            connection.note_moved(octets)
+        assert connection.deadline == end
+
+
 @pytest.mark.parametrize("name, octets, status", STALLED, ids=[row[0] for row in STALLED])
 def test_a_client_that_falls_silent_is_disconnected(
     monkeypatch: pytest.MonkeyPatch,
@@ -7481,8 +7609,8 @@ def test_a_client_that_falls_silent_is_disconnected(
     octets: bytes,
     status: int | None,
 ) -> None:
-    monkeypatch.setattr(scim_server, "HEAD_SECONDS", 0.2)
-    monkeypatch.setattr(scim_server, "IDLE_SECONDS", 0.2)
+    for constant in ("HEAD_SECONDS", "STALL_SECONDS", "IDLE_SECONDS"):
+        monkeypatch.setattr(scim_server, constant, 0.2)
     answer = exchange(server, octets)
     assert [int(text) for text in re.findall(rb"HTTP/1\.1 (\d+) ", answer)] == (
         [status] if status else []
