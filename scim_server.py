@@ -60,6 +60,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib
 import io
 import ipaddress
 import itertools
@@ -1930,14 +1931,15 @@ class Change:
 # ----------------------------------------------------------------------------
 # 7. Databases
 #
-# A Database is where one tenant's tables are. It has pools of Links: a Link is a connection
-# that runs SQL in transactions and savepoints. The only chapter that names a database
-# module; whatever an engine raises becomes a StoreError.
-# Uses chapters 1 and 2. Knows no table, and of HTTP only status numbers.
+# A Database is where one tenant's tables are: an SQLite file, or a schema in PostgreSQL. It
+# has pools of Links: a Link is a connection that runs SQL in transactions and savepoints.
+# The only chapter that names a database module; what an engine raises becomes a StoreError.
+# Uses chapters 1 and 2. Knows no table of chapter 8, and of HTTP only status numbers.
 # ----------------------------------------------------------------------------
 
 BUSY_SECONDS = 5  # how long a write waits for another process, and a reader for a connection
 READERS = 16  # maximum of concurrent connections that read an SQLite file
+EARLIER_STEP = "an earlier step of the same write failed"
 
 
 class StoreError(Exception):
@@ -1946,14 +1948,21 @@ class StoreError(Exception):
     reason is what the engine says, and status that of the answers to requests.
     """
 
-    def __init__(self, text: str, reason: str = "") -> None:
+    def __init__(self, text: str, reason: str = "", status: int = 503) -> None:
         super().__init__(text)
-        self.reason = reason or text
-        self.status = 507 if "full" in reason else 503
+        self.reason, self.status = reason or text, status
 
 
 class Damaged(StoreError):
     """The content of a database is unreadable; only a backup can replace it."""
+
+
+class Unopened(StoreError):
+    """A database that the first request to its tenant opens."""
+
+
+class Uncertain(StoreError):
+    """A connection ended during a commit; whether the write is stored could not be found out."""
 
 
 class Link(ABC):
@@ -1965,35 +1974,58 @@ class Link(ABC):
     """
 
     place: str  # which database it is, for messages
+    schema = ""  # that of the tenant, for an engine that keeps several in a database
     run: Callable[..., Any]
     run_many: Callable[..., Any]
-    # How a block begins and ends, and how it is undone.
-    TRANSACTION = ("BEGIN", "COMMIT", ("ROLLBACK",))
-    SAVEPOINT = ("SAVEPOINT step", "RELEASE step", ("ROLLBACK TO step", "RELEASE step"))
+    SNAPSHOT = "BEGIN"
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make a block a transaction, or a savepoint of the open one; undo it if it raises."""
-        begin, end, undo = self.SAVEPOINT if self.in_transaction else self.TRANSACTION
+        """Let a block write alone; commit what it did, or undo it if it raises."""
         with self.errors():
-            self.run(begin)
+            try:
+                self.begin()
+                yield
+                self.commit()
+            except BaseException:
+                if self.in_transaction:
+                    self.run("ROLLBACK")
+                raise
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Make a block a savepoint of the open transaction: it is undone alone if it raises."""
+        with self.errors():
+            if not self.in_transaction:  # an error of the engine has ended it
+                raise StoreError(EARLIER_STEP)
+            self.run("SAVEPOINT step")
             try:
                 yield
-                self.run(end)  # fails if the engine has rolled back the transaction after an error
+                self.run("RELEASE step")
             except BaseException:
-                for statement in undo if self.in_transaction else ():
-                    self.run(statement)
+                if self.in_transaction:
+                    self.run("ROLLBACK TO step")
+                    self.run("RELEASE step")
                 raise
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
         """Let a block see one commit, whatever is written meanwhile."""
         with self.errors():
-            self.run("BEGIN")
             try:
+                self.run(self.SNAPSHOT)
                 yield
             finally:
-                self.run("ROLLBACK")
+                if self.in_transaction:
+                    self.run("ROLLBACK")
+
+    @abstractmethod
+    def begin(self) -> None:
+        """Begin a transaction when no other one writes the tenant."""
+
+    @abstractmethod
+    def commit(self) -> None:
+        """Commit; StoreError if the engine has ended the transaction after an error."""
 
     @abstractmethod
     def errors(self) -> AbstractContextManager[None]:
@@ -2003,6 +2035,11 @@ class Link(ABC):
     @abstractmethod
     def in_transaction(self) -> bool:
         """Whether a transaction is open. Some errors end it."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether an idle link can be lent again."""
+        return True
 
     @property
     @abstractmethod
@@ -2024,17 +2061,13 @@ class Pool:
         self._free, self._closed = threading.Semaphore(size), False
 
     @contextmanager
-    def link(self) -> Iterator[Link]:
+    def link(self, schema: str = "") -> Iterator[Link]:
         """Lend a link to a block; StoreError if all are in use for BUSY_SECONDS."""
         if not self._free.acquire(timeout=BUSY_SECONDS):
             raise StoreError("all connections to the database are in use")
         try:
-            if self._closed:
-                raise StoreError("the store is closed")
-            try:
-                link = self._idle.pop()
-            except IndexError:  # checking first would not help: other threads pop, too
-                link = self._connect()
+            link = self._take()
+            link.schema = schema
             try:
                 yield link
             finally:
@@ -2043,6 +2076,15 @@ class Pool:
                     self.close()
         finally:
             self._free.release()
+
+    def _take(self) -> Link:
+        if self._closed:
+            raise StoreError("the store is closed")
+        with suppress(IndexError):  # checking first would not help: other threads pop, too
+            while not (link := self._idle.pop()).is_usable:
+                link.close()
+            return link
+        return self._connect()
 
     def close(self) -> None:
         """Close all links; one that is in use now is closed when it comes back."""
@@ -2057,11 +2099,12 @@ class Database(ABC):
 
     place names it in messages. Its writers are links for transactions, and its readers for
     snapshots; None if readers have to use the one writer. is_quick says that a look-up takes
-    less time than giving it to another thread.
+    less time than giving it to another thread, is_remote that a thread mostly waits meanwhile.
     """
 
     place: str
-    is_quick: bool
+    schema = ""
+    is_quick = is_remote = False
     writers: Pool
     readers: Pool | None
 
@@ -2085,8 +2128,6 @@ WRITER_PRAGMAS = (
 class SqliteLink(Link):
     """A connection to an SQLite file; "" is a temporary one that ends with its connection."""
 
-    TRANSACTION = ("BEGIN IMMEDIATE", "COMMIT", ("ROLLBACK",))
-
     def __init__(self, path: str, pragmas: Iterable[str] = (), **options: Any) -> None:
         self.place = path
         options = {"timeout": BUSY_SECONDS, **options}
@@ -2107,13 +2148,22 @@ class SqliteLink(Link):
             yield
         except sqlite3.DatabaseError as error:
             if type(error) is not sqlite3.DatabaseError:  # the subclasses mean something else
-                text = f"{self.place}: cannot be used ({error})"
-                raise StoreError(text, str(error)) from error
+                raise StoreError(
+                    f"{self.place}: cannot be used ({error})",
+                    str(error),
+                    507 if "full" in str(error) else 503,
+                ) from error
             raise Damaged(
                 f"{self.place}: damaged ({error}); put a backup in its place: "
                 "python scim_server.py restore --tenant NAME FILE",
                 str(error),
             ) from error
+
+    def begin(self) -> None:
+        self.run("BEGIN IMMEDIATE")
+
+    def commit(self) -> None:
+        self.run("COMMIT")  # which fails if SQLite has ended the transaction
 
     @property
     def in_transaction(self) -> bool:
@@ -2165,6 +2215,259 @@ class SqliteDatabase(Database):
         if self._unclean:
             link.check_pages()
         return link
+
+
+# -- PostgreSQL ----------------------------------------------------------------------
+#
+# A tenant is a schema. Its table state has one row: the format of the tables, and a ticket that
+# each write replaces. The row is also the lock by which the writers of all processes take turns,
+# and after a lost connection the ticket tells whether a write was committed. All else is READ
+# COMMITTED: a statement sees what the last holder of the lock has committed.
+
+POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
+SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
+POSTGRES_DEFAULTS = {  # of the connection; the URL may change them
+    "application_name": "scim_server",
+    "connect_timeout": 5,
+    "keepalives_idle": 10,  # seconds
+    "tcp_user_timeout": 10_000,  # milliseconds until a server that does not answer is given up
+}
+POSTGRES_SETTINGS = {  # of the session
+    "search_path": "",  # a table without its schema is an error
+    "plan_cache_mode": "force_generic_plan",  # for what is prepared: planning costs 0.1 ms
+    "jit": "off",
+    "max_parallel_workers_per_gather": "0",
+    "work_mem": "64MB",
+    "lock_timeout": "5s",
+    "statement_timeout": "30s",
+}
+# fmt: off
+POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for the schema
+    (r"\b(FROM|JOIN|INTO|UPDATE|TABLE|INDEX \w+ ON) ([a-z_]+)\b(?![.(])", r'\1 "@".\2'),
+    (r"\bINTEGER\b",      "BIGINT"),
+    (r"(?<!AS )\bTEXT\b", 'TEXT COLLATE "C"'),  # the order of the octets, as in SQLite
+    (r"('|END) AS key\b", r'\1 COLLATE "C" AS key'),  # a constant has no order of its own
+    (r"\bWITHOUT ROWID\b", ""),
+    (r"\binstr\(",        "strpos("),
+)
+# fmt: on
+MAKE_SCHEMA = """
+    DO $$ BEGIN
+        PERFORM pg_advisory_xact_lock(hashtext('scim_server'));
+        IF to_regnamespace('"@"') IS NULL THEN
+            CREATE SCHEMA "@";
+        END IF;
+        IF to_regclass('"@".state') IS NULL THEN
+            CREATE TABLE "@".state (version BIGINT NOT NULL, ticket TEXT NOT NULL);
+            INSERT INTO "@".state VALUES (0, '');
+        END IF;
+    END $$"""
+BEGIN_WRITING = """
+    BEGIN ISOLATION LEVEL READ COMMITTED;
+    UPDATE "@".state SET ticket = gen_random_uuid()::text
+        RETURNING ticket, pg_current_xact_id()::text"""
+STATUS_OF = """
+    SELECT CASE WHEN id < pg_snapshot_xmax(pg_current_snapshot()) THEN pg_xact_status(id) END
+    FROM (SELECT $1::text::xid8 AS id) AS lost"""
+# What helps, by the SQLSTATE or its class; "" is a lost connection. Other errors are mistakes.
+REMEDIES = {
+    "25006": "it only reads: name the primary in the URL, or all servers and "
+    "target_session_attrs=read-write",
+    "42501": "grant it: GRANT CREATE ON DATABASE name TO role",
+    "53": "give it more of that",
+    **dict.fromkeys(("", "08", "25", "40", "55", "57", "58", "XX"), "the server's log says more"),
+}
+
+
+@lru_cache(1)
+def psycopg() -> Any:
+    """Return the driver of PostgreSQL, imported when it is needed first; StoreError without it."""
+    try:
+        return importlib.import_module("psycopg")
+    except ImportError as error:
+        raise StoreError(
+            'a postgresql:// database needs a driver: python -m pip install "psycopg[binary]>=3.2"'
+        ) from error
+
+
+@lru_cache(2_000)
+def to_postgres(sql: str) -> str:
+    """Return a statement for PostgreSQL, in which @ stands for the schema."""
+    for pattern, replacement in POSTGRES_SQL:
+        sql = re.sub(pattern, replacement, sql)
+    numbers = itertools.count(1)
+    return re.sub(r"\?", lambda mark: f"${next(numbers)}", sql)
+
+
+class PostgresLink(Link):
+    """A connection to a PostgreSQL database, for one tenant's schema at a time."""
+
+    SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
+    def __init__(self, url: str) -> None:
+        driver = psycopg()
+        self._url, self._schemas, self._ticket = url, set[str](), ("", "")
+        try:
+            options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(url)
+            settings = [f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items()]
+            options["options"] = " ".join([*settings, options.get("options", "")])
+            self.place = f"postgresql://{options.get('host', '')}/{options.get('dbname', '')}"
+            self._connection = driver.connect(
+                **options, autocommit=True, cursor_factory=driver.RawCursor
+            )
+        except driver.Error as error:
+            raise StoreError(
+                f"database: cannot be used ({' '.join(str(error).split())}); "
+                "correct the URL, or start the server"
+            ) from error
+        if (version := self._connection.info.server_version // 10_000) < 14:
+            raise StoreError(f"{self.place}: is PostgreSQL {version}; use 14 or newer")
+        adapters, dumper = self._connection.adapters, driver.types.numeric.Int8Dumper
+        for type in (int, bool):
+            adapters.register_dumper(type, dumper)
+
+    def run(self, sql: str, values: Sequence[Any] = ()) -> Any:
+        return self._connection.execute(to_postgres(sql).replace("@", self.schema), values)
+
+    def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(to_postgres(sql).replace("@", self.schema), rows)
+
+    @contextmanager
+    def errors(self) -> Iterator[None]:
+        try:
+            yield
+        except psycopg().Error as error:
+            state = error.sqlstate or ""
+            remedy = REMEDIES.get(state) or REMEDIES.get(state[:2])
+            if not remedy or not (state or isinstance(error, psycopg().OperationalError)):
+                raise
+            reason = " ".join(str(error).split())
+            text = f"{self.place}: cannot be used ({reason}); {remedy}"
+            raise StoreError(text, reason, 507 if state == "53100" else 503) from error
+
+    def begin(self) -> None:
+        cursor = self._run_script(BEGIN_WRITING)
+        cursor.nextset()
+        self._ticket = cursor.fetchone()
+
+    def commit(self) -> None:
+        if self._status != psycopg().pq.TransactionStatus.INTRANS:
+            raise StoreError(EARLIER_STEP)  # COMMIT would be a ROLLBACK without an error
+        try:
+            self.run("COMMIT")
+        except psycopg().OperationalError:
+            if not self._was_committed():
+                raise
+
+    def _was_committed(self) -> bool:
+        """Return whether the server executed a COMMIT that it did not answer; Uncertain."""
+        ticket, transaction = self._ticket
+        for _ in range(10):
+            with suppress(StoreError), closing(PostgresLink(self._url)) as link, link.errors():
+                link.schema = self.schema
+                # This waits until the server has ended the transaction.
+                [(latest,)] = link.run("SELECT ticket FROM state FOR UPDATE")
+                if latest == ticket:
+                    return True
+                [(status,)] = link.run(STATUS_OF, [transaction])
+                if status != "committed":
+                    return False
+                # Another process has written since. After a crash the server may give the number
+                # of a lost transaction to another one, so this is no proof.
+                break
+            threading.Event().wait(BUSY_SECONDS / 10)
+        raise Uncertain("the connection ended during the commit")
+
+    @property
+    def _status(self) -> int:
+        return int(self._connection.info.transaction_status)
+
+    @property
+    def in_transaction(self) -> bool:
+        status = psycopg().pq.TransactionStatus
+        return self._status in (status.INTRANS, status.INERROR)
+
+    @property
+    def is_usable(self) -> bool:
+        self._schemas.add(self.schema)
+        try:
+            # A server that ends a connection says so first: then the second call sees the end.
+            for _ in range(2):
+                self._connection.pgconn.consume_input()
+        except psycopg().OperationalError:
+            return False
+        return self._status == 0 and len(self._schemas) < SCHEMAS_PER_LINK
+
+    @property
+    def version(self) -> int:
+        return int(self.run("SELECT version FROM state").fetchone()[0])
+
+    def set_version(self, version: int) -> None:
+        self.run("UPDATE state SET version = ?", [version])
+
+    def close(self) -> None:
+        self._connection.close()
+
+    def make_schema(self) -> None:
+        """Create the schema if it does not exist; several processes may do so at once."""
+        with self.errors():
+            self._run_script(MAKE_SCHEMA)
+
+    def _run_script(self, sql: str) -> Any:
+        # Several statements are sent at once, but cannot be prepared.
+        return self._connection.execute(sql.replace("@", self.schema), prepare=False)
+
+
+class PostgresServer:
+    """The connections of this process to a PostgreSQL database; its tenants share them."""
+
+    def __init__(self, url: str) -> None:
+        self.readers = Pool(partial(PostgresLink, url), POSTGRES_READERS)
+        self.writers = Pool(partial(PostgresLink, url), POSTGRES_WRITERS)
+
+    def check(self) -> None:
+        """Raise StoreError if the database does not answer."""
+        with self.readers.link() as link, link.snapshot():
+            pass
+
+    def close(self) -> None:
+        self.readers.close()
+        self.writers.close()
+
+
+class PostgresDatabase(Database):
+    """A tenant's schema in a PostgreSQL database."""
+
+    is_remote = True
+
+    def __init__(self, server: PostgresServer, tenant: str, is_shared: bool) -> None:
+        self.readers, self.writers, self._is_shared = server.readers, server.writers, is_shared
+        name = f"t_{tenant.lower()}"
+        if not re.fullmatch("[a-z0-9_-]{3,63}", name):  # PostgreSQL would cut a longer one
+            name = f"t_{hashlib.sha256(name.encode()).hexdigest()[:40]}"
+        self.schema = name
+        with self.writers.link(self.schema) as link:
+            self.place = f"{link.place}, schema {self.schema}"
+            cast(PostgresLink, link).make_schema()
+
+    def close(self) -> None:
+        if not self._is_shared:
+            super().close()
+
+
+def is_postgres(location: str) -> bool:
+    return location.startswith(("postgresql://", "postgres://"))
+
+
+def database_at(location: str | os.PathLike[str] | PostgresServer, tenant: str) -> Database:
+    """Return a tenant's database: at the path of a file, in a server, or at a postgresql:// URL."""
+    if isinstance(location, PostgresServer):
+        return PostgresDatabase(location, tenant, is_shared=True)
+    path = os.fspath(location)
+    if is_postgres(path):
+        return PostgresDatabase(PostgresServer(path), tenant, is_shared=False)
+    return SqliteDatabase(path)
 
 
 # ----------------------------------------------------------------------------
@@ -2584,17 +2887,18 @@ def migrate(link: Link) -> None:
 class Store:
     """One tenant's database: a file, or ":memory:" for one that ends with the store.
 
-    Safe from several threads. A reader of a file sees the last commit and waits for no writer, only
-    for one of READERS connections; writers take turns. StoreError if it cannot be used.
+    Or the tenant's schema in PostgreSQL, which a postgresql:// URL or a PostgresServer leads to.
+    Safe from several threads. A reader sees the last commit and waits for no writer, only for a
+    free connection, except in memory; writers take turns. StoreError if it cannot be used.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.database: Database = SqliteDatabase(str(path))
+    def __init__(self, location: str | os.PathLike[str] | PostgresServer, tenant: str = "") -> None:
+        self.database = database_at(location, tenant)
         self._writing = threading.RLock()
         self._link: Link | None = None  # that of the outermost block of writing()
         self._written, self._interrupted = threading.Condition(), False
         try:
-            with self.database.writers.link() as link:
+            with self.database.writers.link(self.database.schema) as link:
                 migrate(link)
         except BaseException:
             self.database.close()
@@ -2609,13 +2913,10 @@ class Store:
         """
         with self._writing:
             if self._link:
-                if not self._link.in_transaction:
-                    # A savepoint would begin a transaction of its own.
-                    raise StoreError("an earlier step of the same write failed")
-                with self._link.transaction():
+                with self._link.step():
                     yield Session(self._link)
                 return
-            with self.database.writers.link() as link:
+            with self.database.writers.link(self.database.schema) as link:
                 self._link = link
                 try:
                     with link.transaction():
@@ -2631,7 +2932,7 @@ class Store:
 
     @contextmanager
     def _snapshot(self, readers: Pool) -> Iterator[Session]:
-        with readers.link() as link, link.snapshot():
+        with readers.link(self.database.schema) as link, link.snapshot():
             yield Session(link)
 
     def wait(self, seconds: float) -> bool:
@@ -3654,6 +3955,7 @@ FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
 POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
          "a whole number from 1 to 100000000")
+DATABASE = text_of(r"postgres(ql)?://\S+", "a URL such as postgresql://user@host/name")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
 ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
@@ -3726,6 +4028,7 @@ class Tenant:
     )
     tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
     custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
+    database: str = setting(DATABASE, "", secret=True)  # in place of the server's
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
     log_bodies: bool = setting(FLAG, False, key="log.bodies")
 
@@ -3738,6 +4041,7 @@ class Config:
     host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
     port: int = setting(None, 8080, key="listen")
     data_dir: str = setting(TEXT, "scim-data")
+    database: str = setting(DATABASE, "", secret=True)  # in place of files in data_dir
     tls: tuple[str, str] | None = setting(  # files of the certificate and its key
         {"certificate": setting(TEXT), "key": setting(TEXT)}, None
     )
@@ -3760,7 +4064,7 @@ class Config:
     console: bool = setting(FLAG, True)
 
     def __post_init__(self) -> None:
-        if self.reuse_port and self.data_dir == ":memory:":
+        if self.reuse_port and self.data_dir == ":memory:" and not self.database:
             raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
 
 
@@ -3959,14 +4263,16 @@ def to_config(source: Source) -> Config:
     return load_config(source)
 
 
-def store_path(config: Config, tenant: Tenant) -> str:
+def store_location(config: Config, tenant: Tenant) -> str:
+    """Return the URL of the database that has the tenant's schema, or the path of its file."""
     folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
-    return folder if folder == ":memory:" else os.path.join(folder, file)
+    path = folder if folder == ":memory:" else os.path.join(folder, file)
+    return tenant.database or config.database or path
 
 
 def make_data_dir(config: Config) -> None:
     try:
-        if config.data_dir != ":memory:":
+        if config.data_dir != ":memory:" and not config.database:
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(
@@ -4220,12 +4526,11 @@ def error_response(error: Exception) -> Response:
     if not isinstance(error, ScimError):
         with suppress(OSError, ValueError):  # standard error may be closed
             traceback.print_exception(error)
+        changed = "the change may be stored or not, read it"
+        effect = changed if isinstance(error, Uncertain) else "nothing was changed, try again"
         error = (
             ScimError(
-                error.status,
-                "",
-                f"the tenant's database failed: {error.reason}; nothing was changed, try again",
-                RETRY,
+                error.status, "", f"the tenant's database failed: {error.reason}; {effect}", RETRY
             )
             if isinstance(error, StoreError)
             else ScimError(500, "", "the server failed; its log says why")
@@ -5695,11 +6000,13 @@ class Tenants:
     """The tenants of a configuration, their directories and tokens; of a secret only the hash.
 
     directories has each tenant's Directory by name. If a tenant's database cannot be used, it has
-    the StoreError instead: this tenant is answered 503, the others are served.
+    the StoreError instead: this tenant is answered 503, the others are served. The tenants of a
+    PostgreSQL database are opened when they are needed first, except one of them.
     """
 
     def __init__(self, config: Config, clock: Clock, new_id: Callable[[], str]) -> None:
         self.directories: dict[str, Directory | StoreError] = {}
+        self._servers: dict[str, PostgresServer] = {}  # by their URLs
         self._clock, self._new_id = clock, new_id
         self._tried = clock()  # when databases that failed were opened last
         self._configuring = threading.RLock()
@@ -5714,7 +6021,8 @@ class Tenants:
         with self._configuring:
             before = self.directories
             self.directories = {
-                tenant.name: self._open(config, tenant) for tenant in config.tenants
+                tenant.name: self._open(config, tenant, is_needed=False)
+                for tenant in config.tenants
             }
             self.tenants = {
                 tenant.name: replace(
@@ -5747,13 +6055,25 @@ class Tenants:
 
     def directory(self, name: str) -> Directory:
         """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
-        if isinstance(directory := self.directories[name], StoreError):
+        directory = self.directories[name]
+        if isinstance(directory, Unopened):
+            directory = self._opened(name) or directory
+        if isinstance(directory, StoreError):
             raise directory
         return directory
 
     @property
     def available(self) -> list[Directory]:
         return [item for item in self.directories.values() if isinstance(item, Directory)]
+
+    @property
+    def failures(self) -> dict[str, StoreError]:
+        """Why tenants are not served, by their names."""
+        return {
+            name: error
+            for name, error in self.directories.items()
+            if isinstance(error, StoreError) and not isinstance(error, Unopened)
+        }
 
     def token(self, name: str) -> str:
         """Return a new secret of a tenant, valid until the next configuration; KeyError."""
@@ -5773,17 +6093,24 @@ class Tenants:
         directory = self.directories.get(tenant.name)  # None: it was removed at this moment
         return Caller(tenant, token, directory) if directory else None
 
-    def _open(self, config: Config, tenant: Tenant) -> Directory | StoreError:
+    def _open(
+        self, config: Config, tenant: Tenant, is_needed: bool = True
+    ) -> Directory | StoreError:
         # Return the directory of a tenant, the present one if it fits, or why there is none.
+        location = store_location(config, tenant)
         current = self.directories.get(tenant.name)
+        store = current.store if isinstance(current, Directory) else None
         if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
             current.keep, current.keep_days = config.keep_changes, config.keep_days
             return current
         try:
+            if is_postgres(location) and not store:
+                if location in self._servers and not is_needed:
+                    return Unopened("it is opened by the first request")
+                server = self._servers.setdefault(location, PostgresServer(location))
+                store = Store(server, tenant.name)
             directory = Directory(
-                current.store
-                if isinstance(current, Directory)
-                else Store(store_path(config, tenant)),
+                store or Store(location),
                 tenant.custom_fields,
                 self._clock,
                 self._new_id,
@@ -5795,17 +6122,29 @@ class Tenants:
             return error
         return directory
 
-    def _may_reopen(self) -> bool:
-        return self._clock() - self._tried > timedelta(seconds=RETRY_SECONDS)
+    def _may_reopen(self, directory: StoreError) -> bool:
+        waited = self._clock() - self._tried > timedelta(seconds=RETRY_SECONDS)
+        return waited or isinstance(directory, Unopened)
+
+    def _opened(self, name: str) -> Directory | StoreError | None:
+        # Return the directory of a tenant after another attempt to open it; None for no tenant.
+        tenant = self.tenants.get(name)
+        directory = self._open(self.config, tenant) if tenant else None  # others need not wait
+        with self._configuring:
+            current = self.directories.get(name)
+            if directory and isinstance(current, StoreError) and self.tenants.get(name) is tenant:
+                self.directories[name] = current = directory
+            elif isinstance(directory, Directory) and directory is not current:
+                directory.store.close()  # another thread was faster
+        return current
 
     def _reopened(self, name: str) -> Directory:
         # Return the directory of a tenant whose database failed, or raise ScimError 503.
-        if self._may_reopen():
-            with self._configuring:
-                self._tried = self._clock()
-                if tenant := self.tenants.get(name):  # else it was removed meanwhile
-                    self.directories[name] = self._open(self.config, tenant)
-        if not isinstance(directory := self.directories.get(name), Directory):
+        directory = self.directories.get(name)
+        if isinstance(directory, StoreError) and self._may_reopen(directory):
+            self._tried = self._clock()
+            directory = self._opened(name)
+        if not isinstance(directory, Directory):
             raise ScimError(
                 503, "", "the tenant's database cannot be used; the server's log says why", RETRY
             )
@@ -5816,8 +6155,9 @@ class Tenants:
 
 ANYONE, PROBE, OPERATOR = "anyone", "probe", "operator"  # who may call
 BEARER, NOWHERE = "bearer", "nowhere"
-# Lanes of the HTTP server: at once, with the reads, with the writes, in a thread of its own.
-QUICK, READ, WRITE, SLOW = "quick", "read", "write", "slow"
+# Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
+# with the writes, in a thread of its own.
+QUICK, READ, REMOTE, WRITE, SLOW = "quick", "read", "remote", "write", "slow"
 HOST_ADDRESS = re.compile(r"[\d.]+|\[.*\]", re.ASCII)  # a Host that is no name
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
 # The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
@@ -5831,6 +6171,11 @@ QUICK_QUERIES = {
         re.ASCII,
     ),
 }
+
+
+def is_small(type: str, id: str, query: str) -> bool:
+    """Return whether a request for one resource, or a query, reads a few rows only."""
+    return bool(id or QUICK_QUERIES[type].fullmatch(query))
 
 
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
@@ -5918,6 +6263,8 @@ class Application(Tenants):
         self.log.close()
         for directory in self.available:
             directory.store.close()
+        for server in self._servers.values():
+            server.close()
 
     # -- Requests --
 
@@ -5978,7 +6325,7 @@ class Application(Tenants):
         return True
 
     def lane_of(self, request: Request) -> str:
-        """Return the lane of a request: QUICK, READ, WRITE or SLOW; never waits."""
+        """Return the lane of a request; never waits."""
         route, id = self._find_route(request.path)
         lane, _ = route.operations.get(request.method, (QUICK, None))
         if route.access not in (BEARER, NOWHERE):
@@ -5986,14 +6333,14 @@ class Application(Tenants):
         if not (caller := self.known_caller(request)):
             return QUICK
         if isinstance(directory := caller.directory, StoreError):
-            return SLOW if self._may_reopen() else QUICK
+            return SLOW if self._may_reopen(directory) else QUICK
         if lane == SLOW and "wait" not in unquote(request.query).lower():
-            return READ
+            lane = READ
+        database = directory.store.database
         if lane == QUICK and route.type:
             # With a store in memory, readers wait for the writer.
-            quick = id or QUICK_QUERIES[route.type].fullmatch(request.query)
-            return QUICK if quick and directory.store.database.is_quick else READ
-        return lane
+            lane = QUICK if database.is_quick and is_small(route.type, id, request.query) else READ
+        return REMOTE if lane == READ and database.is_remote else lane
 
     def is_bulk(self, path: str) -> bool:
         return self._find_route(path)[0].label == "/Bulk"
@@ -6026,6 +6373,7 @@ class Application(Tenants):
             self._check_head(call)
             if call.caller and access == BEARER:
                 call.directory = self._directory_of(call.caller)
+                call.caller = call.caller._replace(directory=call.directory)  # opened by now
             return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             return error_response(error)
@@ -6108,10 +6456,16 @@ class Application(Tenants):
             }
         return call.route.operations[request.method][1](call)
 
-    def _get_readiness(self, call: Call) -> Response:  # the database of each tenant answers
+    def _get_readiness(self, call: Call) -> Response:  # each file and each server answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
-            for name in list(self.directories):
-                self.directory(name).last_use("")
+            for server in list(self._servers.values()):
+                server.check()
+            for directory in list(self.directories.values()):
+                if isinstance(directory, StoreError):
+                    if not isinstance(directory, Unopened):
+                        raise directory
+                elif not directory.store.database.is_remote:
+                    directory.last_use("")
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
@@ -6648,8 +7002,9 @@ class ScimServer(Watcher):
     answers. Raises OSError if the address or the certificate cannot be used.
 
     Quick requests are answered by the watching thread. Other reads take turns in a lane: threads
-    that compete for the interpreter at each call of SQLite halve what all of them get done. The
-    writes that wait for one tenant share a transaction.
+    that compete for the interpreter at each call of SQLite halve what all of them get done. Those
+    that wait for another machine take no turns. The writes that wait for one tenant share a
+    transaction.
     """
 
     def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
@@ -6761,6 +7116,8 @@ class ScimServer(Watcher):
             self._answer(connection, request)
         elif lane == READ:
             self._readers.submit(self.guarded, self._answer_in_turn, connection, request)
+        elif lane == REMOTE:
+            self._readers.submit(self.guarded, self._answer, connection, request)
         elif lane == WRITE:
             self._queue_write(connection, request)
         else:
@@ -7258,8 +7615,8 @@ def running(
         CONSOLE_PAGE,
     )
     with closing(application):
-        for tenant in settings.tenants:
-            application.directory(tenant.name)  # raises the StoreError of an unusable file
+        for error in application.failures.values():
+            raise error
         server = ScimServer(application)
         server.exchanges = []
         thread = threading.Thread(target=server.serve_forever)
@@ -7368,12 +7725,10 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 
 def existing_store(config: Config, tenant: Tenant) -> Store:
     """Return a tenant's store, which a running server may be using; UsageError if there is none."""
-    path = store_path(config, tenant)
-    try:
-        os.stat(path)
-    except FileNotFoundError:
-        raise UsageError(f"{path}: does not exist, tenant {tenant.name} has no data yet") from None
-    return Store(path)
+    location = store_location(config, tenant)
+    if not is_postgres(location) and not os.path.exists(location):
+        raise UsageError(f"{location}: does not exist, tenant {tenant.name} has no data yet")
+    return Store(location, tenant.name)
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -7428,9 +7783,8 @@ def is_loopback(host: str) -> bool:
 
 
 def warn_about_setup(application: Application) -> None:
-    for name, directory in application.directories.items():
-        if isinstance(directory, StoreError):
-            log_line(f"tenant {name} is not served, the others are: {directory}")
+    for name, error in application.failures.items():
+        log_line(f"tenant {name} is not served, the others are: {error}")
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
         log_line(
@@ -7510,7 +7864,7 @@ def back_up(options: argparse.Namespace) -> None:
 
 def restore(options: argparse.Namespace) -> None:
     config, tenant = chosen_tenant(options)
-    path = store_path(config, tenant)
+    path = store_location(config, tenant)
     if path == ":memory:":
         raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
     make_data_dir(config)

@@ -259,7 +259,7 @@ if importlib.util.find_spec("psycopg") is None:
     NO_POSTGRESQL = "psycopg is not installed"
 elif postgresql_programs() is None:
     NO_POSTGRESQL = "there is no initdb"
-elif not hasattr(scim_server, "PostgresDatabase"):
+elif not hasattr(scim_server, "path_number"):
     NO_POSTGRESQL = "scim_server.py has no PostgreSQL"
 else:
     NO_POSTGRESQL = ""
