@@ -1977,7 +1977,9 @@ class Link(ABC):
     schema = ""  # that of the tenant, for an engine that keeps several in a database
     run: Callable[..., Any]
     run_many: Callable[..., Any]
+    _connection: Any  # of the engine's module
     SNAPSHOT = "BEGIN"
+    VERSION, SET_VERSION = "PRAGMA user_version", "PRAGMA user_version = {}"
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -2019,38 +2021,35 @@ class Link(ABC):
                 if self.in_transaction:
                     self.run("ROLLBACK")
 
-    @abstractmethod
     def begin(self) -> None:
         """Begin a transaction when no other one writes the tenant."""
+        self.run("BEGIN IMMEDIATE")
 
-    @abstractmethod
     def commit(self) -> None:
-        """Commit; StoreError if the engine has ended the transaction after an error."""
+        """Commit; an error if the engine has ended the transaction already."""
+        self.run("COMMIT")
+
+    @property
+    def in_transaction(self) -> bool:
+        return bool(self._connection.in_transaction)
+
+    @property
+    def is_usable(self) -> bool:  # whether an idle link can be lent again
+        return True
+
+    @property
+    def version(self) -> int:  # the format of the tables, 0 if there are none
+        return int(self.run(self.VERSION).fetchone()[0])
+
+    def set_version(self, version: int) -> None:
+        self.run(self.SET_VERSION.format(version))
+
+    def close(self) -> None:
+        self._connection.close()
 
     @abstractmethod
     def errors(self) -> AbstractContextManager[None]:
         """Return a context in which each error of the engine becomes a StoreError."""
-
-    @property
-    @abstractmethod
-    def in_transaction(self) -> bool:
-        """Whether a transaction is open. Some errors end it."""
-
-    @property
-    def is_usable(self) -> bool:
-        """Whether an idle link can be lent again."""
-        return True
-
-    @property
-    @abstractmethod
-    def version(self) -> int:
-        """The format of the tables, 0 if there are none."""
-
-    @abstractmethod
-    def set_version(self, version: int) -> None: ...
-
-    @abstractmethod
-    def close(self) -> None: ...
 
 
 class Pool:
@@ -2094,8 +2093,8 @@ class Pool:
                 self._idle.pop().close()
 
 
-class Database(ABC):
-    """Where one tenant's tables are.
+class Database:
+    """Where tenants' tables are.
 
     place names it in messages. Its writers are links for transactions, and its readers for
     snapshots; None if readers have to use the one writer. is_quick says that a look-up takes
@@ -2103,10 +2102,13 @@ class Database(ABC):
     """
 
     place: str
-    schema = ""
     is_quick = is_remote = False
     writers: Pool
     readers: Pool | None
+
+    def schema_of(self, tenant: str) -> str:
+        """Return the schema of a tenant, which is created if it does not exist."""
+        return ""
 
     def close(self) -> None:
         """Close all links; those in use are closed when they come back."""
@@ -2132,7 +2134,7 @@ class SqliteLink(Link):
         self.place = path
         options = {"timeout": BUSY_SECONDS, **options}
         with self.errors():
-            self._connection: sqlite3.Connection = sqlite3.connect(
+            self._connection = sqlite3.connect(
                 path, isolation_level=None, check_same_thread=False, **options
             )
             self.run, self.run_many = self._connection.execute, self._connection.executemany
@@ -2159,26 +2161,6 @@ class SqliteLink(Link):
                 str(error),
             ) from error
 
-    def begin(self) -> None:
-        self.run("BEGIN IMMEDIATE")
-
-    def commit(self) -> None:
-        self.run("COMMIT")  # which fails if SQLite has ended the transaction
-
-    @property
-    def in_transaction(self) -> bool:
-        return self._connection.in_transaction
-
-    @property
-    def version(self) -> int:
-        return int(self.run("PRAGMA user_version").fetchone()[0])
-
-    def set_version(self, version: int) -> None:
-        self.run(f"PRAGMA user_version = {version}")
-
-    def close(self) -> None:
-        self._connection.close()
-
     def check_pages(self) -> None:
         """Read all pages; Damaged if one of them is."""
         with self.errors():
@@ -2192,7 +2174,7 @@ class SqliteLink(Link):
 
 
 class SqliteDatabase(Database):
-    """An SQLite file, or ":memory:" for one that ends with its store."""
+    """The SQLite file of one tenant, or ":memory:" for one that ends with its store."""
 
     def __init__(self, path: str) -> None:
         self.place, self.is_quick = path, path != ":memory:"
@@ -2224,6 +2206,7 @@ class SqliteDatabase(Database):
 # and after a lost connection the ticket tells whether a write was committed. All else is READ
 # COMMITTED: a statement sees what the last holder of the lock has committed.
 
+IN_TRANSACTION, IN_FAILED_TRANSACTION = 2, 3  # states of a connection, as libpq has them
 POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
 SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
 POSTGRES_DEFAULTS = {  # of the connection; the URL may change them
@@ -2290,6 +2273,11 @@ def psycopg() -> Any:
         ) from error
 
 
+def place_of(url: str) -> str:
+    # Return a URL without user, password and options.
+    return re.sub(r"//[^/]*@|\?.*", lambda part: "//" * part[0].startswith("//"), url)
+
+
 @lru_cache(2_000)
 def to_postgres(sql: str) -> str:
     """Return a statement for PostgreSQL, in which @ stands for the schema."""
@@ -2303,28 +2291,28 @@ class PostgresLink(Link):
     """A connection to a PostgreSQL database, for one tenant's schema at a time."""
 
     SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    VERSION, SET_VERSION = "SELECT version FROM state", "UPDATE state SET version = {}"
 
     def __init__(self, url: str) -> None:
         driver = psycopg()
-        self._url, self._schemas, self._ticket = url, set[str](), ("", "")
+        self._url, self.place = url, place_of(url)
+        self._schemas, self._ticket = set[str](), ("", "")
         try:
             options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(url)
             settings = [f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items()]
             options["options"] = " ".join([*settings, options.get("options", "")])
-            self.place = f"postgresql://{options.get('host', '')}/{options.get('dbname', '')}"
             self._connection = driver.connect(
                 **options, autocommit=True, cursor_factory=driver.RawCursor
             )
         except driver.Error as error:
             raise StoreError(
-                f"database: cannot be used ({' '.join(str(error).split())}); "
+                f"{self.place}: cannot be used ({' '.join(str(error).split())}); "
                 "correct the URL, or start the server"
             ) from error
         if (version := self._connection.info.server_version // 10_000) < 14:
             raise StoreError(f"{self.place}: is PostgreSQL {version}; use 14 or newer")
-        adapters, dumper = self._connection.adapters, driver.types.numeric.Int8Dumper
         for type in (int, bool):
-            adapters.register_dumper(type, dumper)
+            self._connection.adapters.register_dumper(type, driver.types.numeric.Int8Dumper)
 
     def run(self, sql: str, values: Sequence[Any] = ()) -> Any:
         return self._connection.execute(to_postgres(sql).replace("@", self.schema), values)
@@ -2347,12 +2335,12 @@ class PostgresLink(Link):
             raise StoreError(text, reason, 507 if state == "53100" else 503) from error
 
     def begin(self) -> None:
-        cursor = self._run_script(BEGIN_WRITING)
+        cursor = self.run_script(BEGIN_WRITING)
         cursor.nextset()
         self._ticket = cursor.fetchone()
 
     def commit(self) -> None:
-        if self._status != psycopg().pq.TransactionStatus.INTRANS:
+        if self._connection.info.transaction_status != IN_TRANSACTION:
             raise StoreError(EARLIER_STEP)  # COMMIT would be a ROLLBACK without an error
         try:
             self.run("COMMIT")
@@ -2380,13 +2368,8 @@ class PostgresLink(Link):
         raise Uncertain("the connection ended during the commit")
 
     @property
-    def _status(self) -> int:
-        return int(self._connection.info.transaction_status)
-
-    @property
     def in_transaction(self) -> bool:
-        status = psycopg().pq.TransactionStatus
-        return self._status in (status.INTRANS, status.INERROR)
+        return self._connection.info.transaction_status in (IN_TRANSACTION, IN_FAILED_TRANSACTION)
 
     @property
     def is_usable(self) -> bool:
@@ -2397,77 +2380,34 @@ class PostgresLink(Link):
                 self._connection.pgconn.consume_input()
         except psycopg().OperationalError:
             return False
-        return self._status == 0 and len(self._schemas) < SCHEMAS_PER_LINK
+        return not self.in_transaction and len(self._schemas) < SCHEMAS_PER_LINK
 
-    @property
-    def version(self) -> int:
-        return int(self.run("SELECT version FROM state").fetchone()[0])
-
-    def set_version(self, version: int) -> None:
-        self.run("UPDATE state SET version = ?", [version])
-
-    def close(self) -> None:
-        self._connection.close()
-
-    def make_schema(self) -> None:
-        """Create the schema if it does not exist; several processes may do so at once."""
-        with self.errors():
-            self._run_script(MAKE_SCHEMA)
-
-    def _run_script(self, sql: str) -> Any:
-        # Several statements are sent at once, but cannot be prepared.
+    def run_script(self, sql: str) -> Any:
+        """Run statements without values in one round trip."""
         return self._connection.execute(sql.replace("@", self.schema), prepare=False)
 
 
-class PostgresServer:
-    """The connections of this process to a PostgreSQL database; its tenants share them."""
-
-    def __init__(self, url: str) -> None:
-        self.readers = Pool(partial(PostgresLink, url), POSTGRES_READERS)
-        self.writers = Pool(partial(PostgresLink, url), POSTGRES_WRITERS)
-
-    def check(self) -> None:
-        """Raise StoreError if the database does not answer."""
-        with self.readers.link() as link, link.snapshot():
-            pass
-
-    def close(self) -> None:
-        self.readers.close()
-        self.writers.close()
-
-
 class PostgresDatabase(Database):
-    """A tenant's schema in a PostgreSQL database."""
+    """A PostgreSQL database with a schema for each tenant; they share its connections."""
 
     is_remote = True
 
-    def __init__(self, server: PostgresServer, tenant: str, is_shared: bool) -> None:
-        self.readers, self.writers, self._is_shared = server.readers, server.writers, is_shared
-        name = f"t_{tenant.lower()}"
-        if not re.fullmatch("[a-z0-9_-]{3,63}", name):  # PostgreSQL would cut a longer one
-            name = f"t_{hashlib.sha256(name.encode()).hexdigest()[:40]}"
-        self.schema = name
-        with self.writers.link(self.schema) as link:
-            self.place = f"{link.place}, schema {self.schema}"
-            cast(PostgresLink, link).make_schema()
+    def __init__(self, url: str) -> None:
+        self.place = place_of(url)
+        self.writers = Pool(partial(PostgresLink, url), POSTGRES_WRITERS)
+        self.readers = Pool(partial(PostgresLink, url), POSTGRES_READERS)
 
-    def close(self) -> None:
-        if not self._is_shared:
-            super().close()
+    def schema_of(self, tenant: str) -> str:
+        schema = f"t_{tenant.lower()}"
+        if not re.fullmatch("[a-z0-9_-]{3,63}", schema):  # PostgreSQL would cut a longer one
+            schema = f"t_{hashlib.sha256(schema.encode()).hexdigest()[:40]}"
+        with self.writers.link(schema) as link, link.errors():
+            cast(PostgresLink, link).run_script(MAKE_SCHEMA)
+        return schema
 
 
 def is_postgres(location: str) -> bool:
     return location.startswith(("postgresql://", "postgres://"))
-
-
-def database_at(location: str | os.PathLike[str] | PostgresServer, tenant: str) -> Database:
-    """Return a tenant's database: at the path of a file, in a server, or at a postgresql:// URL."""
-    if isinstance(location, PostgresServer):
-        return PostgresDatabase(location, tenant, is_shared=True)
-    path = os.fspath(location)
-    if is_postgres(path):
-        return PostgresDatabase(PostgresServer(path), tenant, is_shared=False)
-    return SqliteDatabase(path)
 
 
 # ----------------------------------------------------------------------------
@@ -2887,21 +2827,27 @@ def migrate(link: Link) -> None:
 class Store:
     """One tenant's database: a file, or ":memory:" for one that ends with the store.
 
-    Or the tenant's schema in PostgreSQL, which a postgresql:// URL or a PostgresServer leads to.
+    Or the tenant's schema in a PostgreSQL database, which is a URL or an object that others share.
     Safe from several threads. A reader sees the last commit and waits for no writer, only for a
     free connection, except in memory; writers take turns. StoreError if it cannot be used.
     """
 
-    def __init__(self, location: str | os.PathLike[str] | PostgresServer, tenant: str = "") -> None:
-        self.database = database_at(location, tenant)
+    def __init__(self, location: str | os.PathLike[str] | Database, tenant: str = "") -> None:
+        self._is_shared = isinstance(location, Database)
+        if not isinstance(location, Database):
+            open_database = PostgresDatabase if is_postgres(str(location)) else SqliteDatabase
+            location = open_database(os.fspath(location))
+        self.database: Database = location
         self._writing = threading.RLock()
         self._link: Link | None = None  # that of the outermost block of writing()
         self._written, self._interrupted = threading.Condition(), False
         try:
-            with self.database.writers.link(self.database.schema) as link:
+            self.schema = self.database.schema_of(tenant)
+            self.place = f"{self.database.place} {self.schema}".rstrip()
+            with self.database.writers.link(self.schema) as link:
                 migrate(link)
         except BaseException:
-            self.database.close()
+            self._close_database()
             raise
 
     @contextmanager
@@ -2916,7 +2862,7 @@ class Store:
                 with self._link.step():
                     yield Session(self._link)
                 return
-            with self.database.writers.link(self.database.schema) as link:
+            with self.database.writers.link(self.schema) as link:
                 self._link = link
                 try:
                     with link.transaction():
@@ -2932,7 +2878,7 @@ class Store:
 
     @contextmanager
     def _snapshot(self, readers: Pool) -> Iterator[Session]:
-        with readers.link(self.database.schema) as link, link.snapshot():
+        with readers.link(self.schema) as link, link.snapshot():
             yield Session(link)
 
     def wait(self, seconds: float) -> bool:
@@ -2955,6 +2901,10 @@ class Store:
         """Close the database after the present write; a read in progress closes its connection."""
         self.interrupt()
         with self._writing:
+            self._close_database()
+
+    def _close_database(self) -> None:
+        if not self._is_shared:
             self.database.close()
 
     def backup(self, path: str) -> None:
@@ -2966,7 +2916,7 @@ class Store:
                 cast(SqliteLink, present).copy_to(target)
         except (OSError, StoreError) as error:
             raise StoreError(
-                f"{self.database.place}: cannot be copied to {path} ({error}); "
+                f"{self.place}: cannot be copied to {path} ({error}); "
                 "name a new file for the backup"
             ) from error
 
@@ -3348,7 +3298,7 @@ class Directory:
             owner = session.setting("tenant") or tenant
             if owner != tenant:
                 raise StoreError(
-                    f"{self.store.database.place}: is the file of tenant {owner}, not of {tenant}"
+                    f"{self.store.place}: is the file of tenant {owner}, not of {tenant}"
                 )
             session.set_setting("tenant", tenant)
 
@@ -6006,7 +5956,7 @@ class Tenants:
 
     def __init__(self, config: Config, clock: Clock, new_id: Callable[[], str]) -> None:
         self.directories: dict[str, Directory | StoreError] = {}
-        self._servers: dict[str, PostgresServer] = {}  # by their URLs
+        self._databases: dict[str, PostgresDatabase] = {}  # by their URLs
         self._clock, self._new_id = clock, new_id
         self._tried = clock()  # when databases that failed were opened last
         self._configuring = threading.RLock()
@@ -6105,10 +6055,10 @@ class Tenants:
             return current
         try:
             if is_postgres(location) and not store:
-                if location in self._servers and not is_needed:
+                if location in self._databases and not is_needed:
                     return Unopened("it is opened by the first request")
-                server = self._servers.setdefault(location, PostgresServer(location))
-                store = Store(server, tenant.name)
+                database = self._databases.setdefault(location, PostgresDatabase(location))
+                store = Store(database, tenant.name)
             directory = Directory(
                 store or Store(location),
                 tenant.custom_fields,
@@ -6263,8 +6213,8 @@ class Application(Tenants):
         self.log.close()
         for directory in self.available:
             directory.store.close()
-        for server in self._servers.values():
-            server.close()
+        for database in self._databases.values():
+            database.close()
 
     # -- Requests --
 
@@ -6458,14 +6408,10 @@ class Application(Tenants):
 
     def _get_readiness(self, call: Call) -> Response:  # each file and each server answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
-            for server in list(self._servers.values()):
-                server.check()
-            for directory in list(self.directories.values()):
-                if isinstance(directory, StoreError):
-                    if not isinstance(directory, Unopened):
-                        raise directory
-                elif not directory.store.database.is_remote:
-                    directory.last_use("")
+            for error in self.failures.values():
+                raise error
+            for directory in {item.store.database: item for item in self.available}.values():
+                directory.last_use("")
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
@@ -7859,7 +7805,7 @@ def check(options: argparse.Namespace) -> None:
 def back_up(options: argparse.Namespace) -> None:
     with closing(existing_store(*chosen_tenant(options))) as store:
         store.backup(options.file)
-    print(f"tenant {options.tenant}: {store.database.place} copied to {options.file}")
+    print(f"tenant {options.tenant}: {store.place} copied to {options.file}")
 
 
 def restore(options: argparse.Namespace) -> None:
