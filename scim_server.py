@@ -2275,7 +2275,7 @@ def psycopg() -> Any:
 
 def place_of(url: str) -> str:
     # Return a URL without user, password and options.
-    return re.sub(r"//[^/]*@|\?.*", lambda part: "//" * part[0].startswith("//"), url)
+    return re.sub(r"(?<=//)[^/]*@|\?.*", "", url)
 
 
 @lru_cache(2_000)
