@@ -127,7 +127,7 @@ MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nest
 MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
 MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
 LINK_SIZE = 200  # bytes of a member of a group, or a group of a user, in an answer
-MAX_PAGE = 8 * 1024 * 1024  # bytes of resources, after which a page ends
+MAX_PAGE = 8 * 1024 * 1024  # bytes of the resources in a page
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
 CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
@@ -1690,6 +1690,7 @@ COMPARISONS = {  # each ? is the key; all but co and ew are one range of the ind
     "ew": "substr(key, -length(?), length(?)) = ?",
     "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # FF is greater than any byte of UTF-8
 }
+Item = TypeVar("Item")
 Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
 Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
@@ -1804,7 +1805,23 @@ class Window:
     offset: int = 0
     after: Position | None = None
     backward: bool = False  # towards the first resource; the page keeps the order of the query
-    size: int = 2**62  # bytes of resources, after which it ends; it has at least one resource
+    size: int = 2**62  # bytes of resources that fit in; the first resource always does
+
+
+def fitting(
+    items: Iterable[Item], count: int, size: int, size_of: Callable[[Item], int]
+) -> tuple[list[Item], bool]:
+    """Return the first items, at most count, and whether there are more.
+
+    All but the first must fit in a size.
+    """
+    page: list[Item] = []
+    for item in items:
+        size -= size_of(item)
+        if len(page) == count or (page and size < 0):
+            return page, True
+        page.append(item)
+    return page, False
 
 
 class Page(NamedTuple):
@@ -2558,20 +2575,16 @@ class Session:
 
         The first is the one at the window's position, also if the window is backward.
         """
-        matches: list[tuple[int, str, StoredResource]] = []
-        size = 0
         try:
-            for missing, key, *values in self.run(*compile_page(filters, sorting, window)):
-                row = StoredResource(*values)
-                size += len(row.body.encode())
-                if len(matches) == window.count or (matches and size > window.size):
-                    return matches, True
-                matches.append((missing, key, row))
+            rows = self.run(*compile_page(filters, sorting, window))
+            matches = ((row[0], row[1], StoredResource(*row[2:])) for row in rows)
+            return fitting(
+                matches, window.count, window.size, lambda match: len(match[2].body.encode())
+            )
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
-        return matches, False
 
     # -- Memberships --
 
@@ -3217,6 +3230,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
+MAX_POLLS = 4  # reads of long polls at the same time
 CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
 
@@ -3273,7 +3287,7 @@ class Directory:
         keep_days: int = KEEP_DAYS,
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
-        self.keep, self.keep_days = keep, keep_days
+        self.keep, self.keep_days, self._polls = keep, keep_days, threading.Semaphore(MAX_POLLS)
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
         self._field_types = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
@@ -3530,7 +3544,8 @@ class Directory:
         # An empty answer is read again until wait seconds are over.
         end = time.monotonic() + wait
         while True:
-            with self.store.reading() as session:
+            # Long polls must not take all readers from the look-ups, which never wait for one.
+            with self._polls if wait else nullcontext(), self.store.reading() as session:
                 rows = read(session)
             remaining = end - time.monotonic()
             if rows or remaining <= 0 or not self.store.wait(remaining):
@@ -3636,7 +3651,7 @@ class Directory:
     def _page(
         self, session: Session, rows: list[StoredResource], queries: Queries, size: int, url: str
     ) -> list[Resource | Encoded]:
-        # Return the resources of rows, those that fit in some bytes, but the first in any case.
+        # Return the resources of rows, those that fit in a size, but the first in any case.
         resources, groups = list[Resource | Encoded](), dict[int, list[Resource]]()
         members = self.resource_types["Group"].root.by_name["members"]
         for number, row in enumerate(map(self._with_current_fields, rows)):
@@ -4000,6 +4015,7 @@ class Config:
     )
     host_names: tuple[str, ...] = setting([LIST, HOST_NAME], (), live=True)
     max_connections: int = setting(POSITIVE, 512)
+    max_memory: int = setting(POSITIVE, 256)  # MiB of bodies, answers and log entries in flight
     reuse_port: bool = setting(FLAG, False)  # other processes may listen on the same address
     access_log: str = setting(text_of("text|json|off", "text, json or off"), "text")
     # The metrics token is for reading /metrics from another machine.
@@ -4372,6 +4388,46 @@ class Call:
         url = self.resource_types[0].location(self.base_url, resource["id"])
         headers = {"ETag": resource["meta"]["version"], "Location": url, "Content-Location": url}
         return Response(status, self.projected(resource), headers)
+
+
+class Usage:
+    """What requests in flight take of this process: connections, and octets, by tenant.
+
+    Octets are those of bodies, of answers and of log entries that wait. A tenant may take half of
+    all connections and half of all octets; "" stands for those without a token. Safe from several
+    threads.
+    """
+
+    def __init__(self, max_connections: int, max_octets: int) -> None:
+        self.max_connections, self.max_octets = max(max_connections // 2, 1), max_octets
+        self._connections, self._octets = Counter[str](), Counter[str]()
+        self._total, self._lock = 0, threading.Lock()
+        self._crowded: set[str] = set()  # tenants of which a request was refused
+
+    def take(self, tenant: str, connections: int, octets: int) -> None:
+        """Note that a tenant takes so many more, or fewer if they are negative."""
+        with self._lock:
+            self._connections[tenant] += connections
+            self._octets[tenant] += octets
+            self._total += octets
+
+    def check_connections(self, tenant: str) -> None:
+        """Raise ScimError 429 if a tenant can have no more connections with requests in flight."""
+        if tenant and self._connections[tenant] >= self.max_connections:
+            self._crowded.add(tenant)
+            detail = f"{self.max_connections} requests of this tenant are in flight already"
+            raise ScimError(429, "", f"{detail}; that is half of max_connections", RETRY)
+
+    def check_memory(self, tenant: str) -> None:
+        """Raise ScimError 503 if a tenant, or all of them, take more memory than they may."""
+        if self._total > self.max_octets or self._octets[tenant] > self.max_octets // 2:
+            raise ScimError(503, "", "too much is in flight now for max_memory; try again", RETRY)
+
+    def may_wait(self, tenant: str) -> bool:
+        """Return whether a long poll may go on: one ends for each refused request of its tenant."""
+        crowded = tenant in self._crowded
+        self._crowded.discard(tenant)
+        return not crowded
 
 
 Operate = Callable[[Call], Response]
@@ -5412,6 +5468,7 @@ class LogItem:
     instant: datetime
     seconds: float
     logged: bool  # False: it only shows that the token is in use
+    octets: int = 0  # of what it keeps in memory, about
 
     @cached_property
     def resource(self) -> Resource:
@@ -5670,8 +5727,8 @@ def write_log(store: Store, items: Sequence[LogItem]) -> None:
 class BackgroundWriter:
     """A queue whose items a daemon thread passes to write, those of a pause of seconds together.
 
-    add() never blocks: when limit items are queued, further ones are dropped and counted in lost.
-    write must not raise.
+    add() never blocks: when limit items are queued, it drops further ones, counts them in lost and
+    returns False. write must not raise.
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
@@ -5680,11 +5737,11 @@ class BackgroundWriter:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def add(self, item: Any) -> None:
-        if self._items.qsize() < self._limit:
+    def add(self, item: Any) -> bool:
+        if fits := self._items.qsize() < self._limit:
             self._items.put(item)
-        else:
-            self.lost += 1
+        self.lost += not fits
+        return fits
 
     def close(self, seconds: float = 5) -> None:
         # Write the queued items, in at most that time, and end the thread.
@@ -5704,8 +5761,9 @@ class BackgroundWriter:
 class ProvisioningLog(BackgroundWriter):
     """The queue of calls for the logs of their tenants; calls with unknown tokens are counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, usage: Usage) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
+        self.usage = usage
         self.unknown_token_calls, self.unknown_token_since = 0, ""
 
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
@@ -5731,10 +5789,15 @@ class ProvisioningLog(BackgroundWriter):
         if isinstance(answer, dict) and len(answer.get("Resources", ())) > 1:
             item.response = item.response._replace(body=None)
         body = call.request.body  # of an operation of Bulk it is JSON
-        if len(body if isinstance(body, bytes) else to_json(body)) > LOGGED_BODY:
+        item.octets = len(body if isinstance(body, bytes) else to_json(body))
+        if item.octets > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
             call.operations, item.may_show_secret = (), True
-        self.add(item)
+        # The answer to a POST or PUT is about as long as its body.
+        if call.request.method not in ("POST", "PUT"):
+            item.octets += len(to_json(item.response.body))
+        if self.add(item):
+            self.usage.take(item.caller.tenant.name, 0, item.octets)
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5743,6 +5806,7 @@ class ProvisioningLog(BackgroundWriter):
                 write_log(store, items)
             except Exception:  # noqa: BLE001  a failing log must not stop provisioning
                 self.lost += len(items)
+            self.usage.take(items[0].caller.tenant.name, 0, -sum(item.octets for item in items))
 
 
 # ----------------------------------------------------------------------------
@@ -5766,12 +5830,7 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees, size, more = list[Employee](), 0, False
-    for employee in rows:
-        size += len(repr(employee))
-        if more := len(employees) == count or (size > MAX_PAGE and employees != []):
-            break
-        employees.append(employee)
+    employees, more = fitting(rows, count, MAX_PAGE, lambda employee: len(repr(employee)))
     headers, cursor = {}, {}
     if more:
         cursor["nextCursor"] = str(employees[-1].id)
@@ -5790,10 +5849,22 @@ def get_employee(call: Call) -> Response:
     return plain_response(asdict(employee))
 
 
-def list_changes(call: Call) -> Response:
+def long_poll(usage: Usage, call: Call, read: Callable[[float], list[Any]]) -> list[Any]:
+    """Return what read(seconds) returns; with wait, not before it returns something.
+
+    The answer is empty after wait seconds, and earlier if the tenant has too many requests.
+    """
+    rows: list[Any] = []
+    for seconds in [1] * call.integer("wait", 0, 0, MAX_WAIT) or [0]:
+        if (rows := read(seconds)) or not usage.may_wait(call.request.tenant):
+            break
+    return rows
+
+
+def list_changes(usage: Usage, call: Call) -> Response:
     """Answer GET /changes: those after a number; with wait, block until there are some."""
-    after, wait = call.integer("after", 0), call.integer("wait", 0, 0, MAX_WAIT)
-    changes = call.directory.changes(after, wait, call.integer("count", MAX_COUNT, 1, MAX_COUNT))
+    after, count = call.integer("after", 0), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
+    changes = long_poll(usage, call, lambda wait: call.directory.changes(after, wait, count))
     return plain_response(
         {"changes": list(map(asdict, changes)), "after": changes[-1].seq if changes else after}
     )
@@ -5833,15 +5904,16 @@ def entra_mapping(directory: Directory) -> Iterator[list[str]]:
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
-    entries = call.directory.requests(
+    read = partial(
+        call.directory.requests,
         call.integer("after", 0),
         call.integer("before", 0),
         call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
         call.integer("level", 0),
         call.parameters.get("subject", ""),
         call.parameters.get("text", ""),
-        call.integer("wait", 0, 0, MAX_WAIT),
     )
+    entries = long_poll(log.usage, call, read)
     return plain_response({"entries": entries, "lost": log.lost})
 
 
@@ -6158,7 +6230,8 @@ class Application(Tenants):
         page: str = "",
     ) -> None:
         super().__init__(config, clock, new_id)
-        self.log, self.metrics = ProvisioningLog(), Metrics()
+        self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
+        self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
         self._authenticate = authenticate
         self._routes = route_table(self._rows(page if config.console else ""))
 
@@ -6167,6 +6240,7 @@ class Application(Tenants):
         health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
         bulk = partial(run_bulk, self._perform, self._finish)
         log, setup = partial(get_log, self.log), partial(get_setup, self.log)
+        changes = partial(list_changes, self.usage)
         # fmt: off
         rows: list[RouteRow] = [
             ("GET",    "/healthz",                       PROBE,    QUICK, lambda call: health),
@@ -6191,7 +6265,7 @@ class Application(Tenants):
             ("DELETE", "/scim/v2/{type}/{id}",           BEARER,   WRITE, delete_resource),
             ("GET",    "/employees",                     BEARER,   READ,  list_employees),
             ("GET",    "/employees/{id}",                BEARER,   READ,  get_employee),
-            ("GET",    "/changes",                       BEARER,   SLOW,  list_changes),
+            ("GET",    "/changes",                       BEARER,   SLOW,  changes),
             ("GET",    "/",                              ANYONE,   QUICK, lambda call: page_answer),
             # The console's reads are not part of the provisioning, and not in its log.
             ("GET",    "/console/api/{type}",            BEARER,   READ,  list_resources),
@@ -6266,7 +6340,7 @@ class Application(Tenants):
         return may_ask and bool(credentials_of(request)[1]) and not self.known_caller(request)
 
     def accepts_head(self, request: Request) -> bool:
-        """Return whether the answer depends on the body: False for 401, 404, 405 and 415."""
+        """Return whether the answer depends on the body: False for 401, 404, 405, 415 and 503."""
         call = Call(request, *self._find_route(request.path), caller=self.known_caller(request))
         try:
             self._check_head(call)
@@ -6369,7 +6443,7 @@ class Application(Tenants):
             )
 
     def _check_head(self, call: Call) -> None:
-        # Raise ScimError 401, 404, 405 or 415 for a request that no body can make good.
+        # Raise ScimError 401, 404, 405, 415 or 503 for a request that no body can make good.
         request, access, operations = call.request, call.route.access, call.route.operations
         if access == BEARER:
             self._check_token(request, call.caller)
@@ -6394,6 +6468,8 @@ class Application(Tenants):
                 f"Content-Encoding: {quoted(coding)} is not supported; send the body as it is",
                 {"Accept-Encoding": "identity"},
             )
+        if isinstance(request.body, bytes):  # else it is an operation of a bulk request
+            self.usage.check_memory(request.tenant)
 
     def _operate(self, call: Call) -> Response:
         request = call.request
@@ -6554,14 +6630,14 @@ class Connection:
     thread that executes its request.
     """
 
-    def __init__(self, socket: socket.socket, client: str) -> None:
+    def __init__(self, socket: socket.socket, client: str, usage: Usage) -> None:
         socket.setblocking(False)
-        self.socket, self.client = socket, client
+        self.socket, self.client, self.usage = socket, client, usage
+        self.held = ("", 0)  # what it takes of usage: its tenant, and octets
         self.events = 0  # what the selector watches the socket for
         self.since = time.monotonic()  # when it came, or last had an answer with a good token
         self.buffer = bytearray()  # arrived and not parsed yet
         self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
-        self.line = b""  # the first one of that request, as soon as it has arrived
         self.request: Request | None = None  # whose head has arrived
         self.minor_version, self.started = 1, 0.0  # of HTTP/1; when the request began to arrive
         self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
@@ -6576,10 +6652,16 @@ class Connection:
     def note_moved(self, octets: int) -> None:
         # Octets of a body or an answer have moved. Those that come early earn no time for others.
         self.moved += octets
-        if self.pace_end and self.moved >= PACE_OCTETS:
+        if self.moved >= PACE_OCTETS:
             self.allow(STALL_SECONDS, PACE_SECONDS)
-        elif self.pace_end and octets:
+        elif octets:
             self.deadline = min(time.monotonic() + STALL_SECONDS, self.pace_end)
+
+    def hold(self, tenant: str, octets: int) -> None:
+        # Account for a request in flight, of a tenant or "", and for its body or its answer.
+        before, self.held = self.held, (tenant, octets)
+        self.usage.take(before[0], -bool(before[0]), -before[1])
+        self.usage.take(tenant, bool(tenant), octets)
 
     def receive(self) -> bool:
         """Move the octets that arrived to the buffer; return False if the client has closed."""
@@ -6590,7 +6672,9 @@ class Connection:
         except OSError:
             return False
         self.buffer += octets
-        self.note_moved(len(octets))
+        if self.pace_end:  # they belong to a body
+            self.note_moved(len(octets))
+            self.hold(self.held[0], self.held[1] + len(octets))
         return bool(octets)
 
     def send(self, octets: bytes) -> None:
@@ -6602,8 +6686,8 @@ class Connection:
                 sent = self.socket.send(self.unsent)
                 self.unsent = self.unsent[sent:]
                 self.note_moved(sent)
-        except WOULD_BLOCK:
-            pass
+        except WOULD_BLOCK:  # the octets that were sent stay in memory with the others
+            self.hold(self.held[0], self.unsent.nbytes)
         except OSError:  # the client is gone
             self.unsent, self.then = memoryview(b""), CLOSE
 
@@ -6613,6 +6697,7 @@ class Connection:
         return False
 
     def rest(self) -> None:
+        self.hold("", 0)
         self.allow(IDLE_SECONDS)  # first: from IDLE on, the watching thread may set another one
         self.state = IDLE
 
@@ -6643,11 +6728,13 @@ class Watcher(http.server.HTTPServer, ABC):
     End it with stop(); the shutdown() of its base class would wait forever.
     """
 
-    def __init__(self, listener: socket.socket, tls: Tls | None, max_connections: int) -> None:
+    def __init__(
+        self, listener: socket.socket, tls: Tls | None, max_connections: int, usage: Usage
+    ) -> None:
         super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.server_address = listener, listener.getsockname()
-        self.tls, self.max_connections = tls, max_connections
+        self.tls, self.max_connections, self.usage = tls, max_connections, usage
         self.connections: set[Connection] = set()
         self.stopping, self.stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # for giving a connection back
@@ -6755,7 +6842,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 client_socket = self.tls.context().wrap_socket(
                     client_socket, server_side=True, do_handshake_on_connect=False
                 )
-            connection = Connection(client_socket, address[0])
+            connection = Connection(client_socket, address[0], self.usage)
             if self.tls:
                 connection.allow(HEAD_SECONDS)
         except (BlockingIOError, ConnectionError, ssl.SSLError):  # another process has it, or gone
@@ -6789,6 +6876,7 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _close(self, connection: Connection) -> None:
         self._watch(connection, 0)
+        connection.hold("", 0)
         connection.socket.close()
         self.connections.discard(connection)
 
@@ -6822,6 +6910,7 @@ class Watcher(http.server.HTTPServer, ABC):
             connection.state = LINGERING
             with suppress(OSError):  # SSLSocket.shutdown() would end the encryption, too
                 socket.socket.shutdown(connection.socket, socket.SHUT_WR)
+            connection.hold("", 0)
             connection.allow(LINGER_SECONDS)
             self._watch(connection, selectors.EVENT_READ)
         else:
@@ -6855,6 +6944,8 @@ class Watcher(http.server.HTTPServer, ABC):
         connection.state = READING
         connection.reader = connection.reader or self.read_request(connection)
         try:
+            if connection.pace_end:  # it is a body
+                self.usage.check_memory(connection.held[0])
             if next(connection.reader):
                 self._watch(connection, 0)  # an event would queue it a second time
                 self._returned.append(connection)
@@ -6874,7 +6965,10 @@ class Watcher(http.server.HTTPServer, ABC):
 # Uses chapters 1 and 9 to 17. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
-MAX_LANE_THREADS = 8  # the store has more readers, so that a quick look-up never waits for one
+MAX_LANE_THREADS = 8
+# A tenant's share of the reading threads. With MAX_POLLS it is less than the readers of a store, so
+# that a quick look-up never waits for one.
+MAX_READS = MAX_LANE_THREADS // 2
 MAX_WRITES_PER_COMMIT = 64
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
@@ -6937,6 +7031,54 @@ class Fault:
         return error_response(error)._replace(headers={**error.headers, **retry, **self.headers})
 
 
+# -- Lanes --
+
+Batch = list[tuple[Connection, Request]]
+
+
+class Lane:
+    """Threads for requests of one kind. Each tenant has a queue, and a share of the threads.
+
+    answer() is called with the first of a tenant's requests, as many as batch_size() says.
+    """
+
+    def __init__(
+        self,
+        share: int,
+        answer: Callable[[Batch], None],
+        batch_size: Callable[[Batch], int] = lambda waiting: min(len(waiting), 1),
+    ) -> None:
+        self._share, self._answer, self._batch_size = share, answer, batch_size
+        self._threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
+        self._waiting: dict[str, Batch] = {}
+        self._busy = Counter[str]()  # threads, by tenant
+
+    def add(self, connection: Connection, request: Request) -> None:
+        tenant = request.tenant
+        with self._lock:
+            self._waiting.setdefault(tenant, []).append((connection, request))
+            starts = self._busy[tenant] < self._share
+            self._busy[tenant] += starts
+        if starts:
+            self._threads.submit(self._run, tenant)
+
+    def _run(self, tenant: str) -> None:
+        # Answer a batch of a tenant. Its next batch queues after those of other tenants.
+        with self._lock:
+            waiting = self._waiting[tenant]
+            size = self._batch_size(waiting)
+            self._waiting[tenant] = waiting[size:]
+        self._answer(waiting[:size])
+        with self._lock:
+            goes_on = bool(self._waiting[tenant])
+            self._busy[tenant] -= not goes_on
+        if goes_on:
+            self._threads.submit(self._run, tenant)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False)
+
+
 # -- The server --
 
 
@@ -6956,22 +7098,26 @@ class ScimServer(Watcher):
     def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
         self.application, self.config = application, application.config
         tls = Tls(*self.config.tls) if self.config.tls else None
-        super().__init__(listener or listen(self.config), tls, self.config.max_connections)
+        limit, usage = self.config.max_connections, application.usage
+        super().__init__(listener or listen(self.config), tls, limit, usage)
         self.url = url_of(self.config, self.server_address[1])
         self.token, self.directory = application.token, application.directory  # for tests
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
         self.log = request_writer(self.config.access_log, sys.stderr)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
-        self._readers, self._turn = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
-        self._writers = ThreadPoolExecutor(MAX_LANE_THREADS)
-        self._writes: dict[str, list[tuple[Connection, Request]]] = {}  # that wait, by tenant
+        self._turn = threading.Lock()
+        self._lanes = {
+            READ: Lane(MAX_READS, self._answer_in_turn),
+            REMOTE: Lane(MAX_READS, self._answer_each),
+            WRITE: Lane(1, self._answer_writes, self._next_writes),
+        }
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
         """Serve until stop()."""
         super().serve_forever(poll_interval)
-        self._readers.shutdown(wait=False)
-        self._writers.shutdown(wait=False)
+        for lane in self._lanes.values():
+            lane.close()
         self.log.close(1)
         self.stopped.set()
 
@@ -6986,13 +7132,17 @@ class ScimServer(Watcher):
 
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-        connection.then, connection.request, connection.line = KEEP, None, b""
-        connection.line = yield from read_request_line(connection.buffer)
-        head = yield from read_head(connection.buffer, connection.line)
+        connection.then, connection.request = KEEP, None
+        line = yield from read_request_line(connection.buffer)
+        if line.startswith(b"HEAD "):  # an error in its fields has no body either
+            connection.request = Request("HEAD", "", id=next(self._request_ids))
+        head = yield from read_head(connection.buffer, line)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
         caller = yield from self._find_caller(connection, request)
         connection.request = request = request._replace(caller=caller or False)
+        self.usage.check_connections(request.tenant)
+        connection.hold(request.tenant, len(connection.buffer))
         length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
         if not (length or coding):
             return request
@@ -7060,20 +7210,16 @@ class ScimServer(Watcher):
         lane = SLOW if self.faults else lane
         if lane == QUICK:
             self._answer(connection, request)
-        elif lane == READ:
-            self._readers.submit(self.guarded, self._answer_in_turn, connection, request)
-        elif lane == REMOTE:
-            self._readers.submit(self.guarded, self._answer, connection, request)
-        elif lane == WRITE:
-            self._queue_write(connection, request)
-        else:
+        elif lane == SLOW:
             arguments = (self._answer, connection, request)
             threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
+        else:
+            self._lanes[lane].add(connection, request)
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
         # The answer to HEAD has no body, even if nothing but the method can be read.
-        method = "HEAD" if (connection.line or connection.buffer).startswith(b"HEAD ") else ""
+        method = "HEAD" if connection.buffer.startswith(b"HEAD ") else ""
         request = connection.request or Request(method, "", id=next(self._request_ids))
         connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
         self._send(connection, request, error_response(error))
@@ -7088,45 +7234,28 @@ class ScimServer(Watcher):
         response = fault.response() if fault and fault.status else self.application.handle(request)
         self._send(connection, request, response, cut=fault is not None and fault.cut)
 
-    def _answer_in_turn(self, connection: Connection, request: Request) -> None:
+    def _answer_each(self, reads: Batch) -> None:
+        for connection, request in reads:
+            self.guarded(self._answer, connection, request)
+
+    def _answer_in_turn(self, reads: Batch) -> None:
         # Answer a read when the one before is done, or after PAUSE_SECONDS.
         in_turn = self._turn.acquire(timeout=PAUSE_SECONDS)
-        try:
-            self._answer(connection, request)
-        finally:
-            if in_turn:
-                self._turn.release()
+        self._answer_each(reads)
+        if in_turn:
+            self._turn.release()
 
-    def _queue_write(self, connection: Connection, request: Request) -> None:
-        # Have a write answered with the others that wait for its tenant.
-        with self._lock:
-            first = request.tenant not in self._writes
-            self._writes.setdefault(request.tenant, []).append((connection, request))
-        if first:
-            self._writers.submit(self._answer_writes, request.tenant)
-
-    def _answer_writes(self, tenant: str) -> None:
-        # Answer a batch of a tenant's writes. Its next batch queues after those of other tenants.
-        writes = self._next_writes(tenant)
+    def _answer_writes(self, writes: Batch) -> None:
         responses = self.application.handle_all([request for _, request in writes])
         for (connection, request), response in zip(writes, responses, strict=True):
             self.guarded(self._send, connection, request, response)
-        with self._lock:
-            if self._writes[tenant]:
-                self._writers.submit(self._answer_writes, tenant)
-            else:
-                del self._writes[tenant]
 
-    def _next_writes(self, tenant: str) -> list[tuple[Connection, Request]]:
-        # Take the first writes of a tenant that may share a transaction.
-        with self._lock:
-            waiting = self._writes[tenant]
-            # A Bulk request is taken alone, so that others do not wait for it.
-            is_bulk = self.application.is_bulk
-            bulks = [n or 1 for n, (_, request) in enumerate(waiting) if is_bulk(request.path)]
-            size = min([MAX_WRITES_PER_COMMIT, *bulks])
-            self._writes[tenant] = waiting[size:]
-        return waiting[:size]
+    def _next_writes(self, waiting: Batch) -> int:
+        # Return how many writes may share a transaction. A Bulk request is taken alone, so that
+        # others do not wait for it.
+        is_bulk = self.application.is_bulk
+        bulks = [n or 1 for n, (_, request) in enumerate(waiting) if is_bulk(request.path)]
+        return min([MAX_WRITES_PER_COMMIT, len(waiting), *bulks])
 
     # -- Answers --
 

@@ -21,6 +21,7 @@ import queue
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -6387,7 +6388,10 @@ def test_the_log_survives_a_restart_and_keeps_its_last_entries(engine: str) -> N
 def test_a_request_succeeds_even_if_its_log_cannot_be_written(
     scim: Scim, server: scim_server.ScimServer
 ) -> None:
-    log, server.application.log = server.application.log, scim_server.ProvisioningLog()
+    log, server.application.log = (
+        server.application.log,
+        scim_server.ProvisioningLog(server.application.usage),
+    )
     with server.directory("acme").store.writing() as session:
         session.run("ALTER TABLE request RENAME TO elsewhere")
     scim.user("ada")
@@ -6830,6 +6834,7 @@ LANES = [  # name, method, target, lane
     ("changes with waiting",             "GET",   "/changes?after=1&wait=60",  "slow"),
     ("changes with an escaped wait",     "GET",   "/changes?%57ait=60",        "slow"),
     ("a log with waiting",               "GET",   "/console/api/log?wait=20",  "slow"),
+    ("users with waiting",               "GET",   "/scim/v2/Users?wait=60",    "read"),
     ("a new user",                       "POST",  "/scim/v2/Users",            "write"),
     ("a PATCH",                          "PATCH", "/scim/v2/Groups/2819c223",  "write"),
     ("a bulk request",                   "POST",  "/scim/v2/Bulk",             "write"),
@@ -7442,7 +7447,7 @@ def test_a_slow_reader_without_a_token_is_evicted_at_the_limit(engine: str) -> N
 def test_a_connection_knows_of_octets_that_it_has_not_read() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        peer = scim_server.Connection(ours, "")
+        peer = scim_server.Connection(ours, "", scim_server.Usage(2, 1))
         assert not peer.has_unread()
         theirs.sendall(b"GET")
         assert peer.has_unread()
@@ -7549,6 +7554,49 @@ def test_a_slow_read_delays_no_other_read(
         assert slow.result()["totalResults"] == 0
 
 
+def test_a_tenant_has_half_of_the_threads_for_reads(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
+) -> None:
+    finish, handle, reading = threading.Event(), server.application.handle, [0]
+
+    def handle_slowly(request: scim_server.Request) -> scim_server.Response:
+        if request.tenant == "acme":
+            reading[0] += 1
+            finish.wait(60)
+        return handle(request)
+
+    monkeypatch.setattr(server.application, "handle", handle_slowly)
+    with ExitStack() as stack:
+        slow = [connect(stack, server) for _ in range(20)]
+        for connection in slow:
+            connection.sendall(get("/Users"))
+        wait_until(
+            lambda: sum(peer.state == "answering" for peer in list(server.connections)) == 20
+        )
+        assert Scim(server.url, "globex-secret").get("/Users")["totalResults"] == 0
+        assert reading == [scim_server.MAX_LANE_THREADS // 2]
+        finish.set()
+        assert statuses_of([connection.recv(65536) for connection in slow]) == [200] * 20
+
+
+def test_reads_of_long_polls_delay_no_look_up(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer, scim: Scim
+) -> None:
+    finish, changes_of, reading = threading.Event(), scim_server.Session.changes, [0]
+
+    def read_slowly(session: Any, after: int, count: int) -> Any:
+        reading[0] += 1
+        finish.wait(60)
+        return changes_of(session, after, count)
+
+    monkeypatch.setattr(scim_server.Session, "changes", read_slowly)
+    with ExitStack() as stack:
+        stack.callback(finish.set)
+        polls(stack, server, 40)
+        wait_until(lambda: reading[0] == scim_server.MAX_POLLS)
+        assert scim.names('userName eq "ada"') == []
+
+
 def test_a_slow_write_delays_no_other_tenant(server: scim_server.ScimServer) -> None:
     with ThreadPoolExecutor(1) as pool, server.directory("acme").store.writing():
         slow = pool.submit(Scim(server.url, "acme-secret").user, "ada")
@@ -7590,7 +7638,7 @@ def test_a_transfer_is_cut_when_it_stalls_or_is_too_slow(
 ) -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = scim_server.Connection(ours, "")
+        connection = scim_server.Connection(ours, "", scim_server.Usage(2, 1))
         now = 0.0
         monkeypatch.setattr(scim_server.time, "monotonic", lambda: now)
         connection.allow(scim_server.STALL_SECONDS, scim_server.PACE_SECONDS)
@@ -7657,6 +7705,117 @@ def test_at_the_limit_a_new_connection_waits_for_an_answer(engine: str) -> None:
         server.directory("acme").create(TYPES["User"], {"userName": "ada"})
         assert {change["kind"] for change in poll.result()} == {"employee.created", "user.created"}
         assert newcomer.result()["totalResults"] == 0
+
+
+def polls(stack: ExitStack, server: scim_server.ScimServer, number: int) -> list[socket.socket]:
+    """Return connections that have sent long polls of the tenant acme."""
+    poll = b"GET /changes?wait=60&after=0 HTTP/1.1\r\n" + HEAD + b"\r\n"
+    connections = [connect(stack, server) for _ in range(number)]
+    for connection in connections:
+        connection.sendall(poll)
+    return connections
+
+
+def answers_so_far(connections: list[socket.socket]) -> list[bytes]:
+    """Return the answers that have come already, without taking them."""
+    ready, _, _ = select.select(connections, [], [], 0)
+    return [connection.recv(65536, socket.MSG_PEEK) for connection in ready]
+
+
+def test_no_tenant_has_more_than_half_of_the_connections(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_connections": 64}) as server, ExitStack() as stack:
+        polling = polls(stack, server, 70)
+        wait_until(lambda: statuses_of(answers_so_far(polling)).count(429) >= 38)
+        assert Scim(server.url, "globex-secret").user("ada")["userName"] == "ada"
+        refused = [answer for answer in answers_so_far(polling) if answer[9:12] == b"429"]
+        assert all(b"\r\nRetry-After: " in answer for answer in refused)
+
+
+def test_a_long_poll_makes_room_for_the_next_request_of_its_tenant(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_connections": 4}) as server, ExitStack() as stack:
+        polling = polls(stack, server, 2)
+        wait_until(lambda: sum(peer.state == "answering" for peer in list(server.connections)) == 2)
+        scim = Scim(server.url, "acme-secret")
+        assert_error(scim.call("GET", "/Users"), 429, "", "max_connections")
+        wait_until(lambda: answers_so_far(polling))
+        assert scim.get("/Users")["totalResults"] == 0
+        [answer] = answers_so_far(polling)
+        assert answer.startswith(b"HTTP/1.1 200 ") and answer.endswith(b'{"changes":[],"after":0}')
+
+
+def reading_slowly(
+    stack: ExitStack, server: scim_server.ScimServer, target: str, number: int
+) -> list[socket.socket]:
+    """Return connections of acme, with an answer in flight each that they do not read."""
+    shrink_send_buffers(server)
+    connections = []
+    for count in range(1, number + 1):
+        connections.append(slow_reader(stack, server))
+        connections[-1].sendall(get(target))
+        wait_until(
+            lambda n=count: sum(peer.state == "sending" for peer in list(server.connections)) == n
+        )
+    return connections
+
+
+def test_slow_readers_lock_out_nobody(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_connections": 8}) as server, ExitStack() as stack:
+        scim = Scim(server.url, "acme-secret")
+        scim.user("ada", roles=[{"value": f"{number}".rjust(60_000)} for number in range(20)])
+        reading_slowly(stack, server, "/Users", 4)
+        assert_error(scim.call("GET", "/Users"), 429)
+        assert Scim(server.url, "globex-secret").get("/Users")["totalResults"] == 0
+
+
+def test_a_reader_that_takes_nothing_is_cut(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer, scim: Scim
+) -> None:
+    monkeypatch.setattr(scim_server, "STALL_SECONDS", 0.2)
+    scim.user("ada", roles=[{"value": f"{number}".rjust(60_000)} for number in range(20)])
+    with ExitStack() as stack:
+        reading_slowly(stack, server, "/Users", 1)
+        wait_until(lambda: len(server.connections) == 1)
+
+
+def test_bodies_in_flight_have_a_limit_and_a_tenant_has_half_of_it(tmp_path: Path) -> None:
+    head = b"POST /scim/v2/Bulk HTTP/1.1\r\n" + HEAD + b"Content-Length: 10485760\r\n\r\n"
+    with serving(tmp_path, {**CONFIG, "max_memory": 32}) as server, ExitStack() as stack:
+        first, second = connect(stack, server), connect(stack, server)
+        first.sendall(head + bytes(10_000_000))
+        wait_until(lambda: server.usage._total == 10_000_000)
+        with suppress(ConnectionError):
+            second.sendall(head + bytes(10_000_000))
+        answer = second.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
+        assert server.usage._total <= 17 * 1024 * 1024
+        assert Scim(server.url, "globex-secret").user("ada")["userName"] == "ada"
+        first.close()
+        wait_until(lambda: server.usage._total < 1_000_000)
+        assert Scim(server.url, "acme-secret").user("ada")["userName"] == "ada"
+
+
+def test_answers_in_flight_count_for_the_limit(tmp_path: Path) -> None:
+    with serving(tmp_path, {**CONFIG, "max_memory": 32}) as server, ExitStack() as stack:
+        scim = Scim(server.url, "acme-secret")
+        for user in range(6):
+            roles = [{"value": f"{number}".rjust(60_000)} for number in range(20)]
+            scim.user(f"u{user}", roles=roles)
+        readers = reading_slowly(stack, server, "/Users", 3)  # of 7 MB each
+        assert_error(scim.call("GET", "/Users"), 503, "", "max_memory")
+        assert_error(scim.call("POST", "/Users", {"userName": "ada"}), 503)
+        assert Scim(server.url, "globex-secret").get("/Users")["totalResults"] == 0
+        readers[0].close()
+        wait_until(lambda: server.usage._total < 16 * 1024 * 1024)
+        assert scim.get("/Users")["totalResults"] == 6
+
+
+def test_log_entries_count_until_they_are_written(
+    server: scim_server.ScimServer, scim: Scim
+) -> None:
+    with server.directory("globex").store.writing(), server.directory("acme").store.writing():
+        Scim(server.url, "globex-secret").get("/Users")
+        assert server.usage._total > 0
+    wait_until(lambda: server.usage._total == 0)
 
 
 # fmt: off
