@@ -7710,9 +7710,10 @@ def test_at_the_limit_a_new_connection_waits_for_an_answer(engine: str) -> None:
 def polls(stack: ExitStack, server: scim_server.ScimServer, number: int) -> list[socket.socket]:
     """Return connections that have sent long polls of the tenant acme."""
     poll = b"GET /changes?wait=60&after=0 HTTP/1.1\r\n" + HEAD + b"\r\n"
-    connections = [connect(stack, server) for _ in range(number)]
-    for connection in connections:
-        connection.sendall(poll)
+    connections = []
+    for _ in range(number):
+        connections.append(connect(stack, server))
+        connections[-1].sendall(poll)
     return connections
 
 
