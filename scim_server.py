@@ -123,6 +123,7 @@ MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
+MAX_VISITS = 1_000_000  # of values by a PATCH, in units of what a term of a filter costs
 # Bytes of a body: of any request, of a bulk request, and where no token is needed.
 MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
 MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
@@ -343,9 +344,13 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
+        if self.case_exact:
+            return str(value)
+        if value.isascii():
+            return str(value).lower()
         # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
         text = value.translate(WIDTHS) if self.is_name else value
-        return value if self.case_exact else normalize("NFC", normalize("NFC", text).casefold())
+        return normalize("NFC", normalize("NFC", text).casefold())
 
 
 def strings(*names: str) -> tuple[Attribute, ...]:
@@ -907,6 +912,7 @@ class PatchPath:
     attributes: AttributePath  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
+    cost: int = 2  # of a visit to one value, in terms of a filter
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -928,7 +934,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
         raise invalid_path(
             f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
         )
-    return PatchPath(attributes, filter, sub)
+    return PatchPath(attributes, filter, sub, cost=2 + len(tokens) // 4)
 
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
@@ -1238,8 +1244,10 @@ class StoredResource:
 
     def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
         # Return the next revision, with other attributes and other values of some columns.
-        row = copy.copy(self)
-        vars(row).update(columns, attributes=attributes, body=to_json(attributes))
+        body, row = to_json(attributes), copy.copy(self)
+        if len(body) > MAX_BODY:  # it could not be sent back, and would slow down each later write
+            raise invalid_value(f"the {self.type} would have more than {MAX_BODY} characters")
+        vars(row).update(columns, attributes=attributes, body=body)
         row.revision += 1
         return row
 
@@ -1290,48 +1298,53 @@ class Operation:
     def names_members(self) -> bool:  # by their ids, not by a filter
         return self.path.attributes[-1].is_membership and not self.path.filter
 
+    @property
+    def lists_values(self) -> bool:
+        """Whether it adds values, or removes members, so that the next one may be merged with it.
+
+        A primary value depends on the order of operations: the last one decides.
+        """
+        adds = self.op == "add" and self.path.attributes[-1].multi_valued and not self.path.filter
+        is_list = isinstance(self.value, list) and not any(map(is_primary, self.value))
+        return is_list and (adds or (self.op == "remove" and self.names_members))
+
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
     """Return the operations of a PATCH body; ScimError 400.
 
-    An object that is merged becomes one operation for each of its attributes. Operations in a row
-    that add members, or remove members, become one operation. An empty list changes nothing:
-    Entra's older validator sends one.
+    An object that is merged becomes one operation for each of its attributes. Operations that add
+    values to one attribute, or remove members, become one. An empty list changes nothing: Entra's
+    older validator sends one.
     """
     if not isinstance(items := lowercase_keys(body).get("operations"), list):
         raise invalid_syntax("Operations: expected a list of PATCH operations")
-    return list(
-        merge_consecutive(step for item in items for step in parse_operation(resource_type, item))
-    )
+    return list(merge_runs(step for item in items for step in parse_operation(resource_type, item)))
 
 
-def merge_consecutive(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations; those in a row that add members, or remove members, become one."""
+def merge_runs(operations: Iterable[Operation]) -> Iterator[Operation]:
+    """Yield operations; those in a row that add values, or remove members, become one.
+
+    In a row means that no other operation on the same attribute of the resource is between them.
+    """
     # Okta and Entra send one operation per member, with thousands in a request. If they were not
-    # merged, each of them would go through all those members. Other lists have a primary value,
-    # which is that of the last operation.
-    for (op, path, is_list), run in itertools.groupby(
-        operations,
-        lambda step: (
-            step.op,
-            step.path,
-            step.op != "replace" and step.names_members and isinstance(step.value, list),
-        ),
-    ):
-        steps = list(run)
-        if is_list and len(steps) > 1:
-            yield Operation(
-                op,
-                path,
-                [value for step in steps for value in step.value],
-                [
-                    value
-                    for step in steps
-                    for value in (step.sent if isinstance(step.sent, list) else [step.sent])
-                ],
-            )
-        else:
-            yield from steps
+    # merged, each of them would go through all those members.
+    runs: dict[Attribute, list[Operation]] = {}
+    for step in operations:
+        run = runs.setdefault(step.path.attributes[0], [])
+        if run and not (step.lists_values and (step.op, step.path) == (run[0].op, run[0].path)):
+            yield merged(run)
+            run.clear()
+        run.append(step)
+    yield from map(merged, runs.values())
+
+
+def merged(run: list[Operation]) -> Operation:
+    # Return one operation for those of a run.
+    if len(run) == 1:
+        return run[0]
+    sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in run)
+    values = [value for step in run for value in step.value]
+    return replace(run[0], value=values, sent=list(itertools.chain.from_iterable(sent)))
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -1428,7 +1441,7 @@ def normal_form(op: str, path: PatchPath, value: Json) -> tuple[PatchPath, Json]
             value = None if op == "remove" else unlisted(holder, value)
             is_text = not isinstance(value, (dict, list, NoneType))
             if is_text and filter and not sub:
-                return PatchPath(path.attributes, filter, holder.value_attribute), value
+                return replace(path, sub_attribute=holder.value_attribute), value
             if is_text and not filter and holder.value_attribute:
                 return path, {"value": value}
     return path, value
@@ -1485,7 +1498,14 @@ def apply_patch(
         for value in sub.values(patched)
         if value.get("value")
     ]
+    visits = 0
     for operation in operations:
+        # Long texts count as several values.
+        values = operation.path.attributes[0].values(patched)
+        visits += operation.path.cost * (len(values) + len(to_json(values)) // 256)
+        if visits > MAX_VISITS:
+            detail = f"Operations: they visit more than {MAX_VISITS} values; send fewer at a time"
+            raise ScimError(400, "tooMany", detail)
         apply_operation(patched, operation)
     for value in with_value:
         # An e-mail that has lost its address is no e-mail any longer.
@@ -1539,11 +1559,15 @@ def without_values(attribute: Attribute, values: list[Json], removed: list[Json]
     A removed value may lack sub-attributes: {"type": "work"} removes every work e-mail.
     """
     removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
+    # Most removed values have the same sub-attributes, so that few parts of a value are looked up.
+    name_sets = {frozenset(name for name, _ in key) for key in removed_keys}
+    keys = (identity_key(attribute, value) for value in values)
     return [
         value
-        for value in values
-        if (key := identity_key(attribute, value)) not in removed_keys
-        and (attribute.is_membership or not any(part <= key for part in removed_keys))
+        for value, key in zip(values, keys, strict=True)
+        if removed_keys.isdisjoint(
+            frozenset(part for part in key if part[0] in names) for names in name_sets
+        )
     ]
 
 
