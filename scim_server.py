@@ -123,6 +123,7 @@ MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
+MAX_MEMBER_CHANGES = 100_000  # in one request, so that others need not wait long for it
 MAX_VISITS = 1_000_000  # of values by a PATCH, in units of what a term of a filter costs
 # Bytes of a body: of any request, of a bulk request, and where no token is needed.
 MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
@@ -3798,8 +3799,12 @@ class Directory:
             {member["value"]: member.get("display") for member in resource.get("members", ())}
             for resource in (before, after)
         )
-        removed = session.remove_members(row.seq, old.keys() - new.keys())
+        lost = old.keys() - new.keys()
         differing = [member for member in new.items() if member not in old.items()]
+        if len(lost) + len(differing) > MAX_MEMBER_CHANGES:
+            detail = f"members: a request adds and removes at most {MAX_MEMBER_CHANGES}"
+            raise ScimError(400, "tooMany", detail)
+        removed = session.remove_members(row.seq, lost)
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
         for kind, ids in (
@@ -5048,6 +5053,9 @@ def signature(call: Call, content: bytes) -> bytes:
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
+MAX_CYCLE = 256 * 1024  # characters of operations that need each other, and share a transaction
+SECONDS_PER_COMMIT = 1  # after which a Bulk commits, so that other writers have their turn
+PAUSE_FOR_WRITERS = 0.01  # seconds that a waiting writer has to begin
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 Performed = tuple[Call, Response, float]  # a call, its answer, and how many seconds it took
 
@@ -5060,6 +5068,7 @@ class BulkOperation(NamedTuple):
     bulk_id: str
     version: str
     content: Json  # its data
+    size: int = 0  # characters of it
     references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
 
     def target(self, id_of: IdOf) -> str:
@@ -5093,10 +5102,10 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
     )
     references: list[str] = []
     # Most operations refer to nothing, and need no walk through their content.
-    if "bulkId:" in to_json([id, operation.content]):
+    if "bulkId:" in (text := to_json([id, operation.content])):
         operation.target(references.append)
         operation.body(references.append)
-    return operation._replace(references=frozenset(references))
+    return operation._replace(size=len(text), references=frozenset(references))
 
 
 def holds_id(attribute: Attribute) -> bool:
@@ -5198,19 +5207,45 @@ class Bulk:
         ]
 
     def run(self, fail_on_errors: int) -> list[Json]:
-        """Return the answers in the order of the request; stop at that number of errors."""
-        for cycle in order_of(self.needs):
-            self._perform(cycle)
-            fail_on_errors -= sum(self.responses[number].status >= 400 for number in cycle)
-            if fail_on_errors <= 0:
-                break
+        """Return the answers in the order of the request; stop at that number of errors.
+
+        A commit that fails after others is the error of its operations, and the last one.
+        """
+        store, cycles = self.call.directory.store, deque(order_of(self.needs))
+        committed: set[int] = set()
+        try:
+            while cycles and fail_on_errors > 0:
+                with store.writing():
+                    fail_on_errors -= self._perform_some(cycles, fail_on_errors)
+                committed = set(self.responses)
+                if cycles:
+                    store.wait(PAUSE_FOR_WRITERS)
+        except StoreError as error:
+            if not committed:
+                raise
+            for number in self.responses.keys() - committed:
+                self.responses[number] = error_response(error)
         return [self._answer(number) for number in sorted(self.responses)]
+
+    def _perform_some(self, cycles: deque[list[int]], fail_on_errors: int) -> int:
+        # Do the operations of the first cycles until the time is over; return how many failed.
+        errors, seconds = 0, 0.0
+        while cycles and errors < fail_on_errors and seconds < SECONDS_PER_COMMIT:
+            cycle = cycles.popleft()
+            self._perform(cycle)
+            errors += sum(self.responses[number].status >= 400 for number in cycle)
+            seconds += sum(self.calls[number][1] for number in cycle if number in self.calls)
+        return errors
 
     def _perform(self, cycle: list[int]) -> None:
         # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
         # does not need itself: then the directory does it whole or not at all.
-        needs_itself = self.needs[cycle[0]] & {*cycle}
+        needs_itself, number = self.needs[cycle[0]] & {*cycle}, cycle[0]
         try:
+            if needs_itself and sum(self.operations[number].size for number in cycle) > MAX_CYCLE:
+                raise ScimError(
+                    413, "", f"operations that need each other have more than {MAX_CYCLE} octets"
+                )
             with self.call.directory.store.writing() if needs_itself else nullcontext():
                 for number in cycle:
                     self._check(self.operations[number], cycle)
@@ -5305,7 +5340,7 @@ def run_bulk(
     note: Callable[[Call, Response, float], Any],
     call: Call,
 ) -> Response:
-    """Answer POST /Bulk: operations in one commit, each of them done whole or not at all.
+    """Answer POST /Bulk: few commits of operations, each of them done whole or not at all.
 
     perform() does one. note() puts it into the log when all are done, with its final answer.
     """
@@ -5319,10 +5354,9 @@ def run_bulk(
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    with call.directory.store.writing():
-        types = call.directory.resource_types
-        bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
-        answers = bulk.run(limit or len(items))
+    types = call.directory.resource_types
+    bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
+    answers = bulk.run(limit or len(items))
     for number, (performed, seconds) in bulk.calls.items():
         note(performed, bulk.responses[number], seconds)
     return Response(200, {"schemas": [BULK_RESPONSE], "Operations": answers})
@@ -6203,7 +6237,7 @@ ANYONE, PROBE, OPERATOR = "anyone", "probe", "operator"  # who may call
 BEARER, NOWHERE = "bearer", "nowhere"
 # Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
 # with the writes, in a thread of its own.
-QUICK, READ, REMOTE, WRITE, SLOW = "quick", "read", "remote", "write", "slow"
+QUICK, READ, REMOTE, WRITE, BULK, SLOW = "quick", "read", "remote", "write", "bulk", "slow"
 HOST_ADDRESS = re.compile(r"[\d.]+|\[.*\]", re.ASCII)  # a Host that is no name
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
 # The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
@@ -6277,7 +6311,7 @@ class Application(Tenants):
             ("GET",    "/scim/v2/ResourceTypes",         BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/ResourceTypes/{id}",    BEARER,   QUICK, get_documents),
             ("GET POST PUT PATCH DELETE", "/scim/v2/Me", BEARER,   QUICK, refuse_me),
-            ("POST",   "/scim/v2/Bulk",                  BEARER,   WRITE, bulk),
+            ("POST",   "/scim/v2/Bulk",                  BEARER,   BULK,  bulk),
             ("POST",   "/scim/v2/.search",               BEARER,   READ,  search_resources),
             ("POST",   "/scim/v2/{type}/.search",        BEARER,   READ,  search_resources),
             ("GET",    "/scim/v2/{type}",                BEARER,   QUICK, list_resources),
@@ -6993,7 +7027,7 @@ MAX_LANE_THREADS = 8
 # A tenant's share of the reading threads. With MAX_POLLS it is less than the readers of a store, so
 # that a quick look-up never waits for one.
 MAX_READS = MAX_LANE_THREADS // 2
-MAX_WRITES_PER_COMMIT = 64
+MAX_WRITES_PER_COMMIT, MAX_OCTETS_PER_COMMIT = 64, 64 * 1024  # octets of their bodies
 MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
@@ -7135,6 +7169,7 @@ class ScimServer(Watcher):
             READ: Lane(MAX_READS, self._answer_in_turn),
             REMOTE: Lane(MAX_READS, self._answer_each),
             WRITE: Lane(1, self._answer_writes, self._next_writes),
+            BULK: Lane(1, self._answer_each),
         }
 
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
@@ -7275,11 +7310,11 @@ class ScimServer(Watcher):
             self.guarded(self._send, connection, request, response)
 
     def _next_writes(self, waiting: Batch) -> int:
-        # Return how many writes may share a transaction. A Bulk request is taken alone, so that
-        # others do not wait for it.
-        is_bulk = self.application.is_bulk
-        bulks = [n or 1 for n, (_, request) in enumerate(waiting) if is_bulk(request.path)]
-        return min([MAX_WRITES_PER_COMMIT, len(waiting), *bulks])
+        # Return how many writes may share a transaction. A long body is taken alone: it is parsed
+        # before its transaction begins.
+        bodies = [len(request.body) for _, request in waiting[:MAX_WRITES_PER_COMMIT]]
+        fitting = [size for size in itertools.accumulate(bodies) if size <= MAX_OCTETS_PER_COMMIT]
+        return min(len(waiting), max(1, len(fitting)))
 
     # -- Answers --
 
