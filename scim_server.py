@@ -1332,7 +1332,8 @@ def merge_runs(operations: Iterable[Operation]) -> Iterator[Operation]:
     runs: dict[Attribute, list[Operation]] = {}
     for step in operations:
         run = runs.setdefault(step.path.attributes[0], [])
-        if run and not (step.lists_values and (step.op, step.path) == (run[0].op, run[0].path)):
+        is_alike = run and (step.op, step.path) == (run[0].op, run[0].path)
+        if run and not (is_alike and step.lists_values and run[0].lists_values):
             yield merged(run)
             run.clear()
         run.append(step)
@@ -1505,8 +1506,11 @@ def apply_patch(
         values = operation.path.attributes[0].values(patched)
         visits += operation.path.cost * (len(values) + len(to_json(values)) // 256)
         if visits > MAX_VISITS:
-            detail = f"Operations: they visit more than {MAX_VISITS} values; send fewer at a time"
-            raise ScimError(400, "tooMany", detail)
+            raise ScimError(
+                400,
+                "tooMany",
+                f"Operations: they visit more than {MAX_VISITS} values; send fewer at a time",
+            )
         apply_operation(patched, operation)
     for value in with_value:
         # An e-mail that has lost its address is no e-mail any longer.
@@ -5212,30 +5216,26 @@ class Bulk:
         A commit that fails after others is the error of its operations, and the last one.
         """
         store, cycles = self.call.directory.store, deque(order_of(self.needs))
-        committed: set[int] = set()
-        try:
-            while cycles and fail_on_errors > 0:
+        committed, errors = set[int](), 0
+        while cycles and errors < fail_on_errors:
+            if committed:
+                store.wait(PAUSE_FOR_WRITERS)
+            try:
                 with store.writing():
-                    fail_on_errors -= self._perform_some(cycles, fail_on_errors)
-                committed = set(self.responses)
-                if cycles:
-                    store.wait(PAUSE_FOR_WRITERS)
-        except StoreError as error:
-            if not committed:
-                raise
-            for number in self.responses.keys() - committed:
-                self.responses[number] = error_response(error)
+                    seconds = 0.0
+                    while cycles and errors < fail_on_errors and seconds < SECONDS_PER_COMMIT:
+                        cycle = cycles.popleft()
+                        self._perform(cycle)
+                        errors += sum(self.responses[number].status >= 400 for number in cycle)
+                        seconds += sum(self.calls[n][1] for n in cycle if n in self.calls)
+            except StoreError as error:
+                if not committed:
+                    raise
+                undone = self.responses.keys() - committed
+                self.responses |= dict.fromkeys(undone, error_response(error))
+                break
+            committed = set(self.responses)
         return [self._answer(number) for number in sorted(self.responses)]
-
-    def _perform_some(self, cycles: deque[list[int]], fail_on_errors: int) -> int:
-        # Do the operations of the first cycles until the time is over; return how many failed.
-        errors, seconds = 0, 0.0
-        while cycles and errors < fail_on_errors and seconds < SECONDS_PER_COMMIT:
-            cycle = cycles.popleft()
-            self._perform(cycle)
-            errors += sum(self.responses[number].status >= 400 for number in cycle)
-            seconds += sum(self.calls[number][1] for number in cycle if number in self.calls)
-        return errors
 
     def _perform(self, cycle: list[int]) -> None:
         # Do the operations of a cycle, all or none. Nearly every cycle is a single operation that
@@ -5374,14 +5374,14 @@ LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
 LOG_READS = 50  # the same for successful reads, the least informative calls
 LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
-NEVER_RETURNED = [
-    sub.name
-    for resource_type in resource_types(()).values()
-    for sub in resource_type.root.sub_attributes
-    if sub.returned == "never"
-]
 # The attributes that the schemas keep secret, and what a client may send by mistake.
-SECRET = re.compile("|".join([*NEVER_RETURNED, "secret|token|authorization"]), re.IGNORECASE)
+SECRET = re.compile(
+    "|".join(
+        ["secret", "token", "authorization"]
+        + [sub.name for sub in USER_TYPE.root.sub_attributes if sub.returned == "never"]
+    ),
+    re.IGNORECASE,
+)
 SECRET_NAME = re.compile(rf"[\w.:$-]*({SECRET.pattern})", re.IGNORECASE)
 REDACTED = "•••"
 OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)

@@ -1718,6 +1718,94 @@ def test_long_names_are_not_kept_in_the_log(scim: Scim, console: Scim) -> None:
     assert max(len(json.dumps(entry)) for entry in entries) < 20_000
 
 
+# -- What a PATCH may cost --
+
+
+def calls_of(action: Any, *arguments: Any) -> int:
+    """Return how many functions, also of C, an action calls."""
+    count = 0
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        action(*arguments)
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def numbered(make: Any) -> Any:
+    """Return a function that makes operations for the numbers below a count."""
+    return lambda count: [operation for n in range(count) for operation in make(n)]
+
+
+# fmt: off
+COSTS = [  # name, a function that makes as many operations, or values, as its argument says
+    ("adds between operations on another attribute",
+     numbered(lambda n: [add("emails", [{"value": f"{n}@x"}]), remove("title")])),
+    ("adds of one value", numbered(lambda n: [add("roles", f"r{n}")])),
+    ("text of one attribute", numbered(lambda n: [put("title", f"t{n}")])),
+    ("a list of values to remove",
+     lambda count: [remove("emails", [{"value": f"{n}@x"} for n in range(count)])]),
+    ("names without a path", numbered(lambda n: [pathless({"title": "x", "nickName": "y"})])),
+    ("filters on three values",
+     numbered(lambda n: [put('phoneNumbers[type eq "work"].value', f"{n}")])),
+]
+# fmt: on
+
+
+@each_row("make", COSTS)
+def test_the_cost_of_a_patch_grows_like_its_body(make: Any) -> None:
+    phones = [{"value": f"{n}", "type": type} for n, type in enumerate(("work", "home", "fax"))]
+    before = {"userName": "tom", "phoneNumbers": phones, "emails": [{"value": "0@x"}]}
+    small, large = (calls_of(patched, USER_TYPE, before, make(count)) for count in (200, 800))
+    assert large < 5 * small
+
+
+MANY_TERMS = " or ".join(f'value eq "{number:06}"' for number in range(340))
+
+# fmt: off
+EXPENSIVE_PATCHES = [  # name, operations on a user with 1000 e-mails
+    ("long filters", [remove(f"emails[{MANY_TERMS}]")] * 16),
+    ("many filters", [remove('emails[value eq "x"]')] * 1_000),
+    ("many changes of all values", [put("emails.type", "x")] * 1_000),
+    ("many lists to remove", [remove("emails", [{"value": "x"}])] * 1_000),
+]
+# fmt: on
+
+
+@each_row("operations", EXPENSIVE_PATCHES)
+def test_a_patch_that_visits_too_many_values_is_refused(scim: Scim, operations: Any) -> None:
+    ada = scim.user("ada", emails=[{"value": f"{number}@x"} for number in range(1_000)])
+    path = f"/Users/{ada['id']}"
+    answer = scim.try_patch(path, put("title", "Chief"), *operations)
+    assert_error(answer, 400, "tooMany", "Operations", str(scim_server.MAX_VISITS))
+    assert scim.get(path) == ada
+    assert scim.try_patch(path, put("title", "Chief"), *operations[:1]).status_code == 200
+
+
+def test_long_texts_count_as_several_values(scim: Scim) -> None:
+    texts = [{"value": f"{number}" + "x" * 60_000} for number in range(30)]
+    path = f"/Users/{scim.user('ada', emails=texts)['id']}"
+    answer = scim.try_patch(path, *[remove('emails[value eq "x"]')] * 50)
+    assert_error(answer, 400, "tooMany", "Operations")
+
+
+def test_a_resource_has_at_most_two_mebibytes(scim: Scim) -> None:
+    texts = [{"value": f"{number}" + "x" * 65_000} for number in range(20)]
+    path = f"/Users/{scim.user('ada', emails=texts)['id']}"
+    answer = scim.try_patch(path, add("roles", texts))
+    assert_error(answer, 400, "invalidValue", "User", str(scim_server.MAX_BODY))
+    # A short request cannot multiply a long text.
+    many = [{"value": f"{number}"} for number in range(100)]
+    answer = scim.try_patch(path, put("roles", many), put("roles.display", "x" * 65_000))
+    assert_error(answer, 400, "invalidValue", "User", str(scim_server.MAX_BODY))
+    assert "roles" not in scim.get(path)
+
+
 # -- Random operations, and a second, naive reading of RFC 7644 §3.5.2 --
 #
 # some_step() makes an operation as a client sends it, and a Step that says what it means. The
@@ -4349,6 +4437,15 @@ def test_a_put_with_null_as_a_member_is_refused(scim: Scim) -> None:
     )
 
 
+@pytest.mark.parametrize("op", [add, put])
+def test_a_request_changes_a_hundred_thousand_members_at_most(scim: Scim, op: Any) -> None:
+    group = scim.group("Crew", scim.user("ada")["id"])
+    ids = [f"{number:x}" for number in range(scim_server.MAX_MEMBER_CHANGES + 1)]
+    answer = scim.try_patch(f"/Groups/{group['id']}", op("members", ids))
+    assert_error(answer, 400, "tooMany", "members", "100000")
+    assert scim.get(f"/Groups/{group['id']}") == group
+
+
 # -- 11. Configuration -----------------------------------------------------------------------------
 
 
@@ -5723,6 +5820,50 @@ def test_malformed_patch_in_bulk_fails_alone(scim: Scim, body: Any) -> None:
     )
     assert [created["status"], patched["status"]] == ["201", "400"]
     assert patched["response"]["scimType"] == "invalidSyntax"
+
+
+def test_a_long_bulk_lets_others_write_in_between(
+    scim: Scim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scim_server, "SECONDS_PER_COMMIT", 1e-9)
+    users = [post("/Users", f"{number}", userName=f"u{number}") for number in range(200)]
+    with ThreadPoolExecutor(1) as pool:
+        answers = pool.submit(bulk, scim, *users)
+        other = Scim(scim.url, "acme-secret")
+        wait_until(lambda: other.names('userName eq "u0"'))
+        id = other.user("other")["id"]
+        assert {answer["status"] for answer in answers.result()} == {"201"}
+    created = [row["id"] for row in changes(scim) if row["kind"] == "user.created"]
+    assert len(created) == 201 and 0 < created.index(id) < 200
+
+
+def test_a_later_commit_of_a_bulk_that_fails_is_the_error_of_its_operations(
+    commits: Any, scim: Scim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scim_server, "SECONDS_PER_COMMIT", 1e-9)
+
+    users = [post("/Users", f"{number}", userName=f"u{number}") for number in range(4)]
+    first = commits.count
+    fails = property(lambda self: self.count > first + 2, lambda self, value: None)
+    monkeypatch.setattr(type(commits), "fail", fails, raising=False)
+    statuses = [answer["status"] for answer in bulk(scim, *users)]
+    monkeypatch.undo()
+    assert statuses == ["201", "201", "503"]
+    assert scim.get("/Users")["totalResults"] == 2
+
+
+def test_operations_that_need_each_other_are_small(scim: Scim) -> None:
+    def managed(number: int, other: int, size: int) -> Any:
+        manager = {"manager": f"bulkId:{other}"}
+        return post(
+            "/Users", f"{number}", userName=f"u{number}", title="x" * size, **{ENT: manager}
+        )
+
+    answers = bulk(scim, *[managed(n, (n + 1) % 5, 60_000) for n in range(5)], post("/Users", "z"))
+    assert [answer["status"] for answer in answers] == ["413", "409", "409", "409", "409", "400"]
+    assert "262144" in answers[0]["response"]["detail"]
+    answers = bulk(scim, *[managed(n, (n + 1) % 5, 40_000) for n in range(5)])
+    assert {answer["status"] for answer in answers} == {"201"}
 
 
 def test_bulk_stops_after_fail_on_errors_errors(scim: Scim) -> None:
