@@ -6236,7 +6236,7 @@ class Tenants:
 ANYONE, PROBE, OPERATOR = "anyone", "probe", "operator"  # who may call
 BEARER, NOWHERE = "bearer", "nowhere"
 # Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
-# with the writes, in a thread of its own.
+# with the writes, one by one beside the writes, in a thread of its own.
 QUICK, READ, REMOTE, WRITE, BULK, SLOW = "quick", "read", "remote", "write", "bulk", "slow"
 HOST_ADDRESS = re.compile(r"[\d.]+|\[.*\]", re.ASCII)  # a Host that is no name
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
