@@ -123,8 +123,9 @@ MAX_ANSWERED_MEMBERS = 1_000
 MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
-MAX_MEMBER_CHANGES = 100_000  # in one request, so that others need not wait long for it
-MAX_VISITS = 1_000_000  # of values by a PATCH, in units of what a term of a filter costs
+# What a write may cost, so that others need not wait long: visits to values by a PATCH, in units of
+# what a term of a filter costs, and members that are added or removed.
+MAX_VISITS, MAX_MEMBER_CHANGES = 1_000_000, 100_000
 # Bytes of a body: of any request, of a bulk request, and where no token is needed.
 MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
 MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
@@ -345,12 +346,10 @@ class Attribute:
         """Return the text that decides which values are equal, and the order of values."""
         if key := KEYS.get(self.type):
             return key(value)
-        if self.case_exact:
-            return str(value)
-        if value.isascii():
-            return str(value).lower()
+        if self.case_exact or value.isascii():
+            return str(value if self.case_exact else value.lower())
         # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
-        text = value.translate(WIDTHS) if self.is_name else value
+        text = value.translate(WIDTHS if self.is_name else {})
         return normalize("NFC", normalize("NFC", text).casefold())
 
 
@@ -1045,8 +1044,11 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     ):
         return None
     # A reference to a user or group may be relative. Another host in it would mislead its readers.
-    is_reference = "User" in attribute.reference_types and isinstance(value, str)
-    if is_reference and not RELATIVE.fullmatch(value):
+    if (
+        "User" in attribute.reference_types
+        and isinstance(value, str)
+        and not RELATIVE.fullmatch(value)
+    ):
         return None
     if attribute.type == "complex":
         # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
@@ -1300,14 +1302,15 @@ class Operation:
         return self.path.attributes[-1].is_membership and not self.path.filter
 
     @property
-    def lists_values(self) -> bool:
-        """Whether it adds values, or removes members, so that the next one may be merged with it.
-
-        A primary value depends on the order of operations: the last one decides.
-        """
-        adds = self.op == "add" and self.path.attributes[-1].multi_valued and not self.path.filter
-        is_list = isinstance(self.value, list) and not any(map(is_primary, self.value))
-        return is_list and (adds or (self.op == "remove" and self.names_members))
+    def lists_values(self) -> bool:  # to add, or members to remove
+        attribute = self.path.attributes[-1]
+        return (
+            isinstance(self.value, list)
+            and not self.path.filter
+            and (self.op == "add" or (self.op == "remove" and attribute.is_membership))
+            # Which value is primary depends on the order of operations: the last one decides.
+            and not any(map(is_primary, self.value))
+        )
 
 
 def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]:
@@ -1323,30 +1326,30 @@ def parse_operations(resource_type: ResourceType, body: Json) -> list[Operation]
 
 
 def merge_runs(operations: Iterable[Operation]) -> Iterator[Operation]:
-    """Yield operations; those in a row that add values, or remove members, become one.
+    """Yield operations; those that add values to an attribute, or remove members, become one.
 
-    In a row means that no other operation on the same attribute of the resource is between them.
+    Operations on other attributes may stand between them, but none on the same one.
     """
     # Okta and Entra send one operation per member, with thousands in a request. If they were not
     # merged, each of them would go through all those members.
-    runs: dict[Attribute, list[Operation]] = {}
-    for step in operations:
-        run = runs.setdefault(step.path.attributes[0], [])
-        is_alike = run and (step.op, step.path) == (run[0].op, run[0].path)
-        if run and not (is_alike and step.lists_values and run[0].lists_values):
-            yield merged(run)
-            run.clear()
-        run.append(step)
-    yield from map(merged, runs.values())
-
-
-def merged(run: list[Operation]) -> Operation:
-    # Return one operation for those of a run.
-    if len(run) == 1:
-        return run[0]
-    sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in run)
-    values = [value for step in run for value in step.value]
-    return replace(run[0], value=values, sent=list(itertools.chain.from_iterable(sent)))
+    places: dict[Attribute, int] = {}
+    by_attribute = sorted(
+        operations, key=lambda step: places.setdefault(step.path.attributes[0], len(places))
+    )
+    for (op, path, is_list), run in itertools.groupby(
+        by_attribute, lambda step: (step.op, step.path, step.lists_values)
+    ):
+        steps = list(run)
+        if is_list and len(steps) > 1:
+            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
+            yield Operation(
+                op,
+                path,
+                [value for step in steps for value in step.value],
+                list(itertools.chain.from_iterable(sent)),
+            )
+        else:
+            yield from steps
 
 
 def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operation]:
@@ -3806,16 +3809,12 @@ class Directory:
         lost = old.keys() - new.keys()
         differing = [member for member in new.items() if member not in old.items()]
         if len(lost) + len(differing) > MAX_MEMBER_CHANGES:
-            detail = f"members: a request adds and removes at most {MAX_MEMBER_CHANGES}"
-            raise ScimError(400, "tooMany", detail)
+            raise ScimError(400, "tooMany", f"members: more than {MAX_MEMBER_CHANGES} changes")
         removed = session.remove_members(row.seq, lost)
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
-        for kind, ids in (
-            ("removed", removed),
-            ("added", added),
-            ("updated", [id for id in written if id in old]),
-        ):
+        updated = [id for id in written if id in old]
+        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
             if ids:
                 self._log(session, f"member.{kind}", row.id, ids)
         return len(added) - len(removed), bool(written or removed)
@@ -4528,12 +4527,12 @@ def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
 
 
 def not_json(word: str) -> Json:
-    """Refuse NaN and Infinity, which json.loads accepts and RFC 8259 does not allow."""
+    # Refuse NaN and Infinity, which json.loads accepts and RFC 8259 does not allow.
     raise ValueError(word)
 
 
 def finite(text: str) -> float:
-    """Return a JSON number; ValueError for one like 1e999, which Python reads as Infinity."""
+    # Return a JSON number; ValueError for one like 1e999, which Python reads as Infinity.
     return float(text) if float("-inf") < float(text) < float("inf") else not_json(quoted(text))
 
 
@@ -4556,7 +4555,6 @@ def list_response(resources: Iterable[Json], total: int, **more: Json) -> Respon
 
 
 def plain_response(body: Json, type: str = "application/json", **headers: str) -> Response:
-    """Return an answer that is not a SCIM message."""
     return Response(200, body, {"Content-Type": type, **headers})
 
 
@@ -4621,7 +4619,7 @@ def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: 
 
 
 def read_request_line(buffer: bytearray) -> Reading:
-    """Read the line that begins a request (RFC 9112 §3); ScimError 414."""
+    # Read the line that begins a request (RFC 9112 §3); ScimError 414.
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = yield from read_until(buffer, b"\n", *limits)
     if line == b"\r\n":  # RFC 9112 §2.2: one empty line before a request is ignored
@@ -4739,8 +4737,12 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
     """Return the status, the header fields and the body of an answer."""
     body = b"" if response.body is None else body_text(response.body).encode()
     # Nearly every answer is about people: no cache keeps one, and no browser guesses its type.
-    private = [("Cache-Control", "no-store"), ("X-Content-Type-Options", "nosniff")]
-    fields = [("X-Request-Id", request.id), *private, *response.headers.items()]
+    fields = [
+        ("X-Request-Id", request.id),
+        ("Cache-Control", "no-store"),
+        ("X-Content-Type-Options", "nosniff"),
+        *response.headers.items(),
+    ]
     if response.body is not None and "Content-Type" not in response.headers:
         fields.append(("Content-Type", "application/scim+json"))
     if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
@@ -5059,7 +5061,6 @@ BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 MAX_CYCLE = 256 * 1024  # characters of operations that need each other, and share a transaction
 SECONDS_PER_COMMIT = 1  # after which a Bulk commits, so that other writers have their turn
-PAUSE_FOR_WRITERS = 0.01  # seconds that a waiting writer has to begin
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 Performed = tuple[Call, Response, float]  # a call, its answer, and how many seconds it took
 
@@ -5072,7 +5073,6 @@ class BulkOperation(NamedTuple):
     bulk_id: str
     version: str
     content: Json  # its data
-    size: int = 0  # characters of it
     references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
 
     def target(self, id_of: IdOf) -> str:
@@ -5106,10 +5106,10 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
     )
     references: list[str] = []
     # Most operations refer to nothing, and need no walk through their content.
-    if "bulkId:" in (text := to_json([id, operation.content])):
+    if "bulkId:" in to_json([id, operation.content]):
         operation.target(references.append)
         operation.body(references.append)
-    return operation._replace(size=len(text), references=frozenset(references))
+    return operation._replace(references=frozenset(references))
 
 
 def holds_id(attribute: Attribute) -> bool:
@@ -5219,7 +5219,7 @@ class Bulk:
         committed, errors = set[int](), 0
         while cycles and errors < fail_on_errors:
             if committed:
-                store.wait(PAUSE_FOR_WRITERS)
+                store.wait(0.01)  # so that a writer that waits can begin
             try:
                 with store.writing():
                     seconds = 0.0
@@ -5231,8 +5231,9 @@ class Bulk:
             except StoreError as error:
                 if not committed:
                     raise
-                undone = self.responses.keys() - committed
-                self.responses |= dict.fromkeys(undone, error_response(error))
+                self.responses |= dict.fromkeys(
+                    self.responses.keys() - committed, error_response(error)
+                )
                 break
             committed = set(self.responses)
         return [self._answer(number) for number in sorted(self.responses)]
@@ -5242,7 +5243,10 @@ class Bulk:
         # does not need itself: then the directory does it whole or not at all.
         needs_itself, number = self.needs[cycle[0]] & {*cycle}, cycle[0]
         try:
-            if needs_itself and sum(self.operations[number].size for number in cycle) > MAX_CYCLE:
+            if (
+                needs_itself
+                and len(to_json([self.operations[n].content for n in cycle])) > MAX_CYCLE
+            ):
                 raise ScimError(
                     413, "", f"operations that need each other have more than {MAX_CYCLE} octets"
                 )
@@ -5558,7 +5562,7 @@ class LogItem:
 
 
 def sent_by(operation: Operation) -> Sent:
-    """Return an operation of a PATCH as the log shows it, with canonical names."""
+    # Return an operation of a PATCH as the log shows it, with canonical names.
     path = operation.path
     terms = equal_terms(path.filter).items() if path.filter else ()
     filter = " and ".join(f"{name} eq {quoted(value)}" for name, value in terms) or "…"
@@ -5629,7 +5633,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 
 
 def user_warnings(item: LogItem) -> Iterator[Reason]:
-    """Yield warnings about values of a user that show a mistake in the mapping."""
+    # Yield warnings about values of a user that show a mistake in the mapping.
     directory, user = item.call.directory, item.resource
     user_type, key = directory.resource_types["User"], USER_TYPE.root.by_name["username"].key
     for _, path, value in item.sent:
@@ -5666,7 +5670,7 @@ def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    """Yield a warning about members that no user or group is."""
+    # Yield a warning about members that no user or group is.
     ids = {
         id
         for op, path, value in item.sent
@@ -5688,8 +5692,7 @@ def redacted(value: Json) -> Json:
     """Return a body with the values of secrets hidden, in filters and in a PATCH too."""
     if isinstance(value, str):
         # A filter, or the path of a PATCH, may have the secret beside its name.
-        is_more_than_a_name = SECRET.search(value) and not SECRET_NAME.fullmatch(value)
-        return REDACTED if is_more_than_a_name else value
+        return REDACTED if SECRET.search(value) and not SECRET_NAME.fullmatch(value) else value
     if not isinstance(value, dict):
         return [redacted(item) for item in value] if isinstance(value, list) else value
     path = " ".join(str(item) for name, item in value.items() if name.lower() == "path")
@@ -5721,7 +5724,7 @@ def explain(reason: Reason, item: LogItem) -> Json:
 
 
 def attributes_of(item: LogItem) -> list[str]:
-    """Return the paths that a client wrote; of a PATCH that did not parse, the wrong one."""
+    # Return the paths that a client wrote; of a PATCH that did not parse, the wrong one.
     call, reason = item.call, item.response.reason
     names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
     is_patch = call.route.type and call.request.method == "PATCH"
@@ -6233,8 +6236,8 @@ class Tenants:
 
 # -- Routes --------------------------------------------------------------------------
 
-ANYONE, PROBE, OPERATOR = "anyone", "probe", "operator"  # who may call
-BEARER, NOWHERE = "bearer", "nowhere"
+# Who may call.
+ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "bearer", "nowhere"
 # Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
 # with the writes, one by one beside the writes, in a thread of its own.
 QUICK, READ, REMOTE, WRITE, BULK, SLOW = "quick", "read", "remote", "write", "bulk", "slow"
@@ -6482,8 +6485,9 @@ class Application(Tenants):
         # name of its own stand for this machine (DNS rebinding), but not an address. Then raise 401
         # for /metrics unless the request is from this machine or has the metrics token.
         name = re.sub(r":\d+$", "", request.host).rstrip(".").lower()
-        names = ("localhost", self.config.host.lower(), *self.config.host_names)
-        if name not in names and not HOST_ADDRESS.fullmatch(name):
+        if not HOST_ADDRESS.fullmatch(name) and (
+            name not in ("localhost", self.config.host.lower(), *self.config.host_names)
+        ):
             raise ScimError(421, "", f"host: {quoted(name)} is not one of the host_names")
         is_local = request.client in ("127.0.0.1", "::1") and not (
             {"forwarded", "x-forwarded-for"} & request.headers.keys()
@@ -6590,8 +6594,8 @@ class WsgiApplication:
         )
         # The path as it was sent, if the server passes it: in it an encoded slash is data.
         target = environ.get("REQUEST_URI") or environ.get("RAW_URI", "")
-        sent_path = target.partition("?")[0].removeprefix(environ.get("SCRIPT_NAME", ""))
-        path = sent_path if unquote(sent_path) == unquote(path) else path
+        sent = target.partition("?")[0].removeprefix(environ.get("SCRIPT_NAME", ""))
+        path = sent if unquote(sent) == unquote(path) else path
         id = headers.get("x-request-id", "")
         return Request(
             environ["REQUEST_METHOD"],

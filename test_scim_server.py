@@ -6978,7 +6978,7 @@ LANES = [  # name, method, target, lane
     ("users with waiting",               "GET",   "/scim/v2/Users?wait=60",    "read"),
     ("a new user",                       "POST",  "/scim/v2/Users",            "write"),
     ("a PATCH",                          "PATCH", "/scim/v2/Groups/2819c223",  "write"),
-    ("a bulk request",                   "POST",  "/scim/v2/Bulk",             "write"),
+    ("a bulk request",                   "POST",  "/scim/v2/Bulk",             "bulk"),
 ]
 # fmt: on
 
