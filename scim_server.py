@@ -2145,11 +2145,13 @@ class Pool:
 class Database:
     """Where tenants' tables are.
 
-    place names it in messages. Its writers are links for transactions, and its readers for
-    snapshots; None if readers have to use the one writer. is_quick says that a look-up takes
-    less time than giving it to another thread, is_remote that a thread mostly waits meanwhile.
+    location is a path or a URL, and place names it in messages. Its writers are links for
+    transactions, and its readers for snapshots; None if readers have to use the one writer.
+    is_quick says that a look-up takes less time than giving it to another thread, is_remote that a
+    thread mostly waits meanwhile.
     """
 
+    location: str
     place: str
     is_quick = is_remote = False
     writers: Pool
@@ -2226,7 +2228,7 @@ class SqliteDatabase(Database):
     """The SQLite file of one tenant, or ":memory:" for one that ends with its store."""
 
     def __init__(self, path: str) -> None:
-        self.place, self.is_quick = path, path != ":memory:"
+        self.location, self.place, self.is_quick = path, path, path != ":memory:"
         wal = Path(f"{path}-wal")
         try:
             if self.is_quick:  # personal data: for this user alone, as is the WAL then
@@ -2275,7 +2277,8 @@ POSTGRES_SETTINGS = {  # of the session
 }
 # fmt: off
 POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for the schema
-    (r"\b(FROM|JOIN|INTO|UPDATE|TABLE|INDEX \w+ ON) ([a-z_]+)\b(?![.(])", r'\1 "@".\2'),
+    (r"\b(FROM|JOIN|INTO|UPDATE|TABLE|TABLE IF NOT EXISTS) ([a-z_]+)\b(?![.(])", r'\1 "@".\2'),
+    (r"\b(INDEX (?:IF NOT EXISTS )?\w+ ON) ",                            r'\1 "@".'),
     (r"\bINTEGER\b",      "BIGINT"),
     (r"(?<!AS )\bTEXT\b", 'TEXT COLLATE "C"'),  # the order of the octets, as in SQLite
     (r"('|END) AS key\b", r'\1 COLLATE "C" AS key'),  # a constant has no order of its own
@@ -2315,8 +2318,9 @@ REMEDIES = {
 def psycopg() -> Any:
     """Return the driver of PostgreSQL, imported when it is needed first; StoreError without it."""
     try:
-        return importlib.import_module("psycopg")
-    except ImportError as error:
+        driver = importlib.import_module("psycopg")
+        return driver if driver.RawCursor else None  # new in 3.2
+    except (ImportError, AttributeError) as error:
         raise StoreError(
             'a postgresql:// database needs a driver: python -m pip install "psycopg[binary]>=3.2"'
         ) from error
@@ -2328,12 +2332,14 @@ def place_of(url: str) -> str:
 
 
 @lru_cache(2_000)
-def to_postgres(sql: str) -> str:
-    """Return a statement for PostgreSQL, in which @ stands for the schema."""
+def to_postgres(sql: str) -> tuple[str, bool | None]:
+    """Return a statement in which @ stands for the schema, and False if it is always planned."""
     for pattern, replacement in POSTGRES_SQL:
         sql = re.sub(pattern, replacement, sql)
     numbers = itertools.count(1)
-    return re.sub(r"\?", lambda mark: f"${next(numbers)}", sql)
+    sql = re.sub(r"\?", lambda mark: f"${next(numbers)}", sql)
+    # How many rows a range or a sort reads depends on the values.
+    return sql, False if re.search(r"\b(key|rest)\)? [<>]|strpos|missing,", sql) else None
 
 
 class PostgresLink(Link):
@@ -2346,12 +2352,17 @@ class PostgresLink(Link):
         driver = psycopg()
         self._url, self.place = url, place_of(url)
         self._schemas, self._ticket = set[str](), ("", "")
+        # Versions of pgbouncer before 1.21 need a URL with this.
+        address = re.sub("prepared_statements=false&?", "", url)
         try:
-            options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(url)
+            options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(address)
             settings = [f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items()]
             options["options"] = " ".join([*settings, options.get("options", "")])
             self._connection = driver.connect(
-                **options, autocommit=True, cursor_factory=driver.RawCursor
+                **options,
+                autocommit=True,
+                cursor_factory=driver.RawCursor,
+                prepare_threshold=5 if address == url else None,
             )
         except driver.Error as error:
             raise StoreError(
@@ -2364,11 +2375,14 @@ class PostgresLink(Link):
             self._connection.adapters.register_dumper(type, driver.types.numeric.Int8Dumper)
 
     def run(self, sql: str, values: Sequence[Any] = ()) -> Any:
-        return self._connection.execute(to_postgres(sql).replace("@", self.schema), values)
+        text, prepare = to_postgres(sql)
+        text = text.replace("@", self.schema)
+        return self._connection.execute(text, values, prepare=prepare)
 
     def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
-        with self._connection.cursor() as cursor:
-            cursor.executemany(to_postgres(sql).replace("@", self.schema), rows)
+        text, _ = to_postgres(sql)
+        if rows := list(rows):
+            self._connection.cursor().executemany(text.replace("@", self.schema), rows)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -2442,7 +2456,7 @@ class PostgresDatabase(Database):
     is_remote = True
 
     def __init__(self, url: str) -> None:
-        self.place = place_of(url)
+        self.location, self.place = url, place_of(url)
         self.writers = Pool(partial(PostgresLink, url), POSTGRES_WRITERS)
         self.readers = Pool(partial(PostgresLink, url), POSTGRES_READERS)
 
@@ -6119,9 +6133,14 @@ class Tenants:
                 for tenant in self.config.tenants
                 for token in tenant.tokens
             }
-        for name in before.keys() - self.directories.keys():
-            if isinstance(directory := before[name], Directory):
+            used = {store_location(config, tenant) for tenant in config.tenants}
+            unused = [self._databases.pop(url) for url in self._databases.keys() - used]
+        stores = {directory.store for directory in self.available}
+        for directory in before.values():
+            if isinstance(directory, Directory) and directory.store not in stores:
                 directory.store.close()
+        for database in unused:
+            database.close()
 
     def add_tenant(self, document: Json) -> Directory:
         """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
@@ -6183,6 +6202,8 @@ class Tenants:
         location = store_location(config, tenant)
         current = self.directories.get(tenant.name)
         store = current.store if isinstance(current, Directory) else None
+        if store and store.database.location != location:
+            current = store = None
         if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
             current.keep, current.keep_days = config.keep_changes, config.keep_days
             return current
