@@ -1994,8 +1994,11 @@ EARLIER_STEP = "an earlier step of the same write failed"
 class StoreError(Exception):
     """A tenant's database cannot be used; the text says why and what to do.
 
-    reason is what the engine says, and status that of the answers to requests.
+    reason is what the engine says, status that of the answer to a request, and effect what has
+    become of the request's change.
     """
+
+    effect = "nothing was changed, try again"
 
     def __init__(self, text: str, reason: str = "", status: int = 503) -> None:
         super().__init__(text)
@@ -2011,7 +2014,9 @@ class Unopened(StoreError):
 
 
 class Uncertain(StoreError):
-    """A connection ended during a commit; whether the write is stored could not be found out."""
+    """A connection ended during a commit, and whether that was executed is unknown."""
+
+    effect = "the change may be stored or not, read it"
 
 
 class Link(ABC):
@@ -2032,31 +2037,17 @@ class Link(ABC):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Let a block write alone; commit what it did, or undo it if it raises."""
+        """Make a block a transaction, or a savepoint of the open one; undo it if it raises."""
+        is_step = self.in_transaction
         with self.errors():
             try:
-                self.begin()
+                self.run("SAVEPOINT step") if is_step else self.begin()
                 yield
-                self.commit()
+                self.run("RELEASE step") if is_step else self.commit()
             except BaseException:
-                if self.in_transaction:
-                    self.run("ROLLBACK")
-                raise
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """Make a block a savepoint of the open transaction: it is undone alone if it raises."""
-        with self.errors():
-            if not self.in_transaction:  # an error of the engine has ended it
-                raise StoreError(EARLIER_STEP)
-            self.run("SAVEPOINT step")
-            try:
-                yield
-                self.run("RELEASE step")
-            except BaseException:
-                if self.in_transaction:
-                    self.run("ROLLBACK TO step")
-                    self.run("RELEASE step")
+                undo = ("ROLLBACK TO step", "RELEASE step") if is_step else ("ROLLBACK",)
+                for statement in undo if self.in_transaction else ():
+                    self.run(statement)
                 raise
 
     @contextmanager
@@ -2419,11 +2410,9 @@ class PostgresLink(Link):
                 link.schema = self.schema
                 # This waits until the server has ended the transaction.
                 [(latest,)] = link.run("SELECT ticket FROM state FOR UPDATE")
-                if latest == ticket:
-                    return True
                 [(status,)] = link.run(STATUS_OF, [transaction])
-                if status != "committed":
-                    return False
+                if latest == ticket or status != "committed":
+                    return bool(latest == ticket)
                 # Another process has written since. After a crash the server may give the number
                 # of a lost transaction to another one, so this is no proof.
                 break
@@ -2918,7 +2907,9 @@ class Store:
         """
         with self._writing:
             if self._link:
-                with self._link.step():
+                if not self._link.in_transaction:
+                    raise StoreError(EARLIER_STEP)  # the engine has ended the transaction
+                with self._link.transaction():
                     yield Session(self._link)
                 return
             with self.database.writers.link(self.schema) as link:
@@ -4577,11 +4568,12 @@ def error_response(error: Exception) -> Response:
     if not isinstance(error, ScimError):
         with suppress(OSError, ValueError):  # standard error may be closed
             traceback.print_exception(error)
-        changed = "the change may be stored or not, read it"
-        effect = changed if isinstance(error, Uncertain) else "nothing was changed, try again"
         error = (
             ScimError(
-                error.status, "", f"the tenant's database failed: {error.reason}; {effect}", RETRY
+                error.status,
+                "",
+                f"the tenant's database failed: {error.reason}; {error.effect}",
+                RETRY,
             )
             if isinstance(error, StoreError)
             else ScimError(500, "", "the server failed; its log says why")
