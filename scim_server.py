@@ -2248,6 +2248,7 @@ class SqliteDatabase(Database):
 # and after a lost connection the ticket tells whether a write was committed. All else is READ
 # COMMITTED: a statement sees what the last holder of the lock has committed.
 
+OLDEST_POSTGRES = 14
 IN_TRANSACTION, IN_FAILED_TRANSACTION = 2, 3  # states of a connection, as libpq has them
 POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
 SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
@@ -2299,7 +2300,7 @@ STATUS_OF = """
 REMEDIES = {
     "25006": "it only reads: name the primary in the URL, or all servers and "
     "target_session_attrs=read-write",
-    "42501": "grant it: GRANT CREATE ON DATABASE name TO role",
+    "42501": "let the role own its schemas: GRANT CREATE ON DATABASE {0.dbname} TO {0.user}",
     "53": "give it more of that",
     **dict.fromkeys(("", "08", "25", "40", "55", "57", "58", "XX"), "the server's log says more"),
 }
@@ -2320,6 +2321,12 @@ def psycopg() -> Any:
 def place_of(url: str) -> str:
     # Return a URL without user, password and options.
     return re.sub(r"(?<=//)[^/]*@|\?.*", "", url)
+
+
+def reason_of(error: Any) -> str:
+    # Return the message of a psycopg error without hints, and without repetitions for other hosts.
+    text = error.diag.message_primary or re.split(r"\n\s*Is the|\nMultiple", str(error))[0]
+    return " ".join(text.split())
 
 
 @lru_cache(2_000)
@@ -2357,11 +2364,13 @@ class PostgresLink(Link):
             )
         except driver.Error as error:
             raise StoreError(
-                f"{self.place}: cannot be used ({' '.join(str(error).split())}); "
+                f"{self.place}: cannot be used ({reason_of(error)}); "
                 "correct the URL, or start the server"
             ) from error
-        if (version := self._connection.info.server_version // 10_000) < 14:
-            raise StoreError(f"{self.place}: is PostgreSQL {version}; use 14 or newer")
+        if (version := self._connection.info.server_version // 10_000) < OLDEST_POSTGRES:
+            raise StoreError(
+                f"{self.place}: is PostgreSQL {version}; use {OLDEST_POSTGRES} or newer"
+            )
         for type in (int, bool):
             self._connection.adapters.register_dumper(type, driver.types.numeric.Int8Dumper)
 
@@ -2384,7 +2393,7 @@ class PostgresLink(Link):
             remedy = REMEDIES.get(state) or REMEDIES.get(state[:2])
             if not remedy or not (state or isinstance(error, psycopg().OperationalError)):
                 raise
-            reason = " ".join(str(error).split())
+            reason, remedy = reason_of(error), remedy.format(self._connection.info)
             text = f"{self.place}: cannot be used ({reason}); {remedy}"
             raise StoreError(text, reason, 507 if state == "53100" else 503) from error
 

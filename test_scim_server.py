@@ -2949,6 +2949,60 @@ class TestStore:
                 session.changes(2, 9)
 
 
+# fmt: off
+UNUSABLE_SERVERS = [  # name, statement, changes to the URL, words of the error
+    ("a port that is no number", "", {"scim@": "scim@h:5z"}, "invalid integer value"),
+    ("a host without a server", "", {"host=": "host=/nowhere"}, "No such file"),
+    ("a missing database", "", {"test_": "other_"}, 'database "other_.*" does not exist'),
+    ("a role that may not sign in", "", {"scim@": "nobody@"}, 'role "nobody" does not exist'),
+    ("a role that may not create a schema", "CREATE ROLE guest_{} LOGIN", {"scim@": "guest_{}@"},
+     "permission denied .*GRANT CREATE ON DATABASE"),
+    ("a standby", "ALTER DATABASE {} SET default_transaction_read_only = on", {},
+     "read-only transaction.*target_session_attrs=read-write"),
+    ("an option that does not exist", "", {"?": "?colour=red&"}, 'invalid URI query .*"colour"'),
+]
+# fmt: on
+
+
+@on_postgresql
+@each_row("statement, changes, words", UNUSABLE_SERVERS)
+def test_a_server_that_cannot_be_used_is_one_line(
+    engine: str, cluster: Cluster, statement: str, changes: dict[str, str], words: str
+) -> None:
+    name = engine.partition("?")[0].rpartition("/")[2]
+    if statement:
+        cluster.execute(statement.format(name))
+    for old, new in changes.items():
+        engine = engine.replace(old, new.format(name))
+    with pytest.raises(scim_server.StoreError, match=words) as error:
+        scim_server.Store(engine, "acme")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@on_postgresql
+def test_an_old_server_is_refused(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scim_server, "OLDEST_POSTGRES", 99)
+    with pytest.raises(scim_server.StoreError, match="is PostgreSQL .*; use 99 or newer"):
+        scim_server.Store(engine, "acme")
+
+
+@on_postgresql
+def test_a_place_in_a_message_has_no_password(engine: str) -> None:
+    secret = engine.replace("scim@", "scim:pass%2Fword@").replace("?", "?password=hidden&")
+    with closing(scim_server.Store(secret, "acme")) as store:
+        assert store.place.startswith("postgresql:///test_") and store.place.endswith(" t_acme")
+
+
+@on_postgresql
+def test_a_tenant_with_a_long_name_has_a_schema_of_its_own(engine: str) -> None:
+    stores = [scim_server.Store(engine, "x" * 61 + end) for end in ("a", "b")]
+    with stores[0].writing() as session:
+        session.set_setting("name", "first")
+    assert [settings(store, "name") for store in stores] == [["first"], [""]]
+    for store in stores:
+        store.close()
+
+
 def test_file_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "acme.sqlite3"
     scim_server.Store(path).close()
