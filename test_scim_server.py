@@ -2821,7 +2821,8 @@ class TestStore:
         self, open_store: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
-        monkeypatch.setattr(scim_server, "READERS", 2)
+        for readers in ("READERS", "POSTGRES_READERS"):
+            monkeypatch.setattr(scim_server, readers, 2)
         store = open_store()
         refused = pytest.raises(scim_server.StoreError, match="in use")
         with store.reading(), store.reading(), refused, store.reading():
