@@ -2145,12 +2145,18 @@ class Database:
     location: str
     place: str
     is_quick = is_remote = False
+    QUESTION = "SELECT 1 FROM sqlite_master"  # that every database can answer
     writers: Pool
     readers: Pool | None
 
     def schema_of(self, tenant: str) -> str:
         """Return the schema of a tenant, which is created if it does not exist."""
         return ""
+
+    def check(self) -> None:
+        """Raise StoreError if the database does not answer."""
+        with (self.readers or self.writers).link() as link, link.errors():
+            link.run(self.QUESTION)
 
     def close(self) -> None:
         """Close all links; those in use are closed when they come back."""
@@ -2314,7 +2320,7 @@ def psycopg() -> Any:
         return driver if driver.RawCursor else None  # new in 3.2
     except (ImportError, AttributeError) as error:
         raise StoreError(
-            'a postgresql:// database needs a driver: python -m pip install "psycopg[binary]>=3.2"'
+            "postgresql:// needs psycopg 3.2 or newer: python -m pip install 'psycopg[binary]'"
         ) from error
 
 
@@ -2451,7 +2457,7 @@ class PostgresLink(Link):
 class PostgresDatabase(Database):
     """A PostgreSQL database with a schema for each tenant; they share its connections."""
 
-    is_remote = True
+    is_remote, QUESTION = True, "SELECT 1"
 
     def __init__(self, url: str) -> None:
         self.location, self.place = url, place_of(url)
@@ -6570,8 +6576,8 @@ class Application(Tenants):
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
             for error in self.failures.values():
                 raise error
-            for directory in {item.store.database: item for item in self.available}.values():
-                directory.last_use("")
+            for database in {directory.store.database for directory in self.available}:
+                database.check()
             return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
