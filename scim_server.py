@@ -1977,6 +1977,10 @@ class Change:
     attributes: list[str]  # the names changed
 
 
+# What a write notes in the change feed: kind, id, member and names of a change.
+NewChange = tuple[str, str, str, Sequence[str]]
+
+
 # ----------------------------------------------------------------------------
 # 7. Databases
 #
@@ -3187,12 +3191,11 @@ def update_employee(
     user_id: str,
     user: Resource,
     now: str,
-    log: Callable[..., None],
     is_new: bool = True,
-) -> None:
-    """Make the employee of a user follow a write; {} means the user was deleted.
+) -> list[NewChange]:
+    """Make the employee of a user follow a write, and return the change if there is one.
 
-    log is called with the kind of the change, the employee's id and the names of the fields.
+    {} as the user means that it was deleted.
     """
     columns, before = employee_columns(user_id, user), session.employee_of(user_id)
     # A new user is a returning person or a new employee. If a user's employee was given to a newer
@@ -3202,15 +3205,15 @@ def update_employee(
             session.former_employee(columns["external_id"], columns["user_name"]) or NEW_EMPLOYEE
         )
     if not before or (after := before._replace(**columns)) == before:
-        return
+        return []
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
     old = compared_fields(before) if before.id else {}
     new = compared_fields(after)
     names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
-    if names:
-        log(f"employee.{change_kind(old, new)}", str(id), attributes=names)
+    kind = f"employee.{change_kind(old, new)}"
+    return [(kind, str(id), "", names)] if names else []
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
@@ -3392,7 +3395,7 @@ class Directory:
             row.member_count, changed = self._save_members(session, row, {}, resource)
             if changed:
                 session.save(row, set(), set())
-            return self._resource(session, row)
+            return self._resource(session, row, groups={row.seq: []})
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
         """Return a resource (RFC 7644 §3.4.1), with its members only if they are selected."""
@@ -3493,13 +3496,13 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
-            groups = (item["value"] for item in session.groups([row.seq])[row.seq])
+            groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
             for group in [self._find(session, "Group", value) for value in groups if value != id]:
                 session.remove_members(group.seq, [id])
-                self._log(session, "member.removed", group.id, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            members = [member["value"] for member in session.members(row.seq)]
-            self._log(session, "member.removed", id, members)
+            pairs = [(group, id) for group in groups if group != id]
+            pairs += [(id, member["value"]) for member in session.members(row.seq)]
+            self._log(session, [("member.removed", *pair, ()) for pair in pairs])
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3834,39 +3837,34 @@ class Directory:
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
         updated = [id for id in written if id in old]
-        for kind, ids in (("removed", removed), ("added", added), ("updated", updated)):
-            if ids:
-                self._log(session, f"member.{kind}", row.id, ids)
+        kinds = (("removed", removed), ("added", added), ("updated", updated))
+        changes = [(f"member.{kind}", row.id, id, ()) for kind, ids in kinds for id in ids]
+        self._log(session, changes)
         return len(added) - len(removed), bool(written or removed)
 
     def _record(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        log = partial(self._log, session)
-        log(
-            f"{row.type.lower()}.{change_kind(before, after)}",
-            row.id,
-            attributes=list(changed_names(self.resource_types[row.type].root, before, after)),
-        )
+        names = list(changed_names(self.resource_types[row.type].root, before, after))
+        changes: list[NewChange] = [
+            (f"{row.type.lower()}.{change_kind(before, after)}", row.id, "", names)
+        ]
         if row.type == "User":
-            update_employee(session, row.id, after, self._now(session), log, not before)
+            now = self._now(session)
+            changes += update_employee(session, row.id, after, now, is_new=not before)
+        self._log(session, changes)
 
-    def _log(
-        self,
-        session: Session,
-        kind: str,
-        id: str,
-        members: Iterable[str] = ("",),
-        attributes: Sequence[str] = (),
-    ) -> None:
-        # A row for each member; the feed is trimmed too.
-        now, names = self._now(session), to_json(attributes)
-        session.log(
-            [(now, kind, id, member, self.token, names) for member in members],
-            self.keep,
-            time_text(self.clock() - timedelta(days=self.keep_days)),
-        )
+    def _log(self, session: Session, changes: Sequence[NewChange]) -> None:
+        # Append changes of one time to the feed, which is trimmed too.
+        if not changes:
+            return
+        now = self._now(session)
+        rows = [
+            (now, kind, id, member, self.token, to_json(names))
+            for kind, id, member, names in changes
+        ]
+        session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
 
     def _now(self, session: Session) -> str:
         return session.time_of_write(time_text(self.clock()))
@@ -3913,9 +3911,9 @@ class Directory:
     def _adopt_users(self, session: Session) -> None:
         # An older version stored users without their employees.
         if not session.setting("employees"):
-            now, log = time_text(self.clock()), partial(self._log, session)
+            now = time_text(self.clock())
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
-                update_employee(session, row.id, row.attributes, now, log)
+                self._log(session, update_employee(session, row.id, row.attributes, now))
             session.set_setting("employees", "made")
 
 
