@@ -2010,7 +2010,7 @@ class StoreError(Exception):
 
 
 class Damaged(StoreError):
-    """The content of a database is unreadable; only a backup can replace it."""
+    """A database is unreadable, or its file is gone; a backup can replace it."""
 
 
 class Unopened(StoreError):
@@ -2079,11 +2079,12 @@ class Link(ABC):
 
     @property
     def is_usable(self) -> bool:  # whether an idle link can be lent again
-        return True
+        return not self.in_transaction  # which is open only if it could not be undone
 
     @property
     def version(self) -> int:  # the format of the tables, 0 if there are none
-        return int(self.run(self.VERSION).fetchone()[0])
+        with self.errors():
+            return int(self.run(self.VERSION).fetchone()[0])
 
     def set_version(self, version: int) -> None:
         self.run(self.SET_VERSION.format(version))
@@ -2162,6 +2163,13 @@ class Database:
         with (self.readers or self.writers).link() as link, link.errors():
             link.run(self.QUESTION)
 
+    def verify(self, pages: bool = False) -> bool:
+        """Raise Damaged if the database is not in its place any more.
+
+        With pages, the next part of its content is checked, too; returns whether there was one.
+        """
+        return False
+
     def close(self) -> None:
         """Close all links; those in use are closed when they come back."""
         for pool in filter(None, (self.writers, self.readers)):
@@ -2183,7 +2191,7 @@ class SqliteLink(Link):
     """A connection to an SQLite file; "" is a temporary one that ends with its connection."""
 
     def __init__(self, path: str, pragmas: Iterable[str] = (), **options: Any) -> None:
-        self.place = path
+        self.place, self._patience = path, float(BUSY_SECONDS)
         options = {"timeout": BUSY_SECONDS, **options}
         with self.errors():
             self._connection = sqlite3.connect(
@@ -2210,13 +2218,21 @@ class SqliteLink(Link):
             raise Damaged(
                 f"{self.place}: damaged ({error}); put a backup in its place: "
                 "python scim_server.py restore --tenant NAME FILE",
-                str(error),
+                f"{os.path.basename(self.place)} is damaged ({error}), restore a backup",
             ) from error
 
-    def check_pages(self) -> None:
-        """Read all pages; Damaged if one of them is."""
+    def begin(self) -> None:
+        # After a write that waited for another process in vain, the next ones do not wait until
+        # one succeeds. So each is answered in time, however many of them are queued.
+        patience, self._patience = self._patience, 0.0
+        self.run(f"PRAGMA busy_timeout = {int(1_000 * patience)}")
+        super().begin()
+        self._patience = BUSY_SECONDS
+
+    def check_pages(self, part: str = "1") -> None:
+        """Read all pages, or those of a table and its indexes; Damaged if one of them is."""
         with self.errors():
-            if (finding := self.run("PRAGMA quick_check(1)").fetchone()[0]) != "ok":
+            if (finding := self.run(f"PRAGMA quick_check({part})").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(finding)
 
     def copy_to(self, target: SqliteLink) -> None:
@@ -2225,17 +2241,29 @@ class SqliteLink(Link):
             self._connection.backup(target._connection)
 
 
-class SqliteDatabase(Database):
-    """The SQLite file of one tenant, or ":memory:" for one that ends with its store."""
+def file_id(path: str) -> int:
+    # Return what tells a file from another one that has its name later; 0 for no file.
+    with suppress(OSError):
+        return os.stat(path).st_ino
+    return 0
 
-    def __init__(self, path: str) -> None:
+
+class SqliteDatabase(Database):
+    """An SQLite file, or ":memory:" for one that ends with its store.
+
+    With must_exist it is not created, and all its content is checked first.
+    """
+
+    def __init__(self, path: str, must_exist: bool = False) -> None:
         self.location, self.place, self.is_quick = path, path, path != ":memory:"
-        wal = Path(f"{path}-wal")
+        self._must_exist = must_exist
         try:
-            if self.is_quick:  # personal data: for this user alone, as is the WAL then
+            if must_exist:
+                os.stat(path)
+            elif self.is_quick:  # personal data: for this user alone, as is the WAL then
                 Path(path).touch(0o600)
             # Closing a database removes its WAL.
-            self._unclean = wal.exists() and wal.stat().st_size > 0
+            self._must_check = must_exist or os.path.exists(f"{path}-wal")
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be opened for writing ({error}); "
@@ -2245,10 +2273,36 @@ class SqliteDatabase(Database):
         self.readers = Pool(partial(SqliteLink, path, DURABLE), READERS) if self.is_quick else None
 
     def _open_writer(self) -> Link:
+        if self._must_check:
+            # A link of its own is closed at once, so that a damaged file can be replaced.
+            with closing(SqliteLink(self.place)) as link:
+                if self._must_exist and not link.version:
+                    raise StoreError(f"{self.place}: is empty")
+                link.check_pages()
         link = SqliteLink(self.place, WRITER_PRAGMAS)
-        if self._unclean:
-            link.check_pages()
+        query = "SELECT name FROM sqlite_master WHERE type = 'table'"
+        self._unchecked = [name for (name,) in link.run(query).fetchall()]
+        self._ids = {
+            file: file_id(file) for file in (self.place, f"{self.place}-wal", f"{self.place}-shm")
+        }
         return link
+
+    def verify(self, pages: bool = False) -> bool:
+        if file_id(self.place) != self._ids[self.place]:
+            with self.writers.link() as link, link.errors():
+                # The file is completed, wherever it is now. Then its write-ahead log goes: SQLite
+                # would apply it to any other file in this place.
+                if link.run("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                    raise StoreError(f"{self.place}: deleted or replaced while it was read")
+                for file, id in self._ids.items():
+                    if file_id(file) == id:
+                        Path(file).unlink(missing_ok=True)  # other processes do this, too
+                raise sqlite3.DatabaseError("it was deleted or replaced")
+        if not (pages and self.readers and self._unchecked):
+            return False
+        with self.readers.link() as link:
+            cast(SqliteLink, link).check_pages(self._unchecked.pop())
+        return True
 
 
 # -- PostgreSQL ----------------------------------------------------------------------
@@ -2896,14 +2950,22 @@ class Store:
 
     Or the tenant's schema in a PostgreSQL database, which is a URL or an object that others share.
     Safe from several threads. A reader sees the last commit and waits for no writer, only for a
-    free connection, except in memory; writers take turns. StoreError if it cannot be used.
+    free connection, except in memory; writers take turns. StoreError if it cannot be used, or if
+    it must_exist and its file is missing, empty or damaged.
     """
 
-    def __init__(self, location: str | os.PathLike[str] | Database, tenant: str = "") -> None:
+    def __init__(
+        self,
+        location: str | os.PathLike[str] | Database,
+        tenant: str = "",
+        must_exist: bool = False,
+    ) -> None:
         self._is_shared = isinstance(location, Database)
         if not isinstance(location, Database):
-            open_database = PostgresDatabase if is_postgres(str(location)) else SqliteDatabase
-            location = open_database(os.fspath(location))
+            path = os.fspath(location)
+            location = (
+                PostgresDatabase(path) if is_postgres(path) else SqliteDatabase(path, must_exist)
+            )
         self.database: Database = location
         self._writing = threading.RLock()
         self._link: Link | None = None  # that of the outermost block of writing()
@@ -2931,6 +2993,7 @@ class Store:
                 with self._link.transaction():
                     yield Session(self._link)
                 return
+            self.database.verify()
             with self.database.writers.link(self.schema) as link:
                 self._link = link
                 try:
@@ -2947,6 +3010,7 @@ class Store:
 
     @contextmanager
     def _snapshot(self, readers: Pool) -> Iterator[Session]:
+        self.database.verify()  # a new link must not lead to another file
         with readers.link(self.schema) as link, link.snapshot():
             yield Session(link)
 
@@ -3037,7 +3101,8 @@ def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
         raise StoreError(
             f"{backup}: cannot be restored ({error.reason}); choose another one"
         ) from error
-    owner = Session(target).setting("tenant")
+    with target.snapshot():
+        owner = Session(target).setting("tenant")
     if owner not in ("", tenant):
         raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
 
@@ -4576,6 +4641,10 @@ def plain_response(body: Json, type: str = "application/json", **headers: str) -
     return Response(200, body, {"Content-Type": type, **headers})
 
 
+def log_line(text: str) -> None:
+    print(f"scim_server: {text}", file=sys.stderr, flush=True)
+
+
 def error_response(error: Exception) -> Response:
     """Return the answer to a request that failed; print an error that the client did not cause."""
     if not isinstance(error, ScimError):
@@ -6110,7 +6179,6 @@ class Tenants:
         self.directories: dict[str, Directory | StoreError] = {}
         self._databases: dict[str, PostgresDatabase] = {}  # by their URLs
         self._clock, self._new_id = clock, new_id
-        self._tried = clock()  # when databases that failed were opened last
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -6219,7 +6287,8 @@ class Tenants:
                 database = self._databases.setdefault(location, PostgresDatabase(location))
                 store = Store(database, tenant.name)
             directory = Directory(
-                store or Store(location),
+                # An empty file must not take the place of one that is lost.
+                store or Store(location, must_exist=isinstance(current, Damaged)),
                 tenant.custom_fields,
                 self._clock,
                 self._new_id,
@@ -6228,12 +6297,11 @@ class Tenants:
             )
             directory.claim(tenant.name)
         except StoreError as error:
-            return error
+            # It keeps no traceback, whose variables would keep the file open.
+            return (
+                current if isinstance(current, Damaged) else type(error)(str(error), error.reason)
+            )
         return directory
-
-    def _may_reopen(self, directory: StoreError) -> bool:
-        waited = self._clock() - self._tried > timedelta(seconds=RETRY_SECONDS)
-        return waited or isinstance(directory, Unopened)
 
     def _opened(self, name: str) -> Directory | StoreError | None:
         # Return the directory of a tenant after another attempt to open it; None for no tenant.
@@ -6247,17 +6315,32 @@ class Tenants:
                 directory.store.close()  # another thread was faster
         return current
 
-    def _reopened(self, name: str) -> Directory:
-        # Return the directory of a tenant whose database failed, or raise ScimError 503.
+    def _fail(self, name: str, error: Exception) -> None:
+        # Stop serving a tenant whose database is damaged, until it can be opened again.
         directory = self.directories.get(name)
-        if isinstance(directory, StoreError) and self._may_reopen(directory):
-            self._tried = self._clock()
-            directory = self._opened(name)
-        if not isinstance(directory, Directory):
-            raise ScimError(
-                503, "", "the tenant's database cannot be used; the server's log says why", RETRY
-            )
-        return directory
+        if isinstance(error, Damaged) and isinstance(directory, Directory):
+            # Without the traceback, whose variables would live on.
+            self.directories[name] = Damaged(str(error), error.reason)
+            directory.store.close()  # so that the file can be replaced
+            log_line(f"tenant {name} is not served, the others are: {error}")
+
+    @staticmethod
+    def _watch(reference: weakref.ref[Tenants], closing: threading.Event) -> None:
+        # In a thread: check all databases, a table at a time, and open again those that failed.
+        rest = 0.0
+        while not closing.wait(rest) and (tenants := reference()):
+            started, is_checking = time.monotonic(), False
+            for name, directory in list(tenants.directories.items()):
+                try:
+                    if isinstance(directory, Directory):
+                        is_checking |= directory.store.database.verify(pages=not is_checking)
+                    elif not isinstance(directory, Unopened):
+                        tenants._opened(name)
+                except StoreError as error:
+                    tenants._fail(name, error)
+            del tenants
+            # At most a quarter of one processor: requests come first.
+            rest = max(3 * (time.monotonic() - started), 0.01 if is_checking else 1)
 
 
 # -- Routes --------------------------------------------------------------------------
@@ -6319,6 +6402,10 @@ class Application(Tenants):
         super().__init__(config, clock, new_id)
         self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
         self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
+        self._closing = threading.Event()
+        threading.Thread(
+            target=self._watch, args=(weakref.ref(self), self._closing), daemon=True
+        ).start()
         self._authenticate = authenticate
         self._routes = route_table(self._rows(page if config.console else ""))
 
@@ -6371,6 +6458,7 @@ class Application(Tenants):
 
     def close(self) -> None:
         """Write the logs and close the stores; the application cannot be used afterwards."""
+        self._closing.set()
         self.log.close()
         for directory in self.available:
             directory.store.close()
@@ -6444,7 +6532,7 @@ class Application(Tenants):
         if not (caller := self.known_caller(request)):
             return QUICK
         if isinstance(directory := caller.directory, StoreError):
-            return SLOW if self._may_reopen(directory) else QUICK
+            return SLOW if isinstance(directory, Unopened) else QUICK
         if lane == SLOW and "wait" not in unquote(request.query).lower():
             lane = READ
         database = directory.store.database
@@ -6487,6 +6575,7 @@ class Application(Tenants):
                 call.caller = call.caller._replace(directory=call.directory)  # opened by now
             return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
+            self._fail(call.caller.tenant.name if call.caller else "", error)
             return error_response(error)
 
     def _check_token(self, request: Request, caller: Caller | None) -> None:
@@ -6502,8 +6591,17 @@ class Application(Tenants):
     def _directory_of(self, caller: Caller) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 503.
         tenant, token, directory = caller
+        if isinstance(directory, Unopened):
+            directory = self._opened(tenant.name) or directory
         if isinstance(directory, StoreError):
-            directory = self._reopened(tenant.name)
+            # Another reason may name another tenant, or a path on this machine.
+            reason = f" ({directory.reason})" if isinstance(directory, Damaged) else ""
+            raise ScimError(
+                503,
+                "",
+                f"the tenant's database cannot be used{reason}; the server's log says why",
+                RETRY,
+            )
         return directory.on_behalf_of(token.name)
 
     def _admit_operator(self, request: Request, access: str) -> None:
@@ -6671,10 +6769,6 @@ IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connect
 SENDING, LINGERING = "sending", "lingering"
 KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
-
-
-def log_line(text: str) -> None:
-    print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
 class Tls:

@@ -40,7 +40,7 @@ import wsgiref.validate
 import zipfile
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
@@ -3108,6 +3108,36 @@ def test_file_that_another_process_locks_is_503_until_it_is_free(
         scim.user("bob")
 
 
+def test_writes_that_queue_for_a_locked_file_are_answered_together(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.5)
+
+    def write(number: int) -> requests.Response:
+        scim = Scim(server.url, "acme-secret")
+        operation = {"method": "POST", "path": "/Users", "bulkId": "b", "data": {"userName": "u"}}
+        body = {"Operations": [operation]} if number % 2 else {"userName": "u"}
+        return scim.call("POST", "/Bulk" if number % 2 else "/Users", body)
+
+    with (
+        serving(tmp_path) as server,
+        closing(sqlite3.connect(tmp_path / "acme.sqlite3", isolation_level=None)) as other,
+        ThreadPoolExecutor(40) as pool,
+    ):
+        other.execute("BEGIN IMMEDIATE")
+        writes = [pool.submit(write, number) for number in range(40)]
+        # One after the other, 20 Bulk requests would wait for 10 s.
+        assert not wait(writes, timeout=5).not_done
+        for future in writes:
+            assert_error(future.result(), 503, "", "locked")
+        other.execute("ROLLBACK")
+        for name in ("ada", "bob"):
+            Scim(server.url, "acme-secret").user(name)
+        # A write waits again.
+        with server.directory("acme").store.database.writers.link() as link:
+            assert link.run("PRAGMA busy_timeout").fetchone() == (500,)
+
+
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits another process")
 def test_disk_that_fills_up_during_writes_loses_nothing(tmp_path: Path) -> None:
     def create(number: int) -> requests.Response:
@@ -3142,6 +3172,129 @@ def test_damaged_file_stops_its_own_tenant_only(tmp_path: Path) -> None:
         line = running.stderr.readline()
         assert "tenant acme is not served" in line and "acme.sqlite3: damaged" in line
         assert "restore" in line
+
+
+@contextmanager
+def spoiled(file: Path, table: str) -> Iterator[None]:
+    """Overwrite the first page of a table in a file for the time of a block."""
+    [(number, size)] = rows_of(
+        file,
+        f"SELECT rootpage, page_size FROM sqlite_master, pragma_page_size WHERE name = '{table}'",
+    )
+    place = slice((number - 1) * size, number * size)
+    octets = bytearray(file.read_bytes())
+    page, octets[place] = octets[place], b"\xff" * size
+    file.write_bytes(octets)
+    yield
+    octets = bytearray(file.read_bytes())
+    octets[place] = page
+    file.write_bytes(octets)
+
+
+def is_ready(url: str) -> bool:
+    """Return what /readyz says."""
+    return requests.get(url.replace("/scim/v2", "/readyz")).status_code == 200
+
+
+def test_file_damaged_while_the_server_was_stopped_is_found_in_the_background(
+    tmp_path: Path,
+) -> None:
+    config, copy = tmp_path / "config.json", tmp_path / "acme.backup"
+    config.write_text(json.dumps({**CONFIG, "data_dir": "."}))
+    with serving(tmp_path) as server:
+        Scim(server.url, "acme-secret").user("ada")
+        server.directory("acme").store.backup(str(copy))
+    with (
+        spoiled(tmp_path / "acme.sqlite3", "employee"),
+        logging_process("--config", str(config)) as (running, url, _),
+    ):
+        scim = Scim(url, "acme-secret")
+        line = running.stderr.readline()
+        assert "tenant acme is not served, the others are" in line and "restore" in line
+        assert_error(scim.call("GET", "/Users"), 503, "", "acme.sqlite3 is damaged", "restore")
+        assert not is_ready(url)
+        Scim(url, "globex-secret").user("ada")
+        # The file is closed meanwhile, so that it can be replaced.
+        place = ["--tenant", "acme", "--config", str(config)]
+        restore = command("restore", *place, str(copy))
+        assert restore.returncode == 0, restore.stderr
+        wait_until(lambda: is_ready(url))
+        assert scim.names("userName pr") == ["ada"]
+        scim.user("bob")
+
+
+def test_damage_that_a_query_meets_stops_its_own_tenant_until_the_repair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scim_server.SqliteDatabase, "verify", lambda *_, **__: False)
+    with serving(tmp_path) as server:
+        Scim(server.url, "acme-secret").user("ada")
+    with serving(tmp_path) as server:
+        scim = Scim(server.url, "acme-secret")
+        with spoiled(tmp_path / "acme.sqlite3", "employee"):
+            with server.directory("acme").store.writing() as session:
+                session.set_setting("first", "1")  # Cached pages are read again after it.
+            assert scim.get("/Users")["totalResults"] == 1
+            answer = beside(scim, "/employees")
+            assert_error(answer, 503, "", "acme.sqlite3 is damaged", "restore")
+            assert_error(scim.call("GET", "/Users"), 503, "", "acme.sqlite3 is damaged", "restore")
+            Scim(server.url, "globex-secret").user("ada")
+            assert not is_ready(server.url)
+        wait_until(lambda: is_ready(server.url))
+        assert [employee["name"] for employee in employees(scim)] == ["ada"]
+
+
+def test_lost_file_is_503_until_it_is_in_its_place_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scim_server.Application, "_watch", lambda *_: None)
+    file, moved = tmp_path / "acme.sqlite3", tmp_path / "moved.sqlite3"
+    with serving(tmp_path) as server:
+        scim, open_it = Scim(server.url, "acme-secret"), server.application._opened
+        scim.user("ada")
+        file.rename(moved)
+        answer = scim.call("POST", "/Users", {"userName": "bob"})
+        assert_error(answer, 503, "", "acme.sqlite3", "deleted or replaced", "restore")
+        assert_error(scim.call("GET", "/Users"), 503, "", "acme.sqlite3", "deleted or replaced")
+        assert not is_ready(server.url)
+        Scim(server.url, "globex-secret").user("ada")
+        # No empty database takes its place.
+        assert isinstance(open_it("acme"), scim_server.Damaged) and not file.exists()
+        file.touch()
+        assert isinstance(open_it("acme"), scim_server.Damaged)
+        # The file has all that was written, although its write-ahead log was not moved.
+        moved.rename(file)
+        assert open_it("acme") is server.directory("acme")
+        assert is_ready(server.url)
+        assert scim.names("userName pr") == ["ada"]
+        scim.user("bob")
+
+
+def test_idle_tenant_notices_the_loss_of_its_file(tmp_path: Path) -> None:
+    with serving(tmp_path) as server:
+        assert is_ready(server.url)
+        (tmp_path / "acme.sqlite3").unlink()
+        wait_until(lambda: not is_ready(server.url))
+
+
+def test_file_that_replaces_another_one_is_served_by_all_processes(tmp_path: Path) -> None:
+    file, copy = tmp_path / "acme.sqlite3", tmp_path / "acme.backup"
+    place = ["--data-dir", str(tmp_path), "--config", str(tmp_path / "config.json")]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    with serving(tmp_path) as server, process(*place) as (_, url, _):
+        servers = [Scim(server.url, "acme-secret"), Scim(url, "acme-secret")]
+        servers[0].user("ada")
+        server.directory("acme").store.backup(str(copy))
+        # These are in the write-ahead log, which must not be applied to the backup.
+        for number in range(60):
+            servers[number % 2].user(f"u{number}", title="t" * 999)
+        copy.rename(file)
+        for scim in servers:
+            wait_until(lambda scim=scim: scim.call("GET", "/Users").json().get("totalResults") == 1)
+        for number in range(60):
+            servers[number % 2].user(f"v{number}", title="t" * 999)
+        assert [scim.get("/Users")["totalResults"] for scim in servers] == [61, 61]
+    assert rows_of(file, "PRAGMA integrity_check") == [("ok",)]
 
 
 def test_page_torn_by_a_crash_is_noticed_at_the_next_start(tmp_path: Path) -> None:
@@ -3429,6 +3582,194 @@ def test_acknowledged_write_survives_sigkill(tmp_path: Path) -> None:
         rows = changes(scim, "after=0&count=1000")
         assert [row["seq"] for row in rows] == list(range(1, len(rows) + 1))
         assert {row["id"] for row in rows if row["kind"] == "user.created"} >= acknowledged.keys()
+
+
+# -- Faults: each call of the database fails once --
+
+
+class Faults:
+    """The call of a database that fails: the last of a number of calls of this thread."""
+
+    def __init__(self) -> None:
+        self.countdown, self.error, self.ends_transaction = 0, sqlite3.Error(), False
+        self.thread = threading.current_thread()
+
+    def count(self, link: Any) -> None:
+        """Count a call; raise the error if it is the one that fails."""
+        if self.countdown and threading.current_thread() is self.thread:
+            self.countdown -= 1
+            if not self.countdown:
+                if self.ends_transaction:
+                    link._connection.rollback()
+                raise type(self.error)(*self.error.args)  # a new one has no old traceback
+
+    def each(self, attempt: Any) -> Iterator[Any]:
+        """Yield what attempts return: the first call fails, the second one … until none fails."""
+        for number in itertools.count(1):
+            self.countdown = number
+            result = attempt()
+            if self.countdown:
+                assert number > 5
+                self.countdown = 0
+                return
+            yield result
+
+
+# fmt: off
+FAULTS = [  # name, the error, whether SQLite ends the transaction before it reports it
+    ("I/O error", sqlite3.OperationalError("disk I/O error"), True),
+    ("full", sqlite3.OperationalError("database or disk is full"), True),
+    ("busy", sqlite3.OperationalError("database is locked"), False),
+    ("corrupt", sqlite3.DatabaseError("database disk image is malformed"), False),
+]
+# fmt: on
+
+
+@pytest.fixture(params=[row[1:] for row in FAULTS], ids=[row[0] for row in FAULTS])
+def faults(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Faults:
+    """The faults of all links to SQLite files that are opened from now on."""
+    faults = Faults()
+    faults.error, faults.ends_transaction = request.param
+
+    class FaultyLink(scim_server.SqliteLink):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            run, run_many = self.run, self.run_many
+            self.run = lambda *arguments: (faults.count(self), run(*arguments))[1]
+            self.run_many = lambda *arguments: (faults.count(self), run_many(*arguments))[1]
+
+        def copy_to(self, target: Any) -> None:
+            with self.errors():
+                faults.count(target)
+            super().copy_to(target)
+
+    monkeypatch.setattr(scim_server, "SqliteLink", FaultyLink)
+    monkeypatch.setattr(scim_server.Application, "_watch", lambda *_: None)
+    return faults
+
+
+def content_of(file: Path) -> dict[str, list[Any]]:
+    """Return the rows of a file's tables, without those that the provisioning log writes."""
+    with closing(sqlite3.connect(file)) as connection:
+        tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+        return {
+            name: connection.execute(f"SELECT * FROM {name}").fetchall()
+            for (name,) in tables.fetchall()
+            if name not in ("request", "setting", "sqlite_sequence")
+        }
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Replace the content of an SQLite file, which may be in use, in one transaction."""
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
+@pytest.fixture
+def faulty(tmp_path: Path, faults: Faults) -> Iterator[scim_server.Application]:
+    """An application that always has the same time; acme has two users and a group of the first."""
+    config = scim_server.parse_config({**CONFIG, "data_dir": str(tmp_path)})
+    numbers = map(str, itertools.count())
+    now = scim_server.utc_now()
+    with closing(scim_server.Application(config, None, lambda: now, numbers.__next__)) as faulty:
+        directory = faulty.directory("acme")
+        for name in ("ada", "bob"):
+            directory.create("User", {"userName": name})
+        directory.create("Group", {"displayName": "Crew", "members": [{"value": "0"}]})
+        directory.store.backup(str(tmp_path / "before"))
+        directory.new_id = lambda: "new"
+        yield faulty
+
+
+def attempt(faulty: scim_server.Application, method: str, path: str, body: Any) -> Any:
+    """Return the answer to a request of acme."""
+    headers = {"authorization": "Bearer acme-secret"}
+    octets = json.dumps(body).encode()
+    return faulty.handle(scim_server.Request(method, f"/scim/v2{path}", "", headers, octets))
+
+
+def go_on(faulty: scim_server.Application) -> None:
+    """Check that a tenant can be written after a fault, which may have stopped it."""
+    faulty._opened("acme")
+    with faulty.directory("acme").store.writing() as session:
+        session.set_setting("number", str(int(session.setting("number") or 0) + 1))
+
+
+# fmt: off
+FAULTY_WRITES = [  # name, method, path, body; the users have the ids 0 and 1, the group 2
+    ("create", "POST", "/Users", {**TOMAS, "userName": "new"}),
+    ("PATCH of a user", "PATCH", "/Users/0",
+     patch_body(put("title", "Chief"), put("active", False), add("nickName", "Ada"))),
+    ("PATCH of a group", "PATCH", "/Groups/2",
+     patch_body(add("members", [{"value": "1"}]), remove('members[value eq "0"]'))),
+    ("delete", "DELETE", "/Users/0", None),
+]
+# fmt: on
+
+
+@each_row("method, path, body", FAULTY_WRITES)
+def test_write_is_whole_or_absent_whichever_call_of_the_database_fails(
+    tmp_path: Path, faulty: Any, faults: Faults, method: str, path: str, body: Any
+) -> None:
+    file = tmp_path / "acme.sqlite3"
+    before = content_of(file)
+    for answer in faults.each(lambda: attempt(faulty, method, path, body)):
+        assert answer.status in (503, 507) and answer.headers["Retry-After"]
+        assert content_of(file) == before
+        go_on(faulty)
+    assert content_of(file) != before
+
+
+def test_operations_of_a_bulk_are_whole_or_absent_whichever_call_fails(
+    tmp_path: Path, faulty: Any, faults: Faults
+) -> None:
+    def names() -> set[str]:
+        users, groups = (faulty.directory("acme").query(type) for type in ("User", "Group"))
+        return {user["userName"] for user in users.resources} | {
+            group["displayName"] for group in groups.resources
+        }
+
+    def run() -> Any:
+        copy_file(tmp_path / "before", tmp_path / "acme.sqlite3")
+        return attempt(faulty, "POST", "/Bulk", {"Operations": operations})
+
+    operations = [
+        {"method": "POST", "path": "/Users", "bulkId": "u", "data": {"userName": "new"}},
+        {"method": "PATCH", "path": "/Groups/2", "data": patch_body(put("displayName", "Team"))},
+        {"method": "DELETE", "path": "/Users/1"},
+    ]
+    for answer in faults.each(run):
+        go_on(faulty)
+        done = [False] * 3
+        if answer.status == 200:
+            done = [item["status"] < "300" for item in answer.body["Operations"]]
+        created, renamed, deleted = done
+        expected = ["ada", "Team" if renamed else "Crew"]
+        expected += ["new"] * created + ["bob"] * (not deleted)
+        assert names() == set(expected)
+    assert names() == {"ada", "new", "Team"}
+
+
+def test_restore_is_whole_or_absent_whichever_call_of_the_database_fails(
+    tmp_path: Path, faulty: Any, faults: Faults
+) -> None:
+    def run() -> Any:
+        copy_file(tmp_path / "before", tmp_path / "one")
+        with suppress(scim_server.StoreError):
+            scim_server.restore_file(str(tmp_path / "one"), str(backup), "acme", "now")
+
+    def names() -> list[str]:
+        with closing(scim_server.Store(tmp_path / "one")) as store:
+            users = scim_server.Directory(store).query("User").resources
+        return [user["userName"] for user in users]
+
+    backup = tmp_path / "backup"
+    directory = faulty.directory("acme")
+    directory.delete("User", "0")
+    directory.store.backup(str(backup))
+    for _ in faults.each(run):
+        assert names() in (["ada", "bob"], ["bob"])
+    assert names() == ["bob"]
 
 
 WIDE = "\uff21\uff44\uff41"  # Ada in full-width letters
@@ -7242,7 +7583,6 @@ def test_a_tenant_is_served_again_once_its_file_is_unlocked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
-    monkeypatch.setattr(scim_server, "RETRY_SECONDS", 0)
     with serving(tmp_path) as server:
         other = sqlite3.connect(tmp_path / "acme.sqlite3", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")
@@ -7251,6 +7591,7 @@ def test_a_tenant_is_served_again_once_its_file_is_unlocked(
             server.application.add_tenant({**CONFIG["tenants"][0], "custom_fields": []})
         assert scim.call("GET", "/Users").status_code == 503
         other.close()
+        wait_until(lambda: scim.call("GET", "/Users").status_code == 200)
         assert scim.get("/Users")["totalResults"] == 0
 
 
