@@ -2401,7 +2401,7 @@ def to_postgres(sql: str) -> tuple[str, bool | None]:
     numbers = itertools.count(1)
     sql = re.sub(r"\?", lambda mark: f"${next(numbers)}", sql)
     # How many rows a range or a sort reads depends on the values.
-    return sql, False if re.search(r"\b(key|rest)\)? [<>]|strpos|missing,", sql) else None
+    return sql, False if re.search(r"\b(key|rest)\)? [<>]|strpos|BY missing", sql) else None
 
 
 class PostgresLink(Link):
