@@ -7579,6 +7579,45 @@ def test_a_tenant_that_conflicts_with_another_is_refused(
             server.application.add_tenant(tenant)
 
 
+@on_postgresql
+def test_a_tenant_may_have_a_database_of_its_own(engine: str, tmp_path: Path) -> None:
+    acme, globex = CONFIG["tenants"][:2]
+    config = {"data_dir": str(tmp_path), "tenants": [acme, {**globex, "database": engine}]}
+    with scim_server.running(config) as server:
+        Scim(server.url, "globex-secret").user("ada")
+        assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == 0
+        assert [file.name for file in tmp_path.glob("*.sqlite3")] == ["acme.sqlite3"]
+
+
+@on_postgresql
+def test_a_tenant_moves_to_the_database_of_a_new_configuration(
+    engine: str, cluster: Cluster
+) -> None:
+    def configure(url: str) -> None:
+        tenant = {**CONFIG["tenants"][0], "database": url}
+        server.application.configure(scim_server.parse_config({**document, "tenants": [tenant]}))
+
+    document = {**CONFIG, "database": engine}
+    with cluster.database() as other, scim_server.running(document) as server:
+        scim = Scim(server.url, "acme-secret")
+        scim.user("ada")
+        for url, total in ((other, 0), (engine, 1)):
+            configure(url)
+            assert scim.get("/Users")["totalResults"] == total
+
+
+@on_postgresql
+def test_the_call_that_opens_a_tenant_is_in_its_log(engine: str) -> None:
+    with serving(engine) as server:
+        assert list(server.application.directories)[1] == "globex"
+        assert len(server.application.available) == 1
+        globex = Scim(server.url, "globex-secret")
+        globex.user("ada")
+        wait_until(lambda: server.directory("globex").requests())
+        [entry] = server.directory("globex").requests()
+        assert entry["status"] == 201
+
+
 def test_a_tenant_is_served_again_once_its_file_is_unlocked(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
