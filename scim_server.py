@@ -2313,7 +2313,11 @@ class SqliteDatabase(Database):
 # COMMITTED: a statement sees what the last holder of the lock has committed.
 
 OLDEST_POSTGRES = 14
-IN_TRANSACTION, IN_FAILED_TRANSACTION = 2, 3  # states of a connection, as libpq has them
+NO_TRANSACTION, IN_TRANSACTION, IN_FAILED_TRANSACTION = (
+    0,
+    2,
+    3,
+)  # states of a connection, as libpq has them
 POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
 SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
 POSTGRES_DEFAULTS = {  # of the connection; the URL may change them
@@ -2429,7 +2433,8 @@ class PostgresLink(Link):
         except driver.Error as error:
             raise StoreError(
                 f"{self.place}: cannot be used ({reason_of(error)}); "
-                "correct the URL, or start the server"
+                "correct the URL, or start the server",
+                "its server cannot be reached",  # a client need not know where that is
             ) from error
         if (version := self._connection.info.server_version // 10_000) < OLDEST_POSTGRES:
             raise StoreError(
@@ -2505,7 +2510,8 @@ class PostgresLink(Link):
                 self._connection.pgconn.consume_input()
         except psycopg().OperationalError:
             return False
-        return not self.in_transaction and len(self._schemas) < SCHEMAS_PER_LINK
+        is_idle = self._connection.info.transaction_status == NO_TRANSACTION
+        return is_idle and len(self._schemas) < SCHEMAS_PER_LINK
 
     def run_script(self, sql: str) -> Any:
         """Run statements without values in one round trip."""
