@@ -129,8 +129,8 @@ MAX_VISITS, MAX_MEMBER_CHANGES = 1_000_000, 100_000
 # Bytes of a body: of any request, of a bulk request, and where no token is needed.
 MAX_BODY, MAX_BULK_BODY, MAX_PUBLIC_BODY = 2 * 1024 * 1024, 10 * 1024 * 1024, 8 * 1024
 MAX_CONTAINERS = 250_000  # objects and lists of a body: each takes far more memory than its text
-LINK_SIZE = 200  # bytes of a member of a group, or a group of a user, in an answer
-MAX_PAGE = 8 * 1024 * 1024  # bytes of the resources in a page
+LINK_SIZE = 200  # characters of a member of a group, or a group of a user, in an answer
+MAX_PAGE = 8 * 1024 * 1024  # characters of the resources in a page
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
 CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
@@ -1722,7 +1722,6 @@ COMPARISONS = {  # each ? is the key; all but co and ew are one range of the ind
     "ew": "substr(key, -length(?), length(?)) = ?",
     "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # FF is greater than any byte of UTF-8
 }
-Item = TypeVar("Item")
 Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
 Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
@@ -1837,23 +1836,7 @@ class Window:
     offset: int = 0
     after: Position | None = None
     backward: bool = False  # towards the first resource; the page keeps the order of the query
-    size: int = 2**62  # bytes of resources that fit in; the first resource always does
-
-
-def fitting(
-    items: Iterable[Item], count: int, size: int, size_of: Callable[[Item], int]
-) -> tuple[list[Item], bool]:
-    """Return the first items, at most count, and whether there are more.
-
-    All but the first must fit in a size.
-    """
-    page: list[Item] = []
-    for item in items:
-        size -= size_of(item)
-        if len(page) == count or (page and size < 0):
-            return page, True
-        page.append(item)
-    return page, False
+    size: int = 2**62  # characters of resources that fit in; the first resource always does
 
 
 class Page(NamedTuple):
@@ -2689,16 +2672,19 @@ class Session:
 
         The first is the one at the window's position, also if the window is backward.
         """
+        matches, size = list[tuple[int, str, StoredResource]](), 0
         try:
-            rows = self.run(*compile_page(filters, sorting, window))
-            matches = ((row[0], row[1], StoredResource(*row[2:])) for row in rows)
-            return fitting(
-                matches, window.count, window.size, lambda match: len(match[2].body.encode())
-            )
+            for values in self.run(*compile_page(filters, sorting, window)):
+                row = StoredResource(*values[2:])
+                size += len(row.body)
+                if len(matches) == window.count or (size > window.size and matches):
+                    return matches, True
+                matches.append((values[0], values[1], row))
         except sqlite3.OperationalError as error:
             if "parser stack" in str(error) or "too large" in str(error):
                 raise invalid_filter("filter: too many terms or brackets") from None
             raise
+        return matches, False
 
     # -- Memberships --
 
@@ -3779,21 +3765,21 @@ class Directory:
     ) -> list[Resource | Encoded]:
         # Return the resources of rows, those that fit in a size, but the first in any case.
         resources, groups = list[Resource | Encoded](), dict[int, list[Resource]]()
-        members = self.resource_types["Group"].root.by_name["members"]
         for number, row in enumerate(map(self._with_current_fields, rows)):
             if number % DEFAULT_COUNT == 0:
                 batch = rows[number : number + DEFAULT_COUNT]
                 groups = session.groups([user.seq for user in batch if user.type == "User"])
-            selection = queries[row.type][1]
-            links = row.member_count * selection.includes(members) + len(groups.get(row.seq, ()))
-            size -= len(row.body.encode()) + LINK_SIZE * links
+            resource: Resource | Encoded
+            if url and queries[row.type][1] == WHOLE:
+                resource = self._encoded(session, row, groups, url)
+                size -= len(resource)
+            else:
+                resource = self._resource(session, row, queries[row.type][1], groups=groups)
+                links = resource.get("members") or resource.get("groups") or ()
+                size -= len(row.body) + LINK_SIZE * len(links)
             if size < 0 and resources:
                 break
-            resources.append(
-                self._encoded(session, row, groups, url)
-                if url and selection == WHOLE
-                else self._resource(session, row, selection, groups=groups)
-            )
+            resources.append(resource)
         return resources
 
     def _encoded(
@@ -4525,12 +4511,13 @@ class Usage:
         self._total, self._lock = 0, threading.Lock()
         self._crowded: set[str] = set()  # tenants of which a request was refused
 
-    def take(self, tenant: str, connections: int, octets: int) -> None:
-        """Note that a tenant takes so many more, or fewer if they are negative."""
+    def take(self, *changes: tuple[str, int, int]) -> None:
+        """Note that tenants take so many connections and octets more, or fewer if negative."""
         with self._lock:
-            self._connections[tenant] += connections
-            self._octets[tenant] += octets
-            self._total += octets
+            for tenant, connections, octets in changes:
+                self._connections[tenant] += connections
+                self._octets[tenant] += octets
+                self._total += octets
 
     def check_connections(self, tenant: str) -> None:
         """Raise ScimError 429 if a tenant can have no more connections with requests in flight."""
@@ -5952,7 +5939,7 @@ class ProvisioningLog(BackgroundWriter):
         if call.request.method not in ("POST", "PUT"):
             item.octets += len(to_json(item.response.body))
         if self.add(item):
-            self.usage.take(item.caller.tenant.name, 0, item.octets)
+            self.usage.take((item.caller.tenant.name, 0, item.octets))
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
@@ -5961,7 +5948,7 @@ class ProvisioningLog(BackgroundWriter):
                 write_log(store, items)
             except Exception:  # noqa: BLE001  a failing log must not stop provisioning
                 self.lost += len(items)
-            self.usage.take(items[0].caller.tenant.name, 0, -sum(item.octets for item in items))
+            self.usage.take((items[0].caller.tenant.name, 0, -sum(item.octets for item in items)))
 
 
 # ----------------------------------------------------------------------------
@@ -5985,7 +5972,12 @@ def list_employees(call: Call) -> Response:
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
     )
-    employees, more = fitting(rows, count, MAX_PAGE, lambda employee: len(repr(employee)))
+    employees, size, more = list[Employee](), 0, False
+    for employee in rows:
+        size += len(repr(employee))
+        if more := len(employees) == count or (size > MAX_PAGE and employees != []):
+            break
+        employees.append(employee)
     headers, cursor = {}, {}
     if more:
         cursor["nextCursor"] = str(employees[-1].id)
@@ -6821,7 +6813,7 @@ class Connection:
     def __init__(self, socket: socket.socket, client: str, usage: Usage) -> None:
         socket.setblocking(False)
         self.socket, self.client, self.usage = socket, client, usage
-        self.held = ("", 0)  # what it takes of usage: its tenant, and octets
+        self.held = "", 0  # what it takes of usage: its tenant, and octets
         self.events = 0  # what the selector watches the socket for
         self.since = time.monotonic()  # when it came, or last had an answer with a good token
         self.buffer = bytearray()  # arrived and not parsed yet
@@ -6847,9 +6839,8 @@ class Connection:
 
     def hold(self, tenant: str, octets: int) -> None:
         # Account for a request in flight, of a tenant or "", and for its body or its answer.
-        before, self.held = self.held, (tenant, octets)
-        self.usage.take(before[0], -bool(before[0]), -before[1])
-        self.usage.take(tenant, bool(tenant), octets)
+        self.usage.take((self.held[0], -1, -self.held[1]), (tenant, 1, octets))
+        self.held = (tenant, octets)
 
     def receive(self) -> bool:
         """Move the octets that arrived to the buffer; return False if the client has closed."""
@@ -7328,7 +7319,10 @@ class ScimServer(Watcher):
         head = yield from read_head(connection.buffer, line)
         connection.request = request = self.build_request(head, connection.client)
         connection.minor_version = head.minor_version
-        caller = yield from self._find_caller(connection, request)
+        if self.application.must_ask(request):
+            caller = yield from self._ask(connection, request)
+        else:
+            caller = self.application.known_caller(request)
         connection.request = request = request._replace(caller=caller or False)
         self.usage.check_connections(request.tenant)
         connection.hold(request.tenant, len(connection.buffer))
@@ -7352,13 +7346,11 @@ class ScimServer(Watcher):
         )
         return request._replace(body=(yield from body))
 
-    def _find_caller(
+    def _ask(
         self, connection: Connection, request: Request
     ) -> Generator[bool, None, Caller | None]:
-        # Return who sent a request. A hook is asked in a thread of its own: it may take its time,
-        # and must do so before the body, which strangers could fill the memory with.
-        if not self.application.must_ask(request):
-            return self.application.known_caller(request)
+        # Ask the hook who sent a request: before its body, with which a stranger could fill the
+        # memory, and in a thread of its own, because the hook may take its time.
         answer = Future[Caller | None]()
 
         def ask() -> None:
