@@ -56,6 +56,7 @@ import base64
 import copy
 import csv
 import difflib
+import errno
 import hashlib
 import hmac
 import http.client
@@ -7026,7 +7027,11 @@ class Watcher(http.server.HTTPServer, ABC):
                 connection.allow(HEAD_SECONDS)
         except (BlockingIOError, ConnectionError, ssl.SSLError):  # another process has it, or gone
             return
-        except OSError:  # there is no room, or no file descriptor
+        except OSError as error:  # there is no room, or no file descriptor
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                with suppress(OSError):
+                    self._evict()
+                    return
             self._selector.unregister(self.socket)
             self._paused = True
             return
@@ -7950,6 +7955,10 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
 # -- Commands: COMMANDS says what each of them does; None stands for status 0 --------
 
 
+EXIT_SECONDS = 14  # after SIGTERM; until STOP_SECONDS, requests in flight are answered
+RESERVED_FILES, FILES_PER_TENANT = 64, 24
+
+
 class UsageError(Exception):
     """A command that cannot run with these options; the text says why."""
 
@@ -7989,9 +7998,9 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
 
 def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
-    raise_file_limit()
     file = chosen_file(options)
     signature, config = file_signature(file), chosen_config(options)
+    config = fit_to_file_limit(config)
     with closing(Application(config, page=CONSOLE_PAGE)) as application:
         if not application.available:
             application.directory(config.tenants[0].name)  # raises the StoreError
@@ -7999,7 +8008,7 @@ def serve(options: argparse.Namespace) -> None:
         server = ScimServer(application, open_listener(config))
         for number in (signal.SIGINT, signal.SIGTERM):
             # stop() waits for the loop in this thread, so it needs another one.
-            signal.signal(number, lambda *_: threading.Thread(target=server.stop).start())
+            signal.signal(number, lambda *_: threading.Thread(target=end, args=[server]).start())
         if hasattr(signal, "SIGHUP"):
             # A false signature makes the next check reload the file. An Event would not do: a
             # second signal during its set() would wait for the lock that the first one holds.
@@ -8013,12 +8022,28 @@ def serve(options: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def raise_file_limit() -> None:
+def end(server: ScimServer) -> None:
+    """Stop a server; end the process if requests or stores still run after EXIT_SECONDS."""
+    # What is not committed then is undone at the next start, as after a crash.
+    timer = threading.Timer(EXIT_SECONDS, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+    server.stop()
+
+
+def fit_to_file_limit(config: Config) -> Config:
+    """Raise the limit of open files; return a configuration with the connections that it allows."""
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
 
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        # The others are for the tenants' files and their readers.
+        room = limit - min(limit // 2, RESERVED_FILES + FILES_PER_TENANT * len(config.tenants))
+        if 0 < room < config.max_connections:
+            log_line(f"max_connections: {room}, because only {limit} files may be open (ulimit -n)")
+            return replace(config, max_connections=room)
+    return config
 
 
 def open_listener(config: Config) -> socket.socket:

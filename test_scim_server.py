@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import base64
 import csv
+import errno
 import functools
 import gc
 import hashlib
@@ -8645,7 +8646,7 @@ def test_requests_that_arrived_before_a_stop_are_answered(server: scim_server.Sc
 
 
 def test_a_complete_request_is_never_evicted(engine: str) -> None:
-    with serving(engine, {**CONFIG, "max_connections": 3}) as server, ExitStack() as stack:
+    with serving(engine, {**CONFIG, "max_connections": 4}) as server, ExitStack() as stack:
         with server.directory("acme").store.writing():
             writers = [connect(stack, server), connect(stack, server)]
             for number, connection in enumerate(writers):
@@ -8850,6 +8851,24 @@ def test_three_hundred_slow_clients_block_no_other(engine: str) -> None:
         assert threading.active_count() < 2 * limit
         for connection in slow:
             connection.close()
+
+
+def test_without_file_descriptors_the_longest_idle_connection_is_closed(
+    monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
+) -> None:
+    accept, failures = server.get_request, [errno.EMFILE]
+
+    def accept_later() -> Any:
+        if failures:
+            raise OSError(failures.pop(), "Too many open files")
+        return accept()
+
+    with ExitStack() as stack:
+        first = connect(stack, server)
+        wait_until(lambda: server.connections)
+        monkeypatch.setattr(server, "get_request", accept_later)
+        assert exchange(server, LAST).startswith(b"HTTP/1.1 200 ")
+        assert first.recv(1) == b""
 
 
 def test_at_the_limit_a_new_connection_waits_for_an_answer(engine: str) -> None:
@@ -9451,6 +9470,50 @@ def test_the_server_raises_its_limit_of_open_files(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert re.search(rf"^Max open files +{hard} +{hard} ", limits, re.MULTILINE)
+
+
+def wrapper(folder: Path, *lines: str) -> Path:
+    """Return a program that runs some lines of Python and then the server."""
+    file = folder / "wrapper.py"
+    start = ["import sys", f"sys.path.insert(0, {str(HERE)!r})", "import scim_server"]
+    file.write_text("\n".join([*start, *lines, "sys.exit(scim_server.main())"]))
+    return file
+
+
+def test_with_few_open_files_idle_connections_lock_out_nobody(tmp_path: Path) -> None:
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
+    arguments = ["--config", str(config_file(tmp_path))]
+    with (
+        process(*arguments, file=wrapper(tmp_path, limit), stderr=subprocess.PIPE) as (
+            running,
+            url,
+            _,
+        ),
+        ExitStack() as stack,
+    ):
+        line = running.stderr.readline()
+        assert "max_connections: 144, because only 256 files may be open" in line
+        for _ in range(330):
+            address = ("127.0.0.1", port_of(url))
+            stack.enter_context(socket.create_connection(address, timeout=20))
+        assert Scim(url, "acme-secret").user("ada")["userName"] == "ada"
+
+
+def test_sigterm_ends_the_process_even_if_a_request_does_not_end(tmp_path: Path) -> None:
+    assert scim_server.STOP_SECONDS < scim_server.EXIT_SECONDS < 15
+    file = wrapper(
+        tmp_path,
+        "import threading",
+        "scim_server.STOP_SECONDS, scim_server.EXIT_SECONDS = 0.1, 0.5",
+        "scim_server.Directory.create = lambda *_: threading.Event().wait()",
+    )
+    with (
+        process("--config", str(config_file(tmp_path)), file=file) as (running, url, _),
+        socket.create_connection(("127.0.0.1", port_of(url)), timeout=10) as connection,
+    ):
+        connection.sendall(posted("ada"))
+        running.terminate()
+        assert running.wait(10) == 1
 
 
 def test_check_prints_when_a_token_was_last_used(tmp_path: Path) -> None:
