@@ -6867,7 +6867,7 @@ class Connection:
                 self.unsent = self.unsent[sent:]
                 self.note_moved(sent)
         except WOULD_BLOCK:  # the octets that were sent stay in memory with the others
-            self.hold(self.held[0], self.unsent.nbytes)
+            self.hold(self.request.tenant if self.request else "", self.unsent.nbytes)
         except OSError:  # the client is gone
             self.unsent, self.then = memoryview(b""), CLOSE
 
@@ -7474,6 +7474,7 @@ class ScimServer(Watcher):
         connection.authenticated = bool(response.tenant and response.route)
         if connection.authenticated:
             connection.since = time.monotonic()
+        connection.hold("", 0)  # before the client can send its next request on another connection
         connection.send(octets + body[: len(body) // 2 if cut else None])
         # The client reads meanwhile. Its next request on this connection finds the counts.
         self._note(request, response, time.perf_counter() - connection.started, len(body))
@@ -8008,7 +8009,9 @@ def serve(options: argparse.Namespace) -> None:
         server = ScimServer(application, open_listener(config))
         for number in (signal.SIGINT, signal.SIGTERM):
             # stop() waits for the loop in this thread, so it needs another one.
-            signal.signal(number, lambda *_: threading.Thread(target=end, args=[server]).start())
+            signal.signal(
+                number, lambda *_: threading.Thread(target=end_process, args=[server]).start()
+            )
         if hasattr(signal, "SIGHUP"):
             # A false signature makes the next check reload the file. An Event would not do: a
             # second signal during its set() would wait for the lock that the first one holds.
@@ -8022,7 +8025,7 @@ def serve(options: argparse.Namespace) -> None:
         server.serve_forever()
 
 
-def end(server: ScimServer) -> None:
+def end_process(server: ScimServer) -> None:
     """Stop a server; end the process if requests or stores still run after EXIT_SECONDS."""
     # What is not committed then is undone at the next start, as after a crash.
     timer = threading.Timer(EXIT_SECONDS, os._exit, [1])
