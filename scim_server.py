@@ -2297,11 +2297,8 @@ class SqliteDatabase(Database):
 # COMMITTED: a statement sees what the last holder of the lock has committed.
 
 OLDEST_POSTGRES = 14
-NO_TRANSACTION, IN_TRANSACTION, IN_FAILED_TRANSACTION = (
-    0,
-    2,
-    3,
-)  # states of a connection, as libpq has them
+# The states of a connection, as libpq has them.
+NO_TRANSACTION, IN_TRANSACTION, IN_FAILED_TRANSACTION = 0, 2, 3
 POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
 SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
 POSTGRES_DEFAULTS = {  # of the connection; the URL may change them
@@ -2353,7 +2350,7 @@ REMEDIES = {
     "25006": "it only reads: name the primary in the URL, or all servers and "
     "target_session_attrs=read-write",
     "42501": "let the role own its schemas: GRANT CREATE ON DATABASE {0.dbname} TO {0.user}",
-    "53": "give it more of that",
+    "53": "free space on its disk, or raise its limit",
     **dict.fromkeys(("", "08", "25", "40", "55", "57", "58", "XX"), "the server's log says more"),
 }
 
