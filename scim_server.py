@@ -2067,8 +2067,7 @@ class Link(ABC):
 
     @property
     def version(self) -> int:  # the format of the tables, 0 if there are none
-        with self.errors():
-            return int(self.run(self.VERSION).fetchone()[0])
+        return int(self.run(self.VERSION).fetchone()[0])
 
     def set_version(self, version: int) -> None:
         self.run(self.SET_VERSION.format(version))
@@ -2235,16 +2234,15 @@ def file_id(path: str) -> int:
 class SqliteDatabase(Database):
     """An SQLite file, or ":memory:" for one that ends with its store.
 
-    With must_exist it is not created, and all its content is checked first.
+    With must_exist it is not created but checked first, all of it.
     """
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
         self.location, self.place, self.is_quick = path, path, path != ":memory:"
-        self._must_exist = must_exist
         try:
-            if must_exist:
-                os.stat(path)
-            elif self.is_quick:  # personal data: for this user alone, as is the WAL then
+            if must_exist and not os.path.getsize(path):  # which raises if there is none
+                raise FileNotFoundError("it is empty")
+            if self.is_quick:  # personal data: for this user alone, as is the WAL then
                 Path(path).touch(0o600)
             # Closing a database removes its WAL.
             self._must_check = must_exist or os.path.exists(f"{path}-wal")
@@ -2260,12 +2258,11 @@ class SqliteDatabase(Database):
         if self._must_check:
             # A link of its own is closed at once, so that a damaged file can be replaced.
             with closing(SqliteLink(self.place)) as link:
-                if self._must_exist and not link.version:
-                    raise StoreError(f"{self.place}: is empty")
                 link.check_pages()
         link = SqliteLink(self.place, WRITER_PRAGMAS)
-        query = "SELECT name FROM sqlite_master WHERE type = 'table'"
-        self._unchecked = [name for (name,) in link.run(query).fetchall()]
+        self._unchecked = [
+            name for (name,) in link.run("SELECT name FROM sqlite_master WHERE type = 'table'")
+        ]
         self._ids = {
             file: file_id(file) for file in (self.place, f"{self.place}-wal", f"{self.place}-shm")
         }
@@ -3081,18 +3078,17 @@ def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
     mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
     address = f"{Path(backup).resolve().as_uri()}?{mode}"
     try:
-        with closing(SqliteLink(address, uri=True)) as source:
+        with closing(SqliteLink(address, uri=True)) as source, target.errors():
             source.copy_to(target)
-        if not target.version:
-            raise StoreError("not made by scim_server")
+            if not target.version:
+                raise StoreError("not made by scim_server")
+            owner = Session(target).setting("tenant")
         target.check_pages()
         migrate(target)
     except StoreError as error:
         raise StoreError(
             f"{backup}: cannot be restored ({error.reason}); choose another one"
         ) from error
-    with target.snapshot():
-        owner = Session(target).setting("tenant")
     if owner not in ("", tenant):
         raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
 
@@ -6230,7 +6226,7 @@ class Tenants:
         if isinstance(directory, Unopened):
             directory = self._opened(name) or directory
         if isinstance(directory, StoreError):
-            raise directory
+            raise directory.with_traceback(None)  # it would grow
         return directory
 
     @property
@@ -6586,19 +6582,13 @@ class Application(Tenants):
 
     def _directory_of(self, caller: Caller) -> Directory:
         # Return the caller's directory, in the name of its token, or raise ScimError 503.
-        tenant, token, directory = caller
-        if isinstance(directory, Unopened):
-            directory = self._opened(tenant.name) or directory
-        if isinstance(directory, StoreError):
+        try:
+            return self.directory(caller.tenant.name).on_behalf_of(caller.token.name)
+        except (StoreError, KeyError) as error:  # KeyError: the tenant was removed at this moment
             # Another reason may name another tenant, or a path on this machine.
-            reason = f" ({directory.reason})" if isinstance(directory, Damaged) else ""
-            raise ScimError(
-                503,
-                "",
-                f"the tenant's database cannot be used{reason}; the server's log says why",
-                RETRY,
-            )
-        return directory.on_behalf_of(token.name)
+            reason = f" ({error.reason})" if isinstance(error, Damaged) else ""
+            detail = f"the tenant's database cannot be used{reason}; the server's log says why"
+            raise ScimError(503, "", detail, RETRY) from None
 
     def _admit_operator(self, request: Request, access: str) -> None:
         # Raise ScimError 421 for a host name that is not this server's: a page on the Web can let a
