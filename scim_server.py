@@ -2252,7 +2252,11 @@ class SqliteDatabase(Database):
                 "choose a directory that this user may write to"
             ) from error
         self.writers = Pool(self._open_writer, 1)
-        self.readers = Pool(partial(SqliteLink, path, DURABLE), READERS) if self.is_quick else None
+        self.readers = Pool(self._open_reader, READERS) if self.is_quick else None
+
+    def _open_reader(self) -> Link:
+        self.verify()  # a new link must not lead to another file
+        return SqliteLink(self.place, DURABLE)
 
     def _open_writer(self) -> Link:
         if self._must_check:
@@ -2997,7 +3001,6 @@ class Store:
 
     @contextmanager
     def _snapshot(self, readers: Pool) -> Iterator[Session]:
-        self.database.verify()  # a new link must not lead to another file
         with readers.link(self.schema) as link, link.snapshot():
             yield Session(link)
 

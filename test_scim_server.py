@@ -3688,15 +3688,14 @@ def faulty(tmp_path: Path, faults: Faults) -> Iterator[scim_server.Application]:
             directory.create("User", {"userName": name})
         directory.create("Group", {"displayName": "Crew", "members": [{"value": "0"}]})
         directory.store.backup(str(tmp_path / "before"))
-        directory.new_id = lambda: "new"
         yield faulty
 
 
-def attempt(faulty: scim_server.Application, method: str, path: str, body: Any) -> Any:
-    """Return the answer to a request of acme."""
+def request_of_acme(method: str, path: str, body: Any) -> scim_server.Request:
+    """Return a request with the token of acme."""
     headers = {"authorization": "Bearer acme-secret"}
     octets = json.dumps(body).encode()
-    return faulty.handle(scim_server.Request(method, f"/scim/v2{path}", "", headers, octets))
+    return scim_server.Request(method, f"/scim/v2{path}", "", headers, octets)
 
 
 def go_on(faulty: scim_server.Application) -> None:
@@ -3724,37 +3723,53 @@ def test_write_is_whole_or_absent_whichever_call_of_the_database_fails(
 ) -> None:
     file = tmp_path / "acme.sqlite3"
     before = content_of(file)
-    for answer in faults.each(lambda: attempt(faulty, method, path, body)):
+    for answer in faults.each(lambda: faulty.handle(request_of_acme(method, path, body))):
         assert answer.status in (503, 507) and answer.headers["Retry-After"]
         assert content_of(file) == before
         go_on(faulty)
     assert content_of(file) != before
 
 
-def test_operations_of_a_bulk_are_whole_or_absent_whichever_call_fails(
-    tmp_path: Path, faulty: Any, faults: Faults
+SEVERAL_WRITES = [  # method, path, body
+    ("POST", "/Users", {"userName": "new"}),
+    ("PATCH", "/Groups/2", patch_body(put("displayName", "Team"))),
+    ("DELETE", "/Users/1", None),
+]
+
+
+def as_bulk(faulty: scim_server.Application) -> list[bool]:
+    """Send the writes as one request; return which of them are done."""
+    operations = [
+        {"method": method, "path": path, "bulkId": "b", "data": body}
+        for method, path, body in SEVERAL_WRITES
+    ]
+    answer = faulty.handle(request_of_acme("POST", "/Bulk", {"Operations": operations}))
+    steps = answer.body["Operations"] if answer.status == 200 else [{"status": "503"}] * 3
+    return [step["status"] < "300" for step in steps]
+
+
+def as_batch(faulty: scim_server.Application) -> list[bool]:
+    """Send the writes as requests that share a commit; return which of them are done."""
+    answers = faulty.handle_all([request_of_acme(*write) for write in SEVERAL_WRITES])
+    return [answer.status < 300 for answer in answers]
+
+
+@pytest.mark.parametrize("send", [as_bulk, as_batch])
+def test_each_write_of_a_commit_is_whole_or_absent_whichever_call_fails(
+    tmp_path: Path, faulty: Any, faults: Faults, send: Any
 ) -> None:
+    def run() -> Any:
+        copy_file(tmp_path / "before", tmp_path / "acme.sqlite3")
+        return send(faulty)
+
     def names() -> set[str]:
         users, groups = (faulty.directory("acme").query(type) for type in ("User", "Group"))
         return {user["userName"] for user in users.resources} | {
             group["displayName"] for group in groups.resources
         }
 
-    def run() -> Any:
-        copy_file(tmp_path / "before", tmp_path / "acme.sqlite3")
-        return attempt(faulty, "POST", "/Bulk", {"Operations": operations})
-
-    operations = [
-        {"method": "POST", "path": "/Users", "bulkId": "u", "data": {"userName": "new"}},
-        {"method": "PATCH", "path": "/Groups/2", "data": patch_body(put("displayName", "Team"))},
-        {"method": "DELETE", "path": "/Users/1"},
-    ]
-    for answer in faults.each(run):
+    for created, renamed, deleted in faults.each(run):
         go_on(faulty)
-        done = [False] * 3
-        if answer.status == 200:
-            done = [item["status"] < "300" for item in answer.body["Operations"]]
-        created, renamed, deleted = done
         expected = ["ada", "Team" if renamed else "Crew"]
         expected += ["new"] * created + ["bob"] * (not deleted)
         assert names() == set(expected)
