@@ -2405,7 +2405,8 @@ class PostgresLink(Link):
         try:
             options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(address)
             settings = [f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items()]
-            options["options"] = " ".join([*settings, options.get("options", "")])
+            # pgbouncer refuses a blank at the end.
+            options["options"] = " ".join([*settings, options.get("options", "")]).rstrip()
             self._connection = driver.connect(
                 **options,
                 autocommit=True,
