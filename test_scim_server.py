@@ -3085,6 +3085,20 @@ def test_spoiled_database_undoes_the_write_and_recovers(
 
 
 @on_sqlite
+def test_each_commit_waits_for_the_disk(connections: Any, scim: Scim) -> None:
+    scim.user("ada")
+    pragmas = [
+        [
+            connection.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "synchronous")
+        ]
+        for connection in connections
+        if connection.execute("PRAGMA database_list").fetchone()[2].endswith("acme.sqlite3")
+    ]
+    assert pragmas and pragmas == [["wal", 2]] * len(pragmas)
+
+
+@on_sqlite
 def test_bulk_on_a_full_disk_leaves_nothing(connections: Any, scim: Scim) -> None:
     scim.user("ada")
     set_pragma(connections, "max_page_count = 1")
@@ -10018,6 +10032,74 @@ def printed_block(first_screen: Any, number: int) -> list[str]:
     """Return the lines of output in the README's first screen, with the URL of the server."""
     base = first_screen["url"].removesuffix("/scim/v2")
     return blocks("")[number].strip().replace("http://127.0.0.1:8080", base).split("\n")
+
+
+# fmt: off
+GUARANTEES = [  # the start of a sentence of "Guarantees and limits", the tests that check it
+    ("`kill -9` under load", test_acknowledged_write_survives_sigkill),
+    ("Each commit waits", test_each_commit_waits_for_the_disk),
+    ("If the clock goes back", test_times_of_changes_never_go_back),
+    ("A request of 1 to 1 000", test_spoiled_database_undoes_the_write_and_recovers,
+     test_disk_that_fills_up_during_writes_loses_nothing,
+     test_waiting_writes_share_a_commit_but_not_an_error),
+    ("In a Bulk of up to", test_a_later_commit_of_a_bulk_that_fails_is_the_error_of_its_operations,
+     test_nothing_remains_of_a_cycle_that_fails),
+    ("A PATCH visits", test_a_patch_that_visits_too_many_values_is_refused,
+     test_long_texts_count_as_several_values, test_the_cost_of_a_patch_grows_like_its_body,
+     test_a_request_changes_a_hundred_thousand_members_at_most),
+    ("A resource has", test_a_resource_has_at_most_two_mebibytes),
+    ("A Bulk commits", test_a_long_bulk_lets_others_write_in_between),
+    ("Operations of a Bulk", test_operations_that_need_each_other_are_small),
+    ("A full disk", test_spoiled_database_undoes_the_write_and_recovers),
+    ("A locked file", test_file_that_another_process_locks_is_503_until_it_is_free),
+    ("A damaged file", test_damaged_file_stops_its_own_tenant_only),
+    ("No query, id, cursor", test_no_query_finds_anything_of_another_tenant,
+     test_an_id_of_another_tenant_is_like_an_unknown_one,
+     test_a_cursor_of_another_tenant_is_invalid,
+     test_a_reference_to_another_tenant_is_an_unknown_one),
+    ("Each tenant has 1 file", test_tenant_never_gets_the_file_of_another_one),
+    ("0 log entries", test_no_secret_enters_the_log,
+     test_mistake_in_a_token_does_not_print_the_secret),
+    ("Data files have", test_only_the_owner_may_read_a_tenants_file),
+    ("0 answers of the API", test_no_cache_keeps_an_answer),
+    ("`/healthz`, `/readyz`", test_operators_use_an_address_or_a_configured_name),
+    ("300 slow clients", test_three_hundred_slow_clients_block_no_other),
+    ("A head must arrive", test_a_client_that_falls_silent_is_disconnected),
+    ("A body, or a client", test_a_transfer_is_cut_when_it_stalls_or_is_too_slow,
+     test_a_reader_that_takes_nothing_is_cut),
+    ("What the head decides", test_what_the_head_decides_is_answered_before_the_body,
+     test_bodies_without_a_token_fill_no_memory),
+    ("Requests that 2 HTTP", test_request_that_could_hide_another_ends_the_connection,
+     test_malformed_head_is_refused_before_its_body_is_read),
+    ("It has at most 1/2 of the conn", test_no_tenant_has_more_than_half_of_the_connections,
+     test_a_long_poll_makes_room_for_the_next_request_of_its_tenant,
+     test_slow_readers_lock_out_nobody),
+    ("It has at most 1/2 of `max", test_bodies_in_flight_have_a_limit_and_a_tenant_has_half_of_it,
+     test_answers_in_flight_count_for_the_limit),
+    ("It has 4 of the 8", test_a_tenant_has_half_of_the_threads_for_reads),
+    ("Request line 8 KiB", test_limit_of_a_head_is_exact,
+     test_malformed_head_is_refused_before_its_body_is_read),
+    ("Body 2 MiB", test_malformed_head_is_refused_before_its_body_is_read),
+    ("Bulk 1 000 operations", test_bulk_has_at_most_a_thousand_operations),
+    ("A page of an answer", test_members_count_for_the_size_of_a_page,
+     test_page_of_employees_ends_at_8_mib_too),
+    ("Text 64 KiB", test_error_of_a_bad_body_names_the_place),
+    ("Filter, PATCH path", test_comparison_of_the_wrong_type_names_the_attribute,
+     test_long_name_is_ignored_or_refused_in_few_words),
+    ("A compressed body", test_a_compressed_body_is_refused_before_it_is_parsed),
+]
+# fmt: on
+
+
+def test_each_guarantee_of_the_readme_names_a_number_and_its_tests() -> None:
+    section = README.partition("\n## Guarantees and limits\n")[2].partition("\nNot included")[0]
+    rows = [line.split(" | ")[1].removesuffix(" |") for line in section.splitlines()[2:] if line]
+    sentences = [text for row in rows for text in re.split(r"(?<=\.) (?=[A-Z0-9`])", row)]
+    assert all(re.search(r"\d", sentence) for sentence in sentences)
+    starts = [start for start, *_ in GUARANTEES]
+    unmatched = [sentence for sentence in sentences if sum(map(sentence.startswith, starts)) != 1]
+    assert unmatched == [] and len(sentences) == len(starts)
+    assert all(globals()[test.__name__] is test for _, *tests in GUARANTEES for test in tests)
 
 
 def test_the_readme_begins_with_the_commands_to_run() -> None:
