@@ -350,7 +350,7 @@ class Attribute:
         if self.case_exact or value.isascii():
             return str(value if self.case_exact else value.lower())
         # é may be sent as one character or as two (RFC 7644 §5). Case folding takes some apart.
-        text = value.translate(WIDTHS if self.is_name else {})
+        text = value.translate(WIDTHS) if self.is_name else value
         return normalize("NFC", normalize("NFC", text).casefold())
 
 
@@ -913,7 +913,7 @@ class PatchPath:
     attributes: AttributePath  # (emails,)
     filter: Filter | None = None  # on its values: Compare(type, "eq", "work")
     sub_attribute: Attribute | None = None  # value
-    cost: int = 2  # of a visit to one value, in terms of a filter
+    cost: int = 3  # of a visit to one value, in terms of a filter
 
 
 # PATH = attrPath / valuePath [subAttr]
@@ -935,7 +935,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
         raise invalid_path(
             f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
         )
-    return PatchPath(attributes, filter, sub, cost=2 + len(tokens) // 4)
+    return PatchPath(attributes, filter, sub, cost=3 + len(tokens) // 4)
 
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
@@ -1476,12 +1476,20 @@ def accept_operand(op: str, path: PatchPath, value: Json) -> Json:
     }
 
 
+def check_member_changes(count: int) -> None:
+    # Raise ScimError 400 tooMany for more changes of members than a request may make.
+    if count > MAX_MEMBER_CHANGES:
+        raise ScimError(400, "tooMany", f"members: more than {MAX_MEMBER_CHANGES} changes")
+
+
 def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
     """Return the ids of the members that operations can change; None means any member.
 
     The directory reads these members only, so that a change costs the same in a large group.
+    ScimError 400 tooMany for more of them than a request may change.
     """
     changes = [step for step in operations if step.path.attributes[0].is_membership]
+    check_member_changes(sum(len(step.value or ()) for step in changes if step.names_members))
     return (
         {item["value"] for step in changes for item in step.value or ()}
         if all(
@@ -1654,7 +1662,7 @@ def change_value(attribute: Attribute, value: Resource, operation: Operation) ->
         sub = attribute.by_name[name.lower()]
         if sub.mutability == "immutable" and part != value.get(name):
             raise ScimError(400, "mutability", f"{attribute.path}: id and type cannot be changed")
-        change(sub, value, replace(operation, value=part))
+        change(sub, value, Operation(operation.op, operation.path, part, operation.sent))
 
 
 def equal_terms(filter: Filter) -> Resource:
@@ -3536,8 +3544,8 @@ class Directory:
             if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
             else parse_operations(resource_type, body)
         )
+        touched = touched_member_ids(operations)
         with self.store.writing() as session:
-            touched = touched_member_ids(operations)
             row, before = self._find_to_write(session, type, id, condition, touched)
             patched = apply_patch(resource_type, before, operations)
             replaces = any(step.op == "replace" and step.names_members for step in operations)
@@ -3886,8 +3894,7 @@ class Directory:
         )
         lost = old.keys() - new.keys()
         differing = [member for member in new.items() if member not in old.items()]
-        if len(lost) + len(differing) > MAX_MEMBER_CHANGES:
-            raise ScimError(400, "tooMany", f"members: more than {MAX_MEMBER_CHANGES} changes")
+        check_member_changes(len(lost) + len(differing))
         removed = session.remove_members(row.seq, lost)
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
@@ -5138,7 +5145,7 @@ def signature(call: Call, content: bytes) -> bytes:
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
-MAX_CYCLE = 256 * 1024  # characters of operations that need each other, and share a transaction
+MAX_CYCLE = 128 * 1024  # characters of operations that need each other, and share a transaction
 SECONDS_PER_COMMIT = 1  # after which a Bulk commits, so that other writers have their turn
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
 Performed = tuple[Call, Response, float]  # a call, its answer, and how many seconds it took
@@ -5437,8 +5444,8 @@ def run_bulk(
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    types = call.directory.resource_types
-    bulk = Bulk(call, perform, [parse_bulk_operation(item, types) for item in items])
+    operations = [parse_bulk_operation(item, call.directory.resource_types) for item in items]
+    bulk = Bulk(call, perform, operations)
     answers = bulk.run(limit or len(items))
     for number, (performed, seconds) in bulk.calls.items():
         note(performed, bulk.responses[number], seconds)
@@ -6346,7 +6353,6 @@ ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "beare
 # Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
 # with the writes, one by one beside the writes, in a thread of its own.
 QUICK, READ, REMOTE, WRITE, BULK, SLOW = "quick", "read", "remote", "write", "bulk", "slow"
-HOST_ADDRESS = re.compile(r"[\d.]+|\[.*\]", re.ASCII)  # a Host that is no name
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
 # The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
 SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
@@ -6600,7 +6606,7 @@ class Application(Tenants):
         # name of its own stand for this machine (DNS rebinding), but not an address. Then raise 401
         # for /metrics unless the request is from this machine or has the metrics token.
         name = re.sub(r":\d+$", "", request.host).rstrip(".").lower()
-        if not HOST_ADDRESS.fullmatch(name) and (
+        if not re.fullmatch(r"[\d.]+|\[.*\]", name, re.ASCII) and (
             name not in ("localhost", self.config.host.lower(), *self.config.host_names)
         ):
             raise ScimError(421, "", f"host: {quoted(name)} is not one of the host_names")
@@ -6708,8 +6714,8 @@ class WsgiApplication:
             quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
         )
         # The path as it was sent, if the server passes it: in it an encoded slash is data.
-        target = environ.get("REQUEST_URI") or environ.get("RAW_URI", "")
-        sent = target.partition("?")[0].removeprefix(environ.get("SCRIPT_NAME", ""))
+        target = (environ.get("REQUEST_URI") or environ.get("RAW_URI", "")).partition("?")[0]
+        sent = target.removeprefix(environ.get("SCRIPT_NAME", ""))
         path = sent if unquote(sent) == unquote(path) else path
         id = headers.get("x-request-id", "")
         return Request(
