@@ -962,9 +962,6 @@ def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
 # ----------------------------------------------------------------------------
 
 
-RELATIVE = re.compile(r"(\.\./)*/?[\w~%-][\w.~%/-]*", re.ASCII)  # a URL without a host
-
-
 def lowercase_keys(
     value: Json, expected: str = "the body must be a JSON object"
 ) -> dict[str, Json]:
@@ -1048,7 +1045,7 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     if (
         "User" in attribute.reference_types
         and isinstance(value, str)
-        and not RELATIVE.fullmatch(value)
+        and not re.fullmatch(r"(\.\./)*/?[\w~%-][\w.~%/-]*", value, re.ASCII)
     ):
         return None
     if attribute.type == "complex":
@@ -5444,8 +5441,11 @@ def run_bulk(
         )
     if limit is not None and (type(limit) is not int or limit < 1):
         raise invalid_value(f"failOnErrors: expected 1 or more, got {quoted(limit)}")
-    operations = [parse_bulk_operation(item, call.directory.resource_types) for item in items]
-    bulk = Bulk(call, perform, operations)
+    bulk = Bulk(
+        call,
+        perform,
+        [parse_bulk_operation(item, call.directory.resource_types) for item in items],
+    )
     answers = bulk.run(limit or len(items))
     for number, (performed, seconds) in bulk.calls.items():
         note(performed, bulk.responses[number], seconds)
