@@ -121,7 +121,8 @@ BASE_PATH = "/scim/v2"
 DEFAULT_COUNT, MAX_COUNT = 100, 1_000  # default and maximum page size
 # PATCH of a group with more members answers 204: its cost depends on the change, not on the group.
 MAX_ANSWERED_MEMBERS = 1_000
-MAX_FILTER_LENGTH, MAX_FILTER_DEPTH = 8 * 1024, 50  # characters, nested brackets
+MAX_FILTER_LENGTH = 8 * 1024  # characters
+MAX_FILTER_TERMS, MAX_FILTER_DEPTH = 300, 8  # nested brackets; SQLite limits the SQL of a filter
 MAX_DETAIL, MAX_TEXT = 4_000, 64 * 1024  # characters of an error's detail, of a value
 MAX_VALUES, MAX_DEPTH = 1_000, 50  # values of an attribute except members, nesting of a body
 # What a write may cost, so that others need not wait long: visits to values by a PATCH, in units of
@@ -758,9 +759,10 @@ def tokens_of(text: str) -> Tokens:
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
     """Return the tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError 400 invalidFilter."""
-    return parse_filter_tokens(
-        "", tokens_of(text), 0, partial(resolve, resource_type=resource_type)
-    )[0]
+    tokens = tokens_of(text)
+    if sum(text.lower() in ("and", "or") for _, text, _ in tokens) >= MAX_FILTER_TERMS:
+        raise invalid_filter(f"filter: more than {MAX_FILTER_TERMS} terms")
+    return parse_filter_tokens("", tokens, 0, partial(resolve, resource_type=resource_type))[0]
 
 
 # FILTER = attrExp / logExp / valuePath / *1"not" "(" FILTER ")"; "and" binds tighter than "or"
@@ -1197,12 +1199,9 @@ Entry = tuple[str, str, int]  # path, key, element
 
 
 def index_entries(
-    attribute: Attribute,
-    value: Mapping[str, Json],
-    element: int = 0,
-    key: Callable[[Attribute, Json], str] = Attribute.key,
+    attribute: Attribute, value: Mapping[str, Json], element: int = 0
 ) -> Iterator[Entry]:
-    """Yield an entry for each value in a resource (or complex value), simple or complex."""
+    """Yield an entry for each simple value in a resource (or complex value)."""
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         # The primary value is number 0: sorting uses it (RFC 7644 §3.4.2.3).
@@ -1212,9 +1211,10 @@ def index_entries(
             else [(element, item)]
         )
         for number, part in items:
-            yield sub.index, key(sub, part), number
             if sub.type == "complex":
-                yield from index_entries(sub, part, number, key)
+                yield from index_entries(sub, part, number)
+            else:
+                yield sub.index, sub.key(part), number
 
 
 # -- The stored form -----------------------------------------------------------
@@ -1255,6 +1255,7 @@ class StoredResource:
     def entries(self, resource_type: ResourceType) -> set[Entry]:
         return {
             *index_entries(resource_type.root, self.attributes),
+            *(("schemas", urn, 1) for urn in schemas_of(resource_type, self.attributes)[1:]),
             ("meta.created", date_time_key(self.created), 0),
             ("meta.lastmodified", date_time_key(self.modified), 0),
         }
@@ -1687,90 +1688,244 @@ def pruned(value: Json) -> Json:
 # ----------------------------------------------------------------------------
 # 6. Queries                                                   RFC 7644 §3.4.2
 #
-# The filter tree as SQL: conditions, the two halves of a sorted query, positions.
-# Every term is one range of the index: `seq IN (SELECT …)`, or a probe for one row.
-# At the end, the other rows that a store returns: employees and changes.
+# The filter tree as SQL: walks along the index, conditions on one row, the two halves of
+# a sorted query, positions. At the end, the other rows that a store returns: employees
+# and changes.
 # Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
 
+KEY_LENGTH = 400  # characters of a key in the index, the rest is beside it: PostgreSQL has a limit
+Sql = tuple[str, list[Any]]  # a text and its parameters, in order
+
+
+@lru_cache(4096)
+def path_number(path: str) -> int:
+    """Return the number that stands for an attribute's path in the index, as all servers do."""
+    # 48 bits of a digest: among 10 000 paths no two are equal, at odds of five millions to one.
+    return int.from_bytes(hashlib.sha256(path.encode()).digest()[:6], "big")
+
+
 # Entries that are not stored, because other tables have the values, by their attributes' paths.
-EACH = "seq, 0 AS element FROM resource"
+EACH = "'' AS rest, seq, 0 AS element FROM resource"
 MEMBERS = "group_seq AS seq, member_seq AS element FROM member"
 GROUPS = "member_seq AS seq, group_seq AS element FROM member"
+MEMBER = f"'' AS rest, {MEMBERS} JOIN resource ON resource.seq = member_seq"
 FIRST_ELEMENT = {  # the value to sort by; of other attributes it is element 0
     "members": "(SELECT min(member_seq) FROM member WHERE group_seq = entry.seq)",
     "groups": "(SELECT min(group_seq) FROM member WHERE member_seq = entry.seq)",
 }
 DERIVED_ENTRIES = {
     "schemas": f"CASE type WHEN 'User' THEN '{USER}' ELSE '{GROUP}' END AS key, {EACH} UNION ALL "
-    f"SELECT CASE path WHEN '{FACILIO.lower()}' THEN '{FACILIO}' ELSE '{ENTERPRISE}' END, seq, 1 "
-    f"FROM value WHERE path IN ('{FACILIO.lower()}', '{ENTERPRISE.lower()}')",
+    f"SELECT key, rest, seq, element FROM value WHERE path = {path_number('schemas')}",
     "id": f"id AS key, {EACH}",
     "meta": f"'1' AS key, {EACH}",
     "meta.resourcetype": f"type AS key, {EACH}",
-    "members": f"'1' AS key, {MEMBERS}",
-    "members.value": f"id AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
-    "members.type": f"lower(type) AS key, {MEMBERS} JOIN resource ON resource.seq = member_seq",
-    "members.display": f"display_key AS key, {MEMBERS} WHERE display_key IS NOT NULL",
-    "groups": f"'1' AS key, {GROUPS}",
-    "groups.value": f"id AS key, {GROUPS} JOIN resource ON resource.seq = group_seq",
-    "groups.type": f"'direct' AS key, {GROUPS}",
-    "groups.display": f"key, {GROUPS} JOIN value ON value.seq = group_seq AND path = 'displayname'",
+    "members": f"'1' AS key, '' AS rest, {MEMBERS}",
+    "members.value": f"id AS key, {MEMBER}",
+    "members.type": f"lower(type) AS key, {MEMBER}",
+    "members.display": f"substr(display_key, 1, {KEY_LENGTH}) AS key, "
+    f"substr(display_key, {KEY_LENGTH + 1}) AS rest, {MEMBERS} WHERE display_key IS NOT NULL",
+    "groups": f"'1' AS key, '' AS rest, {GROUPS}",
+    "groups.value": f"id AS key, '' AS rest, {GROUPS} JOIN resource ON resource.seq = group_seq",
+    "groups.type": f"'direct' AS key, '' AS rest, {GROUPS}",
+    "groups.display": f"key, rest, {GROUPS} JOIN value ON value.seq = group_seq "
+    f"AND path = {path_number('displayname')}",
 }
 ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")  # of positions
-COMPARISONS = {  # each ? is the key; all but co and ew are one range of the index
-    "eq": "key = ?",
-    "gt": "key > ?",
-    "ge": "key >= ?",
-    "lt": "key < ?",
-    "le": "key <= ?",
-    "co": "instr(key, ?) > 0",
-    "ew": "substr(key, -length(?), length(?)) = ?",
-    "sw": "key >= ? AND key < ? || CAST(x'FF' AS TEXT)",  # FF is greater than any byte of UTF-8
-}
-Sql = tuple[str, list[Any]]  # a condition and its parameters, in order
+OPERATOR_SIGNS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+Term = ValuePath | Present | Compare  # a filter on the index entries of one attribute
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
 Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
-COLUMNS = {"resource": "seq", "entry": "seq, element"}  # that identify a row in a condition
+TYPE = Attribute("resourceType", canonical_values=("User", "Group"), path="meta.resourceType")
+# A condition is on one row: a resource, or an entry in the brackets of a value path. By the name
+# of the row: the columns that identify it, and the name of the entries that are compared with it.
+ROWS = {"resource": (("seq",), "entry"), "entry": (("seq", "element"), "probe")}
 
 
-def compile_filter(filter: Filter, row: str = "resource", probe: bool = False) -> Sql:
-    """Return a filter as an SQL condition on a row: a resource or an index entry (value paths).
-
-    A probe is a look-up for one row, in place of a set of rows. Only equalities can be probes.
-    """
+def compile_filter(filter: Filter, row: str = "resource") -> Sql:
+    """Return a filter as an SQL condition on one row."""
     match filter:
         case And(filters):
-            # The most selective term comes first. If it matches few rows, the others are probes:
-            # SQLite would materialise a second set completely, even one of a million rows.
-            conditions = [
-                compile_filter(term, row, probe=number > 0 and breadth(filter) < 2)
-                for number, term in enumerate(sorted(filters, key=breadth))
-            ]
-            return join_sql(" AND ", conditions, "1 = 1")
+            return join_sql(" AND ", [compile_filter(inner, row) for inner in filters], "1 = 1")
         case Or(filters):
             return join_sql(" OR ", [compile_filter(inner, row) for inner in filters], "1 = 0")
         case Not(inner):
             sql, parameters = compile_filter(inner, row)
-            return f"NOT ({sql})", parameters
-        case ValuePath(target, inner):
-            sql, parameters = compile_filter(inner, "entry")
-            return row_in_index(target, row, f"key IN ('1', '') AND {sql}", parameters)
-        case Present(target):
-            return row_in_index(target, row, "key > ''", [])
-        case Compare(target, "eq", key) if probe and target[-1].index not in DERIVED_ENTRIES:
-            same = " AND ".join(f"probe.{name} = {row}.{name}" for name in COLUMNS[row].split(", "))
-            return (
-                f"EXISTS (SELECT 1 FROM value AS probe WHERE path = ? AND key = ? AND {same})",
-                [target[-1].index, key],
+            return f"NOT {sql}", parameters
+        case Compare((_, attribute), "eq", key) if attribute.index == TYPE.index:
+            return "(resource.type = ?)", [key]
+        case ValuePath() | Present() | Compare():
+            columns, alias = ROWS[row]
+            (entries, parameters), is_lookup = compile_entries(filter, alias)
+            of_row, of_entry = (
+                ", ".join(f"{name}.{column}" for column in columns) for name in (row, alias)
             )
+            # A term whose entries stand together is looked up for the row. Any other is a set.
+            # OFFSET is a fence: PostgreSQL would plan hundreds of terms as one join.
+            sql = (
+                f"EXISTS (SELECT 1 FROM {entries} AND ({of_entry}) = ({of_row}) LIMIT 1 OFFSET 0)"
+                if is_lookup
+                else f"({of_row}) IN (SELECT {of_entry} FROM {entries} LIMIT {2**62} OFFSET 0)"
+            )
+            return sql, parameters
+
+
+def compile_entries(term: Term, alias: str = "entry") -> tuple[Sql, bool]:
+    """Return what follows FROM to read the entries that match; conditions can be appended.
+
+    Also whether they stand together in the index, in the order of seq.
+    """
+    match term:
+        case ValuePath(target, inner):
+            first, others = split_filter(inner, lambda term: isinstance(term, Present | Compare))
+            entries, is_lookup = entries_of(target[-1], alias), False
+            if first:
+                entries, is_lookup = compile_entries(cast(Term, first), alias)
+            condition = compile_filter(others, alias)
+        case Present(target):
+            entries, condition, is_lookup = entries_of(target[-1], alias), ("key > ''", []), False
         case Compare(target, op, key):
-            condition = COMPARISONS[op]
-            return row_in_index(target, row, condition, [key] * condition.count("?"))
+            entries, condition = entries_of(target[-1], alias), compile_comparison(op, key)
+            is_lookup = op == "eq" and target[-1].index not in DERIVED_ENTRIES
+    return (f"{entries[0]} AND {condition[0]}", entries[1] + condition[1]), is_lookup
+
+
+def compile_comparison(op: str, key: str) -> Sql:
+    """Return the condition that an entry compares with a key as op says."""
+    match op:
+        case "co":
+            return "instr(key || rest, ?) > 0", [key]
+        case "ew":
+            start = f"length(key) + length(rest) - {len(key) - 1}"
+            return f"substr(key || rest, {start}) = ?", [key]
+        case "sw":
+            ends = [compare_keys("<", end) for end in text_after(key)]
+            return join_sql(" AND ", [compare_keys(">=", key), *ends])
+        case _:
+            return compare_keys(OPERATOR_SIGNS[op], key)
+
+
+def compare_keys(sign: str, key: str) -> Sql:
+    # An entry with less than KEY_LENGTH characters has no rest.
+    if len(key) < KEY_LENGTH:
+        return f"key {sign} ?", [key]
+    return f"(key, rest) {sign} (?, ?)", [key[:KEY_LENGTH], key[KEY_LENGTH:]]
+
+
+def text_after(prefix: str) -> list[str]:
+    """Return the first text after all that begin with a prefix; [] if there is none."""
+    start = prefix.rstrip(chr(sys.maxunicode))
+    following = ord(start[-1:] or "\0") + 1
+    return [start[:-1] + chr(0xE000 if following == 0xD800 else following)] * bool(start)
+
+
+def join_sql(word: str, conditions: Sequence[Sql], empty: str = "") -> Sql:
+    return (
+        f"({word.join(sql for sql, _ in conditions) or empty})",
+        [parameter for _, parameters in conditions for parameter in parameters],
+    )
+
+
+def entries_of(attribute: Attribute, alias: str = "entry") -> Sql:
+    """Return what follows FROM to read an attribute's index entries; conditions can be appended."""
+    if derived := DERIVED_ENTRIES.get(attribute.index):
+        return f"(SELECT {derived}) AS {alias} WHERE 1 = 1", []
+    paths = [("path = ?", [path_number(simple.index)]) for simple in simple_attributes(attribute)]
+    condition, parameters = join_sql(" OR ", paths, "1 = 0")
+    return f"value AS {alias} WHERE {condition}", parameters
+
+
+def simple_attributes(attribute: Attribute) -> Iterator[Attribute]:
+    # Yield the attributes that a complex one consists of, for it has no entries of its own.
+    if attribute.type != "complex":
+        yield attribute
+    for sub in attribute.sub_attributes:
+        yield from simple_attributes(sub)
+
+
+# -- Walks: what is read to find the matches --
+
+
+def compile_source(filter: Filter) -> tuple[Sql, str]:
+    """Return what follows FROM to read the matches, and the name of the row that orders them.
+
+    The most selective set of the index is read; what else is asked is asked about its resources.
+    """
+    term, others = split_filter(filter, is_set)
+    condition, parameters = compile_filter(others)
+    if not term:
+        return (f"resource WHERE {condition}", parameters), "resource"
+    rows, values = compile_set(term)
+    if is_walk(term):
+        # CROSS JOIN keeps SQLite from reading the resources first.
+        source, row = (
+            f"({rows}) AS entry CROSS JOIN resource WHERE resource.seq = entry.seq",
+            "entry",
+        )
+    else:
+        source, row = f"resource WHERE resource.seq IN ({rows})", "resource"
+        # Without this, SQLite would use the index of types, then sort the resources.
+        condition = condition.replace("resource.type =", "resource.type || '' =")
+    return (f"{source} AND {condition}", values + parameters), row
+
+
+def compile_set(filter: Filter) -> Sql:
+    """Return the query of the seq of all matches of a filter that is a set."""
+    match filter:
+        case Or(filters):
+            sets = [compile_set(inner) for inner in filters]
+            sql, values = join_sql(" UNION ", sets, "SELECT seq FROM resource WHERE 1 = 0")
+            return sql[1:-1], values
+        case ValuePath() | Present() | Compare():
+            (entries, values), _ = compile_entries(filter)
+            return f"SELECT entry.seq FROM {entries}", values
+        case _:
+            (source, values), _ = compile_source(filter)
+            return f"SELECT resource.seq FROM {source}", values
+
+
+def is_walk(filter: Filter) -> bool:
+    """Return whether the set of a filter is read in the order of seq, each resource once."""
+    match filter:
+        case Compare(target, "eq"):
+            single = not any(attribute.multi_valued for attribute in target)
+            return single and target[-1].index not in DERIVED_ENTRIES
+        case _:
+            return False
+
+
+def is_set(filter: Filter) -> bool:
+    """Return whether all matches are in sets of the index: no Not stands outside of one."""
+    match filter:
+        case And(filters):
+            return any(map(is_set, filters))
+        case Or(filters):
+            return all(map(is_set, filters))
+        case Compare((*_, attribute), "eq"):
+            return attribute.index != TYPE.index
+        case _:
+            return not isinstance(filter, Not)
+
+
+def split_filter(filter: Filter, suits: Callable[[Filter], bool]) -> tuple[Filter | None, Filter]:
+    """Return the most selective term that suits, None if there is none, and the remaining terms."""
+    terms = dict.fromkeys(terms_of(filter))
+    first = min((term for term in terms if suits(term)), key=breadth, default=None)
+    return first, And(tuple(term for term in terms if term is not first))
+
+
+def terms_of(filter: Filter) -> list[Filter]:
+    # Return the terms that must all match.
+    if not isinstance(filter, And):
+        return [filter]
+    return [term for inner in filter.filters for term in terms_of(inner)]
 
 
 def breadth(filter: Filter) -> int:
-    """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most."""
+    """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
+
+    3 is for most in no order.
+    """
     match filter:
         case Compare((*_, attribute), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
@@ -1779,44 +1934,11 @@ def breadth(filter: Filter) -> int:
         case ValuePath(_, inner):
             return breadth(inner)
         case And(filters):
-            return min(map(breadth, filters), default=2)
+            return min(map(breadth, filters), default=3)
         case Or(filters):
             return max(map(breadth, filters), default=0)
         case _:
-            return 2
-
-
-def all_in_index(filter: Filter) -> bool:
-    # Return whether all matches are in sets from the index: no Not stands outside of one.
-    match filter:
-        case And(filters):
-            return any(map(all_in_index, filters))
-        case Or(filters):
-            return all(map(all_in_index, filters))
-        case _:
-            return not isinstance(filter, Not)
-
-
-def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
-    return (
-        f"({word.join(sql for sql, _ in conditions) or empty})",
-        [parameter for _, parameters in conditions for parameter in parameters],
-    )
-
-
-def row_in_index(target: AttributePath, row: str, condition: str, parameters: list[Any]) -> Sql:
-    entries, values = entries_of(target[-1])
-    return (
-        f"({COLUMNS[row]}) IN (SELECT {COLUMNS[row]} FROM {entries} AND {condition})",
-        [*values, *parameters],
-    )
-
-
-def entries_of(attribute: Attribute) -> Sql:
-    """Return what follows FROM to read an attribute's index entries; conditions can be appended."""
-    if derived := DERIVED_ENTRIES.get(attribute.index):
-        return f"(SELECT {derived}) AS entry WHERE 1 = 1", []
-    return "value AS entry WHERE path = ?", [attribute.index]
+            return 3
 
 
 class Sorting(NamedTuple):
@@ -1830,7 +1952,7 @@ class Position(NamedTuple):
     """The place of a resource in a sorted query; missing is 1 if it has no value to sort by."""
 
     missing: int
-    key: str
+    key: str  # without its rest
     seq: int
 
 
@@ -1864,71 +1986,67 @@ def after_position_sql(missing: int, columns: str, after: Position | None, desce
     return "1 = 1" if not after or (missing > after.missing) != descending else "1 = 0", []
 
 
-def compile_filters(filters: Filters) -> Sql:
-    """Return the condition that a resource is of a type in filters and matches its filter."""
-    # The + hides the column from SQLite, which would walk the index of types instead of the set.
-    terms = [
-        (f"({'+' * all_in_index(filter)}type = ? AND {sql})", [type, *parameters])
-        for type, filter in filters.items()
-        for sql, parameters in [compile_filter(filter)]
+def of_types(filters: Filters) -> Filter:
+    """Return the filter that a resource is of a type in filters and matches its filter."""
+    alternatives = [
+        And((Compare((META, TYPE), "eq", type, type), inner)) for type, inner in filters.items()
     ]
-    return join_sql(" OR ", terms, "1 = 0")
+    return Or(tuple(alternatives)) if len(alternatives) > 1 else alternatives[0]
 
 
-def compile_page(filters: Filters, sorting: Sorting | None, window: Window) -> Sql:
+def compile_page(filter: Filter, sorting: Sorting | None, window: Window) -> Sql:
     """Return the query of a page and one row more; missing and key precede each resource."""
     descending = (sorting is not None and sorting.descending) != window.backward
     # The positions come first, so that the bodies of skipped resources are not read.
-    columns = "seq" if sorting or window.offset else "resource.*"
-    positions, parameters = compile_positions(sorting, window, descending, filters, columns)
+    columns = "resource.seq" if sorting or window.offset else "resource.*"
+    positions, parameters = compile_positions(filter, sorting, window, descending, columns)
     sql = f"{positions} LIMIT ? OFFSET ?"
-    if columns == "seq":
+    if columns == "resource.seq":
         sql = (
-            f"SELECT missing, key, resource.* FROM ({sql}) JOIN resource USING (seq) "
+            f"SELECT missing, key, resource.* FROM ({sql}) AS page JOIN resource USING (seq) "
             f"{ORDER[descending]}"
         )
     return sql, [*parameters, window.count + 1, window.offset]
 
 
 def compile_positions(
-    sorting: Sorting | None, window: Window, descending: bool, filters: Filters, columns: str
+    filter: Filter, sorting: Sorting | None, window: Window, descending: bool, columns: str
 ) -> Sql:
     """Return the query of the positions of all matches in order, from the window's position on."""
     # A sort walks along the index, then along the resources without a value: those come last in
     # ascending order and first in descending order (RFC 7644 §3.4.2.3).
-    condition, parameters = compile_filters(filters)
+    (source, parameters), row = compile_source(filter)
     missing, down = int(sorting is not None), " DESC" * descending
-    bound, bounds = after_position_sql(missing, "seq", window.after, descending)
-    keyless = (
-        f"SELECT {missing} AS missing, '' AS key, {columns} FROM resource "
-        f"WHERE {condition} AND {bound}"
-    )
+    bound, bounds = after_position_sql(missing, f"{row}.seq", window.after, descending)
+    keyless = f"SELECT {missing} AS missing, '' AS key, {columns} FROM {source} AND {bound}"
+    keyless_values, order = [*parameters, *bounds], f"ORDER BY {row}.seq{down}"
     if not sorting:
-        return f"{keyless} ORDER BY seq{down}", [*parameters, *bounds]
+        return f"{keyless} {order}", keyless_values
     entries, path = entries_of(attribute := sorting.target[-1])
     element = f"element = {FIRST_ELEMENT.get(attribute.index.partition('.')[0], 0)}"
-    walk, walk_bounds = after_position_sql(0, "key, seq", window.after, descending)
-    # A set from the index is made once; otherwise each step tests one resource, to the page's end.
-    among = (
-        f"seq IN (SELECT seq FROM resource WHERE {condition})"
-        if all(map(all_in_index, filters.values()))
-        else f"EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND {condition})"
-    )
+    walk, walk_bounds = after_position_sql(0, "key, entry.seq", window.after, descending)
+    among = f"entry.seq IN (SELECT resource.seq FROM {source})"
+    if not is_set(filter) or breadth(filter) > 1:  # each step tests one resource
+        condition, parameters = compile_filter(filter)
+        among = (
+            "EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND "
+            f"{condition} LIMIT 1 OFFSET 0)"
+        )
     limit = window.offset + window.count + 1
     keyed = (
-        f"SELECT * FROM (SELECT 0 AS missing, key, seq FROM {entries} AND {element} "
-        f"AND {walk} AND {among} ORDER BY key{down}, seq{down} LIMIT ?)"
+        f"SELECT * FROM (SELECT 0 AS missing, key, entry.seq FROM {entries} AND {element} "
+        f"AND {walk} AND {among} ORDER BY key{down}, entry.seq{down} LIMIT ?) AS keyed"
     )
     keyless = (
-        f"SELECT * FROM ({keyless} AND seq NOT IN (SELECT seq FROM {entries} "
-        f"AND {element}) ORDER BY seq{down} LIMIT ?)"
+        f"SELECT * FROM ({keyless} AND resource.seq NOT IN (SELECT entry.seq FROM {entries} "
+        f"AND {element}) {order} LIMIT ?) AS keyless"
     )
     halves = [
         (keyed, [*path, *walk_bounds, *parameters, limit]),
-        (keyless, [*parameters, *bounds, *path, limit]),
+        (keyless, [*keyless_values, *path, limit]),
     ]
+    # The second half is only run if the first has too few rows.
     (first, values), (second, others) = halves[::-1] if descending else halves
-    # SQLite runs the second half only if the first has too few rows.
     return f"{first} UNION ALL {second}", [*values, *others]
 
 
@@ -1976,7 +2094,7 @@ NewChange = tuple[str, str, str, Sequence[str]]
 # A Database is where one tenant's tables are: an SQLite file, or a schema in PostgreSQL. It
 # has pools of Links: a Link is a connection that runs SQL in transactions and savepoints.
 # The only chapter that names a database module; what an engine raises becomes a StoreError.
-# Uses chapters 1 and 2. Knows no table of chapter 8, and of HTTP only status numbers.
+# Uses chapters 1, 2 and 6. Knows no table of chapter 8, and of HTTP only status numbers.
 # ----------------------------------------------------------------------------
 
 BUSY_SECONDS = 5  # how long a write waits for another process, and a reader for a connection
@@ -2188,9 +2306,10 @@ class SqliteLink(Link):
             self.run, self.run_many = self._connection.execute, self._connection.executemany
             for pragma in pragmas:
                 self.run(f"PRAGMA {pragma}")
-        # Formats 1 to 5 had other keys.
+        # Older formats had other keys and paths.
         self._connection.create_function("text_key", 1, Attribute("text").key)
         self._connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
+        self._connection.create_function("path_number", 1, path_number)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -2536,65 +2655,90 @@ def is_postgres(location: str) -> bool:
 # Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
-MIGRATIONS = (  # the script at n makes a file of version n one of version n + 1
-    """
-    CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE resource (seq INTEGER PRIMARY KEY AUTOINCREMENT,
+FORMAT = 7  # of these tables
+TABLES = """
+    CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,  -- of a table
+        last INTEGER NOT NULL         -- the last number given out, also if its row is gone
+        ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS resource (seq INTEGER PRIMARY KEY,
         type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
         body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE value (path TEXT NOT NULL, key TEXT NOT NULL, seq INTEGER NOT NULL,
-        element INTEGER NOT NULL, PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
-    CREATE TABLE member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
-        display TEXT, display_key TEXT,         -- as its client sent it, and the key
+    CREATE TABLE IF NOT EXISTS value (
+        path INTEGER NOT NULL,        -- path_number()
+        key TEXT NOT NULL,            -- the first KEY_LENGTH characters of a key
+        seq INTEGER NOT NULL, element INTEGER NOT NULL,
+        rest TEXT NOT NULL,           -- those that follow
+        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+        display TEXT, display_key TEXT,          -- as its client sent it, and the whole key
         PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
     CREATE INDEX member_groups ON member (member_seq, group_seq);
-    """,
-    """
-    CREATE TABLE employee (id INTEGER PRIMARY KEY AUTOINCREMENT,
+    CREATE TABLE IF NOT EXISTS employee (id INTEGER PRIMARY KEY,
         user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one if it was deleted
         provisioned INTEGER NOT NULL, -- 0 when that user was deleted
-        external_id TEXT NOT NULL, user_name TEXT NOT NULL,          -- the userName as its key
-        active INTEGER NOT NULL, manager_id TEXT NOT NULL,           -- the manager's SCIM id, or ''
-        changed TEXT NOT NULL, record TEXT NOT NULL);                -- JSON
-    CREATE INDEX employee_external_id ON employee (external_id, provisioned);
-    CREATE INDEX employee_user_name ON employee (user_name, provisioned);
-    CREATE TABLE change (seq INTEGER PRIMARY KEY AUTOINCREMENT, at TEXT NOT NULL,
-        kind TEXT NOT NULL, id TEXT NOT NULL,   -- of the user or group, or the employee's number
+        external_id TEXT NOT NULL, user_name TEXT NOT NULL,      -- the userName as its key
+        active INTEGER NOT NULL, manager_id TEXT NOT NULL,       -- the manager's SCIM id, or ''
+        changed TEXT NOT NULL, record TEXT NOT NULL);            -- JSON
+    CREATE INDEX employee_external_id ON employee (substr(external_id, 1, 400), provisioned);
+    CREATE INDEX employee_user_name ON employee (substr(user_name, 1, 400), provisioned);
+    CREATE INDEX employee_manager ON employee (substr(manager_id, 1, 400)) WHERE manager_id <> '';
+    CREATE TABLE IF NOT EXISTS change (seq INTEGER PRIMARY KEY, at TEXT NOT NULL,
+        kind TEXT NOT NULL, id TEXT NOT NULL,    -- of the user or group, or the employee's number
         member TEXT NOT NULL,         -- of a membership
-        token TEXT NOT NULL, attributes TEXT NOT NULL);              -- JSON, names
-    CREATE INDEX change_at ON change (at);
-    """,
-    """
-    CREATE TABLE tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
-    """,
-    """
-    CREATE TABLE request (seq INTEGER PRIMARY KEY AUTOINCREMENT,
+        token TEXT NOT NULL, attributes TEXT NOT NULL);          -- JSON, names
+    CREATE INDEX change_id ON change (id);
+    CREATE INDEX change_member ON change (member) WHERE member <> '';
+    CREATE TABLE IF NOT EXISTS request (seq INTEGER PRIMARY KEY,
         level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
         subject TEXT NOT NULL,        -- id of the user or group, or ''
         entry TEXT NOT NULL);         -- JSON
-    CREATE INDEX change_id ON change (id);
-    CREATE INDEX change_member ON change (member) WHERE member <> '';
-    """,
-    """
-    DELETE FROM value WHERE path IN ('schemas', 'id', 'meta', 'meta.resourcetype');
-    DROP INDEX change_at;
-    CREATE INDEX employee_manager ON employee (manager_id) WHERE manager_id <> '';
-    """,
-    # renew_keys() does the same for resources. A former userName is known by its key only.
-    """
+    INSERT INTO number VALUES ('resource', 0), ('employee', 0), ('change', 0), ('request', 0)"""
+# Formats 1 to 6 were in SQLite files only. The first ones had fewer tables. The index had the path
+# as text, and entries of complex attributes: "." or ":" follows after their path in others. Formats
+# 1 to 5 had other keys of text that is not ASCII; a former userName is known by its key only.
+SET_ASIDE = """
+    ALTER TABLE value RENAME TO older_value;
+    DROP TABLE IF EXISTS tally;
+    DROP INDEX IF EXISTS resource_type;
+    DROP INDEX IF EXISTS member_groups;
+    DROP INDEX IF EXISTS employee_external_id;
+    DROP INDEX IF EXISTS employee_user_name;
+    DROP INDEX IF EXISTS employee_manager;
+    DROP INDEX IF EXISTS change_at;
+    DROP INDEX IF EXISTS change_id;
+    DROP INDEX IF EXISTS change_member"""
+COPY_OLDER = f"""
+    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
+    UPDATE number SET last = coalesce((SELECT seq FROM sqlite_sequence AS older
+        WHERE older.name = number.name), 0);
     UPDATE member SET display_key = text_key(display)
         WHERE length(display) < length(CAST(display AS BLOB));
     UPDATE employee SET user_name = name_key(user_name) WHERE id IN (SELECT id FROM employee
         WHERE length(user_name) < length(CAST(user_name AS BLOB)));
-    """,
-)
+    INSERT INTO value SELECT path_number(path), substr(key, 1, {KEY_LENGTH}), seq, element,
+        substr(key, {KEY_LENGTH + 1}) FROM (SELECT DISTINCT path FROM older_value
+            WHERE path NOT IN ('schemas', 'id', 'meta.resourcetype')
+            ORDER BY path_number(path)) AS paths CROSS JOIN older_value USING (path)
+        WHERE NOT EXISTS (SELECT 1 FROM older_value AS sub WHERE sub.path > paths.path || '.'
+            AND sub.path < paths.path || '/') AND NOT EXISTS (SELECT 1 FROM older_value AS sub
+            WHERE sub.path > paths.path || ':' AND sub.path < paths.path || char(59));
+    INSERT INTO value SELECT path_number('schemas'), '{ENTERPRISE}', seq, 1, ''
+        FROM older_value WHERE path = '{ENTERPRISE.lower()}';
+    INSERT INTO value SELECT path_number('schemas'), '{FACILIO}', seq, 1, ''
+        FROM older_value WHERE path = '{FACILIO.lower()}';
+    PRAGMA secure_delete = FAST;
+    DROP TABLE older_value"""
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
-COUNT = "INSERT INTO tally VALUES (?, ?) ON CONFLICT DO UPDATE SET count = count + excluded.count"
+MANY = 500  # values in one statement
+COUNT = """
+    INSERT INTO tally VALUES (?, ?) ON CONFLICT (type) DO UPDATE SET
+        count = tally.count + excluded.count"""
 PUT_RESOURCE = """
     INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq) DO UPDATE SET
         body = excluded.body, hidden = excluded.hidden, revision = excluded.revision,
@@ -2604,6 +2748,9 @@ PUT_EMPLOYEE = """
         user_id = excluded.user_id, provisioned = excluded.provisioned, active = excluded.active,
         external_id = excluded.external_id, user_name = excluded.user_name, changed =
         excluded.changed, manager_id = excluded.manager_id, record = excluded.record"""
+PUT_MEMBER = """
+    INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq) DO UPDATE SET
+        display = excluded.display, display_key = excluded.display_key"""
 
 
 class Session:
@@ -2618,30 +2765,40 @@ class Session:
         row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
         return StoredResource(*row) if row else None
 
-    def containing(self, text: str, condition: str = "hidden <> '{}'") -> Iterator[StoredResource]:
-        """Yield the resources that have a text in their body, or meet a condition."""
-        return itertools.starmap(
-            StoredResource,
-            self.run(f"SELECT * FROM resource WHERE instr(body, ?) OR {condition}", [text]),
-        )
+    def seqs_of(self, ids: Iterable[str]) -> dict[str, int]:
+        """Return the numbers of the resources with some ids, by id; unknown ids are left out."""
+        return dict(self._among("SELECT id, seq FROM resource WHERE id IN", ids))
+
+    def _among(self, sql: str, values: Iterable[Any], *parameters: Any) -> Iterator[Any]:
+        # Yield the rows of a query that ends with IN, for some of the values at a time.
+        remaining = list(values)
+        for start in range(0, len(remaining), MANY):
+            batch = remaining[start : start + MANY]
+            marks = ", ".join("?" * len(batch))
+            yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
+
+    def with_custom_fields(self) -> list[StoredResource]:
+        """Return the resources that have values of custom fields, or hide some."""
+        sql = "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'"
+        return [StoredResource(*columns) for columns in self.run(sql, [FACILIO])]
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         """Return whether a resource of a type, other than number seq, has a key at a path."""
-        return any(
-            self.run(
-                "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-                "WHERE path = ? AND key = ? AND type = ? AND resource.seq <> ? LIMIT 1",
-                [path, key, type, seq],
-            )
+        same, values = compare_keys("=", key)
+        rows = self.run(
+            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+            f"WHERE path = ? AND {same} AND type = ? AND resource.seq <> ? LIMIT 1",
+            [path_number(path), *values, type, seq],
         )
+        return bool(rows.fetchall())
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         """Store a resource and the differences in its index entries; a new one gets its seq."""
-        content = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
-        written = self.run(PUT_RESOURCE, [row.seq or None, row.type, row.id, *content])
         if not row.seq:
-            row.seq = written.lastrowid or 0
+            row.seq = self.next_number("resource")
             self.run(COUNT, [row.type, 1])
+        content = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
+        self.run(PUT_RESOURCE, [row.seq, row.type, row.id, *content])
         self.update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
@@ -2652,12 +2809,18 @@ class Session:
 
     def update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
         self.run_many(
-            "DELETE FROM value WHERE path = ? AND key = ? AND element = ? AND seq = ?",
-            [(*entry, seq) for entry in before - after],
+            "DELETE FROM value WHERE path = ? AND key = ? AND seq = ? AND element = ?",
+            [
+                (path_number(path), key[:KEY_LENGTH], seq, element)
+                for path, key, element in before - after
+            ],
         )
         self.run_many(
-            "INSERT INTO value (path, key, element, seq) VALUES (?, ?, ?, ?)",
-            [(*entry, seq) for entry in after - before],
+            "INSERT INTO value VALUES (?, ?, ?, ?, ?)",
+            [
+                (path_number(path), key[:KEY_LENGTH], seq, element, key[KEY_LENGTH:])
+                for path, key, element in after - before
+            ],
         )
 
     def total(self, filters: Filters) -> int:
@@ -2665,10 +2828,8 @@ class Session:
         if all(filter == EVERYTHING for filter in filters.values()):
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
-        condition, parameters = compile_filters(filters)
-        return int(
-            self.run(f"SELECT count(*) FROM resource WHERE {condition}", parameters).fetchone()[0]
-        )
+        (source, parameters), _ = compile_source(of_types(filters))
+        return int(self.run(f"SELECT count(*) FROM {source}", parameters).fetchone()[0])
 
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
@@ -2678,44 +2839,44 @@ class Session:
         The first is the one at the window's position, also if the window is backward.
         """
         matches, size = list[tuple[int, str, StoredResource]](), 0
-        try:
-            for values in self.run(*compile_page(filters, sorting, window)):
-                row = StoredResource(*values[2:])
-                size += len(row.body)
-                if len(matches) == window.count or (size > window.size and matches):
-                    return matches, True
-                matches.append((values[0], values[1], row))
-        except sqlite3.OperationalError as error:
-            if "parser stack" in str(error) or "too large" in str(error):
-                raise invalid_filter("filter: too many terms or brackets") from None
-            raise
+        for values in self.run(*compile_page(of_types(filters), sorting, window)):
+            row = StoredResource(*values[2:])
+            size += len(row.body)
+            if len(matches) == window.count or (size > window.size and matches):
+                return matches, True
+            matches.append((values[0], values[1], row))
         return matches, False
 
     # -- Memberships --
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
-        sql = "SELECT id, type, display FROM member JOIN resource ON seq = member_seq"
-        queries: list[Sql] = (
-            [(f"{sql} WHERE group_seq = ? ORDER BY member_seq", [group_seq])]
+        sql = (
+            "SELECT id, type, display FROM member JOIN resource ON seq = member_seq "
+            "WHERE group_seq = ?"
+        )
+        rows: Iterable[Any] = (
+            self.run(f"{sql} ORDER BY member_seq", [group_seq])
             if ids is None
-            else [(f"{sql} WHERE group_seq = ? AND id = ?", [group_seq, id]) for id in sorted(ids)]
+            else sorted(
+                self._among(f"{sql} AND member_seq IN", self.seqs_of(ids).values(), group_seq)
+            )
         )
         return [
             {"value": id, "$ref": f"/{type}s/{id}", "type": type}
             | ({} if display is None else {"display": display})
-            for query in queries
-            for id, type, display in self.run(*query).fetchall()
+            for id, type, display in rows
         ]
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
         """Return the groups that each of some resources is a direct member of."""
         groups: dict[int, list[Resource]] = {seq: [] for seq in seqs}
-        sql = (
-            f"SELECT member_seq, id, body FROM member JOIN resource ON resource.seq = group_seq "
-            f"WHERE member_seq IN ({', '.join('?' * len(seqs))}) ORDER BY member_seq, group_seq"
+        rows = self._among(
+            "SELECT member_seq, group_seq, id, body FROM member "
+            "JOIN resource ON resource.seq = group_seq WHERE member_seq IN",
+            seqs,
         )
-        for seq, id, body in self.run(sql, seqs) if seqs else ():
+        for seq, _, id, body in sorted(rows):
             groups[seq].append(
                 {
                     "value": id,
@@ -2727,35 +2888,34 @@ class Session:
         return groups
 
     def add_members(
-        self, group_seq: int, members: Iterable[tuple[str, str | None]], display: Attribute
+        self, group_seq: int, members: Mapping[str, str | None], display: Attribute
     ) -> list[str]:
-        """Store new members, or new displays of members, by id and display; return their ids."""
+        """Store new members, or new displays of members, by id; return the ids that exist."""
         # An id that no resource of the tenant has is ignored: one unknown member in a push of many
         # must not lose the others, because Okta does not repeat a push that failed.
-        sql = (
-            "INSERT INTO member SELECT ?, seq, ?, ? FROM resource WHERE id = ? ON CONFLICT DO "
-            "UPDATE SET display = excluded.display, display_key = excluded.display_key"
+        seqs = self.seqs_of(members)
+        self.run_many(
+            PUT_MEMBER,
+            [
+                (group_seq, seqs[id], text, None if text is None else display.key(text))
+                for id, text in members.items()
+                if id in seqs
+            ],
         )
-        rows = [
-            (group_seq, text, None if text is None else display.key(text), id)
-            for id, text in members
-        ]
-        return [row[-1] for row in rows if self.run(sql, row).rowcount]
+        return [id for id in members if id in seqs]
 
-    def remove_members(self, group_seq: int, ids: Iterable[str]) -> list[str]:
-        """Remove members from a group; return the ids of those that were members."""
-        sql = (
-            "DELETE FROM member WHERE group_seq = ? "
-            "AND member_seq = (SELECT seq FROM resource WHERE id = ?)"
+    def remove_members(self, group_seq: int, ids: Iterable[str]) -> None:
+        self.run_many(
+            "DELETE FROM member WHERE group_seq = ? AND member_seq = ?",
+            [(group_seq, seq) for seq in self.seqs_of(ids).values()],
         )
-        return [id for id in ids if self.run(sql, [group_seq, id]).rowcount]
 
     # -- Employees --
 
     def put_employee(self, row: EmployeeRow) -> int:
-        values = [row.id or None, *row[1:-2], to_json(row.record)]
-        written = self.run(PUT_EMPLOYEE, values)
-        return row.id or written.lastrowid or 0
+        id = row.id or self.next_number("employee")
+        self.run(PUT_EMPLOYEE, [id, *row[1:-2], to_json(row.record)])
+        return id
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
         return next(iter(self._employees("user_id = ?", [user_id])), None)
@@ -2765,9 +2925,11 @@ class Session:
         # It has no SCIM user any more, or one under another name that was deactivated. A userName
         # can be given to another person: if both have an externalId, that decides.
         rows = self._employees(
-            "active = 0 AND (external_id = nullif(?, '') OR user_name = ? AND provisioned = 0 AND "
-            "'' IN (external_id, ?)) ORDER BY external_id = nullif(?, '') DESC, id DESC LIMIT 1",
-            [external_id, user_name, external_id, external_id],
+            "active = 0 AND (substr(external_id, 1, 400) = ? AND external_id = ? AND "
+            "external_id <> '' OR substr(user_name, 1, 400) = ? AND user_name = ? AND "
+            "provisioned = 0 AND '' IN (external_id, ?)) "
+            "ORDER BY CASE external_id WHEN '' THEN 1 WHEN ? THEN 0 ELSE 1 END, id DESC LIMIT 1",
+            [external_id[:400], external_id, user_name[:400], user_name, external_id, external_id],
         )
         return rows[0] if rows else None
 
@@ -2775,21 +2937,23 @@ class Session:
         self, after: int, last: int, count: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
         """Return at most count employees with ids after one and up to another; since is a key."""
+        states = [0, 1] if active is None else [int(active)] * 2
         return self._employees(
-            "id > ? AND id <= ? AND ifnull(active = ?, 1) AND changed >= ? ORDER BY id LIMIT ?",
-            [after, last, active, since, count],
+            "id > ? AND id <= ? AND active IN (?, ?) AND changed >= ? ORDER BY id LIMIT ?",
+            [after, last, *states, since, count],
         )
 
     def reassign_reports(self, old_id: str, new_id: str) -> None:
         self.run(
-            "UPDATE employee SET manager_id = ? WHERE manager_id = ? AND manager_id <> ''",
-            [new_id, old_id],
+            "UPDATE employee SET manager_id = ? "
+            "WHERE substr(manager_id, 1, 400) = ? AND manager_id = ? AND manager_id <> ''",
+            [new_id, old_id, old_id],
         )
 
     def _employees(self, condition: str, values: Sequence[Any]) -> list[EmployeeRow]:
         rows = self.run(
             "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
-            f"FROM employee WHERE {condition}",
+            f"AS manager FROM employee WHERE {condition}",
             values,
         )
         return [
@@ -2801,7 +2965,9 @@ class Session:
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
         """Append rows to the change feed; drop those beyond the newest keep, or before a time."""
-        self.run_many("INSERT INTO change VALUES (NULL, ?, ?, ?, ?, ?, ?)", changes)
+        first = self.next_number("change", len(changes))
+        rows = [(seq, *change) for seq, change in enumerate(changes, first)]
+        self.run_many("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
             "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
@@ -2838,11 +3004,11 @@ class Session:
 
     def change_bounds(self) -> tuple[int, int]:
         """Return the number before the first change that is kept, and that of the newest change."""
-        return self.run(
-            "SELECT max(ifnull((SELECT min(seq) - 1 FROM change), seq), ifnull((SELECT "
-            "CAST(value AS INTEGER) FROM setting WHERE name = 'feed_start'), 0)), seq "
-            "FROM sqlite_sequence WHERE name = 'change'"
-        ).fetchone() or (0, 0)
+        last, first, start = self.run(
+            "SELECT last, (SELECT min(seq) - 1 FROM change), (SELECT value FROM setting "
+            "WHERE name = 'feed_start') FROM number WHERE name = 'change'"
+        ).fetchone()
+        return max(last if first is None else first, int(start or 0)), last
 
     def time_of_write(self, now: str) -> str:
         """Return the time of all changes in this session: now, but never before earlier ones."""
@@ -2857,12 +3023,14 @@ class Session:
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
         """Append entries, each preceded by its level and subject, and keep the newest."""
+        entries = [
+            (level, subject, to_json(entry).encode("utf-8", "replace").decode())
+            for level, subject, entry in rows
+        ]
+        first = self.next_number("request", len(entries))
         self.run_many(
-            "INSERT INTO request (level, subject, entry) VALUES (?, ?, ?)",
-            [
-                (level, subject, to_json(entry).encode("utf-8", "replace").decode())
-                for level, subject, entry in rows
-            ],
+            "INSERT INTO request VALUES (?, ?, ?, ?)",
+            [(seq, *entry) for seq, entry in enumerate(entries, first)],
         )
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
@@ -2872,8 +3040,9 @@ class Session:
         """Return entries between two numbers with a minimum level, newest first."""
         sql = (
             "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
-            "? AND ? IN ('', subject) AND instr(lower(entry), lower(?)) ORDER BY seq DESC LIMIT ?"
+            "? AND ? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT ?"
         )
+        text = text.encode().lower().decode()  # ASCII letters only, as SQL's lower() does
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
             for seq, level, subject, entry in self.run(
@@ -2881,24 +3050,25 @@ class Session:
             )
         ]
 
-    def unknown_ids(self, ids: Iterable[str]) -> list[str]:
-        return [
-            id for id in ids if not self.run("SELECT 1 FROM resource WHERE id = ?", [id]).fetchone()
-        ]
-
     # -- Settings --
+
+    def next_number(self, table: str, count: int = 1) -> int:
+        """Give out numbers of a table's rows: return the first of count."""
+        sql = "UPDATE number SET last = last + ? WHERE name = ? RETURNING last"
+        [[last]] = self.run(sql, [count, table]).fetchall()
+        return int(last) - count + 1
 
     def numbers(self) -> dict[str, int]:
         # Return the last number that each table has given out.
-        return dict(self.run("SELECT name, seq FROM sqlite_sequence").fetchall())
+        return dict(self.run("SELECT name, last FROM number").fetchall())
 
     def continue_numbering(self, numbers: Mapping[str, int]) -> None:
         """After a restore, reuse no number and end the feed for all its readers (410)."""
-        last = self.numbers()
-        last |= {name: max(seq, last.get(name, 0)) for name, seq in numbers.items()}
-        last["change"] = last.get("change", 0) + 1  # also for readers that had read all changes
-        self.run_many("DELETE FROM sqlite_sequence WHERE name = ?", [(name,) for name in last])
-        self.run_many("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", last.items())
+        last = {name: max(seq, numbers.get(name, 0)) for name, seq in self.numbers().items()}
+        last["change"] += 1  # also for readers that had read all changes
+        self.run_many(
+            "UPDATE number SET last = ? WHERE name = ?", [(seq, name) for name, seq in last.items()]
+        )
         self.set_setting("feed_start", str(last["change"]))
 
     def setting(self, name: str) -> str:
@@ -2906,40 +3076,39 @@ class Session:
         return row[0] if row else ""
 
     def set_setting(self, name: str, value: str) -> None:
-        self.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [name, value])
-
-
-def key_before_6(attribute: Attribute, value: Json) -> str:
-    # Return the key that a file of format 5 has for a value.
-    if attribute.type in STRING_TYPES and not attribute.case_exact:
-        return value.casefold()  # type: ignore[no-any-return]
-    return "1" if attribute.type == "complex" else attribute.key(value)
-
-
-def renew_keys(session: Session) -> None:
-    # Replace the keys that format 5 made of text that is not ASCII and of empty complex values.
-    # Two names that have become equal both stay: a name is compared only when it is written.
-    for row in session.containing(':""}', "length(body) < length(CAST(body AS BLOB))"):
-        # The values tell the custom fields, also those of an earlier configuration.
-        types = resource_types_of(row.attributes.get(FACILIO, {}))
-        entries = partial(index_entries, types[row.type].root, row.attributes)
-        session.update_index(row.seq, set(entries(key=key_before_6)), set(entries()))
+        self.run(
+            "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET "
+            "value = excluded.value",
+            [name, value],
+        )
 
 
 def migrate(link: Link) -> None:
     """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
     with link.transaction():
         version, session = link.version, Session(link)
-        if version > len(MIGRATIONS):
+        if version > FORMAT:
             raise StoreError(
                 f"{link.place}: written by a newer scim_server (format {version}, "
-                f"this one knows {len(MIGRATIONS)}); run that version"
+                f"this one knows {FORMAT}); run that version"
             )
-        for statement in ";".join(MIGRATIONS[version:]).split(";"):
-            session.run(statement)
-        if version < 6:
-            renew_keys(session)
-        link.set_version(len(MIGRATIONS))
+        if version < FORMAT:
+            scripts = [SET_ASIDE, TABLES, COPY_OLDER] if version else [TABLES]
+            for statement in ";".join(scripts).split(";"):
+                session.run(statement)
+            if 0 < version < 6:
+                renew_index(session)
+            link.set_version(FORMAT)
+
+
+def renew_index(session: Session) -> None:
+    # Make all entries again: other versions made other keys.
+    # Two names that have become equal both stay: a name is compared only when it is written.
+    session.run("DELETE FROM value")
+    for row in itertools.starmap(StoredResource, session.run("SELECT * FROM resource")):
+        # The values tell the custom fields, also those of an earlier configuration.
+        types = resource_types_of(row.attributes.get(FACILIO, {}))
+        session.update_index(row.seq, set(), row.entries(types[row.type]))
 
 
 class Store:
@@ -3889,10 +4058,10 @@ class Directory:
             {member["value"]: member.get("display") for member in resource.get("members", ())}
             for resource in (before, after)
         )
-        lost = old.keys() - new.keys()
-        differing = [member for member in new.items() if member not in old.items()]
-        check_member_changes(len(lost) + len(differing))
-        removed = session.remove_members(row.seq, lost)
+        removed = sorted(old.keys() - new.keys())
+        differing = dict(member for member in new.items() if member not in old.items())
+        check_member_changes(len(removed) + len(differing))
+        session.remove_members(row.seq, removed)
         written = session.add_members(row.seq, differing, members.by_name["display"])
         added = [id for id in written if id not in old]
         updated = [id for id in written if id in old]
@@ -3933,7 +4102,7 @@ class Directory:
     def _adopt_custom_fields(self, session: Session) -> None:
         configured = to_json(list(self._field_types.items()))
         if session.setting("custom_fields") != configured:
-            for row in list(session.containing(FACILIO)):
+            for row in session.with_custom_fields():
                 self._with_current_fields(row, session)
             session.set_setting("custom_fields", configured)
 
@@ -5073,7 +5242,9 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
         target = (*target, value_attribute)
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
-    return Sorting(target, order == "descending") if target else None
+    # A complex attribute without a value has no order either.
+    sortable = target and target[-1].type != "complex"
+    return Sorting(target, order == "descending") if target and sortable else None
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
@@ -5765,7 +5936,7 @@ def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     }
     # The answer shows who became a member; the store may have changed since.
     ids -= {member.get("value") for member in item.resource.get("members", ())}
-    if missing := session.unknown_ids(sorted(ids)):
+    if missing := sorted(ids - session.seqs_of(ids).keys()):
         yield "members", ", ".join(map(quoted, missing[:3])) + (", …" if missing[3:] else "")
 
 
@@ -6557,7 +6728,8 @@ class Application(Tenants):
         segments = [unquote(part) if "%" in part else part for part in path.split("/") if part]
         if route := self._routes.get(tuple(segments)):
             return route, ""
-        if route := self._routes.get((*segments[:-1], "{id}")):
+        route = self._routes.get((*segments[:-1], "{id}"))
+        if route and "\0" not in segments[-1]:
             return route, segments[-1]
         # At an unknown path below /scim/v2, 401 comes before 404.
         return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
