@@ -3664,8 +3664,9 @@ class Directory:
         filters = {name: filter for name, (filter, _) in queries.items()}
         with self.store.reading() as session:
             matches, more = session.page(filters, sorting, window)
-            rows = [row for *_, row in matches]
-            resources = self._page(session, rows, queries, window.size, base_url)
+            resources = self._page(
+                session, [row for *_, row in matches], queries, window.size, base_url
+            )
             more = more or len(resources) < len(matches)
             matches = matches[: len(resources)]
             # A first page that is not full, or one with the last match, says how many there are.
@@ -3710,12 +3711,13 @@ class Directory:
             if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
             else parse_operations(resource_type, body)
         )
-        touched = touched_member_ids(operations)
+        replaces = any(step.op == "replace" and step.names_members for step in operations)
         with self.store.writing() as session:
-            row, before = self._find_to_write(session, type, id, condition, touched)
-            patched = apply_patch(resource_type, before, operations)
-            replaces = any(step.op == "replace" and step.names_members for step in operations)
-            row = self._save(session, row, before, patched, replaces)
+            row, before = self._find_to_write(
+                session, type, id, condition, touched_member_ids(operations)
+            )
+            after = apply_patch(resource_type, before, operations)
+            row = self._save(session, row, before, after, replaces)
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -3725,11 +3727,13 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
-            groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
-            for group in [self._find(session, "Group", value) for value in groups if value != id]:
+            groups = [
+                item["value"] for item in session.groups([row.seq])[row.seq] if item["value"] != id
+            ]
+            for group in [self._find(session, "Group", group_id) for group_id in groups]:
                 session.remove_members(group.seq, [id])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            pairs = [(group, id) for group in groups if group != id]
+            pairs = [(group_id, id) for group_id in groups]
             pairs += [(id, member["value"]) for member in session.members(row.seq)]
             self._log(session, [("member.removed", *pair, ()) for pair in pairs])
             session.delete(row, row.entries(self._type(type)))
@@ -3763,10 +3767,6 @@ class Directory:
                 ids[group["displayName"]] = group["id"]
         return ids
 
-    def last_use(self, token: str) -> str:
-        """Return when a token was last used, as a dateTime; "" for never."""
-        return self._read(lambda session: session.setting(f"used {token}"))
-
     # -- Employees and changes --
 
     def employees(
@@ -3786,8 +3786,8 @@ class Directory:
             Session.employees, last=last, count=DEFAULT_COUNT, active=active, since=since
         )
         while rows := self._read(partial(read, after=after)):
-            for row in rows:
-                yield Employee(
+            yield from (
+                Employee(
                     id=row.id,
                     user_id=row.user_id,
                     external_id=row.external_id,
@@ -3796,6 +3796,8 @@ class Directory:
                     changed=row.changed,
                     **row.record,
                 )
+                for row in rows
+            )
             after = rows[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -3849,9 +3851,8 @@ class Directory:
         """
         seconds = MAX_WAIT if wait else 0
         while (changes := self.changes(after, seconds)) or (wait and self.store.wait(0)):
-            for change in changes:
-                after = change.seq
-                yield change
+            yield from changes
+            after = changes[-1].seq if changes else after
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; return the thread.
@@ -3883,8 +3884,11 @@ class Directory:
 
     def _type(self, type: ResourceType | str) -> ResourceType:
         if isinstance(type, str) and type not in self.resource_types:
-            names = ", ".join(self.resource_types)
-            raise ScimError(404, "", f"{quoted(type)} is no resource type; there are {names}")
+            raise ScimError(
+                404,
+                "",
+                f"{quoted(type)} is no resource type; there are {', '.join(self.resource_types)}",
+            )
         return self.resource_types[type] if isinstance(type, str) else type
 
     def _find(
@@ -3970,12 +3974,12 @@ class Directory:
             for schema in (resource_type.schema, *resource_type.extensions)
             if schema is resource_type.schema or offset_of_member(row.body, schema.id)
         )
-        location = resource_type.location(base_url, row.id)
         text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
         return Encoded(
             f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":'
             f'"{row.type}","created":"{row.created}","lastModified":"{row.modified}","version":'
-            f'{to_json(version)},"location":{to_json(location)}}},{text}{row.body[1:]}'
+            f'{to_json(version)},"location":'
+            f"{to_json(resource_type.location(base_url, row.id))}}},{text}{row.body[1:]}"
         )
 
     def _links(
@@ -4063,36 +4067,34 @@ class Directory:
         check_member_changes(len(removed) + len(differing))
         session.remove_members(row.seq, removed)
         written = session.add_members(row.seq, differing, members.by_name["display"])
-        added = [id for id in written if id not in old]
-        updated = [id for id in written if id in old]
-        kinds = (("removed", removed), ("added", added), ("updated", updated))
-        changes = [(f"member.{kind}", row.id, id, ()) for kind, ids in kinds for id in ids]
-        self._log(session, changes)
-        return len(added) - len(removed), bool(written or removed)
+        kinds = dict.fromkeys(removed, "removed")
+        kinds |= {id: "updated" if id in old else "added" for id in written}
+        self._log(session, [(f"member.{kind}", row.id, id, ()) for id, kind in kinds.items()])
+        return sum(id not in old for id in written) - len(removed), bool(kinds)
 
     def _record(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        names = list(changed_names(self.resource_types[row.type].root, before, after))
+        names = changed_names(self.resource_types[row.type].root, before, after)
         changes: list[NewChange] = [
-            (f"{row.type.lower()}.{change_kind(before, after)}", row.id, "", names)
+            (f"{row.type.lower()}.{change_kind(before, after)}", row.id, "", list(names))
         ]
         if row.type == "User":
-            now = self._now(session)
-            changes += update_employee(session, row.id, after, now, is_new=not before)
+            changes += update_employee(
+                session, row.id, after, self._now(session), is_new=not before
+            )
         self._log(session, changes)
 
     def _log(self, session: Session, changes: Sequence[NewChange]) -> None:
         # Append changes of one time to the feed, which is trimmed too.
-        if not changes:
-            return
-        now = self._now(session)
-        rows = [
-            (now, kind, id, member, self.token, to_json(names))
-            for kind, id, member, names in changes
-        ]
-        session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
+        if changes:
+            now = self._now(session)
+            rows = [
+                (now, kind, id, member, self.token, to_json(names))
+                for kind, id, member, names in changes
+            ]
+            session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
 
     def _now(self, session: Session) -> str:
         return session.time_of_write(time_text(self.clock()))
@@ -6250,21 +6252,22 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             for step, _, title, hint in STEPS
             if tenant.custom_fields or step != "custom"
         ]
+        tokens = [
+            {
+                "name": token.name,
+                "last_use": session.setting(f"used {token.name}"),
+                "expires": time_text(token.expires) if token.expires else "",
+                "expired": token.expired(now),
+            }
+            for token in tenant.tokens
+        ]
     return plain_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
             "steps": steps,
             "lost": log.lost,
-            "tokens": [
-                {
-                    "name": token.name,
-                    "last_use": directory.last_use(token.name),
-                    "expires": time_text(token.expires) if token.expires else "",
-                    "expired": token.expired(now),
-                }
-                for token in tenant.tokens
-            ],
+            "tokens": tokens,
             "last": directory.requests(count=1),
             "refused": directory.requests(text='"status":401'),
             "strangers": log.unknown_token_calls,
