@@ -4696,8 +4696,13 @@ class Usage:
         """Raise ScimError 429 if a tenant can have no more connections with requests in flight."""
         if tenant and self._connections[tenant] >= self.max_connections:
             self._crowded.add(tenant)
-            detail = f"{self.max_connections} requests of this tenant are in flight already"
-            raise ScimError(429, "", f"{detail}; that is half of max_connections", RETRY)
+            raise ScimError(
+                429,
+                "",
+                f"{self.max_connections} requests of this tenant are in flight already; "
+                "that is half of max_connections",
+                RETRY,
+            )
 
     def check_memory(self, tenant: str) -> None:
         """Raise ScimError 503 if a tenant, or all of them, take more memory than they may."""
@@ -4881,24 +4886,18 @@ def read_request_line(buffer: bytearray) -> Reading:
     return line
 
 
-def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
-    """Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505."""
-    if not (start := REQUEST_LINE.fullmatch(line)):
-        raise ScimError(400, "", "the request line is malformed")
-    if start[3] != b"1":
-        raise ScimError(505, "", "this server speaks HTTP/1.1")
-    # The end of the request line goes back, so that a head without fields ends like the others.
+def read_fields(buffer: bytearray, status: int) -> Generator[bool, None, dict[str, str]]:
+    """Read the header fields or trailers after a line (RFC 9112 §5), by names in lower case.
+
+    ScimError 400 for a malformed field; ScimError of that status for too many or too long ones.
+    """
+    # The end of the line before goes back, so that an empty line ends the fields even if it is all.
     buffer[:0] = b"\r\n"
-    detail = f"the header fields take more than {MAX_HEAD} octets"
-    headers = parse_fields((yield from read_until(buffer, b"\r\n\r\n", MAX_HEAD, 431, detail)))
-    check_framing(headers, int(start[4]))
-    return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
-
-
-def parse_fields(fields: bytes) -> dict[str, str]:
-    """Return header fields, which stand between line ends, by names in lower case; ScimError."""
+    octets = yield from read_until(
+        buffer, b"\r\n\r\n", MAX_HEAD, status, f"the header fields take more than {MAX_HEAD} octets"
+    )
+    lines = octets.split(b"\r\n")[1:-2]
     headers: dict[str, str] = {}
-    lines = fields.split(b"\r\n")[1:-2]
     for field_line in map(FIELD_LINE.fullmatch, lines):
         if not field_line:
             raise ScimError(400, "", "a header field is malformed")
@@ -4908,21 +4907,39 @@ def parse_fields(fields: bytes) -> dict[str, str]:
             raise ScimError(400, "", f"{name}: given twice")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if len(lines) > MAX_FIELDS:
-        raise ScimError(431, "", f"there are more than {MAX_FIELDS} header fields")
+        raise ScimError(status, "", f"there are more than {MAX_FIELDS} header fields")
     return headers
+
+
+def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
+    """Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505."""
+    if not (start := REQUEST_LINE.fullmatch(line)):
+        raise ScimError(400, "", "the request line is malformed")
+    if start[3] != b"1":
+        raise ScimError(505, "", "this server speaks HTTP/1.1")
+    headers = yield from read_fields(buffer, 431)
+    check_framing(headers, int(start[4]))
+    return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
     """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
     host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
-    if (host is None and minor_version > 0) or (host and not AUTHORITY.fullmatch(host)):
-        raise ScimError(400, "", "host: expected one host name or address with an optional port")
-    if length is not None and not LENGTH.fullmatch(length):
-        raise ScimError(400, "", "content-length: expected a number")
-    if coding is not None and (length is not None or minor_version == 0):
-        raise ScimError(400, "", "transfer-encoding: not with content-length or HTTP/1.0")
-    if coding is not None and coding.lower() != "chunked":
-        raise ScimError(400, "", "transfer-encoding: expected chunked alone")
+    valid_host = AUTHORITY.fullmatch(host) if host else host == "" or minor_version == 0
+    for is_valid, detail in (
+        (valid_host, "host: expected one host name or address with an optional port"),
+        (length is None or LENGTH.fullmatch(length), "content-length: expected a number"),
+        (
+            coding is None or (length is None and minor_version > 0),
+            "transfer-encoding: not with content-length or HTTP/1.0",
+        ),
+        (
+            coding is None or coding.lower() == "chunked",
+            "transfer-encoding: expected chunked alone",
+        ),
+    ):
+        if not is_valid:
+            raise ScimError(400, "", detail)
 
 
 def too_large(limit: int) -> ScimError:
@@ -4931,27 +4948,22 @@ def too_large(limit: int) -> ScimError:
 
 def read_chunks(buffer: bytearray, limit: int) -> Reading:
     """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
-    malformed = ScimError(400, "", "the chunked body is malformed")
-    read_line = partial(read_until, buffer, b"\n", MAX_CHUNK_LINE, 400, malformed.detail)
-    body = bytearray()
-    for number in itertools.count(1):
-        if not (line := CHUNK_LINE.fullmatch((yield from read_line()))):
-            raise malformed
+    detail = "the chunked body is malformed"
+    read_line = partial(read_until, buffer, b"\n", MAX_CHUNK_LINE, 400, detail)
+    body, chunks = bytearray(), 0
+    while line := CHUNK_LINE.fullmatch((yield from read_line())):
         if not (size := int(line[1], 16)):
-            break
+            yield from read_fields(buffer, 400)  # the trailers
+            return bytes(body)
         if len(body) + size > limit:
             raise too_large(limit)
         body += yield from read_exactly(buffer, size)
         if (yield from read_exactly(buffer, 2)) != b"\r\n":
-            raise malformed
-        if number % CHUNKS_PER_ROUND == 0:
-            yield True
-    for _ in range(MAX_FIELDS):  # trailers, up to an empty line
-        if (trailer := (yield from read_line())) == b"\r\n":
-            return bytes(body)
-        if not FIELD_LINE.fullmatch(trailer.removesuffix(b"\r\n")):
             break
-    raise malformed
+        chunks += 1
+        if chunks % CHUNKS_PER_ROUND == 0:
+            yield True
+    raise ScimError(400, "", detail)
 
 
 def host_and_target(target: str, host: str) -> tuple[str, str]:
@@ -6156,14 +6168,13 @@ def list_employees(call: Call) -> Response:
         if more := len(employees) == count or (size > MAX_PAGE and employees != []):
             break
         employees.append(employee)
-    headers, cursor = {}, {}
-    if more:
-        cursor["nextCursor"] = str(employees[-1].id)
-        query = urlencode({**call.parameters, "cursor": cursor["nextCursor"]})
-        headers["Link"] = f'<{call.base_url.removesuffix(BASE_PATH)}/employees?{query}>; rel="next"'
+    cursor = {"nextCursor": str(employees[-1].id)} if more else {}
+    query = urlencode({**call.parameters, "cursor": cursor.get("nextCursor", "")})
+    url = f"{call.base_url.removesuffix(BASE_PATH)}/employees?{query}"
+    headers = {"Link": f'<{url}>; rel="next"'} if more else {}
     if "text/csv" in call.request.headers.get("accept", ""):
-        table = employee_table(employees, call.directory.link_names)
-        return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
+        lines = employee_csv(employee_table(employees, call.directory.link_names))
+        return plain_response("".join(lines), "text/csv; charset=utf-8", **headers)
     return plain_response({"employees": list(map(asdict, employees)), **cursor}, **headers)
 
 
@@ -6179,7 +6190,6 @@ def long_poll(usage: Usage, call: Call, read: Callable[[float], list[Any]]) -> l
 
     The answer is empty after wait seconds, and earlier if the tenant has too many requests.
     """
-    rows: list[Any] = []
     for seconds in [1] * call.integer("wait", 0, 0, MAX_WAIT) or [0]:
         if (rows := read(seconds)) or not usage.may_wait(call.request.tenant):
             break
