@@ -2475,6 +2475,7 @@ REMEDIES = {
     "25006": "it only reads: name the primary in the URL, or all servers and "
     "target_session_attrs=read-write",
     "42501": "let the role own its schemas: GRANT CREATE ON DATABASE {0.dbname} TO {0.user}",
+    "42P01": "put a backup of the tenant in its place",  # tables were dropped
     "53": "free space on its disk, or raise its limit",
     **dict.fromkeys(("", "08", "25", "40", "55", "57", "58", "XX"), "the server's log says more"),
 }
