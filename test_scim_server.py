@@ -270,8 +270,6 @@ if importlib.util.find_spec("psycopg") is None:
     NO_POSTGRESQL = "psycopg is not installed"
 elif postgresql_programs() is None:
     NO_POSTGRESQL = "there is no initdb"
-elif not hasattr(scim_server, "path_number"):
-    NO_POSTGRESQL = "scim_server.py has no PostgreSQL"
 else:
     NO_POSTGRESQL = ""
     import psycopg
@@ -10344,7 +10342,9 @@ CHAPTERS = [  # line of the banner's title, number
 ]
 
 CHAPTERS_OF = {  # modules and names that only some chapters may use
-    "sqlite3": {7, 8},
+    "sqlite3": {7},
+    "psycopg": {7},
+    "importlib": {7},
     "socket": {17, 18, 20},
     "ssl": {17, 20},
     "queue": {14},
