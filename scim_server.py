@@ -2835,18 +2835,18 @@ class Session:
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
     ) -> tuple[list[tuple[int, str, StoredResource]], bool]:
-        """Return a window's matches, each after its missing and key, and whether there are more.
-
-        The first is the one at the window's position, also if the window is backward.
-        """
-        matches, size = list[tuple[int, str, StoredResource]](), 0
+        """Return a window's matches, each after its missing and key, and whether there are more."""
+        matches, size, more = list[tuple[int, str, StoredResource]](), 0, False
         for values in self.run(*compile_page(of_types(filters), sorting, window)):
             row = StoredResource(*values[2:])
-            size += len(row.body)
-            if len(matches) == window.count or (size > window.size and matches):
-                return matches, True
+            size += len(row.body) + LINK_SIZE * row.member_count
+            if more := len(matches) == window.count or (size > window.size and matches != []):
+                break
             matches.append((values[0], values[1], row))
-        return matches, False
+        # A membership is shown with its group, which is counted above, and again with its member.
+        while len(matches) > 1 and self.membership_count(matches) * LINK_SIZE > window.size:
+            matches, more = matches[: len(matches) // 2], True
+        return matches[::-1] if window.backward else matches, more
 
     # -- Memberships --
 
@@ -2868,6 +2868,10 @@ class Session:
             | ({} if display is None else {"display": display})
             for id, type, display in rows
         ]
+
+    def membership_count(self, matches: Sequence[tuple[int, str, StoredResource]]) -> int:
+        sql = f"SELECT count(*) FROM member WHERE member_seq IN ({', '.join('?' * len(matches))})"
+        return int(self.run(sql, [row.seq for *_, row in matches]).fetchone()[0])
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
         """Return the groups that each of some resources is a direct member of."""
@@ -3665,16 +3669,17 @@ class Directory:
         filters = {name: filter for name, (filter, _) in queries.items()}
         with self.store.reading() as session:
             matches, more = session.page(filters, sorting, window)
-            resources = self._page(
-                session, [row for *_, row in matches], queries, window.size, base_url
-            )
-            more = more or len(resources) < len(matches)
-            matches = matches[: len(resources)]
             # A first page that is not full, or one with the last match, says how many there are.
             uncounted = not window.after and (more or (window.offset and not matches))
             total = session.total(filters) if uncounted else window.offset + len(matches)
-        if window.backward:
-            matches, resources = matches[::-1], resources[::-1]
+            rows = [self._with_current_fields(row) for *_, row in matches]
+            groups = session.groups([row.seq for row in rows if row.type == "User"])
+            resources: list[Resource | Encoded] = [
+                self._encoded(session, row, groups, base_url)
+                if base_url and queries[row.type][1] == WHOLE
+                else self._resource(session, row, queries[row.type][1], groups=groups)
+                for row in rows
+            ]
         ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
         first, last = ends or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
@@ -3936,28 +3941,6 @@ class Directory:
             },
             **links,
         }
-
-    def _page(
-        self, session: Session, rows: list[StoredResource], queries: Queries, size: int, url: str
-    ) -> list[Resource | Encoded]:
-        # Return the resources of rows, those that fit in a size, but the first in any case.
-        resources, groups = list[Resource | Encoded](), dict[int, list[Resource]]()
-        for number, row in enumerate(map(self._with_current_fields, rows)):
-            if number % DEFAULT_COUNT == 0:
-                batch = rows[number : number + DEFAULT_COUNT]
-                groups = session.groups([user.seq for user in batch if user.type == "User"])
-            resource: Resource | Encoded
-            if url and queries[row.type][1] == WHOLE:
-                resource = self._encoded(session, row, groups, url)
-                size -= len(resource)
-            else:
-                resource = self._resource(session, row, queries[row.type][1], groups=groups)
-                links = resource.get("members") or resource.get("groups") or ()
-                size -= len(row.body) + LINK_SIZE * len(links)
-            if size < 0 and resources:
-                break
-            resources.append(resource)
-        return resources
 
     def _encoded(
         self,
@@ -6701,14 +6684,14 @@ class Application(Tenants):
         may_ask = self._authenticate is not None and request.caller is None
         return may_ask and bool(credentials_of(request)[1]) and not self.known_caller(request)
 
-    def accepts_head(self, request: Request) -> bool:
-        """Return whether the answer depends on the body: False for 401, 404, 405, 415 and 503."""
+    def check_head(self, request: Request) -> None:
+        """Raise ScimError 401, 404, 405, 415 or 503 if the head of a request decides on that."""
         call = Call(request, *self._find_route(request.path), caller=self.known_caller(request))
         try:
             self._check_head(call)
-        except ScimError:
-            return False
-        return True
+        except ScimError as error:
+            self._finish(call, error_response(error), 0)  # for the log
+            raise
 
     def lane_of(self, request: Request) -> str:
         """Return the lane of a request; never waits."""
@@ -6879,10 +6862,7 @@ class WsgiApplication:
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
         request = self._request(environ)
         try:
-            request = request._replace(caller=self.application.caller_of(request) or False)
-            if self.application.accepts_head(request):
-                request = request._replace(body=self._body(environ, request))
-            response = self.application.handle(request)
+            response = self.application.handle(request._replace(body=self._body(environ, request)))
         except ScimError as error:
             response = error_response(error)
         status, fields, body = to_http(response, request)
@@ -7443,9 +7423,6 @@ class Lane:
         if goes_on:
             self._threads.submit(self._run, tenant)
 
-    def close(self) -> None:
-        self._threads.shutdown(wait=False)
-
 
 # -- The server --
 
@@ -7466,8 +7443,9 @@ class ScimServer(Watcher):
     def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
         self.application, self.config = application, application.config
         tls = Tls(*self.config.tls) if self.config.tls else None
-        limit, usage = self.config.max_connections, application.usage
-        super().__init__(listener or listen(self.config), tls, limit, usage)
+        super().__init__(
+            listener or listen(self.config), tls, self.config.max_connections, application.usage
+        )
         self.url = url_of(self.config, self.server_address[1])
         self.token, self.directory = application.token, application.directory  # for tests
         self.faults: list[Fault] = []
@@ -7485,8 +7463,6 @@ class ScimServer(Watcher):
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
         """Serve until stop()."""
         super().serve_forever(poll_interval)
-        for lane in self._lanes.values():
-            lane.close()
         self.log.close(1)
         self.stopped.set()
 
@@ -7519,9 +7495,8 @@ class ScimServer(Watcher):
         if not (length or coding):
             return request
         is_here = length and int(length) <= len(connection.buffer)
-        if not is_here and not self.application.accepts_head(request):
-            connection.then = LINGER  # the answer comes instead of 100 Continue and the body
-            return request
+        if not is_here:
+            self.application.check_head(request)  # before 100 Continue and the body
         limit = self.application.body_limit(request.path)
         if length and int(length) > limit:
             raise too_large(limit)
@@ -7576,8 +7551,7 @@ class ScimServer(Watcher):
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
         # A fault may delay the requests that meet it, so it gives each request its own thread.
-        lane = QUICK if connection.then == LINGER else self.application.lane_of(request)
-        lane = SLOW if self.faults else lane
+        lane = SLOW if self.faults else self.application.lane_of(request)
         if lane == QUICK:
             self._answer(connection, request)
         elif lane == SLOW:
@@ -8191,11 +8165,16 @@ def serve(options: argparse.Namespace) -> None:
             application.directory(config.tenants[0].name)  # raises the StoreError
         warn_about_setup(application)
         server = ScimServer(application, open_listener(config))
-        for number in (signal.SIGINT, signal.SIGTERM):
+
+        def stop(*_: object) -> None:
+            # The alarm ends the process, whatever is running then; what is not committed is undone,
+            # as after a crash. Windows has no alarm.
+            getattr(signal, "alarm", int)(EXIT_SECONDS)
             # stop() waits for the loop in this thread, so it needs another one.
-            signal.signal(
-                number, lambda *_: threading.Thread(target=end_process, args=[server]).start()
-            )
+            threading.Thread(target=server.stop).start()
+
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         if hasattr(signal, "SIGHUP"):
             # A false signature makes the next check reload the file. An Event would not do: a
             # second signal during its set() would wait for the lock that the first one holds.
@@ -8207,15 +8186,6 @@ def serve(options: argparse.Namespace) -> None:
         ).start()
         print(greeting(server.url, config), flush=True)
         server.serve_forever()
-
-
-def end_process(server: ScimServer) -> None:
-    """Stop a server; end the process if requests or stores still run after EXIT_SECONDS."""
-    # What is not committed then is undone at the next start, as after a crash.
-    timer = threading.Timer(EXIT_SECONDS, os._exit, [1])
-    timer.daemon = True
-    timer.start()
-    server.stop()
 
 
 def fit_to_file_limit(config: Config) -> Config:
