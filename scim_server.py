@@ -7030,8 +7030,9 @@ class Connection:
                 sent = self.socket.send(self.unsent)
                 self.unsent = self.unsent[sent:]
                 self.note_moved(sent)
-        except WOULD_BLOCK:  # the octets that were sent stay in memory with the others
-            self.hold(self.request.tenant if self.request else "", self.unsent.nbytes)
+        except WOULD_BLOCK:  # what is sent later stays in memory until all is sent
+            tenant = self.request.tenant if self.request else ""
+            self.hold(tenant, max(self.held[1], self.unsent.nbytes))
         except OSError:  # the client is gone
             self.unsent, self.then = memoryview(b""), CLOSE
 
