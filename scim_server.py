@@ -2870,8 +2870,9 @@ class Session:
         ]
 
     def membership_count(self, matches: Sequence[tuple[int, str, StoredResource]]) -> int:
-        sql = f"SELECT count(*) FROM member WHERE member_seq IN ({', '.join('?' * len(matches))})"
-        return int(self.run(sql, [row.seq for *_, row in matches]).fetchone()[0])
+        seqs = [row.seq for *_, row in matches]
+        counts = self._among("SELECT count(*) FROM member WHERE member_seq IN", seqs)
+        return sum(count for (count,) in counts)
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
         """Return the groups that each of some resources is a direct member of."""

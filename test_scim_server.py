@@ -9661,13 +9661,15 @@ def test_sigterm_ends_the_process_even_if_a_request_does_not_end(tmp_path: Path)
         tmp_path,
         "import threading",
         "scim_server.STOP_SECONDS, scim_server.EXIT_SECONDS = 0.1, 1",
-        "scim_server.Directory.create = lambda *_: threading.Event().wait()",
+        "def create(*arguments): print('busy', flush=True); threading.Event().wait()",
+        "scim_server.Directory.create = create",
     )
     with (
         process("--config", str(config_file(tmp_path)), file=file) as (running, url, _),
         socket.create_connection(("127.0.0.1", port_of(url)), timeout=10) as connection,
     ):
         connection.sendall(posted("ada"))
+        assert "busy\n" in iter(running.stdout.readline, "")
         running.terminate()
         assert running.wait(10) == -signal.SIGALRM
 
