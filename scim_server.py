@@ -282,12 +282,14 @@ class Attribute:
     identifies: bool = False  # a new value drops those beside it: they describe somebody else
     clearable: bool = False  # "" clears it although it is a String
     path: str = ""  # in a resource type: "emails.type", "urn:…:User:department"
-    index: str = field(init=False)  # path in lower case
-    by_name: dict[str, Attribute] = field(init=False, repr=False)  # names in lower case
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "index", self.path.lower())
-        object.__setattr__(self, "by_name", {sub.name.lower(): sub for sub in self.sub_attributes})
+    @cached_property
+    def index(self) -> str:  # the path in lower case
+        return self.path.lower()
+
+    @cached_property
+    def by_name(self) -> dict[str, Attribute]:  # the sub-attributes by their names in lower case
+        return {sub.name.lower(): sub for sub in self.sub_attributes}
 
     def with_paths(self, prefix: str = "") -> Attribute:
         """Return a copy in which this attribute and its sub-attributes know their paths."""
@@ -310,21 +312,26 @@ class Attribute:
         # In an extension, "value" would be an ordinary attribute, such as a custom field.
         return None if ":" in self.name else self.by_name.get("value")
 
-    def convert(self, value: Json) -> Json:
-        """Return a JSON value in the type of this simple attribute; ScimError 400 invalidValue.
+    def convert(self, value: Json, scim_type: str = "invalidValue") -> Json:
+        """Return a JSON value in the type of this simple attribute; ScimError 400 with scim_type.
 
         Text is converted to a Boolean or an Integer: Entra's Switch() mapping sends "True".
         """
         match self.type:
             case "boolean" if str(value).lower() in ("true", "false"):
                 return str(value).lower() == "true"
-            case "integer" if type(value) in (int, str) and INTEGER_TEXT.fullmatch(str(value)):
-                if -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT:
-                    return int(value)
+            case "integer" if (
+                type(value) in (int, str)
+                and INTEGER_TEXT.fullmatch(str(value))
+                and -INTEGER_LIMIT <= int(value) < INTEGER_LIMIT
+            ):
+                return int(value)
             case "string" | "reference" | "binary" | "dateTime" if isinstance(value, str):
                 if len(value) > MAX_TEXT:
-                    raise invalid_value(
-                        f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}"
+                    raise ScimError(
+                        400,
+                        scim_type,
+                        f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}",
                     )
                 if self.type != "dateTime":
                     return value
@@ -332,7 +339,9 @@ class Attribute:
                     date_time_key(value)
                     return value
         expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
-        raise invalid_value(
+        raise ScimError(
+            400,
+            scim_type,
             f"{self.path}: expected {expected}, got {excerpt}",
             reason=(self.type, self.path, excerpt)
             if self.type in ("boolean", "integer")
@@ -878,14 +887,9 @@ def bind_comparison(attributes: AttributePath | None, name: str, op: str, litera
     check_comparison(attribute, name, op, literal)
     if literal is None:
         return Not(Present(attributes))
-    try:  # a number need not be an Integer to compare with one
-        value = (
-            literal
-            if attribute.type == "integer" and type(literal) in (int, float)
-            else attribute.convert(literal)
-        )
-    except ScimError as error:
-        raise invalid_filter(error.detail, reason=error.reason) from None
+    # A number need not be an Integer to compare with one.
+    is_number = attribute.type == "integer" and type(literal) in (int, float)
+    value = literal if is_number else attribute.convert(literal, "invalidFilter")
     return Compare(attributes, op, attribute.key(value), value)
 
 
@@ -897,9 +901,11 @@ def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) ->
             + ", ".join(sub.name for sub in attribute.sub_attributes)
         )
     # Boolean and binary have no order (RFC 7644 table 3); only text has a beginning and an end.
-    unordered = op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary")
-    not_text = op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES
-    if unordered or not_text or (literal is None and op != "eq"):
+    if (
+        (op in ("gt", "ge", "lt", "le") and attribute.type in ("boolean", "binary"))
+        or (op in ("co", "sw", "ew") and attribute.type not in STRING_TYPES)
+        or (literal is None and op != "eq")
+    ):
         raise invalid_filter(
             f"{name}: '{op}' cannot compare the type {attribute.type} with {quoted(literal)}"
         )
@@ -967,39 +973,32 @@ def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
 def lowercase_keys(
     value: Json, expected: str = "the body must be a JSON object"
 ) -> dict[str, Json]:
-    """Return a JSON object with its names in lower case; ScimError 400 if it is not an object."""
+    """Return a JSON object with its names in lower case; ScimError 400 if it is not an object.
+
+    The same name in two spellings is a ScimError 400 too.
+    """
     if not isinstance(value, dict):
         raise invalid_syntax(f"{expected}, got {quoted(value)}")
-    return {name.lower(): item for name, item in value.items()}
+    names = [name.lower() for name in value]
+    if len(set(names)) < len(names):
+        raise invalid_value(f"{quoted(Counter(names).most_common(1)[0][0])}: sent twice")
+    return dict(zip(names, value.values(), strict=True))
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
     """Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid."""
-    if not isinstance(body, dict):
-        raise invalid_syntax(f"the body must be a JSON object, got {quoted(body)}")
     return accept_complex(resource_type.root, body)
 
 
-def accept_complex(attribute: Attribute, value: Mapping[str, Json]) -> Resource:
-    """Return the canonical form of a complex value (or a resource); ScimError 400 invalidValue."""
-    sent: dict[str, Json] = {}
-    for name, item in value.items():
-        sub = attribute.sub_attribute(name)
-        # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
-        if (
-            sub
-            and sub.mutability in ("readWrite", "immutable")
-            and not sub.computed
-            and item is not None
-        ):
-            if sub.name in sent:
-                raise invalid_value(f"{sub.path}: sent twice")
-            sent[sub.name] = item
+def accept_complex(attribute: Attribute, value: Json) -> Resource:
+    """Return the canonical form of a complex value (or a resource); ScimError 400."""
+    sent = lowercase_keys(value)
+    # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
     accepted = {
         sub.name: item
-        for sub in attribute.sub_attributes
-        if sub.name in sent
-        if (item := accept_value(sub, sent[sub.name])) is not None
+        for name, sub in attribute.by_name.items()
+        if name in sent and sub.mutability in ("readWrite", "immutable") and not sub.computed
+        if (item := accept_value(sub, sent[name])) is not None
     }
     require(attribute, accepted)
     return accepted
@@ -3382,11 +3381,12 @@ def employee_record(user: Resource) -> Resource:
 
 def text_at(path: PatchPath, resource: Resource) -> str:
     """Return the first text at a path in a resource, "" if there is none."""
-    for item in values_at(path.attributes, resource):
-        text = item.get(path.sub_attribute.name) if path.sub_attribute else item
-        if text and (not path.filter or matches(path.filter, item)):
-            return str(text)
-    return ""
+    texts = (
+        item.get(path.sub_attribute.name) if path.sub_attribute else item
+        for item in values_at(path.attributes, resource)
+        if not path.filter or matches(path.filter, item)
+    )
+    return str(next(filter(None, texts), ""))
 
 
 # -- Upkeep ----------------------------------------------------------------------
@@ -3447,8 +3447,7 @@ def update_employee(
     old = compared_fields(before) if before.id else {}
     new = compared_fields(after)
     names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
-    kind = f"employee.{change_kind(old, new)}"
-    return [(kind, str(id), "", names)] if names else []
+    return [(f"employee.{change_kind(old, new)}", str(id), "", names)] if names else []
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
@@ -3485,13 +3484,12 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     columns = [field.name for field in fields(Employee) if field.name != "custom_fields"]
     yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
     for employee in employees:
-        values = [
-            *(getattr(employee, name) for name in columns),
-            *(employee.custom_fields.get(name) for name in link_names),
-        ]
         yield [
             "" if value is None else value if isinstance(value, str) else json.dumps(value)
-            for value in values
+            for value in (
+                *(getattr(employee, name) for name in columns),
+                *(employee.custom_fields.get(name) for name in link_names),
+            )
         ]
 
 
@@ -5196,18 +5194,18 @@ def list_resources(call: Call) -> Response:
         )
         for resource_type in types
     }
-    sorting = parse_sorting(call.parameters, types)
     search = partial(
         call.directory.search,
         queries,
-        sorting,
+        parse_sorting(call.parameters, types),
         base_url=call.base_url if call.request.encoded else "",
     )
     if "cursor" in call.parameters:
         return list_by_cursor(call, search)
     start_index = call.integer("startIndex", 1, 1)
-    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT)
-    page = search(Window(count, start_index - 1, size=MAX_PAGE))
+    page = search(
+        Window(call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT), start_index - 1, size=MAX_PAGE)
+    )
     return list_response(
         map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
     )
@@ -5220,12 +5218,15 @@ def search_resources(call: Call) -> Response:
         texts = [
             text for text in (value if isinstance(value, list) else [value]) if text is not None
         ]
-        if not all(isinstance(text, (str, int)) for text in texts):
-            raise invalid_value(f"{name}: expected text, an integer or names, got {quoted(value)}")
+        if not all(isinstance(text, (str, int)) for text in texts) or (
+            name != "filter" and len(",".join(map(str, texts))) > MAX_FILTER_LENGTH
+        ):
+            raise invalid_value(
+                f"{name}: expected text, an integer or names, of at most {MAX_FILTER_LENGTH} "
+                f"characters, got {quoted(value)}"
+            )
         if texts:
             parameters[name] = ",".join(map(str, texts))
-        if name != "filter" and len(parameters.get(name, "")) > MAX_FILTER_LENGTH:
-            raise invalid_value(f"{name}: longer than {MAX_FILTER_LENGTH} characters")
     call.parameters = parameters
     return list_resources(call)
 
@@ -5267,12 +5268,11 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     return list_response(map(call.projected, page.resources), total, **cursors)
 
 
-# A cursor holds all that the next page needs, and a signature: (query, total, backward, issued,
-# missing, key, seq). The server keeps nothing, and a cursor of another tenant is not accepted.
+# A cursor holds all that the next page needs, and a signature: (total, backward, issued, missing,
+# key, seq). The server keeps nothing, and a cursor of another tenant or query is not accepted.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    content = to_json(
-        [query_digest(call), total, backward, int(call.directory.clock().timestamp()), *position]
-    ).encode()
+    issued = int(call.directory.clock().timestamp())
+    content = to_json([total, backward, issued, *position]).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
@@ -5284,27 +5284,30 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     with suppress(ValueError):
         octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
     mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
-    advice = "start again with an empty cursor"
-    if not content or not hmac.compare_digest(mac, signature(call, content)):
-        raise ScimError(400, "invalidCursor", f"cursor: not issued by this server; {advice}")
-    query, total, backward, issued, *position = json.loads(content)
-    if query != query_digest(call):
-        raise ScimError(400, "invalidCursor", "cursor: it belongs to another filter or sort")
+    if not hmac.compare_digest(mac, signature(call, content)):
+        raise ScimError(
+            400,
+            "invalidCursor",
+            "cursor: not issued by this server for this filter and sort; start again with an "
+            "empty cursor",
+        )
+    total, backward, issued, *position = json.loads(content)
     if call.directory.clock().timestamp() > issued + CURSOR_SECONDS:
         raise ScimError(
-            400, "expiredCursor", f"cursor: older than {CURSOR_SECONDS} seconds; {advice}"
+            400,
+            "expiredCursor",
+            f"cursor: older than {CURSOR_SECONDS} seconds; start again with an empty cursor",
         )
     return total, Position(*position), backward
 
 
-def query_digest(call: Call) -> str:
-    # Return a digest that is the same for all pages of one query.
-    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    return digest(to_json([[type.name for type in call.resource_types], terms]))[:16]
-
-
 def signature(call: Call, content: bytes) -> bytes:
-    return hmac.digest(call.directory.cursor_key, content, "sha256")[:SIGNATURE_LENGTH]
+    # What is the same for all pages of one query is signed too.
+    query = [type.name for type in call.resource_types] + [
+        call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")
+    ]
+    message = to_json(query).encode() + content
+    return hmac.digest(call.directory.cursor_key, message, "sha256")[:SIGNATURE_LENGTH]
 
 
 # -- Bulk ------------------------------------------------------------------------
@@ -5431,15 +5434,13 @@ def order_of(needs: Sequence[set[int]]) -> Iterator[list[int]]:
     cycles: dict[int, list[int]] = {}  # by what they reach; mostly of a single operation
     for number, bits in enumerate(reach):
         cycles.setdefault(bits, []).append(number)
-    done, waiting = 0, list[int]()
-    for number, bits in enumerate(reach):
-        if number == cycles[bits][-1]:
-            waiting.append(bits)
+    done, waiting = 0, sorted(cycles, key=lambda bits: cycles[bits][-1])
+    while waiting:
         # A cycle is ready if what it reaches is done, except the cycle itself.
-        while ready := [at for at in waiting if (at & ~done).bit_count() == len(cycles[at])]:
-            waiting.remove(ready[0])
-            yield cycles[ready[0]]
-            done |= ready[0]
+        ready = next(at for at in waiting if (at & ~done).bit_count() == len(cycles[at]))
+        waiting.remove(ready)
+        yield cycles[ready]
+        done |= ready
 
 
 class Bulk:
