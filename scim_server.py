@@ -364,11 +364,6 @@ class Attribute:
         return normalize("NFC", normalize("NFC", text).casefold())
 
 
-def strings(*names: str) -> tuple[Attribute, ...]:
-    """Return attributes of type string that have a name and no other characteristic."""
-    return tuple(map(Attribute, names))
-
-
 # fmt: off
 def multi_valued(
     name: str, value_type: str = "string", types: tuple[str, ...] = (), display: bool = True
@@ -428,13 +423,16 @@ class ResourceType:
 
     @cached_property
     def root(self) -> Attribute:
-        attributes = (
-            *COMMON,
-            *self.schema.attributes,
-            *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
-            META,
-        )
-        return Attribute("", "complex", sub_attributes=attributes).with_paths()
+        return Attribute(
+            "",
+            "complex",
+            sub_attributes=(
+                *COMMON,
+                *self.schema.attributes,
+                *(Attribute(e.id, "complex", sub_attributes=e.attributes) for e in self.extensions),
+                META,
+            ),
+        ).with_paths()
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
@@ -451,13 +449,13 @@ class ResourceType:
 # fmt: off
 USER_SCHEMA = Schema(USER, "User", "User Account", (
     Attribute("userName", required=True, uniqueness="server", is_name=True),
-    Attribute("name", "complex", sub_attributes=strings(
+    Attribute("name", "complex", sub_attributes=tuple(map(Attribute, (
         "formatted", "familyName", "givenName", "middleName", "honorificPrefix", "honorificSuffix",
-    )),
-    *strings("displayName", "nickName"),
+    )))),
+    *map(Attribute, ("displayName", "nickName")),
     Attribute("profileUrl", "reference", case_exact=True, reference_types=("external",)),
     Attribute("title", description="The job title; the employee's designation"),
-    *strings("userType", "preferredLanguage", "locale", "timezone"),
+    *map(Attribute, ("userType", "preferredLanguage", "locale", "timezone")),
     # Okta treats a user without active as deactivated, so every user has it.
     Attribute("active", "boolean", default=True),
     # Okta always sends a password. It is accepted, but neither stored nor published.
@@ -469,7 +467,9 @@ USER_SCHEMA = Schema(USER, "User", "User Account", (
     multi_valued("ims", types=("aim", "gtalk", "icq", "xmpp", "msn", "skype", "qq", "yahoo")),
     multi_valued("photos", "reference", types=("photo", "thumbnail")),
     Attribute("addresses", "complex", multi_valued=True, sub_attributes=(
-        *strings("formatted", "streetAddress", "locality", "region", "postalCode", "country"),
+        *map(Attribute, (
+            "formatted", "streetAddress", "locality", "region", "postalCode", "country",
+        )),
         Attribute("type", canonical_values=("work", "home", "other")),
         Attribute("primary", "boolean"),
         Attribute("display", published=False),
@@ -499,7 +499,7 @@ GROUP_SCHEMA = Schema(GROUP, "Group", "Group", (
     )),
 ))
 ENTERPRISE_SCHEMA = Schema(ENTERPRISE, "EnterpriseUser", "Enterprise User", (
-    *strings("employeeNumber", "costCenter", "organization", "division", "department"),
+    *map(Attribute, ("employeeNumber", "costCenter", "organization", "division", "department")),
     Attribute("manager", "complex", sub_attributes=(
         Attribute("value", case_exact=True, identifies=True, clearable=True),
         Attribute("$ref", "reference", case_exact=True, published=False,
@@ -820,8 +820,9 @@ def parse_value_path(
     inner, position = parse_brackets(tokens, position, attributes, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
-        sub = resolve_sub_attribute(attributes, text[1:])
-        comparison, position = parse_expression(tokens, position + 1, sub, name + text)
+        comparison, position = parse_expression(
+            tokens, position + 1, resolve_sub_attribute(attributes, text[1:]), name + text
+        )
         inner = And((inner, comparison))
     return (ValuePath(attributes, inner) if attributes else NOTHING), position
 
@@ -1012,9 +1013,8 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
     """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
-        if value == [] and FACILIO not in attribute.path:
-            return None
-        return accept_single(attribute, unlisted(attribute, value))
+        is_empty = value == [] and FACILIO not in attribute.path
+        return None if is_empty else accept_single(attribute, unlisted(attribute, value))
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value] * (value is not None)
     accepted = [
@@ -1066,8 +1066,7 @@ def keep_one_primary(values: list[Json], previous: Json = None) -> None:
     """Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2)."""
     new = [value for value in values if is_primary(value) and value is not previous]
     for value in filter(is_primary, values):
-        if new and value is not new[-1]:
-            value["primary"] = False
+        value["primary"] = not new or value is new[-1]
 
 
 def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = False) -> None:
@@ -1234,8 +1233,17 @@ class StoredResource:
     """A row of the table of resources, by its columns: body and hidden are JSON text."""
 
     def __init__(self, *columns: Any) -> None:
-        self.seq, self.type, self.id, self.body, self.hidden, *others = columns
-        self.revision, self.created, self.modified, self.member_count = others
+        (
+            self.seq,
+            self.type,
+            self.id,
+            self.body,
+            self.hidden,
+            self.revision,
+            self.created,
+            self.modified,
+            self.member_count,
+        ) = columns
 
     @cached_property
     def attributes(self) -> Resource:
@@ -1301,11 +1309,10 @@ class Operation:
 
     @property
     def lists_values(self) -> bool:  # to add, or members to remove
-        attribute = self.path.attributes[-1]
         return (
             isinstance(self.value, list)
             and not self.path.filter
-            and (self.op == "add" or (self.op == "remove" and attribute.is_membership))
+            and (self.op == "add" or (self.op == "remove" and self.names_members))
             # Which value is primary depends on the order of operations: the last one decides.
             and not any(map(is_primary, self.value))
         )
@@ -1533,8 +1540,7 @@ def apply_patch(
 def apply_operation(resource: Resource, operation: Operation) -> None:
     """Change a resource by one operation; ScimError 400 noTarget."""
     path = operation.path
-    first, attribute = path.attributes[0], path.attributes[-1]
-    primary = next(filter(is_primary, first.values(resource)), None)
+    primary = next(filter(is_primary, path.attributes[0].values(resource)), None)
     holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
     for container in path.attributes[:-1]:
         for holder in holders:
@@ -1543,10 +1549,10 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
         holders = [item for holder in holders for item in container.values(holder)]
     for holder in holders:
         if path.filter:
-            change_selected(attribute, holder, operation, path.filter)
+            change_selected(path.attributes[-1], holder, operation, path.filter)
         else:
-            change(attribute, holder, operation)
-    keep_one_primary(first.values(resource), primary)
+            change(path.attributes[-1], holder, operation)
+    keep_one_primary(path.attributes[0].values(resource), primary)
 
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
@@ -1611,7 +1617,11 @@ def change_selected(
 ) -> None:
     """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
-    selected = selected_values(attribute, values, filter)
+    selected = [value for value in values if matches(filter, value)]
+    if attribute.is_membership and not selected:
+        # The id of a member in another case is accepted if it means one member only.
+        similar = [value for value in values if matches(filter, value, str.lower)]
+        selected = similar if len(similar) == 1 else []
     for value in selected:
         change_value(attribute, value, operation)
     # To clear what is not there makes nothing.
@@ -1620,14 +1630,6 @@ def change_selected(
     holder[attribute.name] = (
         [value for value in values if value] if attribute.multi_valued else next(iter(values), {})
     )
-
-
-def selected_values(attribute: Attribute, values: list[Resource], filter: Filter) -> list[Resource]:
-    selected = [value for value in values if matches(filter, value)]
-    # The id of a member in another case is accepted if it means one member only.
-    candidates = values if attribute.is_membership and not selected else []
-    similar = [value for value in candidates if matches(filter, value, str.lower)]
-    return similar if len(similar) == 1 else selected
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
@@ -5013,7 +5015,6 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
 
 def attribute_document(attribute: Attribute) -> Json:
     """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
-    has_case = attribute.type in STRING_TYPES or attribute.type == "binary"
     document = {
         "name": attribute.name,
         "type": attribute.type,
@@ -5021,7 +5022,7 @@ def attribute_document(attribute: Attribute) -> Json:
         "required": attribute.required,
         "mutability": attribute.mutability,
         "returned": attribute.returned,
-        "caseExact": attribute.case_exact if has_case else None,
+        "caseExact": attribute.case_exact if attribute.type in (*STRING_TYPES, "binary") else None,
         "uniqueness": attribute.uniqueness if attribute.type != "complex" else None,
         "description": attribute.description or attribute.name,
         "canonicalValues": list(attribute.canonical_values) or None,
@@ -5251,8 +5252,8 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     """Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page."""
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
-    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     total, after, backward = read_cursor(call)
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     page = search(Window(count, 0, after, backward, MAX_PAGE))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
@@ -5314,6 +5315,7 @@ def signature(call: Call, content: bytes) -> bytes:
 
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"bulkId:(\S+)")
+BULK_TARGET = re.compile(r"(POST /(Users|Groups)/|(PUT|PATCH|DELETE) /(Users|Groups)/[^/]+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 MAX_CYCLE = 128 * 1024  # characters of operations that need each other, and share a transaction
 SECONDS_PER_COMMIT = 1  # after which a Bulk commits, so that other writers have their turn
@@ -5381,8 +5383,11 @@ def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
     if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
         return id_of(reference[1])
     if isinstance(value, list):
-        items = ((item, with_ids(item, attribute, id_of)) for item in value)
-        return [new for item, new in items if new is not None or item is None]
+        return [
+            new
+            for item in value
+            if (new := with_ids(item, attribute, id_of)) is not None or item is None
+        ]
     if isinstance(value, dict):
         members = {
             name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
@@ -5514,14 +5519,14 @@ class Bulk:
                         headers = self._send(number, "PUT").headers
                         self.responses[number] = self.responses[number]._replace(headers=headers)
         except ScimError as error:
-            detail = (
+            conflict = ScimError(
+                409,
+                "",
                 f"bulkId {quoted(self.operations[number].bulk_id)}: "
-                "this operation and its own need each other"
+                "this operation and its own need each other",
             )
-            for other in cycle:
-                self.responses[other] = error_response(
-                    error if other == number else ScimError(409, "", detail)
-                )
+            self.responses |= dict.fromkeys(cycle, error_response(conflict))
+            self.responses[number] = error_response(error)
 
     def _id_of(self, bulk_id: str) -> str | None:
         response = self.responses.get(self.posts.get(bulk_id, -1))
@@ -5529,14 +5534,10 @@ class Bulk:
 
     def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
-        if method not in ("POST", "PUT", "PATCH", "DELETE"):
+        if not BULK_TARGET.fullmatch(f"{method} {path}"):
             raise invalid_value(
-                f"method: expected POST, PUT, PATCH or DELETE, got {quoted(method)}"
-            )
-        if not re.fullmatch("/(Users|Groups)/" + ("" if method == "POST" else "[^/]+"), path):
-            raise invalid_path(
-                f"path: {method} needs one such as /Users"
-                f"{'' if method == 'POST' else '/2819c223'}, got {quoted(path)}"
+                "method and path: expected POST with a path such as /Users, or PUT, PATCH or "
+                f"DELETE with one such as /Users/2819c223, got {quoted(method)} and {quoted(path)}"
             )
         if method != "DELETE" and operation.content is None:
             raise invalid_value(f"data: {method} needs some")
