@@ -1049,12 +1049,11 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
         and not re.fullmatch(r"(\.\./)*/?[\w~%-][\w.~%/-]*", value, re.ASCII)
     ):
         return None
-    if attribute.type == "complex":
-        # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
-        if not isinstance(value, (dict, list)) and attribute.value_attribute:
-            value = {"value": value}
-        if isinstance(value, dict):
-            return accept_complex(attribute, value) or None
+    # A bare value stands for {"value": …}: managers by id, and Entra's roles as JSON text.
+    if attribute.value_attribute and not isinstance(value, (dict, list)):
+        value = {"value": value}
+    if attribute.type == "complex" and isinstance(value, dict):
+        return accept_complex(attribute, value) or None
     return attribute.convert(value)  # refuses a complex value that is not an object
 
 
@@ -3372,13 +3371,16 @@ EMPLOYEE_PATHS = {
 
 def employee_record(user: Resource) -> Resource:
     """Return the fields of an employee that are copied from a user, by their names in Employee."""
-    record: Resource = {}
-    for name, choices in EMPLOYEE_PATHS.items():
-        texts = (
-            " ".join(filter(None, (text_at(path, user) for path in paths))) for paths in choices
-        )
-        record[name] = next(filter(None, texts), "")
-    return record | {"custom_fields": dict(user.get(FACILIO, {}))}
+    record = {
+        name: next(filter(None, (joined_texts(paths, user) for paths in choices)), "")
+        for name, choices in EMPLOYEE_PATHS.items()
+    }
+    return {**record, "custom_fields": dict(user.get(FACILIO, {}))}
+
+
+def joined_texts(paths: list[PatchPath], resource: Resource) -> str:
+    # Return the texts at some paths in a resource, with a space between them.
+    return " ".join(filter(None, (text_at(path, resource) for path in paths)))
 
 
 def text_at(path: PatchPath, resource: Resource) -> str:
@@ -5272,8 +5274,9 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
 # A cursor holds all that the next page needs, and a signature: (total, backward, issued, missing,
 # key, seq). The server keeps nothing, and a cursor of another tenant or query is not accepted.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    issued = int(call.directory.clock().timestamp())
-    content = to_json([total, backward, issued, *position]).encode()
+    content = to_json(
+        [total, backward, int(call.directory.clock().timestamp()), *position]
+    ).encode()
     return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
 
 
@@ -5304,11 +5307,9 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
 
 def signature(call: Call, content: bytes) -> bytes:
     # What is the same for all pages of one query is signed too.
-    query = [type.name for type in call.resource_types] + [
-        call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")
-    ]
-    message = to_json(query).encode() + content
-    return hmac.digest(call.directory.cursor_key, message, "sha256")[:SIGNATURE_LENGTH]
+    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
+    query = to_json([[type.name for type in call.resource_types], terms]).encode()
+    return hmac.digest(call.directory.cursor_key, query + content, "sha256")[:SIGNATURE_LENGTH]
 
 
 # -- Bulk ------------------------------------------------------------------------
