@@ -1620,7 +1620,7 @@ def change_selected(
     if attribute.is_membership and not selected:
         # The id of a member in another case is accepted if it means one member only.
         similar = [value for value in values if matches(filter, value, str.lower)]
-        selected = similar if len(similar) == 1 else []
+        selected = similar * (len(similar) == 1)
     for value in selected:
         change_value(attribute, value, operation)
     # To clear what is not there makes nothing.
