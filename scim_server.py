@@ -3623,15 +3623,10 @@ class Directory:
         resource.update(defaults(resource_type) | resource)
         with self.store.writing() as session:
             now = self._now(session)
-            row = StoredResource(
-                0, resource_type.name, self.new_id(), "", "{}", 0, now, now, 0
-            ).changed(stored(resource))
-            self._check_unique(session, row, {}, resource)
+            row = StoredResource(0, resource_type.name, self.new_id(), "{}", "{}", 0, now, now, 0)
+            # Members and the employee need its number, which it gets with the first save.
             session.save(row, set(), row.entries(resource_type))
-            self._record(session, row, {}, resource)
-            row.member_count, changed = self._save_members(session, row, {}, resource)
-            if changed:
-                session.save(row, set(), set())
+            row = self._save(session, row, {}, resource, replaces_members=False)
             return self._resource(session, row, groups={row.seq: []})
 
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
@@ -4016,6 +4011,9 @@ class Directory:
         replaces_members: bool,
     ) -> StoredResource:
         self._check_unique(session, row, before, after)
+        attributes = stored(after)
+        if attributes != row.attributes:
+            self._record(session, row, before, after)
         growth, members_changed = self._save_members(session, row, before, after)
         # Unknown ids are ignored beside known ones. Alone they would empty the group.
         if replaces_members and after.get("members") and not row.member_count + growth:
@@ -4024,10 +4022,7 @@ class Directory:
                 f"members: no user or group has the id {ids}; the group is unchanged",
                 reason=("members", ids),
             )
-        attributes = stored(after)
-        if attributes != row.attributes:
-            self._record(session, row, before, after)
-        elif not members_changed:
+        if attributes == row.attributes and not members_changed:
             return row  # nothing is written
         return self._touch(session, row, attributes, row.member_count + growth)
 
