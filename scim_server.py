@@ -3582,8 +3582,7 @@ class Directory:
         self.keep, self.keep_days, self._polls = keep, keep_days, threading.Semaphore(MAX_POLLS)
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
-        self._field_types = {custom.link_name: custom.type.lower() for custom in self.custom_fields}
-        self.link_names = list(self._field_types)
+        self.link_names = [custom.link_name for custom in self.custom_fields]
         with store.writing() as session:
             if not session.setting("cursor_key"):
                 session.set_setting("cursor_key", secrets.token_hex(32))
@@ -3715,13 +3714,17 @@ class Directory:
             if isinstance(body, list) and all(isinstance(step, Operation) for step in body)
             else parse_operations(resource_type, body)
         )
-        replaces = any(step.op == "replace" and step.names_members for step in operations)
         with self.store.writing() as session:
             row, before = self._find_to_write(
                 session, type, id, condition, touched_member_ids(operations)
             )
-            after = apply_patch(resource_type, before, operations)
-            row = self._save(session, row, before, after, replaces)
+            row = self._save(
+                session,
+                row,
+                before,
+                apply_patch(resource_type, before, operations),
+                any(step.op == "replace" and step.names_members for step in operations),
+            )
             # RFC 7644 requires a body whenever attributes are selected, whatever the size.
             if row.member_count > MAX_ANSWERED_MEMBERS and selection.wanted is None:
                 return None
@@ -3731,15 +3734,13 @@ class Directory:
         """Remove a resource and its memberships (RFC 7644 §3.6)."""
         with self.store.writing() as session:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
-            groups = [
-                item["value"] for item in session.groups([row.seq])[row.seq] if item["value"] != id
-            ]
-            for group in [self._find(session, "Group", group_id) for group_id in groups]:
+            groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
+            for group in [self._find(session, "Group", value) for value in groups if value != id]:
                 session.remove_members(group.seq, [id])
+                self._log(session, [("member.removed", group.id, id, ())])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            pairs = [(group_id, id) for group_id in groups]
-            pairs += [(id, member["value"]) for member in session.members(row.seq)]
-            self._log(session, [("member.removed", *pair, ()) for pair in pairs])
+            members = [member["value"] for member in session.members(row.seq)]
+            self._log(session, [("member.removed", id, member, ()) for member in members])
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -4084,7 +4085,7 @@ class Directory:
     # -- What was stored under another configuration, or by an older version --
 
     def _adopt_custom_fields(self, session: Session) -> None:
-        configured = to_json(list(self._field_types.items()))
+        configured = to_json([[each.link_name, each.type.lower()] for each in self.custom_fields])
         if session.setting("custom_fields") != configured:
             for row in session.with_custom_fields():
                 self._with_current_fields(row, session)
@@ -4096,10 +4097,9 @@ class Directory:
         # Values of other fields, and of other types, are hidden: they come back with their fields.
         # With a session that writes, a resource that differs is stored.
         offset = offset_of_member(row.body, FACILIO)
-        present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
-        types = {name: FIELD_TYPES[type(value)] for name, value in present.items()}
-        if row.hidden == "{}" and types.items() <= self._field_types.items():
+        if not offset and row.hidden == "{}":
             return row
+        present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
         user_type, hidden = self.resource_types["User"], from_json(row.hidden)
         extension = user_type.root.by_name[FACILIO.lower()]
         visible, others = Resource(), Resource()
@@ -4115,8 +4115,8 @@ class Directory:
         changed = row.changed(attributes, hidden=to_json(others))
         if session:
             # The index has the entries of the other configuration; the values tell its types.
-            other_type = resource_types_of(present)["User"]
-            session.save(changed, row.entries(other_type), changed.entries(user_type))
+            entries = row.entries(resource_types_of(present)["User"])
+            session.save(changed, entries, changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
 
@@ -4960,8 +4960,10 @@ def host_and_target(target: str, host: str) -> tuple[str, str]:
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
     nearest = headers.get("forwarded", "").rpartition(",")[2]
-    pairs = (pair.partition("=") for pair in nearest.split(";"))
-    fields = {name.strip().lower(): value.strip(' "') for name, _, value in pairs}
+    fields = {
+        name.strip().lower(): value.strip(' "')
+        for name, _, value in (pair.partition("=") for pair in nearest.split(";"))
+    }
     return {
         name: fields.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
         for name in ("proto", "host", "for")
@@ -4985,18 +4987,17 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
     """Return the status, the header fields and the body of an answer."""
     body = b"" if response.body is None else body_text(response.body).encode()
     # Nearly every answer is about people: no cache keeps one, and no browser guesses its type.
-    fields = [
-        ("X-Request-Id", request.id),
-        ("Cache-Control", "no-store"),
-        ("X-Content-Type-Options", "nosniff"),
-        *response.headers.items(),
-    ]
-    if response.body is not None and "Content-Type" not in response.headers:
-        fields.append(("Content-Type", "application/scim+json"))
-    if response.status not in (204, 304):  # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
-        fields.append(("Content-Length", str(len(body))))
+    fields = {
+        "X-Request-Id": request.id,
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        **({} if response.body is None else {"Content-Type": "application/scim+json"}),
+        # RFC 9110 §8.6: no length in a 204, no length 0 in a 304
+        **({} if response.status in (204, 304) else {"Content-Length": str(len(body))}),
+        **response.headers,
+    }
     status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
-    return status, fields, b"" if request.method == "HEAD" else body
+    return status, list(fields.items()), b"" if request.method == "HEAD" else body
 
 
 # ----------------------------------------------------------------------------
@@ -5969,8 +5970,10 @@ def explain(reason: Reason, item: LogItem) -> Json:
     parts = {name: part.removeprefix(f"{FACILIO}:").rstrip(".") for name, part in parts.items()}
     links = {link.lower(): link for link in parts.get("link_names", "").split(", ")}
     similar = difflib.get_close_matches(parts.get("name", "").lower(), links, 1)
-    hint = f": did you mean “{links[similar[0]]}”?" if similar else "."
-    parts |= {"hint": hint, "client": item.call.request.client}
+    parts |= {
+        "hint": f": did you mean “{links[similar[0]]}”?" if similar else ".",
+        "client": item.call.request.client,
+    }
     return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
 
 
@@ -5980,10 +5983,15 @@ def explain(reason: Reason, item: LogItem) -> Json:
 def attributes_of(item: LogItem) -> list[str]:
     # Return the paths that a client wrote; of a PATCH that did not parse, the wrong one.
     call, reason = item.call, item.response.reason
-    names_path = reason and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
-    is_patch = call.route.type and call.request.method == "PATCH"
-    written = dict.fromkeys(path for _, path, _ in item.sent)
-    return list(written) or ([reason[1]] if names_path and is_patch else [])
+    if (
+        call.route.type
+        and call.request.method == "PATCH"
+        and not item.sent
+        and reason
+        and EXPLANATIONS[reason[0]][1].startswith(("path", "name"))
+    ):
+        return [reason[1]]
+    return list(dict.fromkeys(path for _, path, _ in item.sent))
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
@@ -6032,10 +6040,10 @@ def write_log(store: Store, items: Sequence[LogItem]) -> None:
         for token, instant in uses.items():
             session.set_setting(f"used {token}", time_text(instant))
         for item, (level, _, entry) in zip(logged, rows, strict=True):
-            done = [step for step, operation, _, _ in STEPS if operation == entry["operation"]]
-            done += ["custom"] if item.resource.get(FACILIO) and entry["attributes"] else []
-            for step in done if level < 2 else ():
-                if not session.setting(f"first {step}"):
+            for step, operation, *_ in STEPS if level < 2 else ():
+                is_custom = step == "custom" and item.resource.get(FACILIO) and entry["attributes"]
+                is_done = is_custom or operation == entry["operation"]
+                if is_done and not session.setting(f"first {step}"):
                     session.set_setting(f"first {step}", entry["at"])
 
 
@@ -6084,8 +6092,9 @@ class ProvisioningLog(BackgroundWriter):
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
         """Queue a call for its tenant's log, or count it if no tenant has its token."""
         request, caller = call.request, call.caller
-        is_lost = response.status == 404 and not call.route.label
-        logged = request.path.startswith(BASE_PATH) or is_lost
+        logged = request.path.startswith(BASE_PATH) or (
+            response.status == 404 and not call.route.label
+        )
         if not caller and logged and response.status == 401:
             self.unknown_token_calls += 1
             self.unknown_token_since = self.unknown_token_since or time_text(clock())
@@ -6108,9 +6117,7 @@ class ProvisioningLog(BackgroundWriter):
         if item.octets > LOGGED_BODY:
             call.request, call.body = call.request._replace(body=b""), None
             call.operations, item.may_show_secret = (), True
-        # The answer to a POST or PUT is about as long as its body.
-        if call.request.method not in ("POST", "PUT"):
-            item.octets += len(to_json(item.response.body))
+        item.octets += len(to_json(item.response.body))
         if self.add(item):
             self.usage.take((item.caller.tenant.name, 0, item.octets))
 
@@ -6139,14 +6146,13 @@ def list_employees(call: Call) -> Response:
     if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
         raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
-    rows = call.directory.employees(
+    employees, size, more = list[Employee](), 0, False
+    for employee in call.directory.employees(
         active == "true" if active else None,
         call.parameters.get("changed_since", ""),
         call.integer("id", 0) if "id" in call.parameters else None,
         call.integer("cursor", 0),
-    )
-    employees, size, more = list[Employee](), 0, False
-    for employee in rows:
+    ):
         size += len(repr(employee))
         if more := len(employees) == count or (size > MAX_PAGE and employees != []):
             break
@@ -6197,14 +6203,15 @@ def page_response(page: str) -> Response:
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
     )
-    policy = (
-        "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        f"connect-src 'self'; img-src data:; require-trusted-types-for 'script'; {own}"
-    )
     return plain_response(
         page,
         "text/html; charset=utf-8",
-        **{"Referrer-Policy": "no-referrer", "Content-Security-Policy": policy},
+        **{
+            "Referrer-Policy": "no-referrer",
+            "Content-Security-Policy": "default-src 'none'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'; connect-src 'self'; img-src data:; "
+            f"require-trusted-types-for 'script'; {own}",
+        },
     )
 
 
@@ -6231,8 +6238,7 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
         call.parameters.get("subject", ""),
         call.parameters.get("text", ""),
     )
-    entries = long_poll(log.usage, call, read)
-    return plain_response({"entries": entries, "lost": log.lost})
+    return plain_response({"entries": long_poll(log.usage, call, read), "lost": log.lost})
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
