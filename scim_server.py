@@ -3600,8 +3600,7 @@ class Directory:
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError if it is another tenant's."""
         with self.store.writing() as session:
-            owner = session.setting("tenant") or tenant
-            if owner != tenant:
+            if (owner := session.setting("tenant") or tenant) != tenant:
                 raise StoreError(
                     f"{self.store.place}: is the file of tenant {owner}, not of {tenant}"
                 )
@@ -3677,8 +3676,9 @@ class Directory:
                 else self._resource(session, row, queries[row.type][1], groups=groups)
                 for row in rows
             ]
-        ends = [Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]]
-        first, last = ends or (None, None)
+        first, last = [
+            Position(missing, key, row.seq) for missing, key, row in matches[:1] + matches[-1:]
+        ] or (None, None)
         return Page(None if window.after else total, resources, first, last, more)
 
     def replace(
@@ -3739,8 +3739,10 @@ class Directory:
                 session.remove_members(group.seq, [id])
                 self._log(session, [("member.removed", group.id, id, ())])
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            members = [member["value"] for member in session.members(row.seq)]
-            self._log(session, [("member.removed", id, member, ()) for member in members])
+            self._log(
+                session,
+                [("member.removed", id, item["value"], ()) for item in session.members(row.seq)],
+            )
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
 
@@ -3787,10 +3789,16 @@ class Directory:
         """
         since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
         after, last = (after, 2**62) if id is None else (max(after, id - 1), id)
-        read = partial(
-            Session.employees, last=last, count=DEFAULT_COUNT, active=active, since=since
-        )
-        while rows := self._read(partial(read, after=after)):
+        while rows := self._read(
+            partial(
+                Session.employees,
+                after=after,
+                last=last,
+                count=DEFAULT_COUNT,
+                active=active,
+                since=since,
+            )
+        ):
             yield from (
                 Employee(
                     id=row.id,
@@ -4085,7 +4093,9 @@ class Directory:
     # -- What was stored under another configuration, or by an older version --
 
     def _adopt_custom_fields(self, session: Session) -> None:
-        configured = to_json([[each.link_name, each.type.lower()] for each in self.custom_fields])
+        configured = to_json(
+            [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
+        )
         if session.setting("custom_fields") != configured:
             for row in session.with_custom_fields():
                 self._with_current_fields(row, session)
@@ -4123,9 +4133,11 @@ class Directory:
     def _adopt_users(self, session: Session) -> None:
         # An older version stored users without their employees.
         if not session.setting("employees"):
-            now = time_text(self.clock())
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
-                self._log(session, update_employee(session, row.id, row.attributes, now))
+                self._log(
+                    session,
+                    update_employee(session, row.id, row.attributes, self._now(session)),
+                )
             session.set_setting("employees", "made")
 
 
@@ -4907,9 +4919,11 @@ def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
     """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
     host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
-    valid_host = AUTHORITY.fullmatch(host) if host else host == "" or minor_version == 0
     for is_valid, detail in (
-        (valid_host, "host: expected one host name or address with an optional port"),
+        (
+            AUTHORITY.fullmatch(host) if host else host == "" or minor_version == 0,
+            "host: expected one host name or address with an optional port",
+        ),
         (length is None or LENGTH.fullmatch(length), "content-length: expected a number"),
         (
             coding is None or (length is None and minor_version > 0),
@@ -4931,9 +4945,10 @@ def too_large(limit: int) -> ScimError:
 def read_chunks(buffer: bytearray, limit: int) -> Reading:
     """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
     detail = "the chunked body is malformed"
-    read_line = partial(read_until, buffer, b"\n", MAX_CHUNK_LINE, 400, detail)
     body, chunks = bytearray(), 0
-    while line := CHUNK_LINE.fullmatch((yield from read_line())):
+    while line := CHUNK_LINE.fullmatch(
+        (yield from read_until(buffer, b"\n", MAX_CHUNK_LINE, 400, detail))
+    ):
         if not (size := int(line[1], 16)):
             yield from read_fields(buffer, 400)  # the trailers
             return bytes(body)
@@ -5809,11 +5824,9 @@ class LogItem:
     @cached_property
     def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
         request, body = self.call.request, self.call.body
-        is_unparsed, text = (
-            body is None and bool(request.body),
-            f"{body!r} {unquote(request.query)}",
-        )
-        return self.response.status >= 400 and (is_unparsed or SECRET.search(text) is not None)
+        is_unparsed = body is None and bool(request.body)
+        may_have_secret = is_unparsed or SECRET.search(f"{body!r} {unquote(request.query)}")
+        return self.response.status >= 400 and bool(may_have_secret)
 
 
 def sent_by(operation: Operation) -> Sent:
@@ -5876,12 +5889,15 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
         employee.record if employee else {},
         {"name": literal[1]} if literal else {},
     )
-    names = (
-        candidate.get(key)
-        for candidate in candidates
-        for key in ("displayName", "userName", "name")
+    return next(
+        (
+            name
+            for candidate in candidates
+            for key in ("displayName", "userName", "name")
+            if isinstance(name := candidate.get(key), str) and name
+        ),
+        "",
     )
-    return next((name for name in names if name and isinstance(name, str)), "")
 
 
 # -- Warnings and errors -------------------------------------------------------------
