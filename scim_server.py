@@ -8,7 +8,7 @@ Python 3.10 or newer and nothing else.
 Run it        python scim_server.py               serve sample_config.json, or a demo tenant
               python scim_server.py demo          play Entra ID against the running server
               python scim_server.py check         explain a configuration; also: token, employees,
-                                                  changes, backup, restore
+                                                  changes, backup, restore, migrate
 Embed it      with running("config.json") as server: print(server.url)
               application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
               Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
@@ -2291,6 +2291,37 @@ WRITER_PRAGMAS = (
     "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
     *DURABLE,
 )
+# Scripts for files of formats 1 to 6, before and after the tables of chapter 8 are made. The first
+# formats had fewer tables. The index had the path as text, and entries of complex attributes: after
+# their path, "." or ":" follows in others. Formats 1 to 5 had other keys of text that is not ASCII;
+# a former userName is known by its key only.
+SET_ASIDE = """
+    ALTER TABLE value RENAME TO older_value; DROP TABLE IF EXISTS tally;
+    DROP INDEX IF EXISTS resource_type; DROP INDEX IF EXISTS member_groups;
+    DROP INDEX IF EXISTS employee_external_id; DROP INDEX IF EXISTS employee_user_name;
+    DROP INDEX IF EXISTS employee_manager; DROP INDEX IF EXISTS change_at;
+    DROP INDEX IF EXISTS change_id; DROP INDEX IF EXISTS change_member"""
+COPY_OLDER = f"""
+    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
+    UPDATE number SET last = coalesce((SELECT seq FROM sqlite_sequence AS older
+        WHERE older.name = number.name), 0);
+    UPDATE member SET display_key = text_key(display)
+        WHERE length(display) < length(CAST(display AS BLOB));
+    UPDATE employee SET user_name = name_key(user_name) WHERE id IN (SELECT id FROM employee
+        WHERE length(user_name) < length(CAST(user_name AS BLOB)));
+    INSERT INTO value SELECT path_number(path), substr(key, 1, {KEY_LENGTH}), seq, element,
+        substr(key, {KEY_LENGTH + 1}) FROM (SELECT DISTINCT path FROM older_value
+            WHERE path NOT IN ('schemas', 'id', 'meta.resourcetype')
+            ORDER BY path_number(path)) AS paths CROSS JOIN older_value USING (path)
+        WHERE NOT EXISTS (SELECT 1 FROM older_value AS sub WHERE sub.path > paths.path || '.'
+            AND sub.path < paths.path || '/') AND NOT EXISTS (SELECT 1 FROM older_value AS sub
+            WHERE sub.path > paths.path || ':' AND sub.path < paths.path || char(59));
+    INSERT INTO value SELECT path_number('schemas'), '{ENTERPRISE}', seq, 1, ''
+        FROM older_value WHERE path = '{ENTERPRISE.lower()}';
+    INSERT INTO value SELECT path_number('schemas'), '{FACILIO}', seq, 1, ''
+        FROM older_value WHERE path = '{FACILIO.lower()}';
+    PRAGMA secure_delete = FAST;
+    DROP TABLE older_value"""
 
 
 class SqliteLink(Link):
@@ -2443,6 +2474,7 @@ POSTGRES_SETTINGS = {  # of the session
 }
 # fmt: off
 POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for the schema
+    (r"^DELETE FROM (?=\w+$)", "TRUNCATE TABLE "),
     (r"\b(FROM|JOIN|INTO|UPDATE|TABLE|TABLE IF NOT EXISTS) ([a-z_]+)\b(?![.(])", r'\1 "@".\2'),
     (r"\b(INDEX (?:IF NOT EXISTS )?\w+ ON) ",                            r'\1 "@".'),
     (r"\bINTEGER\b",      "BIGINT"),
@@ -2659,22 +2691,18 @@ def is_postgres(location: str) -> bool:
 FORMAT = 7  # of these tables
 TABLES = """
     CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,  -- of a table
-        last INTEGER NOT NULL         -- the last number given out, also if its row is gone
-        ) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,    -- of a table
+        last INTEGER NOT NULL) WITHOUT ROWID;    -- the last number given out to a row
     CREATE TABLE IF NOT EXISTS tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS resource (seq INTEGER PRIMARY KEY,
-        type TEXT NOT NULL, id TEXT NOT NULL UNIQUE,
-        body TEXT NOT NULL,           -- canonical JSON without schemas, id, meta and members
+    CREATE TABLE IF NOT EXISTS resource (seq INTEGER PRIMARY KEY, type TEXT NOT NULL,
+        id TEXT NOT NULL UNIQUE, body TEXT NOT NULL,  -- JSON without schemas, id, meta and members
         hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
         revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
         member_count INTEGER NOT NULL);
     CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE IF NOT EXISTS value (
-        path INTEGER NOT NULL,        -- path_number()
-        key TEXT NOT NULL,            -- the first KEY_LENGTH characters of a key
-        seq INTEGER NOT NULL, element INTEGER NOT NULL,
-        rest TEXT NOT NULL,           -- those that follow
+    CREATE TABLE IF NOT EXISTS value (path INTEGER NOT NULL,     -- path_number()
+        key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+        rest TEXT NOT NULL,           -- what follows the first KEY_LENGTH characters of the key
         PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
         display TEXT, display_key TEXT,          -- as its client sent it, and the whole key
@@ -2695,48 +2723,18 @@ TABLES = """
         token TEXT NOT NULL, attributes TEXT NOT NULL);          -- JSON, names
     CREATE INDEX change_id ON change (id);
     CREATE INDEX change_member ON change (member) WHERE member <> '';
-    CREATE TABLE IF NOT EXISTS request (seq INTEGER PRIMARY KEY,
-        level INTEGER NOT NULL,       -- 0 done, 1 done with a warning, 2 refused
-        subject TEXT NOT NULL,        -- id of the user or group, or ''
-        entry TEXT NOT NULL);         -- JSON
+    CREATE TABLE IF NOT EXISTS request (seq INTEGER PRIMARY KEY, level INTEGER NOT NULL,
+        subject TEXT NOT NULL, entry TEXT NOT NULL);    -- id of the user or group or '', JSON
     INSERT INTO number VALUES ('resource', 0), ('employee', 0), ('change', 0), ('request', 0)"""
-# Formats 1 to 6 were in SQLite files only. The first ones had fewer tables. The index had the path
-# as text, and entries of complex attributes: "." or ":" follows after their path in others. Formats
-# 1 to 5 had other keys of text that is not ASCII; a former userName is known by its key only.
-SET_ASIDE = """
-    ALTER TABLE value RENAME TO older_value;
-    DROP TABLE IF EXISTS tally;
-    DROP INDEX IF EXISTS resource_type;
-    DROP INDEX IF EXISTS member_groups;
-    DROP INDEX IF EXISTS employee_external_id;
-    DROP INDEX IF EXISTS employee_user_name;
-    DROP INDEX IF EXISTS employee_manager;
-    DROP INDEX IF EXISTS change_at;
-    DROP INDEX IF EXISTS change_id;
-    DROP INDEX IF EXISTS change_member"""
-COPY_OLDER = f"""
-    INSERT INTO tally SELECT type, count(*) FROM resource GROUP BY type;
-    UPDATE number SET last = coalesce((SELECT seq FROM sqlite_sequence AS older
-        WHERE older.name = number.name), 0);
-    UPDATE member SET display_key = text_key(display)
-        WHERE length(display) < length(CAST(display AS BLOB));
-    UPDATE employee SET user_name = name_key(user_name) WHERE id IN (SELECT id FROM employee
-        WHERE length(user_name) < length(CAST(user_name AS BLOB)));
-    INSERT INTO value SELECT path_number(path), substr(key, 1, {KEY_LENGTH}), seq, element,
-        substr(key, {KEY_LENGTH + 1}) FROM (SELECT DISTINCT path FROM older_value
-            WHERE path NOT IN ('schemas', 'id', 'meta.resourcetype')
-            ORDER BY path_number(path)) AS paths CROSS JOIN older_value USING (path)
-        WHERE NOT EXISTS (SELECT 1 FROM older_value AS sub WHERE sub.path > paths.path || '.'
-            AND sub.path < paths.path || '/') AND NOT EXISTS (SELECT 1 FROM older_value AS sub
-            WHERE sub.path > paths.path || ':' AND sub.path < paths.path || char(59));
-    INSERT INTO value SELECT path_number('schemas'), '{ENTERPRISE}', seq, 1, ''
-        FROM older_value WHERE path = '{ENTERPRISE.lower()}';
-    INSERT INTO value SELECT path_number('schemas'), '{FACILIO}', seq, 1, ''
-        FROM older_value WHERE path = '{FACILIO.lower()}';
-    PRAGMA secure_delete = FAST;
-    DROP TABLE older_value"""
+# fmt: off
+TABLE_KEYS = {  # the first columns of each table
+    "setting": "name", "number": "name", "tally": "type", "resource": "seq", "employee": "id",
+    "value": "path, key, seq, element", "member": "group_seq, member_seq", "change": "seq",
+    "request": "seq",
+}
+# fmt: on
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
-MANY = 500  # values in one statement
+MANY = 500  # values in one statement, rows of a step of a copy
 COUNT = """
     INSERT INTO tally VALUES (?, ?) ON CONFLICT (type) DO UPDATE SET
         count = tally.count + excluded.count"""
@@ -2809,20 +2807,16 @@ class Session:
         self.run(COUNT, [row.type, -1])
 
     def update_index(self, seq: int, before: set[Entry], after: set[Entry]) -> None:
-        self.run_many(
-            "DELETE FROM value WHERE path = ? AND key = ? AND seq = ? AND element = ?",
-            [
-                (path_number(path), key[:KEY_LENGTH], seq, element)
-                for path, key, element in before - after
-            ],
-        )
-        self.run_many(
-            "INSERT INTO value VALUES (?, ?, ?, ?, ?)",
+        lost, new = (
             [
                 (path_number(path), key[:KEY_LENGTH], seq, element, key[KEY_LENGTH:])
-                for path, key, element in after - before
-            ],
+                for path, key, element in entries
+            ]
+            for entries in (before - after, after - before)
         )
+        same = "path = ? AND key = ? AND seq = ? AND element = ? AND rest = ?"
+        self.run_many(f"DELETE FROM value WHERE {same}", lost)
+        self.run_many("INSERT INTO value VALUES (?, ?, ?, ?, ?)", new)
 
     def total(self, filters: Filters) -> int:
         """Return how many resources match; filters has a filter for each type to count."""
@@ -2853,15 +2847,12 @@ class Session:
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
         """Return the members of a group, all or those among ids, as canonical values with $ref."""
         sql = (
-            "SELECT id, type, display FROM member JOIN resource ON seq = member_seq "
-            "WHERE group_seq = ?"
+            "SELECT id, type, display FROM member JOIN resource ON seq = member_seq WHERE group_seq"
         )
-        rows: Iterable[Any] = (
-            self.run(f"{sql} ORDER BY member_seq", [group_seq])
+        rows = (
+            self.run(f"{sql} = ? ORDER BY member_seq", [group_seq])
             if ids is None
-            else sorted(
-                self._among(f"{sql} AND member_seq IN", self.seqs_of(ids).values(), group_seq)
-            )
+            else self._among(f"{sql} = ? AND member_seq IN", self.seqs_of(ids).values(), group_seq)
         )
         return [
             {"value": id, "$ref": f"/{type}s/{id}", "type": type}
@@ -2883,14 +2874,9 @@ class Session:
             seqs,
         )
         for seq, _, id, body in sorted(rows):
-            groups[seq].append(
-                {
-                    "value": id,
-                    "$ref": f"/Groups/{id}",
-                    "display": from_json(body)["displayName"],
-                    "type": "direct",
-                }
-            )
+            name = from_json(body)["displayName"]
+            group = {"value": id, "$ref": f"/Groups/{id}", "display": name, "type": "direct"}
+            groups[seq].append(group)
         return groups
 
     def add_members(
@@ -3056,6 +3042,23 @@ class Session:
             )
         ]
 
+    def batches(self, table: str) -> Iterator[list[Any]]:
+        """Yield the rows of a table in the order of its key, some at a time."""
+        key, after, values = TABLE_KEYS[table], "1 = 1", list[Any]()
+        size = len(key.split(", "))
+        sql = f"SELECT * FROM {table} WHERE %s ORDER BY {key} LIMIT {MANY}"
+        while rows := self.run(sql % after, values).fetchall():
+            yield rows
+            after, values = f"({key}) > ({', '.join('?' * size)})", rows[-1][:size]
+
+    def fingerprint(self, table: str) -> tuple[int, str]:
+        """Return the number of a table's rows and a hash of them, the same on all engines."""
+        count, digest = 0, hashlib.sha256()
+        for rows in self.batches(table):
+            count += len(rows)
+            digest.update(repr(rows).encode())
+        return count, digest.hexdigest()
+
     # -- Settings --
 
     def next_number(self, table: str, count: int = 1) -> int:
@@ -3152,11 +3155,12 @@ class Store:
             raise
 
     @contextmanager
-    def writing(self) -> Iterator[Session]:
+    def writing(self, is_copy: bool = False) -> Iterator[Session]:
         """Yield a session; its changes are on the disk when the block ends, or undone if it raises.
 
         A block inside a block of the same thread is a savepoint: it is undone alone if it raises.
         If the engine rolls back the whole transaction in it, all later steps and the commit fail.
+        StoreError if the content was moved, except for a copy that replaces it.
         """
         with self._writing:
             if self._link:
@@ -3170,7 +3174,11 @@ class Store:
                 self._link = link
                 try:
                     with link.transaction():
-                        yield Session(link)
+                        session = Session(link)
+                        if (moved := session.setting("moved to")) and not is_copy:
+                            reason = "the data was moved"
+                            raise StoreError(f"{self.place}: {reason} to {moved}", reason)
+                        yield session
                 finally:
                     self._link = None
         with self._written:
@@ -3212,17 +3220,49 @@ class Store:
             self.database.close()
 
     def backup(self, path: str) -> None:
-        """Write a copy of one commit to a new file, while others read and write; StoreError."""
+        """Write one commit to a new SQLite file, while others read and write; StoreError."""
         try:
             Path(path).touch(0o600, exist_ok=False)
             source = self.database.readers or self.database.writers
-            with source.link() as present, closing(SqliteLink(path)) as target:
-                cast(SqliteLink, present).copy_to(target)
+            with source.link(self.schema) as present, closing(SqliteLink(path)) as target:
+                if isinstance(present, SqliteLink):
+                    present.copy_to(target)  # fast, page by page
+                else:
+                    with present.snapshot(), target.transaction():
+                        migrate(target)
+                        copy_rows(Session(present), Session(target))
         except (OSError, StoreError) as error:
             raise StoreError(
                 f"{self.place}: cannot be copied to {path} ({error}); "
                 "name a new file for the backup"
             ) from error
+
+    def move_to(self, target: Store, report: Callable[[str], None]) -> None:
+        """Copy all content to an empty store, then refuse writes; if it fails, stay in use.
+
+        Readers are served meanwhile. Writers of all processes wait for the lock. StoreError.
+        """
+        with self.writing() as source:
+            with target.writing(is_copy=True) as session:
+                if any(session.numbers().values()) and not session.setting("moved to"):
+                    raise StoreError(f"{target.place}: has content already; remove it, or move it")
+                copy_rows(source, session, report)
+            source.set_setting("moved to", target.place)
+
+
+def copy_rows(
+    source: Session, target: Session, report: Callable[[str], None] = lambda text: None
+) -> None:
+    """Replace the rows of all tables by those of another database, and compare; StoreError."""
+    for table in TABLE_KEYS:
+        target.run(f"DELETE FROM {table}")
+        count = 0
+        for rows in source.batches(table):
+            target.run_many(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            count += len(rows)
+            report(f"{table}: {count} rows")
+        if target.fingerprint(table) != source.fingerprint(table):
+            raise StoreError(f"{table}: the rows of the copy differ")
 
 
 # -- Restoring a backup ----------------------------------------------------------
@@ -3236,6 +3276,12 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
     """
     with closing(SqliteLink("")) as restored:  # a temporary file
         copy_backup(backup, restored, tenant)
+        if is_postgres(path):
+            with closing(Store(path, tenant)) as store, store.writing(is_copy=True) as session:
+                numbers = session.numbers()
+                copy_rows(Session(restored), session)
+                session.continue_numbering(numbers)
+            return ""
         try:
             try:
                 replace_content(path, restored)
@@ -8333,6 +8379,22 @@ def restore(options: argparse.Namespace) -> None:
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
 
 
+def move(options: argparse.Namespace) -> None:
+    config, tenant = chosen_tenant(options)
+    is_url = is_postgres(options.to)
+    place = {"database": options.to} if is_url else {"database": "", "data_dir": options.to}
+    new_config = replace(config, **place)
+    make_data_dir(new_config)
+    location = store_location(new_config, replace(tenant, database=""))
+    with (
+        closing(existing_store(config, tenant)) as source,
+        closing(Store(location, tenant.name)) as target,
+    ):
+        source.move_to(target, lambda text: print(f"\r{text}\033[K", end="", file=sys.stderr))
+        print(f"\rtenant {tenant.name}: moved to {target.place}\033[K")
+    print(f'Name it as "{"database" if is_url else "data_dir"}", then restart the servers.')
+
+
 def show_employees(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     active = None if options.active is None else options.active == "true"
@@ -8539,6 +8601,10 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
         **TENANT}),
     "backup": (back_up, "copy a tenant's database to a new file, even while the server runs", COPY),
     "restore": (restore, "put a backup in the place of a tenant's database", COPY),
+    "migrate": (move, "move a tenant's data to another database, while it is read", {
+        "--to": {"required": True, "metavar": "PLACE",
+                 "help": "a directory, or postgresql://user@host/database"},
+        **TENANT}),
     "demo": (demo, "play Entra ID's cycle against a running server", {
         "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
         "--token": {"help": "its Secret Token (default: that of the first tenant)"},

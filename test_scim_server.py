@@ -3829,6 +3829,214 @@ def test_restore_is_whole_or_absent_whichever_call_of_the_database_fails(
     assert names() == ["bob"]
 
 
+# -- Moving a tenant to another database --
+
+
+MOVES = [["sqlite", "sqlite"], ["sqlite", "postgresql"], ["postgresql", "sqlite"]]
+
+
+@pytest.fixture(params=[move for move in MOVES if {*move} <= {*ENGINES}], ids=" to ".join)
+def move(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[list[str]]:
+    """Two places for data, both empty."""
+    with ExitStack() as stack:
+        places = []
+        for number, kind in enumerate(request.param):
+            if kind == "postgresql":
+                cluster = request.getfixturevalue("cluster")
+                places.append(stack.enter_context(cluster.database()))
+            else:
+                places.append(str(tmp_path / str(number)))
+                Path(places[-1]).mkdir()
+        yield places
+
+
+def fill_with_people(store: scim_server.Store) -> scim_server.Directory:
+    """Create users and a group with long and odd values, change some and delete one."""
+    chance = random.Random(SEED)
+    directory = scim_server.Directory(store, FIELDS)
+    texts = ["\U0010ffff" * 500, "%s ? \\ ' \"", "\u00e9" * 399 + "!!"]
+    ids = [
+        directory.create("User", some_user(chance, f"u{number}") | {"title": texts[number % 3]})[
+            "id"
+        ]
+        for number in range(12)
+    ]
+    members = [{"value": id, "display": "Ann"} for id in ids]
+    directory.create("Group", {"displayName": "crew", "members": members})
+    directory.patch("User", ids[0], {"Operations": [put("title", "x" * 900)]})
+    directory.delete("User", ids[-1])
+    with store.writing() as session:
+        session.note_requests([(0, "", {"path": "/"}), (1, ids[0], {"path": "/Users"})], 9)
+    return directory
+
+
+def everything_of(directory: scim_server.Directory) -> list[Any]:
+    """Return what a directory shows of its resources, employees, changes, calls and numbers."""
+    with directory.store.reading() as session:
+        numbers = session.numbers()
+    pages = [directory.query(type, count=99).resources for type in TYPES]
+    return [
+        *pages,
+        list(directory.employees()),
+        directory.changes(0),
+        directory.requests(),
+        numbers,
+        directory.cursor_key,
+    ]
+
+
+def test_moved_tenant_is_the_same_and_goes_on(move: list[str]) -> None:
+    source, target = [open_at(place) for place in move]
+    with closing(source), closing(target):
+        directory = fill_with_people(source)
+        before, reported = everything_of(directory), list[str]()
+        source.move_to(target, reported.append)
+        assert {"resource: 12 rows", f"change: {len(before[3])} rows"} <= {*reported}
+        moved = scim_server.Directory(target, FIELDS)
+        assert everything_of(moved) == before == everything_of(directory)
+        with pytest.raises(scim_server.StoreError, match="moved to"):
+            directory.create("User", {"userName": "zoe"})
+        moved.create("User", {"userName": "zoe"})
+        numbers = before[-2]
+        assert [change.seq for change in moved.changes(numbers["change"])] == [
+            numbers["change"] + 1,
+            numbers["change"] + 2,
+        ]
+
+
+def test_tenant_moves_back_over_what_it_has_left(move: list[str]) -> None:
+    source, target = [open_at(place) for place in move]
+    with closing(source), closing(target):
+        fill_with_people(source)
+        source.move_to(target, print)
+        moved = scim_server.Directory(target, FIELDS)
+        moved.create("User", {"userName": "zoe"})
+        after = everything_of(moved)
+        target.move_to(source, print)
+        assert everything_of(scim_server.Directory(source, FIELDS)) == after
+        with pytest.raises(scim_server.StoreError, match="moved to"):
+            moved.create("User", {"userName": "zac"})
+
+
+def test_a_move_lets_others_read_but_not_write(
+    monkeypatch: pytest.MonkeyPatch, move: list[str]
+) -> None:
+    monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.1)
+    if "://" in move[0]:
+        move[0] += "&options=-c%20lock_timeout%3D100"
+    source, target = [open_at(place) for place in move]
+    others = [source, open_at(move[0])]  # the second one is as in another process
+    refused = list[str]()
+
+    def use_the_others(_: str) -> None:
+        for other in others[1:]:
+            with other.reading() as session:
+                assert session.total({"User": scim_server.EVERYTHING}) == 11
+            with pytest.raises(scim_server.StoreError) as error, other.writing():
+                pass
+            refused.append(str(error.value))
+
+    with closing(source), closing(target), closing(others[1]):
+        fill_with_people(source)
+        source.move_to(target, use_the_others)
+        assert len(refused) > 5
+
+
+def test_interrupted_move_leaves_the_source_in_use(move: list[str]) -> None:
+    source, target = [open_at(place) for place in move]
+
+    def stop(text: str) -> None:
+        if text.startswith("change"):
+            raise KeyboardInterrupt
+
+    with closing(source), closing(target):
+        directory = fill_with_people(source)
+        with pytest.raises(KeyboardInterrupt):
+            source.move_to(target, stop)
+        directory.create("User", {"userName": "zoe"})
+        with target.reading() as session:
+            assert not any(session.numbers().values())
+            assert session.total({"User": scim_server.EVERYTHING}) == 0
+        source.move_to(target, print)
+        assert everything_of(scim_server.Directory(target, FIELDS)) == everything_of(directory)
+
+
+def test_a_move_does_not_replace_content(move: list[str]) -> None:
+    source, target = [open_at(place) for place in move]
+    with closing(source), closing(target):
+        scim_server.Directory(target).create("User", {"userName": "ada"})
+        fill_with_people(source)
+        with pytest.raises(scim_server.StoreError, match="has content already"):
+            source.move_to(target, print)
+        assert scim_server.Directory(target).query("User").total_results == 1
+        scim_server.Directory(source, FIELDS).create("User", {"userName": "zoe"})
+
+
+def test_a_copy_that_differs_is_undone(tmp_path: Path) -> None:
+    source, target = [open_at(str(tmp_path), name) for name in ("source", "target")]
+    with closing(source), closing(target):
+        directory = fill_with_people(source)
+        with sqlite3.connect(tmp_path / "target.sqlite3") as connection:
+            connection.execute(
+                "CREATE TRIGGER one_is_lost BEFORE INSERT ON employee WHEN new.id = 3 "
+                "BEGIN SELECT raise(IGNORE); END"
+            )
+        with pytest.raises(scim_server.StoreError, match="employee: the rows of the copy differ"):
+            source.move_to(target, print)
+        directory.create("User", {"userName": "zoe"})
+
+
+@on_postgresql
+def test_backup_of_postgresql_is_a_file_that_both_engines_restore(
+    engine: str, tmp_path: Path
+) -> None:
+    with closing(open_at(engine)) as store:
+        directory = fill_with_people(store)
+        before, last = everything_of(directory), directory.changes(0)[-1].seq
+        store.backup(str(tmp_path / "backup"))
+        directory.create("User", {"userName": "lost"})
+    for place in (engine, str(tmp_path)):
+        location = place if "://" in place else f"{place}/one.sqlite3"
+        assert scim_server.restore_file(location, str(tmp_path / "backup"), "one", "now") == ""
+        with closing(open_at(place)) as store:
+            restored = scim_server.Directory(store, FIELDS)
+            pages = [restored.query(type, count=99).resources for type in TYPES]
+            assert [*pages, list(restored.employees())] == before[:3]
+            with pytest.raises(scim_server.ScimError, match="start again with after="):
+                restored.changes(last)
+            if "://" in place:  # what was given out after the backup is not given out again
+                restored.create("User", {"userName": "new"})
+                assert max(employee.id for employee in restored.employees()) == len(before[2]) + 2
+
+
+def test_acceptance_10_migrate_there_and_back(move: list[str], tmp_path: Path) -> None:
+    def shown() -> tuple[str, str]:
+        users = json.dumps(scim.get("/Users")).replace(scim.url, "")
+        return users, beside(scim, "/changes?after=0").text
+
+    files = [tmp_path / "there.json", tmp_path / "back.json"]
+    for file, place in zip(files, move, strict=True):
+        file.write_text(json.dumps({**CONFIG, **member_for(place)}))
+    with serving(move[0]) as server:
+        scim = Scim(server.url, "acme-secret")
+        ada = scim.user("ada", title="Engineer")
+        before = shown()
+    for file, place in zip(files, move[::-1], strict=True):
+        migrate = ["migrate", "--tenant", "acme", "--config", str(file), "--to", place]
+        moved = command(*migrate)
+        assert moved.returncode == 0, moved.stderr
+        assert "resource: 1 rows" in moved.stderr and "restart the servers" in moved.stdout
+        again = command(*migrate)
+        assert again.returncode == 2 and "moved to" in again.stderr
+        with serving(place) as server:
+            scim = Scim(server.url, "acme-secret")
+            assert shown() == before
+            version, body = ada["meta"]["version"], patch_body(put("title", place))
+            answer = scim.call("PATCH", f"/Users/{ada['id']}", body, If_Match=version)
+            assert answer.status_code == 200
+            ada, before = answer.json(), shown()
+
+
 # -- Files of older formats --
 
 TABLES_OF_FORMAT_6 = """
