@@ -2735,21 +2735,18 @@ TABLE_KEYS = {  # the first columns of each table
 # fmt: on
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 MANY = 500  # values in one statement, rows of a step of a copy
-COUNT = """
-    INSERT INTO tally VALUES (?, ?) ON CONFLICT (type) DO UPDATE SET
-        count = tally.count + excluded.count"""
-PUT_RESOURCE = """
-    INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq) DO UPDATE SET
-        body = excluded.body, hidden = excluded.hidden, revision = excluded.revision,
+COUNT = """INSERT INTO tally VALUES (?, ?) ON CONFLICT (type)
+    DO UPDATE SET count = tally.count + excluded.count"""
+PUT_RESOURCE = """INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq)
+    DO UPDATE SET body = excluded.body, hidden = excluded.hidden, revision = excluded.revision,
         modified = excluded.modified, member_count = excluded.member_count"""
-PUT_EMPLOYEE = """
-    INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) DO UPDATE SET
-        user_id = excluded.user_id, provisioned = excluded.provisioned, active = excluded.active,
-        external_id = excluded.external_id, user_name = excluded.user_name, changed =
-        excluded.changed, manager_id = excluded.manager_id, record = excluded.record"""
-PUT_MEMBER = """
-    INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq) DO UPDATE SET
-        display = excluded.display, display_key = excluded.display_key"""
+PUT_EMPLOYEE = """INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id)
+    DO UPDATE SET user_id = excluded.user_id, provisioned = excluded.provisioned,
+        external_id = excluded.external_id, user_name = excluded.user_name,
+        active = excluded.active, manager_id = excluded.manager_id,
+        changed = excluded.changed, record = excluded.record"""
+PUT_MEMBER = """INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq)
+    DO UPDATE SET display = excluded.display, display_key = excluded.display_key"""
 
 
 class Session:
@@ -3020,10 +3017,8 @@ class Session:
             for level, subject, entry in rows
         ]
         first = self.next_number("request", len(entries))
-        self.run_many(
-            "INSERT INTO request VALUES (?, ?, ?, ?)",
-            [(seq, *entry) for seq, entry in enumerate(entries, first)],
-        )
+        numbered = [(seq, *entry) for seq, entry in enumerate(entries, first)]
+        self.run_many("INSERT INTO request VALUES (?, ?, ?, ?)", numbered)
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
     def requests(
@@ -3053,11 +3048,11 @@ class Session:
 
     def fingerprint(self, table: str) -> tuple[int, str]:
         """Return the number of a table's rows and a hash of them, the same on all engines."""
-        count, digest = 0, hashlib.sha256()
+        count, content = 0, hashlib.sha256()
         for rows in self.batches(table):
             count += len(rows)
-            digest.update(repr(rows).encode())
-        return count, digest.hexdigest()
+            content.update(repr(rows).encode())
+        return count, content.hexdigest()
 
     # -- Settings --
 
