@@ -6286,14 +6286,17 @@ def entra_mapping(directory: Directory) -> Iterator[list[str]]:
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
+    subject, text = (call.parameters.get(name, "") for name in ("subject", "text"))
+    if UNSTORABLE.search(subject + text):
+        raise invalid_value("subject, text: no text has a NUL")
     read = partial(
         call.directory.requests,
         call.integer("after", 0),
         call.integer("before", 0),
         call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
         call.integer("level", 0),
-        call.parameters.get("subject", ""),
-        call.parameters.get("text", ""),
+        subject,
+        text,
     )
     return plain_response({"entries": long_poll(log.usage, call, read), "lost": log.lost})
 

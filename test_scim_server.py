@@ -2507,6 +2507,96 @@ def test_any_filter_agrees_in_python_and_sql(crowd: Any) -> None:
         assert page.total_results == len(expected)
 
 
+MAX_CHAR = chr(sys.maxunicode)
+LONG_TEXTS = [  # around the length of a key, and around the last of all texts with a prefix
+    *(
+        "x" * length + end
+        for length in (398, 399, 400, 401, 800)
+        for end in ("", "a", "b", MAX_CHAR)
+    ),
+    *("y" + MAX_CHAR * length + end for length in (0, 1, 399, 400) for end in ("", "a")),
+    *(f"z{char}" for char in ("\ud7ff", "\ue000", MAX_CHAR)),
+]
+
+
+@pytest.fixture(scope="module")
+def long_texts(place: str) -> Iterator[tuple[scim_server.Directory, list[Any]]]:
+    """A directory of users and groups with LONG_TEXTS, and all its users."""
+    with closing(open_at(place, "long")) as store:
+        directory = scim_server.Directory(store, FIELDS)
+        users = [
+            directory.create(
+                "User", {"userName": text, "externalId": text, "emails": [{"value": text}]}
+            )
+            for text in LONG_TEXTS
+        ]
+        for user in users:
+            member = {"value": user["id"], "display": user["userName"]}
+            directory.create("Group", {"displayName": user["userName"], "members": [member]})
+        yield directory, directory.query("User", count=99).resources
+
+
+@pytest.mark.parametrize("name", ["userName", "externalId", "emails.value", "groups.display"])
+def test_any_filter_on_long_text_agrees_in_python_and_sql(long_texts: Any, name: str) -> None:
+    directory, users = long_texts
+    for text in LONG_TEXTS:
+        for op, value in itertools.product(scim_server.OPERATORS, (text, text[:-1], text[-400:])):
+            filter = scim_server.parse_filter(f"{name} {op} {json.dumps(value)}", USER_TYPE)
+            expected = ids_of(user for user in users if scim_server.matches(filter, user))
+            page = directory.query("User", filter, count=99)
+            assert ids_of(page.resources) == expected, (op, value)
+
+
+def test_long_members_are_found_by_their_display(long_texts: Any) -> None:
+    directory, _ = long_texts
+    for text in LONG_TEXTS:
+        filter = f"members.display eq {json.dumps(text)}"
+        [group] = directory.query("Group", filter).resources
+        assert group["displayName"] == text
+
+
+def test_long_name_is_unique_as_a_whole(long_texts: Any) -> None:
+    directory, _ = long_texts
+    for text in LONG_TEXTS:
+        with pytest.raises(scim_server.ScimError, match="already in use"):
+            directory.create("User", {"userName": text.upper()})
+
+
+def test_sort_compares_the_first_400_characters(long_texts: Any) -> None:
+    directory, users = long_texts
+    by_name = scim_server.Sorting(scim_server.resolve("userName", USER_TYPE))
+    ids = ids_of(sorted(users, key=lambda user: user["userName"][:400]))
+    assert ids_of(directory.query("User", sorting=by_name, count=99).resources) == ids
+    after, walked = None, list[str]()
+    while page := directory.search(
+        {"User": (scim_server.EVERYTHING, scim_server.WHOLE)},
+        by_name,
+        scim_server.Window(2, after=after),
+    ):
+        walked += ids_of(page.resources)
+        after = page.last
+        if not page.more:
+            break
+    assert walked == ids
+
+
+def test_text_of_64_thousand_random_characters_is_found_and_its_employee_returns(
+    scim: Scim,
+) -> None:
+    chance = random.Random(SEED)
+    texts = ["".join(chance.choices("0123456789abcdef\u00e9\U0001f600", k=2**16)) for _ in range(3)]
+    manager = {"value": texts[2]}
+    body = {"userName": texts[0], "externalId": texts[1], ENT: {"manager": manager}}
+    id = scim.create("/Users", **body)["id"]
+    assert scim.call("POST", "/Users", body).status_code == 409
+    filter = f'userName sw "{texts[0][:7000]}" and manager sw "{texts[2][:900]}"'
+    answer = scim.call("POST", "/Users/.search", {"filter": filter}).json()
+    assert ids_of(answer["Resources"]) == [id]
+    scim.call("DELETE", f"/Users/{id}")
+    scim.create("/Users", **body)
+    assert len(employees(scim)) == 1
+
+
 def sortable() -> list[tuple[scim_server.Attribute, ...]]:
     """Return the attributes to sort by, each with the complex attribute around it."""
     groups = USER_TYPE.root.by_name["groups"]
@@ -7797,6 +7887,12 @@ def test_no_secret_enters_the_log(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["text", "subject"])
+def test_the_log_is_not_searched_for_nul(server: scim_server.ScimServer, name: str) -> None:
+    answer = console_of(server).call("GET", f"/console/api/log?{name}=a%00")
+    assert_error(answer, 400, "invalidValue", "NUL")
+
+
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
 def test_the_log_is_json_whatever_number_was_sent(tmp_path: Path, number: str) -> None:
     tenant = {**CONFIG["tenants"][0], "log": {"bodies": True}}
@@ -8220,6 +8316,8 @@ NOT_SERVED = [  # name, path, status
     ("/Me is not implemented",            "/Me",                              501),
     ("an unknown path",                   "/Nowhere",                         404),
     ("a path below a user",               "/Users/1/2",                       404),
+    ("NUL as the id of a user",           "/Users/%00",                       404),
+    ("an id with NUL at its end",         "/Groups/1%00",                     404),
     ("an unknown schema",                 "/Schemas/none",                    404),
     ("an unknown resource type",          "/ResourceTypes/Nobody",            404),
     ("a filter of schemas",               "/Schemas?filter=id+pr",            403),
