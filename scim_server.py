@@ -3477,7 +3477,8 @@ def update_employee(
 
     {} as the user means that it was deleted.
     """
-    columns, before = employee_columns(user_id, user), session.employee_of(user_id)
+    columns = employee_columns(user_id, user)
+    before = None if is_new else session.employee_of(user_id)
     # A new user is a returning person or a new employee. If a user's employee was given to a newer
     # user, the older user has no employee until it is activated again.
     if not before and (is_new or columns.get("active")):
