@@ -2681,6 +2681,13 @@ def is_postgres(location: str) -> bool:
     return location.startswith(("postgresql://", "postgres://"))
 
 
+def database_at(location: str, must_exist: bool) -> Database:
+    # Return the database at a URL or a path.
+    if is_postgres(location):
+        return PostgresDatabase(location)
+    return SqliteDatabase(location, must_exist)
+
+
 # ----------------------------------------------------------------------------
 # 8. Store
 #
@@ -3132,11 +3139,8 @@ class Store:
     ) -> None:
         self._is_shared = isinstance(location, Database)
         if not isinstance(location, Database):
-            path = os.fspath(location)
-            location = (
-                PostgresDatabase(path) if is_postgres(path) else SqliteDatabase(path, must_exist)
-            )
-        self.database: Database = location
+            location = database_at(os.fspath(location), must_exist)
+        self.database = location
         self._writing = threading.RLock()
         self._link: Link | None = None  # that of the outermost block of writing()
         self._written, self._interrupted = threading.Condition(), False
