@@ -2681,6 +2681,9 @@ def is_postgres(location: str) -> bool:
     return location.startswith(("postgresql://", "postgres://"))
 
 
+Location = str | os.PathLike[str] | Database  # a path, a URL, or a database that stores share
+
+
 def database_at(location: str, must_exist: bool) -> Database:
     # Return the database at a URL or a path.
     if is_postgres(location):
@@ -2761,6 +2764,7 @@ class Session:
 
     def __init__(self, link: Link) -> None:
         self.run, self.run_many, self._time = link.run, link.run_many, ""
+        self._newest: str | None = None  # the time of the newest change
 
     # -- Resources --
 
@@ -3011,9 +3015,19 @@ class Session:
         # If the clock goes back it stands still, so that readers who ask for what has changed
         # since a time miss nothing. The clocks of two machines differ, too.
         if not self._time:
-            newest = self.run("SELECT at FROM change ORDER BY seq DESC LIMIT 1").fetchone()
-            self._time = max(now, *newest or ("",))
+            if not self._newest:
+                self.moved_to()
+            self._time = max(now, self._newest or "")
         return self._time
+
+    def moved_to(self) -> str:
+        """Return where the content was moved to, or ""."""
+        # The same round trip reads what time_of_write() needs.
+        moved, self._newest = self.run(
+            "SELECT (SELECT value FROM setting WHERE name = 'moved to'), "
+            "(SELECT at FROM change ORDER BY seq DESC LIMIT 1)"
+        ).fetchone()
+        return moved or ""
 
     # -- The provisioning log --
 
@@ -3131,12 +3145,7 @@ class Store:
     it must_exist and its file is missing, empty or damaged.
     """
 
-    def __init__(
-        self,
-        location: str | os.PathLike[str] | Database,
-        tenant: str = "",
-        must_exist: bool = False,
-    ) -> None:
+    def __init__(self, location: Location, tenant: str = "", must_exist: bool = False) -> None:
         self._is_shared = isinstance(location, Database)
         if not isinstance(location, Database):
             location = database_at(os.fspath(location), must_exist)
@@ -3150,7 +3159,7 @@ class Store:
             with self.database.writers.link(self.schema) as link:
                 migrate(link)
         except BaseException:
-            self._close_database()
+            self.close()
             raise
 
     @contextmanager
@@ -3174,7 +3183,7 @@ class Store:
                 try:
                     with link.transaction():
                         session = Session(link)
-                        if (moved := session.setting("moved to")) and not is_copy:
+                        if (moved := session.moved_to()) and not is_copy:
                             reason = "the data was moved"
                             raise StoreError(f"{self.place}: {reason} to {moved}", reason)
                         yield session
@@ -3212,11 +3221,8 @@ class Store:
         """Close the database after the present write; a read in progress closes its connection."""
         self.interrupt()
         with self._writing:
-            self._close_database()
-
-    def _close_database(self) -> None:
-        if not self._is_shared:
-            self.database.close()
+            if not self._is_shared:
+                self.database.close()
 
     def backup(self, path: str) -> None:
         """Write one commit to a new SQLite file, while others read and write; StoreError."""
