@@ -4802,18 +4802,18 @@ def test_acceptance_6_an_ended_connection_costs_at_most_what_used_it(
 
 
 @on_postgresql
-def test_acceptance_6_a_lock_of_another_session_is_503_until_it_is_free(
-    monkeypatch: pytest.MonkeyPatch, engine: str, scim: Scim
-) -> None:
-    monkeypatch.setattr(scim_server, "BUSY_SECONDS", 0.2)
-    scim.user("ada")
-    with psycopg.connect(engine) as connection:
-        connection.execute("LOCK TABLE t_acme.number IN EXCLUSIVE MODE")
-        assert_error(scim.call("POST", "/Users", {"userName": "bob"}), 503)
-        assert scim.names('userName eq "ada"') == ["ada"]
-        connection.execute("LOCK TABLE t_acme.value IN ACCESS EXCLUSIVE MODE")
-        assert_error(scim.call("GET", '/Users?filter=userName eq "ada"'), 503)
-    scim.user("bob")
+@pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
+def test_acceptance_6_what_waits_for_another_session_is_503(engine: str, limit: str) -> None:
+    with serving(f"{engine}&options=-c%20{limit}%3D200ms") as server:
+        scim = Scim(server.url, "acme-secret")
+        scim.user("ada")
+        with psycopg.connect(engine) as connection:
+            connection.execute("LOCK TABLE t_acme.state IN EXCLUSIVE MODE")
+            assert_error(scim.call("POST", "/Users", {"userName": "bob"}), 503)
+            assert scim.names('userName eq "ada"') == ["ada"]
+            connection.execute("LOCK TABLE t_acme.value IN ACCESS EXCLUSIVE MODE")
+            assert_error(scim.call("GET", '/Users?filter=userName eq "ada"'), 503)
+        scim.user("bob")
 
 
 @on_postgresql
