@@ -10626,6 +10626,27 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, run_in_copy: Any) -> Non
     run_in_copy("restore")
 
 
+@on_postgresql
+def test_the_readme_moves_a_tenant_to_postgresql(engine: str, tmp_path: Path) -> None:
+    file, config = copied_server(tmp_path), tmp_path / "sample_config.json"
+    with process(file=file) as (running, url, _):
+        Scim(url, "acme-sample-secret-token").user("ada")
+        running.terminate()
+        running.wait(20)
+    [line] = [line for line in commands() if line.startswith("migrate")]
+    # The names are others here, since the cluster has a role scim.
+    run_sql(engine, *blocks("sql")[0].replace("scim", "readme").strip().split("\n"))
+    try:
+        *arguments, url = shlex.split(line.replace("scim", "readme"))
+        url = re.sub("@.*/", "@/", url) + "&" + engine.partition("?")[2]
+        moved = command(*arguments, url, file=file, cwd=tmp_path)
+        assert moved.returncode == 0 and "acme" in moved.stdout, moved.stderr
+        config.write_text(json.dumps({**json.loads(config.read_text()), "database": url}))
+        assert "ada" in command("employees", "--tenant", "acme", file=file, cwd=tmp_path).stdout
+    finally:
+        run_sql(engine, "DROP DATABASE readme WITH (FORCE)", "DROP ROLE readme")
+
+
 def test_the_readme_lists_the_changes_to_the_mapping_of_entra() -> None:
     rows = {line.split("|")[1].strip(" `"): line for line in README.splitlines() if "|" in line}
     for source, target, change in scim_server.ENTRA_MAPPING:
