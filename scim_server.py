@@ -110,9 +110,6 @@ USER = "urn:ietf:params:scim:schemas:core:2.0:User"
 GROUP = "urn:ietf:params:scim:schemas:core:2.0:Group"
 ENTERPRISE = "urn:ietf:params:scim:schemas:extension:enterprise:2.0:User"
 FACILIO = "urn:ietf:params:scim:schemas:extension:facilio:2.0:User"
-SCHEMA = "urn:ietf:params:scim:schemas:core:2.0:Schema"
-RESOURCE_TYPE = "urn:ietf:params:scim:schemas:core:2.0:ResourceType"
-PROVIDER_CONFIG = "urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"
 LIST_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:ListResponse"
 BULK_RESPONSE = "urn:ietf:params:scim:api:messages:2.0:BulkResponse"
 PATCH_OP = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
@@ -333,10 +330,8 @@ class Attribute:
                         scim_type,
                         f"{self.path}: the text has {len(value)} characters, more than {MAX_TEXT}",
                     )
-                if self.type != "dateTime":
-                    return value
                 with suppress(ValueError):
-                    date_time_key(value)
+                    KEYS.get(self.type, str)(value)  # fails for text that is no dateTime
                     return value
         expected, excerpt = TYPE_NAMES.get(self.type, "a String"), quoted(value)
         raise ScimError(
@@ -1185,8 +1180,6 @@ def project(
         "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
         **memberships(resource, base_url),
     }
-    if selection.wanted is None and not selection.unwanted:
-        return resource
     return select(resource_type.root, resource, selection, whole=selection.wanted is None)
 
 
@@ -5104,7 +5097,7 @@ def schema_documents(directory: Directory, base_url: str) -> dict[str, Json]:
     # Entra's validator wants externalId in a core schema, though RFC 7643 has it in none.
     return {
         schema.id: {
-            "schemas": [SCHEMA],
+            "schemas": ["urn:ietf:params:scim:schemas:core:2.0:Schema"],
             "id": schema.id,
             "name": schema.name,
             "description": schema.description,
@@ -5127,7 +5120,7 @@ def schema_documents(directory: Directory, base_url: str) -> dict[str, Json]:
 def resource_type_documents(directory: Directory, base_url: str) -> dict[str, Json]:
     return {
         name: {
-            "schemas": [RESOURCE_TYPE],
+            "schemas": ["urn:ietf:params:scim:schemas:core:2.0:ResourceType"],
             "id": name,
             "name": name,
             "description": resource_type.schema.description,
@@ -5151,7 +5144,7 @@ def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
     return {
         "": {
-            "schemas": [PROVIDER_CONFIG],
+            "schemas": ["urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"],
             "patch": {"supported": True},
             # authentik reads a missing maxOperations as "no PATCH and no filter".
             "bulk": {
@@ -5322,13 +5315,12 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     page = search(Window(count, 0, after, backward, MAX_PAGE))
     total = total if page.total_results is None else page.total_results
     # There is always a page in the direction that we came from; in the other, page.more tells.
-    ends = {
-        "nextCursor": page.last if backward or page.more else None,
-        "previousCursor": page.first if (page.more if backward else after) else None,
-    }
     cursors = {
         name: make_cursor(call, total, position, backward=name == "previousCursor")
-        for name, position in ends.items()
+        for name, position in (
+            ("nextCursor", page.last if backward or page.more else None),
+            ("previousCursor", page.first if (page.more if backward else after) else None),
+        )
         if position
     }
     return list_response(map(call.projected, page.resources), total, **cursors)
