@@ -4930,7 +4930,7 @@ def read_fields(buffer: bytearray, status: int) -> Generator[bool, None, dict[st
 
     ScimError 400 for a malformed field; ScimError of that status for too many or too long ones.
     """
-    # The end of the line before goes back, so that an empty line ends the fields even if it is all.
+    # The end of the line before goes back, so that a head without fields ends like the others.
     buffer[:0] = b"\r\n"
     octets = yield from read_until(
         buffer, b"\r\n\r\n", MAX_HEAD, status, f"the header fields take more than {MAX_HEAD} octets"
