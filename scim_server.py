@@ -7466,7 +7466,7 @@ class Lane:
         batch_size: Callable[[Batch], int] = lambda waiting: min(len(waiting), 1),
     ) -> None:
         self._share, self._answer, self._batch_size = share, answer, batch_size
-        self._threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
+        self.threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
         self._waiting: dict[str, Batch] = {}
         self._busy = Counter[str]()  # threads, by tenant
 
@@ -7477,7 +7477,7 @@ class Lane:
             starts = self._busy[tenant] < self._share
             self._busy[tenant] += starts
         if starts:
-            self._threads.submit(self._run, tenant)
+            self.threads.submit(self._run, tenant)
 
     def _run(self, tenant: str) -> None:
         # Answer a batch of a tenant. Its next batch queues after those of other tenants.
@@ -7490,7 +7490,7 @@ class Lane:
             goes_on = bool(self._waiting[tenant])
             self._busy[tenant] -= not goes_on
         if goes_on:
-            self._threads.submit(self._run, tenant)
+            self.threads.submit(self._run, tenant)
 
 
 # -- The server --
@@ -7532,6 +7532,8 @@ class ScimServer(Watcher):
     def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
         """Serve until stop()."""
         super().serve_forever(poll_interval)
+        for lane in self._lanes.values():
+            lane.threads.shutdown(wait=False)
         self.log.close(1)
         self.stopped.set()
 
