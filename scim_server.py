@@ -2173,6 +2173,10 @@ class Link(ABC):
         """Commit; an error if the engine has ended the transaction already."""
         self.run("COMMIT")
 
+    def load(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        """Insert whole rows into a table, at least one."""
+        self.run_many(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+
     @property
     def in_transaction(self) -> bool:
         return bool(self._connection.in_transaction)
@@ -2586,6 +2590,12 @@ class PostgresLink(Link):
         if rows := list(rows):
             self._connection.cursor().executemany(text.replace("@", self.schema), rows)
 
+    def load(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
+        command = f'COPY "{self.schema}".{table} FROM STDIN'
+        with self._connection.cursor() as cursor, cursor.copy(command) as copy:
+            for row in rows:
+                copy.write_row(row)
+
     @contextmanager
     def errors(self) -> Iterator[None]:
         try:
@@ -2756,7 +2766,7 @@ class Session:
     """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
 
     def __init__(self, link: Link) -> None:
-        self.run, self.run_many, self._time = link.run, link.run_many, ""
+        self.run, self.run_many, self.load, self._time = link.run, link.run_many, link.load, ""
         self._newest: str | None = None  # the time of the newest change
 
     # -- Resources --
@@ -3060,14 +3070,6 @@ class Session:
             yield rows
             after, values = f"({key}) > ({', '.join('?' * size)})", rows[-1][:size]
 
-    def fingerprint(self, table: str) -> tuple[int, str]:
-        """Return the number of a table's rows and a hash of them, the same on all engines."""
-        count, content = 0, hashlib.sha256()
-        for rows in self.batches(table):
-            count += len(rows)
-            content.update(repr(rows).encode())
-        return count, content.hexdigest()
-
     # -- Settings --
 
     def next_number(self, table: str, count: int = 1) -> int:
@@ -3084,9 +3086,8 @@ class Session:
         """After a restore, reuse no number and end the feed for all its readers (410)."""
         last = {name: max(seq, numbers.get(name, 0)) for name, seq in self.numbers().items()}
         last["change"] += 1  # also for readers that had read all changes
-        self.run_many(
-            "UPDATE number SET last = ? WHERE name = ?", [(seq, name) for name, seq in last.items()]
-        )
+        rows = [(seq, name) for name, seq in last.items()]
+        self.run_many("UPDATE number SET last = ? WHERE name = ?", rows)
         self.set_setting("feed_start", str(last["change"]))
 
     def setting(self, name: str) -> str:
@@ -3094,11 +3095,8 @@ class Session:
         return row[0] if row else ""
 
     def set_setting(self, name: str, value: str) -> None:
-        self.run(
-            "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET "
-            "value = excluded.value",
-            [name, value],
-        )
+        put = "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = ?"
+        self.run(put, [name, value, value])
 
 
 def migrate(link: Link) -> None:
@@ -3252,15 +3250,28 @@ def copy_rows(
     source: Session, target: Session, report: Callable[[str], None] = lambda text: None
 ) -> None:
     """Replace the rows of all tables by those of another database, and compare; StoreError."""
-    for table in TABLE_KEYS:
-        target.run(f"DELETE FROM {table}")
+
+    def copied(table: str) -> Iterator[list[Any]]:
         count = 0
         for rows in source.batches(table):
-            target.run_many(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+            target.load(table, rows)
             count += len(rows)
             report(f"{table}: {count} rows")
-        if target.fingerprint(table) != source.fingerprint(table):
+            yield rows
+
+    for table in TABLE_KEYS:
+        target.run(f"DELETE FROM {table}")
+        if fingerprint(copied(table)) != fingerprint(target.batches(table)):
             raise StoreError(f"{table}: the rows of the copy differ")
+
+
+def fingerprint(batches: Iterable[list[Any]]) -> tuple[int, str]:
+    # Return the number of rows and a hash of them, the same on all engines.
+    count, content = 0, hashlib.sha256()
+    for rows in batches:
+        count += len(rows)
+        content.update(repr(rows).encode())
+    return count, content.hexdigest()
 
 
 # -- Restoring a backup ----------------------------------------------------------
