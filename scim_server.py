@@ -6597,9 +6597,12 @@ class Tenants:
 
 # Who may call.
 ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "bearer", "nowhere"
-# Lanes of the HTTP server: at once, with the reads one by one, with the reads several at a time,
-# with the writes, one by one beside the writes, in a thread of its own.
-QUICK, READ, REMOTE, WRITE, BULK, SLOW = "quick", "read", "remote", "write", "bulk", "slow"
+# Lanes of the HTTP server: at once; with the reads one by one; of a network database several at a
+# time, look-ups and other reads; with the writes; one by one beside the writes; in its own thread.
+# fmt: off
+QUICK, READ, LOOKUP, REMOTE, WRITE, BULK, SLOW = (
+    "quick", "read", "lookup", "remote", "write", "bulk", "slow")
+# fmt: on
 RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
 # The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
 SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
@@ -6787,7 +6790,8 @@ class Application(Tenants):
         database = directory.store.database
         if lane == QUICK and route.type:
             # With a store in memory, readers wait for the writer.
-            lane = QUICK if database.is_quick and is_small(route.type, id, request.query) else READ
+            small = LOOKUP if database.is_remote else QUICK if database.is_quick else READ
+            lane = small if is_small(route.type, id, request.query) else READ
         return REMOTE if lane == READ and database.is_remote else lane
 
     def is_bulk(self, path: str) -> bool:
@@ -7535,6 +7539,7 @@ class ScimServer(Watcher):
         self._turn = threading.Lock()
         self._lanes = {
             READ: Lane(MAX_READS, self._answer_in_turn),
+            LOOKUP: Lane(MAX_READS, self._answer_each),
             REMOTE: Lane(MAX_READS, self._answer_each),
             WRITE: Lane(1, self._answer_writes, self._next_writes),
             BULK: Lane(1, self._answer_each),

@@ -4802,6 +4802,21 @@ def test_acceptance_6_an_ended_connection_costs_at_most_what_used_it(
 
 
 @on_postgresql
+def test_look_ups_in_postgresql_wait_for_no_other_reads(engine: str, scim: Scim) -> None:
+    scim.user("ada")
+    threads = scim_server.MAX_LANE_THREADS
+    with ThreadPoolExecutor(threads) as pool, psycopg.connect(engine) as connection:
+        connection.execute("LOCK TABLE t_acme.employee IN ACCESS EXCLUSIVE MODE")
+        waiting = [pool.submit(employees, Scim(scim.url, "acme-secret")) for _ in range(threads)]
+        others = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+        wait_until(lambda: run_sql(engine, others) == [(scim_server.MAX_READS,)])
+        assert scim.names('userName eq "ada"') == ["ada"]
+        assert not any(future.done() for future in waiting)
+        connection.rollback()
+        assert [len(future.result()) for future in waiting] == [1] * threads
+
+
+@on_postgresql
 @pytest.mark.parametrize("limit", ["lock_timeout", "statement_timeout"])
 def test_acceptance_6_what_waits_for_another_session_is_503(engine: str, limit: str) -> None:
     with serving(f"{engine}&options=-c%20{limit}%3D200ms") as server:
@@ -8398,7 +8413,8 @@ def test_look_ups_are_quick_and_other_reads_are_not(
     engine: str, server: scim_server.ScimServer, name: str, end: str, quick: bool
 ) -> None:
     target = f"/scim/v2/{end}".replace(" ", "%20")
-    expected = "remote" if "://" in engine else "quick" if quick else "read"
+    lanes = ("lookup", "remote") if "://" in engine else ("quick", "read")
+    expected = lanes[0] if quick else lanes[1]
     assert lane(server.application, "GET", target) == expected
 
 
