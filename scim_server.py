@@ -1848,43 +1848,34 @@ def compile_source(filter: Filter) -> tuple[Sql, str]:
     condition, parameters = compile_filter(others)
     if not term:
         return (f"resource WHERE {condition}", parameters), "resource"
-    rows, values = compile_set(term)
-    if is_walk(term):
+    (rows, values), in_order = compile_set(term)
+    values = values + parameters
+    if in_order:
         # CROSS JOIN keeps SQLite from reading the resources first.
-        source, row = (
-            f"({rows}) AS entry CROSS JOIN resource WHERE resource.seq = entry.seq",
-            "entry",
-        )
-    else:
-        source, row = f"resource WHERE resource.seq IN ({rows})", "resource"
-        # Without this, SQLite would use the index of types, then sort the resources.
-        condition = condition.replace("resource.type =", "resource.type || '' =")
-    return (f"{source} AND {condition}", values + parameters), row
+        source = f"({rows}) AS entry CROSS JOIN resource WHERE resource.seq = entry.seq"
+        return (f"{source} AND {condition}", values), "entry"
+    # A plain column would have SQLite use the index of types, then sort the resources.
+    condition = condition.replace("resource.type =", "resource.type || '' =")
+    return (f"resource WHERE resource.seq IN ({rows}) AND {condition}", values), "resource"
 
 
-def compile_set(filter: Filter) -> Sql:
-    """Return the query of the seq of all matches of a filter that is a set."""
+def compile_set(filter: Filter) -> tuple[Sql, bool]:
+    """Return the query of the seq of all matches, if is_set(filter).
+
+    Also whether it yields them in order, each once.
+    """
     match filter:
         case Or(filters):
-            sets = [compile_set(inner) for inner in filters]
+            sets = [compile_set(inner)[0] for inner in filters]
             sql, values = join_sql(" UNION ", sets, "SELECT seq FROM resource WHERE 1 = 0")
-            return sql[1:-1], values
-        case ValuePath() | Present() | Compare():
-            (entries, values), _ = compile_entries(filter)
-            return f"SELECT entry.seq FROM {entries}", values
+            return (sql[1:-1], values), False
+        case ValuePath(target) | Present(target) | Compare(target):
+            (entries, values), is_lookup = compile_entries(filter)
+            single = not any(attribute.multi_valued for attribute in target)
+            return (f"SELECT entry.seq FROM {entries}", values), is_lookup and single
         case _:
             (source, values), _ = compile_source(filter)
-            return f"SELECT resource.seq FROM {source}", values
-
-
-def is_walk(filter: Filter) -> bool:
-    """Return whether the set of a filter is read in the order of seq, each resource once."""
-    match filter:
-        case Compare(target, "eq"):
-            single = not any(attribute.multi_valued for attribute in target)
-            return single and target[-1].index not in DERIVED_ENTRIES
-        case _:
-            return False
+            return (f"SELECT resource.seq FROM {source}", values), False
 
 
 def is_set(filter: Filter) -> bool:
