@@ -26,14 +26,14 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
               8 Store             one tenant's tables: sessions, transactions, backup
               9 Employees         the Facilio employee made from a user
              10 Directory         the operations on one tenant, a transaction each
-             11 Configuration     tenants, tokens, custom fields
-             12 Messages          Request, Response, Call, bodies, errors, the HTTP/1.1 parser
+             11 Configuration     tenants, tokens and clients, custom fields
+             12 Messages          Request, Response, Call, credentials, bodies, errors, HTTP/1.1
              13 SCIM endpoints    resources, queries, cursors, discovery, Bulk
              14 Provisioning log  what each call did, and what to do if it failed
              15 Other endpoints   employees, changes, the console's API, metrics
              16 Application       tenants, routes, handle(Request) -> Response
              17 Connections       sockets, TLS, deadlines, the watching thread
-             18 HTTP server       lanes for reads and writes, answers, faults for tests
+             18 HTTP server       lanes for reads and writes, answers, faults for tests; WSGI
              19 Console           the page that shows why provisioning works or fails
              20 Interface         running(), wsgi(), main() and the commands
 
@@ -132,7 +132,8 @@ LINK_SIZE = 200  # characters of a member of a group, or a group of a user, in a
 MAX_PAGE = 8 * 1024 * 1024  # characters of the resources in a page
 MAX_BULK_OPERATIONS = 1_000
 MAX_WAIT = 60  # seconds that a long poll may wait
-CURSOR_SECONDS, SIGNATURE_LENGTH = 3_600, 16  # validity of a cursor, bytes of its HMAC
+CURSOR_SECONDS, ACCESS_SECONDS = 3_600, 3_600  # validity of a cursor, of an access token
+SIGNATURE_LENGTH = 16  # bytes of an HMAC
 __version__ = "1.0.0"
 # fmt: off
 __all__ = [  # the public interface; everything else may change
@@ -3957,9 +3958,7 @@ class Directory:
         name = self._type(type).name
         if row := session.find(name, id):
             return self._with_current_fields(row, session if writing else None)
-        raise ScimError(
-            404, "", f"{name} {quoted(id)} does not exist", reason=("missing", name, id)
-        )
+        raise ScimError(404, "", f"{name} {quoted(id)} does not exist", reason=("gone", name, id))
 
     def _find_to_write(
         self,
@@ -4191,7 +4190,7 @@ class Directory:
 # ----------------------------------------------------------------------------
 # 11. Configuration
 #
-# A JSON file of tenants, tokens and custom fields becomes frozen dataclasses. Each of
+# A JSON file of tenants, credentials and custom fields becomes frozen dataclasses. Each of
 # their fields carries the rule for its JSON value, and one reader applies the rules. It
 # reports every mistake in a file by its JSON path.
 # Uses chapters 1, 2, 8 and 10. Knows nothing of HTTP or SQL.
@@ -4278,9 +4277,13 @@ def setting(
     )
 
 
+NEVER = datetime.max.replace(tzinfo=UTC)
+WARNING_TIME, CHECK_TIME = timedelta(days=30), timedelta(days=14)  # before a credential expires
+
+
 @dataclass(frozen=True)
 class Token:
-    """A bearer token: its SHA-256 as hex, when it expires, and its secret if the file has it."""
+    """A secret that selects a tenant: its SHA-256 as hex, and the text if the file has it."""
 
     name: str = setting(TEXT, "", unique=str)
     sha256: str = setting(
@@ -4296,14 +4299,37 @@ class Token:
         "",
         secret=True,
     )
+    access: str = setting(text_of("full|read", "full or read"), "full")  # read: no write is allowed
+
+    @property
+    def entry(self) -> str:
+        # What names it in the database; no other entry of the tenant's configuration has it.
+        return self.name
+
+    def time_left(self, now: datetime) -> timedelta:
+        # Return the time until it expires, negative afterwards.
+        return (self.expires or NEVER) - now
 
     def expired(self, now: datetime) -> bool:
-        return self.expires is not None and self.expires <= now
+        return self.time_left(now) <= timedelta(0)
+
+
+@dataclass(frozen=True)
+class Client(Token):
+    """An id and a secret; they are exchanged for access tokens, which select the tenant (OAuth)."""
+
+    name: str = setting(
+        text_of("[!-9;-~]+", "visible ASCII characters without blanks and colons"), key="id"
+    )
+
+    @property
+    def entry(self) -> str:  # two entries may have one id, while a new secret replaces the old one
+        return f"{self.name}:{digest(self.sha256)[:16]}"
 
 
 @dataclass(frozen=True)
 class Tenant:
-    """A customer with users and groups of its own; each of its tokens selects it."""
+    """A customer with users and groups of its own; each of its credentials selects it."""
 
     name: str = setting(
         text_of(
@@ -4312,11 +4338,21 @@ class Tenant:
         ),
         unique=str.lower,
     )
-    tokens: tuple[Token, ...] = setting([FULL_LIST, Token])
+    tokens: tuple[Token, ...] = setting([LIST, Token], ())
+    clients: tuple[Client, ...] = setting([LIST, Client], ())
     custom_fields: tuple[CustomField, ...] = setting([LIST, CustomField], ())
     database: str = setting(DATABASE, "", secret=True)  # in place of the server's
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
     log_bodies: bool = setting(FLAG, False, key="log.bodies")
+
+    @property
+    def credentials(self) -> tuple[Token, ...]:
+        return (*self.tokens, *self.clients)
+
+    def without_secrets(self) -> Tenant:
+        tokens = (replace(token, secret="") for token in self.tokens)
+        clients = (replace(client, secret="") for client in self.clients)
+        return replace(self, tokens=tuple(tokens), clients=tuple(clients))
 
 
 @dataclass(frozen=True)
@@ -4350,6 +4386,10 @@ class Config:
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
     console: bool = setting(FLAG, True)
 
+    @property
+    def credentials(self) -> list[tuple[Tenant, Token]]:
+        return [(tenant, item) for tenant in self.tenants for item in tenant.credentials]
+
     def __post_init__(self) -> None:
         if self.reuse_port and self.data_dir == ":memory:" and not self.database:
             raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
@@ -4360,7 +4400,7 @@ SETTINGS: dict[type, dict[str, Any]] = {
     record: {
         item.metadata["key"] or item.name: item for item in fields(record) if item.metadata["rule"]
     }
-    for record in (Token, Tenant, Config)
+    for record in (Token, Client, Tenant, Config)
 } | {
     CustomField: {  # chapter 2, where it stands, has no rules
         "link_name": setting(
@@ -4409,8 +4449,8 @@ class ConfigReader:
         with suppress(AttributeError, TypeError, ValueError):
             if (converted := convert(value)) is not None:
                 return converted
-        # A wrong value near a token may be a secret, and is not repeated.
-        excerpt = "" if "token" in path else f", got {quoted(value)}"
+        # A wrong value near a token or client may be a secret, and is not repeated.
+        excerpt = "" if re.search("token|client", path) else f", got {quoted(value)}"
         self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
         return None
 
@@ -4422,14 +4462,14 @@ class ConfigReader:
     def _read_record(self, path: str, value: Json, record: type) -> Any:
         # Return an object as a dataclass, None if there is a mistake anywhere.
         values = self._read_members(path, value, SETTINGS[record])
-        if record is Token:
+        if issubclass(record, Token):
             if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
                 self.problems.append(
                     f"{path}: expected either secret or sha256; "
                     "`python scim_server.py token` makes both"
                 )
             if sha256 := values.get("sha256"):
-                self.require_unique(path, "", "token", sha256)
+                self.require_unique(path, "", "secret", sha256)
             values.setdefault("name", path)
         return None if self.problems else record(**values)
 
@@ -4477,6 +4517,45 @@ DEMO = {
 }
 
 
+# The secrets of DEMO and of sample_config.json, which everybody can read.
+PUBLISHED = {digest(f"{name}-secret-token") for name in ("demo", "acme-sample", "globex-sample")}
+
+
+def is_loopback(host: str) -> bool:
+    # Only programs on this machine can reach such a host.
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+def check_credentials(config: Config, has_hook: bool = False) -> None:
+    """Raise ConfigError if nobody can call a tenant, or everybody can.
+
+    A tenant needs no credentials if a hook authenticates its callers.
+    """
+    problems = [
+        f"tenants[{number}].tokens: is missing; a tenant needs tokens or clients"
+        for number, tenant in enumerate(config.tenants)
+        if not (tenant.credentials or has_hook)
+    ]
+    problems += [
+        f"tenant {tenant.name}: everybody knows the secret of {credential.name}, and others can "
+        f"reach {config.host}; `python scim_server.py token` makes a secret"
+        for tenant, credential in config.credentials
+        if credential.sha256 in PUBLISHED and not is_loopback(config.host)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+def expiry_warnings(config: Config, now: datetime) -> list[str]:
+    # Return a line for each credential that expires soon; each day it is another line.
+    return [
+        f"warning: {credential.name} of tenant {tenant.name} expires in "
+        f"{credential.time_left(now).days} day(s); `python scim_server.py token` makes another"
+        for tenant, credential in config.credentials
+        if timedelta(0) < credential.time_left(now) < WARNING_TIME
+    ]
+
+
 def parse_config(document: Json) -> Config:
     """Return the configuration that a JSON document describes; ConfigError with every mistake."""
     return cast(Config, ConfigReader().result("", document, Config))
@@ -4485,7 +4564,7 @@ def parse_config(document: Json) -> Config:
 def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
     """Return the tenant that a JSON document describes; ConfigError with every mistake.
 
-    It must share neither its name nor a token with other tenants, but it may replace the one of
+    It must share neither its name nor a secret with other tenants, but it may replace the one of
     exactly the same name.
     """
     name = document.get("name") if isinstance(document, dict) else None
@@ -4495,7 +4574,7 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
         for other in rivals
         for key, value in [
             ("name", other.name.lower()),
-            *(("token", token.sha256) for token in other.tokens),
+            *(("secret", credential.sha256) for credential in other.credentials),
         ]
     }
     return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
@@ -4585,30 +4664,24 @@ def file_signature(*files: str) -> FileSignature:
 # 12. Messages                                RFC 7644 §3.1, §3.12, RFC 9110, 9112
 #
 # What comes in and goes out. First as plain Python: requests, responses and calls,
-# their bodies, lists and errors. Then as octets of HTTP/1.1, read from a buffer and
+# credentials, bodies, lists and errors. Then as octets of HTTP/1.1, read from a buffer and
 # written.
 # Uses chapters 1 to 11. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 RETRY_SECONDS = 5  # a tenant whose database failed is opened again after this time
 RETRY = {"Retry-After": str(RETRY_SECONDS)}
-unauthorized = partial(  # one answer for every problem with a bearer token
-    ScimError,
-    401,
-    "",
-    "the bearer token is missing, unknown or expired; check the Secret Token of the enterprise "
-    "application",
-    {"WWW-Authenticate": 'Bearer realm="scim"'},
-)
-
 
 # -- Requests, responses and calls --
 
 
 class Caller(NamedTuple):
+    """Whose credential a request has; with a refusal, the credential does not count."""
+
     tenant: Tenant
-    token: Token
+    credential: Token
     directory: Directory | StoreError  # the tenant's, or why it cannot be opened
+    refusal: tuple[str, ...] = ()  # the reason, as in ScimError
 
 
 class Request(NamedTuple):
@@ -4630,7 +4703,7 @@ class Request(NamedTuple):
 
     @property
     def tenant(self) -> str:
-        return self.caller.tenant.name if self.caller else ""
+        return self.caller.tenant.name if self.caller and not self.caller.refusal else ""
 
 
 class Response(NamedTuple):
@@ -4774,10 +4847,119 @@ class Route:
         return {"Allow": ", ".join([*sorted(self.operations, key="HEAD".__eq__), "OPTIONS"])}
 
 
+# -- Credentials: bearer tokens (RFC 6750), and clients that ask for them (RFC 6749) --
+
+TOKEN_PATH, FORM = "/oauth2/token", "application/x-www-form-urlencoded"
+# What people paste with a secret, by the words of the log for it. UTF-8 arrives as Latin-1.
+PASTED = {
+    "the word Bearer": r"bearer(?:[:\s]|%20)+",
+    "another scheme": r"\A[\w-]+ +",
+    "quotes": r"[\"'`\xab\xbb\u2018-\u201f]|\xe2\x80[\x98-\x9f]|%2[27]",
+    "a line break": r"[\r\n]|\\[rn]|%0[ad]",
+    "blanks": r"[^\S\r\n]|\xc2\xa0|\xe2\x80\x8b|\u200b|%20",
+}
+invalid_client = partial(
+    ScimError, 401, "invalid_client", headers={"WWW-Authenticate": 'Basic realm="scim"'}
+)
+
+
+def token_url(base_url: str) -> str:
+    return base_url.removesuffix(BASE_PATH) + TOKEN_PATH
+
+
+def is_same(text: str, secret: str) -> bool:
+    # The time of this does not show where the two differ.
+    return hmac.compare_digest(text.encode(), secret.encode())
+
+
+def sealed(key: bytes, content: str, context: str = "") -> str:
+    # Return a text for a URL or a header, with a signature that covers a context too; decoded()
+    # returns the text.
+    octets = content.encode()
+    mac = hmac.digest(key, context.encode() + octets, "sha256")[:SIGNATURE_LENGTH]
+    return base64.urlsafe_b64encode(mac + octets).decode().rstrip("=")
+
+
+def access_token(tenant: Tenant, client: Token, directory: Directory, end: str) -> str:
+    # Return an access token until a time in seconds. Only the database and the configuration
+    # together have its key, which changes with the client's entry.
+    entry = "access token", client.name, client.sha256, str(client.expires), client.access
+    key = hmac.digest(directory.cursor_key, to_json(entry).encode(), "sha256")
+    return sealed(key, f"{end} {tenant.name} {client.entry}")
+
+
+def decoded(text: str, start: int = 0) -> str:
+    # Return what base64 stands for, in the alphabet for URLs too, from an octet on; "" if it is
+    # malformed. A sealed text is only to be trusted if sealed() makes it again of its content.
+    with suppress(ValueError):
+        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
+        return octets[start:].decode()
+    return ""
+
+
 def credentials_of(request: Request) -> tuple[str, str]:
     """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
-    return scheme, secret.strip()
+    return scheme.lower(), secret
+
+
+def readings(text: str, scheme: str = "") -> Iterator[tuple[str, str]]:
+    # Yield what may be meant by a secret after a scheme, and the mistake of who pasted it. First
+    # comes the secret as it is, without a mistake; then without what does not belong to it.
+    rest = text[len(scheme) :] if text.lower().startswith(scheme) else ""
+    yield rest, ""
+    pasted = (rest or text)[:1_000]
+    words = [word for word, pattern in PASTED.items() if re.search(pattern, pasted, re.IGNORECASE)]
+    secret = re.sub("|".join(PASTED.values()), "", pasted, flags=re.IGNORECASE)
+    yield secret, f"with {' and '.join(words)}" if words else "without the word Bearer"
+
+
+def unauthorized(request: Request, caller: Caller | None = None) -> ScimError:
+    # Return the one answer to every problem with a bearer token; its reason is for the logs.
+    authorization = request.headers.get("authorization", "")
+    word = "unknown" if re.match("bearer .", authorization, re.IGNORECASE) else "malformed"
+    return ScimError(
+        401,
+        "",
+        "the bearer token is missing, unknown or expired; check the Secret Token of the "
+        "enterprise application",
+        {
+            "WWW-Authenticate": 'Bearer realm="scim"'  # RFC 6750 §3.1
+            + ', error="invalid_token"' * bool(authorization)
+        },
+        caller.refusal if caller else (word if authorization else "missing",),
+    )
+
+
+def token_request(request: Request) -> dict[str, str]:
+    """Return the fields of a request for an access token, those in Authorization included.
+
+    RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
+    they agree. ScimError 400 invalid_request or 401 invalid_client.
+    """
+    scheme, encoded = credentials_of(request)
+    form, header = dict(pairs := parse_qsl(request.body.decode(errors="replace"))), dict[str, str]()
+    type = request.headers.get("content-type", FORM).partition(";")[0].strip().lower()
+    if type != FORM or len(form) < len(pairs):
+        raise ScimError(400, "", f"expected a form ({FORM}) that has each field once")
+    if scheme == "basic":
+        id, _, secret = decoded(encoded.strip()).partition(":")
+        header = {"client_id": unquote(id), "client_secret": unquote(secret)}
+    if not all(is_same(form.get(name, header[name]), header[name]) for name in header):
+        raise ScimError(
+            400,
+            "",
+            "client_id and client_secret are not the same in Authorization and in the form; "
+            "choose one way to send them",
+        )
+    form |= header
+    if not form.get("client_id") or not form.get("client_secret"):
+        raise invalid_client(
+            "client_id and client_secret are needed, in the form or as Authorization: Basic; "
+            "enter Client Identifier and Client Secret in Entra ID",
+            reason=("missing",),
+        )
+    return form
 
 
 # -- Bodies --
@@ -4857,8 +5039,14 @@ def log_line(text: str) -> None:
     print(f"scim_server: {text}", file=sys.stderr, flush=True)
 
 
-def error_response(error: Exception) -> Response:
-    """Return the answer to a request that failed; print an error that the client did not cause."""
+log_line_once = lru_cache(10_000)(log_line)
+
+
+def error_response(error: Exception, path: str = "") -> Response:
+    """Return the answer to a request that failed; print an error that the client did not cause.
+
+    It is a SCIM error, or at the path of access tokens an error of RFC 6749 §5.2.
+    """
     if not isinstance(error, ScimError):
         with suppress(OSError, ValueError):  # standard error may be closed
             traceback.print_exception(error)
@@ -4872,6 +5060,14 @@ def error_response(error: Exception) -> Response:
             if isinstance(error, StoreError)
             else ScimError(500, "", "the server failed; its log says why")
         )
+    if path == TOKEN_PATH:
+        codes = {401: "invalid_client", 500: "server_error", 503: "server_error"}
+        answer = {
+            "error": error.scim_type or codes.get(error.status, "invalid_request"),
+            "error_description": re.sub(r"[^ !#-\[\]-~]", "'", error.detail),
+        }
+        response = plain_response(answer, **error.headers)
+        return response._replace(status=error.status, reason=error.reason)
     return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
@@ -5142,6 +5338,12 @@ def resource_type_documents(directory: Directory, base_url: str) -> dict[str, Js
     }
 
 
+AUTHENTICATION_SCHEMES = (
+    ("oauthbearertoken", "Bearer token", "The tenant's secret as Authorization: Bearer", "rfc6750"),
+    ("oauth2", "Client credentials", "A client's access token from {}", "rfc6749"),
+)
+
+
 def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
     """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
     return {
@@ -5168,12 +5370,13 @@ def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
             },
             "authenticationSchemes": [
                 {
-                    "type": "oauthbearertoken",
-                    "name": "Bearer token",
-                    "primary": True,
-                    "description": "The tenant's secret token as Authorization: Bearer (RFC 6750)",
-                    "specUri": "https://www.rfc-editor.org/rfc/rfc6750",
+                    "type": type,
+                    "name": name,
+                    "primary": type == "oauthbearertoken",
+                    "description": description.format(token_url(base_url)),
+                    "specUri": f"https://www.rfc-editor.org/rfc/{rfc}",
                 }
+                for type, name, description, rfc in AUTHENTICATION_SCHEMES
             ],
             "meta": {
                 "resourceType": "ServiceProviderConfig",
@@ -5331,21 +5534,16 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
 # A cursor holds all that the next page needs, and a signature: (total, backward, issued, missing,
 # key, seq). The server keeps nothing, and a cursor of another tenant or query is not accepted.
 def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    content = to_json(
-        [total, backward, int(call.directory.clock().timestamp()), *position]
-    ).encode()
-    return base64.urlsafe_b64encode(signature(call, content) + content).decode().rstrip("=")
+    issued = int(call.directory.clock().timestamp())
+    return sealed_cursor(call, to_json([total, backward, issued, *position]))
 
 
 def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     """Return the total, position and direction of a cursor; ScimError 400 if it is not usable."""
     if not (text := call.parameters["cursor"]):
         return 0, None, False
-    octets = b""
-    with suppress(ValueError):
-        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
-    mac, content = octets[:SIGNATURE_LENGTH], octets[SIGNATURE_LENGTH:]
-    if not hmac.compare_digest(mac, signature(call, content)):
+    content = decoded(text, SIGNATURE_LENGTH)
+    if not content or not is_same(text, sealed_cursor(call, content)):
         raise ScimError(
             400,
             "invalidCursor",
@@ -5362,11 +5560,11 @@ def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
     return total, Position(*position), backward
 
 
-def signature(call: Call, content: bytes) -> bytes:
+def sealed_cursor(call: Call, content: str) -> str:
     # What is the same for all pages of one query is signed too.
     terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    query = to_json([[type.name for type in call.resource_types], terms]).encode()
-    return hmac.digest(call.directory.cursor_key, query + content, "sha256")[:SIGNATURE_LENGTH]
+    query = to_json([[type.name for type in call.resource_types], terms])
+    return sealed(call.directory.cursor_key, content, query)
 
 
 # -- Bulk ------------------------------------------------------------------------
@@ -5715,13 +5913,19 @@ EXPLANATIONS = {
         "authentication",
         "token expires",
         "The token “{token}” expired on {expires}; a call from {client} was refused.",
-        "Make a new token with `python scim_server.py token`; enter its secret in Entra.",
+        "If later calls fail too, make another secret with `token`, and enter it in Entra.",
     ),
-    "scheme": (
+    "malformed": (
+        "authentication",
+        "token mistake",
+        "A call from {client} was refused: the secret of “{token}” was sent {mistake}.",
+        "Enter the secret alone, as `token` printed it, in the field of Entra that it is for.",
+    ),
+    "read-only": (
         "authentication",
         "token",
-        "A call from {client} sent the token “{token}”, but not as a bearer token.",
-        "Choose bearer authentication in the client.",
+        "A call from {client} tried to write with “{token}”, which may only read.",
+        'Enter the secret of an entry that does not have "access": "read".',
     ),
     "path": (
         "connection",
@@ -5777,7 +5981,7 @@ EXPLANATIONS = {
         "Another {type} already has the {path} {value}.",
         "Change one of the two in Entra; if they are the same, match by {path} (precedence 1).",
     ),
-    "missing": (
+    "gone": (
         "mapping",
         "type value",
         "Entra refers to a {type} that no longer exists here.",
@@ -6059,7 +6263,7 @@ def attributes_of(item: LogItem) -> list[str]:
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
     call, response, refused = item.call, item.response, item.response.status >= 400
-    detail = response.body["detail"] if refused else ""
+    detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
     detail = without_quotes(detail) if item.may_show_secret else detail
     # The detail explains an error without a reason.
     reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
@@ -6072,7 +6276,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     id = item.resource.get("id") or (call.id if call.route.type else "")
     entry = {
         "at": time_text(item.instant),
-        "token": item.caller.token.name,
+        "token": item.caller.credential.name,
         "operation": operation_name(item),
         "type": call.route.type,
         "name": subject_name(session, item, id)[:200],
@@ -6094,13 +6298,13 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
     """Write calls of one tenant to its log, with each token's last use and the set-up's steps."""
     logged = [item for item in items if item.logged]
-    uses = {item.caller.token.name: item.instant for item in items if item.response.status != 401}
+    uses = {item.caller.credential: item.instant for item in items if item.response.status != 401}
     with store.reading() as session:
         rows = [describe(session, item) for item in logged]
     with store.writing() as session:
         session.note_requests(rows, items[-1].caller.tenant.keep_log)
-        for token, instant in uses.items():
-            session.set_setting(f"used {token}", time_text(instant))
+        for credential, instant in uses.items():
+            session.set_setting(f"used {credential.entry}", time_text(instant))
         for item, (level, _, entry) in zip(logged, rows, strict=True):
             for step, operation, *_ in STEPS if level < 2 else ():
                 is_custom = step == "custom" and item.resource.get(FACILIO) and entry["attributes"]
@@ -6154,13 +6358,15 @@ class ProvisioningLog(BackgroundWriter):
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
         """Queue a call for its tenant's log, or count it if no tenant has its token."""
         request, caller = call.request, call.caller
-        logged = request.path.startswith(BASE_PATH) or (
-            response.status == 404 and not call.route.label
-        )
+        # A path that does not exist has no label.
+        is_failure = call.route.label == TOKEN_PATH and response.status >= 400
+        is_failure |= not call.route.label and response.status == 404
+        logged = request.path.startswith(BASE_PATH) or is_failure
         if not caller and logged and response.status == 401:
             self.unknown_token_calls += 1
             self.unknown_token_since = self.unknown_token_since or time_text(clock())
-        if not caller or isinstance(directory := caller.directory, StoreError):
+        is_console = call.route.label.startswith("/console/")  # it does not show a token's use
+        if not caller or is_console or isinstance(directory := caller.directory, StoreError):
             return  # there is no log
         if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
             self.lost += logged
@@ -6318,17 +6524,21 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
         ]
         tokens = [
             {
-                "name": token.name,
-                "last_use": session.setting(f"used {token.name}"),
-                "expires": time_text(token.expires) if token.expires else "",
-                "expired": token.expired(now),
+                "kind": type(credential).__name__.lower(),
+                "name": credential.name,
+                "access": credential.access,
+                "last_use": session.setting(f"used {credential.entry}"),
+                "expires": time_text(credential.expires) if credential.expires else "",
+                "expired": credential.expired(now),
+                "days_left": credential.time_left(now).days,
             }
-            for token in tenant.tokens
+            for credential in tenant.credentials
         ]
     return plain_response(
         {
             "tenant": tenant.name,
             "url": call.base_url,
+            "token_url": token_url(call.base_url),
             "steps": steps,
             "lost": log.lost,
             "tokens": tokens,
@@ -6378,7 +6588,7 @@ class Metrics:
             count, total = self._counts.get(key, (0, 0.0))
             self._counts[key] = (count + 1, total + seconds)
 
-    def answer(self, call: Call) -> Response:
+    def answer(self, config: Config, now: datetime) -> Response:
         with self._lock:
             counts = sorted(self._counts.items())
         lines = []
@@ -6395,7 +6605,19 @@ class Metrics:
                     for (tenant, method, route, status), values in counts
                 ),
             ]
-        return plain_response("\n".join([*lines, ""]), "text/plain; version=0.0.4; charset=utf-8")
+        lines += [
+            "# HELP scim_credential_seconds_left Seconds until a token or client expires",
+            "# TYPE scim_credential_seconds_left gauge",
+            *(
+                f'scim_credential_seconds_left{{tenant="{tenant.name}",credential='
+                f"{json.dumps(credential.entry, ensure_ascii=False)}}} "
+                f"{credential.time_left(now).total_seconds():.0f}"
+                for tenant, credential in config.credentials
+                if credential.expires
+            ),
+            "",
+        ]
+        return plain_response("\n".join(lines), "text/plain; version=0.0.4; charset=utf-8")
 
 
 # ----------------------------------------------------------------------------
@@ -6409,17 +6631,24 @@ class Metrics:
 
 
 class Tenants:
-    """The tenants of a configuration, their directories and tokens; of a secret only the hash.
+    """The tenants of a configuration, their directories, credentials; of a secret only the hash.
 
     directories has each tenant's Directory by name. If a tenant's database cannot be used, it has
     the StoreError instead: this tenant is answered 503, the others are served. The tenants of a
     PostgreSQL database are opened when they are needed first, except one of them.
     """
 
-    def __init__(self, config: Config, clock: Clock, new_id: Callable[[], str]) -> None:
+    def __init__(
+        self,
+        config: Config,
+        authenticate: Callable[[str], str | None] | None,
+        clock: Clock,
+        new_id: Callable[[], str],
+    ) -> None:
         self.directories: dict[str, Directory | StoreError] = {}
         self._databases: dict[str, PostgresDatabase] = {}  # by their URLs
-        self._clock, self._new_id = clock, new_id
+        self._authenticate, self._clock, self._new_id = authenticate, clock, new_id
+        self._temporary: list[tuple[str, Token]] = []  # by tenant; no configuration has them
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -6428,6 +6657,7 @@ class Tenants:
 
         A tenant that is served already keeps its store.
         """
+        check_credentials(config, has_hook=self._authenticate is not None)
         make_data_dir(config)
         with self._configuring:
             before = self.directories
@@ -6435,18 +6665,10 @@ class Tenants:
                 tenant.name: self._open(config, tenant, is_needed=False)
                 for tenant in config.tenants
             }
-            self.tenants = {
-                tenant.name: replace(
-                    tenant, tokens=tuple(replace(token, secret="") for token in tenant.tokens)
-                )
-                for tenant in config.tenants
-            }
+            self.tenants = {tenant.name: tenant.without_secrets() for tenant in config.tenants}
             self.config = replace(config, tenants=tuple(self.tenants.values()))
-            self._tokens = {
-                token.sha256: (tenant, token)
-                for tenant in self.config.tenants
-                for token in tenant.tokens
-            }
+            self._temporary = [pair for pair in self._temporary if pair[0] in self.tenants]
+            self._index_credentials()
             used = {store_location(config, tenant) for tenant in config.tenants}
             unused = [self._databases.pop(url) for url in self._databases.keys() - used]
         stores = {directory.store for directory in self.available}
@@ -6491,23 +6713,74 @@ class Tenants:
             if isinstance(error, StoreError) and not isinstance(error, Unopened)
         }
 
-    def token(self, name: str) -> str:
-        """Return a new secret of a tenant, valid until the next configuration; KeyError."""
+    # -- Credentials --
+
+    def token(self, name: str, kind: type[Token] = Token) -> str:
+        """Return a new secret of a tenant, valid while the tenant is served; KeyError."""
         secret = secrets.token_urlsafe(32)
-        self._tokens[digest(secret)] = (self.tenants[name], Token("made", ""))
+        with self._configuring:
+            self._temporary.append((self.tenants[name].name, kind("made", digest(secret))))
+            self._index_credentials()
         return secret
 
+    def client(self, name: str) -> tuple[str, str]:
+        """Return id and secret of a new client of a tenant, valid like those of token()."""
+        return "made", self.token(name, Client)
+
+    def _index_credentials(self) -> None:
+        # Find credentials by the hash of their secret, or by the entry that is in access tokens.
+        temporary = [(self.tenants[name], credential) for name, credential in self._temporary]
+        pairs = [*self.config.credentials, *temporary]
+        self._credentials = {item.sha256: (tenant, item) for tenant, item in pairs}
+        self._credentials |= {
+            f"{tenant.name} {item.entry}": (tenant, item) for tenant, item in pairs
+        }
+
     def known_caller(self, request: Request) -> Caller | None:
-        """Return who sent a request, by the tokens of the configuration, expired ones included."""
+        """Return who sent a request, by the configuration; None for an unknown credential."""
         if request.caller is not None:
             return request.caller or None
-        secret = credentials_of(request)[1]
-        entry = self._tokens.get(digest(secret)) if secret else None
-        return self._caller(*entry) if entry else None
+        scheme, secret = credentials_of(request)
+        caller = self._holder_of_access_token(secret) if scheme == "bearer" else None
+        return caller or self._holder(Token, request.headers.get("authorization", ""), "bearer ")
 
-    def _caller(self, tenant: Tenant, token: Token) -> Caller | None:
+    def _holder(
+        self, kind: type[Token], text: str, scheme: str = "", id: str = ""
+    ) -> Caller | None:
+        # Return whose secret a text is; refused if it was sent with a mistake.
+        for secret, mistake in readings(text, scheme):
+            if secret and (pair := self._credentials.get(digest(secret))):
+                name = pair[1].name
+                if type(pair[1]) is not kind:
+                    mistake = f"in the place of a {kind.__name__.lower()}'s"
+                elif id and not is_same(id, name):
+                    mistake = "with another Client Identifier"
+                return self._caller(*pair, ("malformed", name, mistake) if mistake else ())
+        return None
+
+    def _holder_of_access_token(self, text: str) -> Caller | None:
+        # Return the client that an access token was issued to, as if its secret had that end.
+        end, _, entry = decoded(text, SIGNATURE_LENGTH).partition(" ")
+        pair = self._credentials.get(entry)
+        caller = self._caller(*pair) if pair else None
+        # A database that is not open cannot verify it: then _directory_of() asks again.
+        if not pair or not caller or isinstance(caller.directory, StoreError):
+            return caller
+        if not is_same(text, access_token(*pair, caller.directory, end)):
+            return None
+        client = replace(pair[1], expires=datetime.fromtimestamp(float(end), UTC))
+        return self._caller(pair[0], client)
+
+    def _caller(
+        self, tenant: Tenant, credential: Token, refusal: tuple[str, ...] = ()
+    ) -> Caller | None:
+        # How often the clock is read must not depend on how a request arrives, for running().
+        if credential.expires and not refusal and credential.expired(self._clock()):
+            refusal = "expired", credential.name, time_text(credential.expires)[:16]
         directory = self.directories.get(tenant.name)  # None: it was removed at this moment
-        return Caller(tenant, token, directory) if directory else None
+        return Caller(tenant, credential, directory, refusal) if directory else None
+
+    # -- Databases --
 
     def _open(
         self, config: Config, tenant: Tenant, is_needed: bool = True
@@ -6642,14 +6915,13 @@ class Application(Tenants):
         new_id: Callable[[], str] = random_id,
         page: str = "",
     ) -> None:
-        super().__init__(config, clock, new_id)
+        super().__init__(config, authenticate, clock, new_id)
         self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
         self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
         self._closing = threading.Event()
         threading.Thread(
             target=self._watch, args=(weakref.ref(self), self._closing), daemon=True
         ).start()
-        self._authenticate = authenticate
         self._routes = route_table(self._rows(page if config.console else ""))
 
     def _rows(self, page: str) -> list[RouteRow]:
@@ -6662,7 +6934,8 @@ class Application(Tenants):
         rows: list[RouteRow] = [
             ("GET",    "/healthz",                       PROBE,    QUICK, lambda call: health),
             ("GET",    "/readyz",                        PROBE,    READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  self.metrics.answer),
+            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("POST",   TOKEN_PATH,                       ANYONE,   READ,  self._grant_access),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
             ("GET",    "/scim/v2/Schemas",               BEARER,   QUICK, get_documents),
@@ -6725,7 +6998,7 @@ class Application(Tenants):
         calls = [Call(request, *self._find_route(request.path)) for request in requests]
         try:
             if not (caller := self.caller_of(requests[0])):
-                raise unauthorized()
+                raise unauthorized(requests[0])
             if isinstance(directory := caller.directory, StoreError):
                 return list(map(self.handle, requests))
             with directory.store.writing():
@@ -6750,12 +7023,13 @@ class Application(Tenants):
                 503, "", f"the authenticate hook failed ({type(error).__name__})", RETRY
             ) from None
         tenant = self.tenants.get(name) if isinstance(name, str) else None
-        return self._caller(tenant, Token("authenticate", "")) if tenant else None
+        return self._caller(tenant, Token("authenticate")) if tenant else None
 
     def must_ask(self, request: Request) -> bool:
         """Return whether only the hook can tell who sent a request; it may take its time."""
         may_ask = self._authenticate is not None and request.caller is None
-        return may_ask and bool(credentials_of(request)[1]) and not self.known_caller(request)
+        scheme, secret = credentials_of(request)
+        return may_ask and scheme == "bearer" and bool(secret) and not self.known_caller(request)
 
     def check_head(self, request: Request) -> None:
         """Raise ScimError 401, 404, 405, 415 or 503 if the head of a request decides on that."""
@@ -6763,7 +7037,7 @@ class Application(Tenants):
         try:
             self._check_head(call)
         except ScimError as error:
-            self._finish(call, error_response(error), 0)  # for the log
+            self._finish(call, error_response(error, call.route.label), 0)  # for the log
             raise
 
     def lane_of(self, request: Request) -> str:
@@ -6772,7 +7046,7 @@ class Application(Tenants):
         lane, _ = route.operations.get(request.method, (QUICK, None))
         if route.access not in (BEARER, NOWHERE):
             return lane
-        if not (caller := self.known_caller(request)):
+        if not (caller := self.known_caller(request)) or caller.refusal:
             return QUICK
         if isinstance(directory := caller.directory, StoreError):
             return SLOW if isinstance(directory, Unopened) else QUICK
@@ -6785,8 +7059,8 @@ class Application(Tenants):
             lane = small if is_small(route.type, id, request.query) else READ
         return REMOTE if lane == READ and database.is_remote else lane
 
-    def is_bulk(self, path: str) -> bool:
-        return self._find_route(path)[0].label == "/Bulk"
+    def label_of(self, path: str) -> str:
+        return self._find_route(path)[0].label
 
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
@@ -6816,33 +7090,58 @@ class Application(Tenants):
                 call.caller = self.caller_of(request)
             self._check_head(call)
             if call.caller and access == BEARER:
-                call.directory = self._directory_of(call.caller)
+                call.directory = self._directory_of(request, call.caller)
                 call.caller = call.caller._replace(directory=call.directory)  # opened by now
             return self._operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             self._fail(call.caller.tenant.name if call.caller else "", error)
-            return error_response(error)
+            return error_response(error, call.route.label)
 
-    def _check_token(self, request: Request, caller: Caller | None) -> None:
-        # Raise ScimError 401 for a request that no valid token allows.
-        if not caller:
-            raise unauthorized()
-        token = caller.token
-        # How often the clock is read must not depend on how a request arrives, for running().
-        if token.expires and token.expired(self._clock()):
-            raise unauthorized(reason=("expired", token.name, time_text(token.expires)[:16]))
-        if credentials_of(request)[0].lower() != "bearer":
-            raise unauthorized(reason=("scheme", token.name))
+    def _checked(self, request: Request, caller: Caller | None) -> Caller:
+        # Return a caller, or raise ScimError 401 if no valid token allows the request.
+        if not caller or caller.refusal:
+            raise unauthorized(request, caller)
+        return caller
 
-    def _directory_of(self, caller: Caller) -> Directory:
-        # Return the caller's directory, in the name of its token, or raise ScimError 503.
+    def _database_of(self, caller: Caller) -> Directory:
+        # Return the directory of a caller's tenant, opened if need be, or raise ScimError 503.
         try:
-            return self.directory(caller.tenant.name).on_behalf_of(caller.token.name)
+            return self.directory(caller.tenant.name)
         except (StoreError, KeyError) as error:  # KeyError: the tenant was removed at this moment
             # Another reason may name another tenant, or a path on this machine.
             reason = f" ({error.reason})" if isinstance(error, Damaged) else ""
             detail = f"the tenant's database cannot be used{reason}; the server's log says why"
             raise ScimError(503, "", detail, RETRY) from None
+
+    def _directory_of(self, request: Request, caller: Caller) -> Directory:
+        # Return the caller's directory, in the name of its credential, or raise ScimError 401, 503.
+        directory = self._database_of(caller)
+        if isinstance(caller.directory, Directory):
+            return directory.on_behalf_of(caller.credential.name)
+        # Only now that the database is open, an access token can be verified.
+        again = self.caller_of(request._replace(caller=None))
+        return self._directory_of(request, self._checked(request, again))
+
+    def _grant_access(self, call: Call) -> Response:
+        # Answer POST /oauth2/token: an access token for a client (RFC 6749 §4.4).
+        form = token_request(call.request)
+        if form.get("grant_type") != "client_credentials":
+            code = "unsupported_grant_type" if "grant_type" in form else ""
+            raise ScimError(400, code, "grant_type: expected client_credentials")
+        call.request = call.request._replace(body=b"")  # which held the secret
+        call.caller = caller = self._holder(Client, form["client_secret"], id=form["client_id"])
+        if not caller or caller.refusal:
+            raise invalid_client(
+                "the client is unknown or expired, or its secret is wrong; check both in Entra ID",
+                reason=caller.refusal if caller else ("unknown",),
+            )
+        tenant, client, *_ = caller
+        directory, now = self._database_of(caller), self._clock()
+        seconds = min(ACCESS_SECONDS, int(client.time_left(now).total_seconds()))
+        token = access_token(tenant, client, directory, str(now.timestamp() + seconds))
+        answer = {"access_token": token, "token_type": "Bearer", "expires_in": seconds}
+        scope = {"scope": form["scope"]} if "scope" in form else {}
+        return plain_response(answer | scope, Pragma="no-cache")
 
     def _admit_operator(self, request: Request, access: str) -> None:
         # Raise ScimError 421 for a host name that is not this server's: a page on the Web can let a
@@ -6859,20 +7158,21 @@ class Application(Tenants):
         if (
             access == OPERATOR
             and not is_local
-            and digest(credentials_of(request)[1]) != self.config.metrics_sha256
+            and not is_same(digest(credentials_of(request)[1]), self.config.metrics_sha256)
         ):
             raise ScimError(
                 401,
                 "",
                 "/metrics: on loopback, or with metrics_token as bearer token",
                 {"WWW-Authenticate": "Bearer"},
+                unauthorized(request).reason,
             )
 
     def _check_head(self, call: Call) -> None:
         # Raise ScimError 401, 404, 405, 415 or 503 for a request that no body can make good.
         request, access, operations = call.request, call.route.access, call.route.operations
         if access == BEARER:
-            self._check_token(request, call.caller)
+            self._checked(request, call.caller)
         elif access in (PROBE, OPERATOR):
             self._admit_operator(request, access)
         if not operations:
@@ -6896,6 +7196,14 @@ class Application(Tenants):
             )
         if isinstance(request.body, bytes):  # else it is an operation of a bulk request
             self.usage.check_memory(request.tenant)
+        lane, _ = operations.get(request.method, (QUICK, None))
+        if lane in (WRITE, BULK) and call.caller and call.caller.credential.access == "read":
+            raise ScimError(
+                403,
+                "",
+                f'{call.caller.credential.name} has "access": "read": it may read, but not write',
+                reason=("read-only", call.caller.credential.name),
+            )
 
     def _operate(self, call: Call) -> Response:
         request = call.request
@@ -6907,6 +7215,9 @@ class Application(Tenants):
                 for name, value in parse_qsl(request.query, keep_blank_values=True)
             }
         return call.route.operations[request.method][1](call)
+
+    def _get_metrics(self, call: Call) -> Response:
+        return self.metrics.answer(self.config, self._clock())
 
     def _get_readiness(self, call: Call) -> Response:  # each file and each server answers
         with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
@@ -6923,66 +7234,8 @@ class Application(Tenants):
             self.log.note(call, response, self._clock, seconds)
         if response.status == 401:
             return response
-        tenant = call.caller.tenant.name if call.caller else ""
+        tenant = call.caller.tenant.name if call.caller and not call.caller.refusal else ""
         return Response(*response[:3], tenant, call.route.label, response.reason)
-
-
-@dataclass(frozen=True)
-class WsgiApplication:
-    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
-
-    application: Application
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
-        request = self._request(environ)
-        try:
-            response = self.application.handle(request._replace(body=self._body(environ, request)))
-        except ScimError as error:
-            response = error_response(error)
-        status, fields, body = to_http(response, request)
-        start_response(status, fields)
-        return [body]
-
-    def _request(self, environ: dict[str, Any]) -> Request:
-        # Return a request without its body; WSGI has decoded the path, as Latin-1.
-        headers = {
-            name[5:].replace("_", "-").lower(): value
-            for name, value in environ.items()
-            if name.startswith("HTTP_")
-        }
-        mount_point, path = (
-            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
-        )
-        # The path as it was sent, if the server passes it: in it an encoded slash is data.
-        target = (environ.get("REQUEST_URI") or environ.get("RAW_URI", "")).partition("?")[0]
-        sent = target.removeprefix(environ.get("SCRIPT_NAME", ""))
-        path = sent if unquote(sent) == unquote(path) else path
-        id = headers.get("x-request-id", "")
-        return Request(
-            environ["REQUEST_METHOD"],
-            path,
-            environ.get("QUERY_STRING", ""),
-            headers,
-            b"",
-            environ["wsgi.url_scheme"],
-            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
-            mount_point,
-            environ.get("REMOTE_ADDR", ""),
-            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
-            None,
-            True,
-        )
-
-    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
-        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
-        if length and not LENGTH.fullmatch(length):
-            raise ScimError(400, "", "content-length: expected a number")
-        # A server that accepts chunked bodies ends the stream itself, and says so.
-        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
-        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
-        if len(body) > limit:
-            raise too_large(limit)
-        return body
 
 
 # ----------------------------------------------------------------------------
@@ -7384,7 +7637,8 @@ class Watcher(http.server.HTTPServer, ABC):
 #
 # An application behind the connections of chapter 17 and the parser of chapter 12. The
 # watching thread answers what is quick. The other reads have a lane, writes have
-# another, and what may wait for long has a thread of its own.
+# another, and what may wait for long has a thread of its own. Or the server is somebody
+# else's (WSGI).
 # Uses chapters 1 and 9 to 17. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
@@ -7422,7 +7676,7 @@ def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
 
 
 class Exchange(NamedTuple):
-    """A request and its answer, for a test to inspect."""
+    """A request and its answer, for a test to inspect; secrets are left out."""
 
     request: Request
     response: Response
@@ -7445,13 +7699,15 @@ class Fault:
         method = self.method.upper()
         return self.times > 0 and method in ("", request.method) and self.path in request.path
 
-    def response(self) -> Response:
+    def response(self, request: Request) -> Response:
         """Return the answer that the status means."""
         conflict = "If-Match: the version has changed; read the resource again"
         detail = conflict if self.status == 412 else "injected fault"
-        error = unauthorized() if self.status == 401 else ScimError(self.status, "", detail)
+        error = unauthorized(request) if self.status == 401 else ScimError(self.status, "", detail)
         retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return error_response(error)._replace(headers={**error.headers, **retry, **self.headers})
+        return error_response(error, request.path)._replace(
+            headers={**error.headers, **retry, **self.headers}
+        )
 
 
 # -- Lanes --
@@ -7522,7 +7778,8 @@ class ScimServer(Watcher):
             listener or listen(self.config), tls, self.config.max_connections, application.usage
         )
         self.url = url_of(self.config, self.server_address[1])
-        self.token, self.directory = application.token, application.directory  # for tests
+        self.token, self.client = application.token, application.client  # for tests
+        self.directory = application.directory
         self.faults: list[Fault] = []
         self.exchanges: list[Exchange] | None = None
         self.log = request_writer(self.config.access_log, sys.stderr)
@@ -7644,7 +7901,9 @@ class ScimServer(Watcher):
         method = "HEAD" if connection.buffer.startswith(b"HEAD ") else ""
         request = connection.request or Request(method, "", id=next(self._request_ids))
         connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
-        self._send(connection, request, error_response(error))
+        self._send(
+            connection, request, error_response(error, self.application.label_of(request.path))
+        )
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; faults come first.
@@ -7653,7 +7912,9 @@ class ScimServer(Watcher):
                 fault.times -= 1
         if fault and fault.delay:
             self.stopping.wait(fault.delay)
-        response = fault.response() if fault and fault.status else self.application.handle(request)
+        response = (
+            fault.response(request) if fault and fault.status else self.application.handle(request)
+        )
         self._send(connection, request, response, cut=fault is not None and fault.cut)
 
     def _answer_each(self, reads: Batch) -> None:
@@ -7690,10 +7951,7 @@ class ScimServer(Watcher):
     ) -> None:
         # Send an answer, half of its body if it is to be cut; note it; give the connection back.
         if self.exchanges is not None:
-            parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
-            self.exchanges.append(
-                Exchange(request, response._replace(body=parsed or response.body))
-            )
+            self.exchanges.append(self._exchange(request, response))
             del self.exchanges[:-MAX_EXCHANGES]
         status, fields, body = to_http(response, request)
         options = request.headers.get("connection", "").lower()
@@ -7716,9 +7974,23 @@ class ScimServer(Watcher):
         self._note(request, response, time.perf_counter() - connection.started, len(body))
         self.give_back(connection)
 
+    def _exchange(self, request: Request, response: Response) -> Exchange:
+        # Return a request and its answer without secrets.
+        headers = {
+            name: REDACTED if name == "authorization" else value
+            for name, value in request.headers.items()
+        }
+        is_secret = self.application.label_of(request.path) == TOKEN_PATH
+        parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
+        return Exchange(
+            request._replace(headers=headers, body=b"" if is_secret else request.body),
+            response._replace(body=None if is_secret else parsed or response.body),
+        )
+
     def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
         # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
         method = request.method if request.method in METHODS else "other"
+        refused = response.status in (401, 403) and response.reason
         self.application.metrics.add(method, response, seconds)
         self.log.add(
             {
@@ -7730,8 +8002,70 @@ class ScimServer(Watcher):
                 "milliseconds": round(seconds * 1000, 1),
                 "bytes": octets,
                 "id": request.id,
+                **({"reason": refused[0].split()[0]} if refused else {}),
             }
         )
+
+
+# -- WSGI --
+
+
+@dataclass(frozen=True)
+class WsgiApplication:
+    """An application as WSGI has it (PEP 3333); limits on time and connections are its server's."""
+
+    application: Application
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> list[bytes]:
+        request = self._request(environ)
+        try:
+            response = self.application.handle(request._replace(body=self._body(environ, request)))
+        except ScimError as error:
+            response = error_response(error, self.application.label_of(request.path))
+        status, fields, body = to_http(response, request)
+        start_response(status, fields)
+        return [body]
+
+    def _request(self, environ: dict[str, Any]) -> Request:
+        # Return a request without its body; WSGI has decoded the path, as Latin-1.
+        headers = {
+            name[5:].replace("_", "-").lower(): value
+            for name, value in environ.items()
+            if name.startswith("HTTP_")
+        }
+        mount_point, path = (
+            quote(environ.get(name, "").encode("latin-1")) for name in ("SCRIPT_NAME", "PATH_INFO")
+        )
+        # The path as it was sent, if the server passes it: in it an encoded slash is data.
+        target = (environ.get("REQUEST_URI") or environ.get("RAW_URI", "")).partition("?")[0]
+        sent = target.removeprefix(environ.get("SCRIPT_NAME", ""))
+        path = sent if unquote(sent) == unquote(path) else path
+        id = headers.get("x-request-id", "")
+        return Request(
+            environ["REQUEST_METHOD"],
+            path,
+            environ.get("QUERY_STRING", ""),
+            headers,
+            b"",
+            environ["wsgi.url_scheme"],
+            headers.get("host") or f"{environ['SERVER_NAME']}:{environ['SERVER_PORT']}",
+            mount_point,
+            environ.get("REMOTE_ADDR", ""),
+            id if REQUEST_ID.fullmatch(id) else str(uuid.uuid4()),
+            None,
+            True,
+        )
+
+    def _body(self, environ: dict[str, Any], request: Request) -> bytes:
+        limit, length = self.application.body_limit(request.path), environ.get("CONTENT_LENGTH")
+        if length and not LENGTH.fullmatch(length):
+            raise ScimError(400, "", "content-length: expected a number")
+        # A server that accepts chunked bodies ends the stream itself, and says so.
+        size = limit + 1 if environ.get("wsgi.input_terminated") else 0
+        body: bytes = environ["wsgi.input"].read(min(int(length) if length else size, limit + 1))
+        if len(body) > limit:
+            raise too_large(limit)
+        return body
 
 
 # ----------------------------------------------------------------------------
@@ -7804,7 +8138,7 @@ th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-sh
 </style>
 <header hidden><div><b>SCIM console <span></span></b><nav aria-label="Sections"></nav>
 <button class="small">Sign out</button></div></header><main></main>
-<form class="card" hidden><h1>SCIM console</h1><p class="lead">Sign in with the Secret Token that you entered in Entra ID.
+<form class="card" hidden><h1>SCIM console</h1><p class="lead">Sign in with a Secret Token of the tenant. It may be one with read access.
  It stays in this tab. The console changes nothing.</p><label for="token">Secret Token</label>
 <input type="password" id="token" autocomplete="off" required><button class="primary">Sign in</button></form>
 <script>
@@ -7947,10 +8281,13 @@ async function showSetup() {
   }
   await load(); followLog(status, load);
   return ['Set-up', 'What to enter in the Entra admin center, and what the server has received.', h('div.grid',
-    section('Connection', h('p.dim', 'Enterprise application → Provisioning → Automatic → Tenant URL'), copyable(setup.url), h('p'),
-      h('p.dim', 'Secret Token: the secret of one of these tokens (not shown)'), pairs(setup.tokens.map(
-        ({name, expired, expires, last_use}) => [name, expired && h('span.pill.bad', '✕ expired'),
-          expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])),
+    section('Connection', h('p.dim', 'Enterprise application → Provisioning → New configuration → Tenant URL'), copyable(setup.url), h('p'),
+      setup.tokens.some(({kind}) => kind === 'client') && [
+        h('p.dim', 'OAuth2 client credentials grant → Token Endpoint'), copyable(setup.token_url), h('p')],
+      h('p.dim', 'Secret Token of a token, or Client Identifier and Client Secret of a client (secrets are not shown)'),
+      pairs(setup.tokens.map(({kind, name, access, expired, expires, last_use}) => [`${kind} ${name}`,
+        access === 'read' && 'read-only; ', expired && h('span.pill.bad', '✕ expired'),
+        expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])),
       h('p'), h('button.primary', {onclick: () => testConnection(output)}, 'Test Connection'), h('p'), output),
     section(['Checklist ', status], steps)),
   section('Attribute mapping', h('p.dim', 'Mappings → Provision Microsoft Entra ID Users: sources in Entra ID, ' +
@@ -8043,6 +8380,8 @@ async function showGroup(id) {
 // -- Sign-in and navigation --
 const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: ['Employees', showEmployees, showEmployee],
   groups: ['Groups', showGroups, showGroup]};
+const expiryNotes = tokens => tokens.filter(({expired, days_left}) => !expired && days_left < 30).map(({kind, name, expires}) =>
+  h('p.note.warn', `The ${kind} “${name}” expires on ${date(expires)}. Make a new secret with “token” and enter it in Entra ID.`));
 const alertBox = text => h('div.bad', {role: 'alert'}, h('p.note', text));
 function signIn(...messages) {
   delete sessionStorage.token; setup = null; view.abort();
@@ -8061,8 +8400,9 @@ async function show(event) {
   header.hidden = false; document.title = `${title} – SCIM console`; tenantName.textContent = setup?.tenant || '';
   nav.replaceChildren(...Object.entries(SECTIONS).map(([path, [text]]) =>
     h('a', {href: '#/' + path, ...path === current && {ariaCurrent: 'page'}}, text)));
-  main.replaceChildren(h('h1', {tabIndex: -1}, title), h('p.lead', lead), ...content.filter(Boolean));
-  if (event?.type === 'hashchange') { scrollTo(0, 0); main.firstChild.focus(); }
+  const heading = h('h1', {tabIndex: -1}, title);
+  main.replaceChildren(...expiryNotes(setup?.tokens || []), heading, h('p.lead', lead), ...content.filter(Boolean));
+  if (event?.type === 'hashchange') { scrollTo(0, 0); heading.focus(); }
 }
 function route(event) {
   const token = location.hash.match(/^#token=(.+)/)?.[1];  // from the link that the server prints
@@ -8160,6 +8500,8 @@ def follow_file(
     This is for a daemon thread. It ends when nothing else refers to the application.
     """
     while application := reference():
+        for line in expiry_warnings(application.config, utc_now()):
+            log_line_once(line)
         if (latest := file_signature(file)) != signature:
             signature[:] = latest
             log_line(f"{file or 'the built-in demo'}: {reload_config(application, load)}")
@@ -8262,7 +8604,8 @@ def serve(options: argparse.Namespace) -> None:
             args=(weakref.ref(application), file, partial(chosen_config, options), signature),
             daemon=True,
         ).start()
-        print(greeting(server.url, config), flush=True)
+        is_private = is_loopback(config.host) or sys.stdout.isatty()
+        print(greeting(server.url, config if is_private else application.config), flush=True)
         server.serve_forever()
 
 
@@ -8293,11 +8636,6 @@ def open_listener(config: Config) -> socket.socket:
         ) from error
 
 
-def is_loopback(host: str) -> bool:
-    # Only programs on this machine can reach such a host.
-    return host in ("localhost", "::1") or host.startswith("127.")
-
-
 def warn_about_setup(application: Application) -> None:
     for name, error in application.failures.items():
         log_line(f"tenant {name} is not served, the others are: {error}")
@@ -8318,18 +8656,16 @@ def usable_secret(tenant: Tenant) -> str:
 
 
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and Secret Token if the file holds it."""
+    """Return what to paste into Entra ID: Tenant URL, and secrets that the file holds."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
+        lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
+        lines += [f"  Token Endpoint  {token_url(url)}"] * bool(tenant.clients)
         lines += [
-            "",
-            f"tenant {tenant.name}",
-            f"  Tenant URL    {url}",
-            *(
-                f"  Secret Token  {token.secret or 'kept as a hash'}  "
-                f"({token.name}{', expired' * token.expired(utc_now())})"
-                for token in tenant.tokens
-            ),
+            f"  {'Client Secret' if isinstance(credential, Client) else 'Secret Token'}  "
+            f"{credential.secret or 'not shown'}  "
+            f"({credential.name}{', expired' * credential.expired(utc_now())})"
+            for credential in tenant.credentials
         ]
         # This link signs in to the console. On loopback nobody else can use it.
         if config.console and is_loopback(config.host) and (secret := usable_secret(tenant)):
@@ -8338,23 +8674,38 @@ def greeting(url: str, config: Config) -> str:
 
 
 def make_token(options: argparse.Namespace) -> None:
-    secret = secrets.token_urlsafe(32)
+    secret, id = secrets.token_urlsafe(32), f"{options.name}-{secrets.token_hex(4)}"
+    label = f"Client Identifier:\n\n  {id}\n\nClient Secret" if options.client else "Secret Token"
+    kind, name = ("clients", {"id": id}) if options.client else ("tokens", {"name": options.name})
     print(
-        f"Secret Token, shown only once:\n\n  {secret}\n\n"
-        'Entry for the tenant\'s "tokens" in the configuration:\n\n  '
-        + json.dumps({"name": options.name, "sha256": digest(secret)})
+        f"{label}, shown only once:\n\n  {secret}\n\n"
+        f'Entry for the tenant\'s "{kind}" in the configuration:\n\n  '
+        + json.dumps({**name, "sha256": digest(secret)})
     )
 
 
-def check(options: argparse.Namespace) -> None:
+def state_of(credential: Token, last_use: str) -> str:
+    # Return how a credential is used and when it ends; one that is not used can be withdrawn.
+    days, end = credential.time_left(utc_now()).days, time_text(credential.expires or NEVER)
+    ends = f", expired {end}" if days < 0 else f", expires {end}, {days} day(s) left"
+    return (
+        f"{type(credential).__name__.lower():<8} {credential.name}, "
+        + (f"last used {last_use}" if last_use else "never used")
+        + (ends if credential.expires else "")
+        + (", read-only" if credential.access == "read" else "")
+    )
+
+
+def check(options: argparse.Namespace) -> int:
     config = chosen_config(options)
+    check_credentials(config)
     if config.tls:
         Tls(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(
             f"\ntenant {tenant.name}: {len(tenant.tokens)} token(s), "
-            f"{len(tenant.custom_fields)} custom field(s)"
+            f"{len(tenant.clients)} client(s), {len(tenant.custom_fields)} custom field(s)"
         )
         last_uses: dict[Token, str] = {}
         with (
@@ -8362,14 +8713,15 @@ def check(options: argparse.Namespace) -> None:
             closing(existing_store(config, tenant)) as store,
             store.reading() as session,
         ):
-            last_uses = {token: session.setting(f"used {token.name}") for token in tenant.tokens}
-        for token in tenant.tokens:  # an unused token can be withdrawn
-            used = f"last used {last_uses[token]}" if last_uses.get(token) else "never used"
-            ends = "expired" if token.expired(utc_now()) else "expires"
-            expiry = f", {ends} {time_text(token.expires)}" if token.expires else ""
-            print(f"  token    {token.name}, {used}{expiry}")
+            last_uses = {
+                credential: session.setting(f"used {credential.entry}")
+                for credential in tenant.credentials
+            }
+        for credential in tenant.credentials:
+            print(f"  {state_of(credential, last_uses.get(credential, ''))}")
         for custom in tenant.custom_fields:
             print(f"  {custom.type:<8} {custom.urn}")
+    return int(any(item.time_left(utc_now()) < CHECK_TIME for _, item in config.credentials))
 
 
 def back_up(options: argparse.Namespace) -> None:
@@ -8495,15 +8847,13 @@ DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
 # fmt: on
 
 
-def answer_to(method: str, url: str, path: str, token: str, body: str = "") -> tuple[int, Json]:
+def answer_to(
+    method: str, url: str, token: str, body: str = "", type: str = "application/scim+json"
+) -> tuple[int, Json]:
     """Return status and JSON of the answer to a request; UsageError if there is no answer."""
     try:
-        request = urllib.request.Request(
-            url + path,
-            body.encode() or None,
-            method=method,
-            headers={"Authorization": f"Bearer {token}", "Content-Type": "application/scim+json"},
-        )
+        headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
+        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
         with urllib.request.urlopen(request, timeout=30) as answer:
             return answer.status, json.loads(answer.read() or b"{}")
     except urllib.error.HTTPError as error:
@@ -8551,7 +8901,7 @@ def play(url: str, token: str, dialect: str, custom: Json) -> int:
             operations = body if isinstance(body, list) else changes_of(dialect, body)
             body = {"schemas": [PATCH_OP], "Operations": operations}
         content = fill(to_json(body)) if body else ""
-        actual, answer = answer_to(method, url, fill(path), token, content)
+        actual, answer = answer_to(method, url + fill(path), token, content)
         good = actual == status and values.items() <= answer.items()
         detail = answer.get("detail", "") or ("" if good else quoted(answer))
         line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
@@ -8564,10 +8914,15 @@ def play(url: str, token: str, dialect: str, custom: Json) -> int:
 def demo(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    token = options.token or usable_secret(config.tenants[0])
+    token, mistake = options.token or usable_secret(config.tenants[0]), "--token is needed"
+    if options.client_id or options.client_secret:
+        form = {"client_id": options.client_id, "client_secret": options.client_secret}
+        form["grant_type"] = "client_credentials"
+        _, answer = answer_to("POST", token_url(url), "", urlencode(form), FORM)
+        token, mistake = answer.get("access_token"), f"--client-id: no access token: {answer}"
     if not token:
-        raise UsageError("--token is needed: the configuration has no usable secret")
-    status, schema = answer_to("GET", url, f"/Schemas/{FACILIO}", token)
+        raise UsageError(mistake)
+    status, schema = answer_to("GET", f"{url}/Schemas/{FACILIO}", token)
     custom = schema["attributes"][0] if status == 200 else {}
     wrong = sum(play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020"))
     print(f"\n{wrong or 'no'} step(s) went wrong")
@@ -8593,8 +8948,10 @@ CONFIG, DATA_DIR = (
 TENANT: Options = {"--tenant": {"required": True, "metavar": "NAME"}, **DATA_DIR, **CONFIG}
 COPY: Options = {"file": {"metavar": "FILE"}, **TENANT}
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Options]] = {
-    "token": (make_token, "make a secret token and its configuration entry", {
-        "--name": {"default": "entra", "help": "name of the token (default: entra)"}}),
+    "token": (make_token, "make a secret and its configuration entry", {
+        "--name": {"default": "entra", "help": "name of the token (default: entra)"},
+        "--client": {"action": "store_true",
+                     "help": "make a Client Identifier and a Client Secret (OAuth 2.0)"}}),
     "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {
         **CONFIG, **DATA_DIR}),
     "employees": (show_employees, "print a tenant's employees", {
@@ -8618,6 +8975,9 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
     "demo": (demo, "play Entra ID's cycle against a running server", {
         "--url": {"metavar": "URL", "help": "its Tenant URL (default: as configured)"},
         "--token": {"help": "its Secret Token (default: that of the first tenant)"},
+        "--client-id": {"metavar": "ID", "default": "",
+                        "help": "its Client Identifier, in place of --token"},
+        "--client-secret": {"metavar": "SECRET", "default": "", "help": "its Client Secret"},
         **CONFIG}),
 }
 # fmt: on

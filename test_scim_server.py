@@ -5904,7 +5904,7 @@ CONFIG_MISTAKES = [  # name, the wrong part of tenants[0], the path of the mista
     ("an unknown member", {"colour": 1}, ".colour"),
     ("a name with a slash", {"name": "a/b"}, ".name"),
     ("a name that is a number", {"name": 7}, ".name"),
-    ("no token", {"tokens": []}, ".tokens"),
+    ("tokens that are no list", {"tokens": {}}, ".tokens"),
     ("a token without a secret", {"tokens": [{"name": "x"}]}, ".tokens[0]"),
     ("a token with secret and hash", {"tokens": [{"secret": "x", "sha256": "0" * 64}]},
      ".tokens[0]"),
@@ -5916,6 +5916,15 @@ CONFIG_MISTAKES = [  # name, the wrong part of tenants[0], the path of the mista
      {"tokens": [{"secret": "x", "name": "a"}, {"secret": "x", "name": "b"}]}, ".tokens[1]"),
     ("two tokens with one name",
      {"tokens": [{"secret": "x", "name": "a"}, {"secret": "y", "name": "a"}]}, ".tokens[1].name"),
+    ("an access that does not exist", {"tokens": [{"secret": "x", "access": "write"}]},
+     ".tokens[0].access"),
+    ("a client without an id", {"clients": [{"secret": "x"}]}, ".clients[0].id"),
+    ("a client's id with a colon", {"clients": [{"id": "a:b", "secret": "x"}]}, ".clients[0].id"),
+    ("a client without a secret", {"clients": [{"id": "e"}]}, ".clients[0]"),
+    ("a client with the secret of a token", {"clients": [{"id": "e", "secret": "s"}]},
+     ".clients[0]"),
+    ("a name in place of an id", {"clients": [{"id": "e", "name": "e", "secret": "x"}]},
+     ".clients[0].name"),
     ("custom fields that are no list", {"custom_fields": {}}, ".custom_fields"),
     ("a log of no entries", {"log": {"keep": 0}}, ".log.keep"),
     ("a text in place of a boolean", {"log": {"bodies": "yes"}}, ".log.bodies"),
@@ -6017,12 +6026,81 @@ WRONG_TOKENS = [  # name, a token with a mistake
 # fmt: on
 
 
+@pytest.mark.parametrize("kind", ["tokens", "clients"])
 @each_row("token", WRONG_TOKENS)
-def test_mistake_in_a_token_does_not_print_the_secret(token: Any) -> None:
-    document = {"tenants": [{"name": "a", "tokens": [token]}], "metrics_token": ["my-secret"]}
+def test_mistake_in_a_token_does_not_print_the_secret(token: Any, kind: str) -> None:
+    document = {"tenants": [{"name": "a", kind: [token]}], "metrics_token": ["my-secret"]}
     with pytest.raises(scim_server.ConfigError) as caught:
         scim_server.parse_config(document)
-    assert "my" not in str(caught.value) and "tokens[0]" in str(caught.value)
+    assert "my" not in str(caught.value) and f"{kind}[0]" in str(caught.value)
+
+
+def config_of(tenant: Any, **members: Any) -> scim_server.Config:
+    """Return the configuration of a server with a single tenant."""
+    return scim_server.to_config({"tenants": [{"name": "acme", **tenant}], **members})
+
+
+# fmt: off
+UNUSABLE_CREDENTIALS = [  # name, configuration, whether the program has an authenticate hook, words
+    ("neither tokens nor clients", config_of({}), False, ["tenants[0].tokens: is missing"]),
+    ("an empty list of tokens", config_of({"tokens": []}), False, ["tenants[0].tokens"]),
+    ("a published secret beyond loopback",
+     config_of(scim_server.DEMO["tenants"][0], listen="0.0.0.0:1"), True,
+     ["tenant demo", "entra", "0.0.0.0", "`python scim_server.py token`"]),
+    ("a published secret with TLS",
+     config_of({"tokens": [{"secret": "acme-sample-secret-token"}]}, listen="[::]:1",
+               tls={"certificate": "c.pem", "key": "k.pem"}), False, ["everybody"]),
+    ("the hash of a published secret",
+     config_of({"tokens": [{"sha256": scim_server.digest("globex-sample-secret-token")}]},
+               listen="10.0.0.1:1"), False, ["everybody"]),
+    ("a client with a published secret",
+     config_of({"clients": [{"id": "e", "secret": "demo-secret-token"}]}, listen="10.0.0.1:1"),
+     False, ["everybody"]),
+]
+
+USABLE_CREDENTIALS = [  # name, configuration, whether the program has an authenticate hook
+    ("a client alone", config_of({"clients": [{"id": "e", "secret": "x"}]}), False),
+    ("a hook alone", config_of({}), True),
+    ("published secrets on loopback", scim_server.to_config(None), False),
+    ("published secrets on IPv6 loopback", scim_server.to_config({**scim_server.DEMO,
+                                                                  "listen": "[::1]:1"}), False),
+    ("secrets of its own beyond loopback", config_of({"tokens": [{"secret": "x"}]},
+                                                     listen="0.0.0.0:1"), False),
+]
+# fmt: on
+
+
+@each_row("config, has_hook, words", UNUSABLE_CREDENTIALS)
+def test_credentials_of_nobody_or_everybody_are_refused(
+    config: scim_server.Config, has_hook: bool, words: list[str]
+) -> None:
+    with pytest.raises(scim_server.ConfigError) as caught:
+        scim_server.Application(config, (lambda secret: None) if has_hook else None)
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "secret-token" not in str(caught.value)
+
+
+@each_row("config, has_hook", USABLE_CREDENTIALS)
+def test_usable_credentials_are_accepted(config: scim_server.Config, has_hook: bool) -> None:
+    scim_server.check_credentials(config, has_hook)
+
+
+def test_the_secrets_of_the_sample_and_the_demo_are_the_published_ones() -> None:
+    sample = scim_server.load_config(HERE / "sample_config.json")
+    tenants = (*sample.tenants, *scim_server.to_config(None).tenants)
+    digests = {credential.sha256 for tenant in tenants for credential in tenant.credentials}
+    assert digests == scim_server.PUBLISHED
+
+
+def test_clients_may_share_an_id_while_one_secret_replaces_the_other() -> None:
+    clients = [{"id": "entra", "secret": "old"}, {"id": "entra", "secret": "new"}]
+    first, second = config_of({"clients": clients}).tenants[0].clients
+    assert first.name == second.name and first.entry != second.entry
+
+
+def test_no_secret_is_in_a_repr() -> None:
+    tenant = {"tokens": [{"secret": "s3cr3t"}], "clients": [{"id": "e", "secret": "s3cr3t2"}]}
+    assert "s3cr3t" not in repr(config_of(tenant))
 
 
 def test_days_of_changes_have_an_upper_bound() -> None:
@@ -6645,6 +6723,13 @@ def test_id_of_a_member_is_published_as_immutable(scim: Scim) -> None:
     [members] = [attribute for attribute in attributes if attribute["name"] == "members"]
     mutability = {sub["name"]: sub["mutability"] for sub in members["subAttributes"]}
     assert mutability["value"] == mutability["$ref"] == "immutable"
+
+
+def test_the_configuration_names_both_ways_to_authenticate(scim: Scim) -> None:
+    schemes = scim.get("/ServiceProviderConfig")["authenticationSchemes"]
+    assert [scheme["type"] for scheme in schemes] == ["oauthbearertoken", "oauth2"]
+    assert [scheme["primary"] for scheme in schemes] == [True, False]
+    assert scim.url.replace("/scim/v2", "/oauth2/token") in schemes[1]["description"]
 
 
 # -- Resources --
@@ -7833,6 +7918,7 @@ def test_a_refused_patch_is_logged_with_its_wrong_attribute(scim: Scim, console:
 
 def test_every_reason_of_an_error_has_an_explanation() -> None:
     keys = set(re.findall(r"reason=\(\s*\"(\w+)\"", SOURCE)) | {"integer", "boolean", "type"}
+    keys -= {"missing"}  # of a call without credentials, which is in no tenant's log
     assert len(keys) > 7 and keys <= scim_server.EXPLANATIONS.keys()
 
 
@@ -7957,6 +8043,45 @@ def test_an_expired_token_is_reported_to_its_tenant_alone(engine: str) -> None:
         assert tokens == [("new", False), ("old", True)]
         other_setup = console_of(server, "globex-secret").get("/console/api/setup")
         assert (other_setup["refused"], other_setup["last"]) == ([], [])
+
+
+def last_uses(setup: Any) -> dict[str, bool]:
+    """Return which credentials of the set-up were used."""
+    return {item["name"]: bool(item["last_use"]) for item in setup["tokens"]}
+
+
+def test_the_last_use_is_that_of_calls_by_others_than_the_console(engine: str) -> None:
+    with serving(engine, WITH_CLIENTS) as server:
+        console = console_of(server, "reader-secret")
+        for path in ("setup", "log", "mapping", "Users", "history/1"):
+            assert console.call("GET", f"/console/api/{path}").status_code == 200
+        Scim(server.url, access_token(server.url, "reader", "read-secret")).get("/Users")
+        Scim(server.url, "acme-secret").user("ada")
+        logged(console, 1)
+        wait_until(lambda: last_uses(console.get("/console/api/setup"))["entra"])
+        assert last_uses(console.get("/console/api/setup")) == {
+            "entra": True,
+            "reader": True,
+            "entra-1": False,
+            "old": False,
+        }
+        tokens = console.get("/console/api/setup")["tokens"]
+        used = [(item["kind"], item["name"]) for item in tokens if item["last_use"]]
+        assert used == [("token", "entra"), ("client", "reader")]
+
+
+def test_of_two_secrets_with_one_id_the_used_one_is_shown(engine: str) -> None:
+    with serving(engine, WITH_CLIENTS) as server:
+        Scim(server.url, access_token(server.url, "entra-1", "second-secret")).get("/Users")
+        console = console_of(server, "acme-secret")
+        logged(console, 1)
+
+        def uses() -> list[bool]:
+            tokens = console.get("/console/api/setup")["tokens"]
+            return [bool(item["last_use"]) for item in tokens if item["name"] == "entra-1"]
+
+        wait_until(lambda: any(uses()))
+        assert uses() == [False, True]
 
 
 def test_calls_with_an_unknown_token_are_counted_for_all(engine: str) -> None:
@@ -8171,6 +8296,26 @@ def test_metrics_from_elsewhere_need_their_token(
         assert requests.get(url, headers=headers).status_code == status
 
 
+def test_metrics_have_the_seconds_that_each_credential_has_left(engine: str) -> None:
+    tokens = [
+        {"name": 'a "b" \\ c', "secret": "x", "expires": "2026-11-01T12:01:00Z"},
+        {"name": "old", "secret": "y", "expires": "2026-11-01T11:59:00Z"},
+        {"name": "permanent", "secret": "z"},
+    ]
+    client = {**CLIENT, "expires": "2026-12-01T12:00:00Z"}
+    tenant = {"name": "acme", "tokens": tokens, "clients": [client]}
+    with serving_at(ManualClock(), engine, {"tenants": [tenant]}) as server:
+        text = requests.get(f"{server.url.removesuffix('/scim/v2')}/metrics").text
+    name = "scim_credential_seconds_left"
+    lines = [line for line in text.splitlines() if line.startswith(name)]
+    assert f"# TYPE {name} gauge" in text
+    assert lines[:2] == [
+        f'{name}{{tenant="acme",credential="a \\"b\\" \\\\ c"}} 60',
+        f'{name}{{tenant="acme",credential="old"}} -60',
+    ]
+    assert len(lines) == 3 and re.search('credential="entra-1:.*"} 2592000$', lines[2])
+
+
 def test_the_set_up_marks_each_step_that_is_done(scim: Scim, console: Scim) -> None:
     def done() -> list[str]:
         return [step["title"] for step in console.get("/console/api/setup")["steps"] if step["at"]]
@@ -8184,6 +8329,18 @@ def test_the_set_up_marks_each_step_that_is_done(scim: Scim, console: Scim) -> N
     scim.patch(f"/Users/{ada}", put("active", False))
     logged(console, 4)
     assert all(step["at"] for step in console.get("/console/api/setup")["steps"])
+
+
+def test_the_set_up_shows_clients_and_the_days_left(engine: str) -> None:
+    client = {**CLIENT, "expires": "2026-11-20T12:00:00Z", "access": "read"}
+    document = {"tenants": [{"name": "acme", "tokens": [{"secret": "x"}], "clients": [client]}]}
+    with serving_at(ManualClock(), engine, document) as server:
+        setup = console_of(server, "x").get("/console/api/setup")
+        assert setup["token_url"] == server.url.replace("/scim/v2", "/oauth2/token")
+        token, client = setup["tokens"]
+        assert (client["kind"], client["name"], client["access"]) == ("client", "entra-1", "read")
+        assert client["days_left"] == 19 and not client["expired"]
+        assert token["days_left"] > 10**5 and token["access"] == "full"
 
 
 def test_the_set_up_lists_the_custom_fields_and_their_use(scim: Scim, console: Scim) -> None:
@@ -8515,6 +8672,612 @@ def test_a_hook_that_fails_is_503_and_prints_no_secret(capsys: pytest.CaptureFix
     assert "top-secret" not in capsys.readouterr().err
 
 
+# -- Credentials --
+
+
+CLIENT = {"id": "entra-1", "secret": "client-secret"}
+READER = {"name": "reader", "secret": "reader-secret", "access": "read"}
+
+WITH_CLIENTS = {
+    "tenants": [
+        {
+            "name": "acme",
+            "tokens": [{"name": "entra", "secret": "acme-secret"}, READER],
+            "clients": [
+                CLIENT,
+                {"id": "entra-1", "secret": "second-secret"},
+                {"id": "old", "secret": "old-secret", "expires": "2020-01-01T00:00:00Z"},
+                {"id": "reader", "secret": "read-secret", "access": "read"},
+            ],
+        },
+        {"name": "globex", "clients": [{"id": "entra-1", "secret": "globex-client-secret"}]},
+    ]
+}
+
+
+class ManualClock:
+    """A clock that a test sets."""
+
+    def __init__(self) -> None:
+        self.now = datetime(2026, 11, 1, 12, tzinfo=scim_server.UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **duration: float) -> None:
+        self.now += timedelta(**duration)
+
+
+@contextmanager
+def serving_at(
+    clock: Any, place: str, document: Any = WITH_CLIENTS
+) -> Iterator[scim_server.ScimServer]:
+    """Run a server with a clock of the test, on a free port."""
+    config = scim_server.to_config({**document, **member_for(place)})
+    page = scim_server.CONSOLE_PAGE
+    with closing(scim_server.Application(config, clock=clock, page=page)) as application:
+        server = scim_server.ScimServer(application)
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.stop()
+            thread.join()
+
+
+@pytest.fixture
+def oauth(engine: str) -> Iterator[scim_server.ScimServer]:
+    """A server whose tenants have clients."""
+    with serving(engine, WITH_CLIENTS) as server:
+        yield server
+
+
+def basic(id: str, secret: str) -> str:
+    """Return the Authorization of a client."""
+    return "Basic " + base64.b64encode(f"{id}:{secret}".encode()).decode()
+
+
+def grant(url: str, authorization: str = "", /, **form: str) -> requests.Response:
+    """Ask for an access token with client credentials."""
+    return requests.post(
+        scim_server.token_url(url),
+        {"grant_type": "client_credentials", **form},
+        headers={"Authorization": authorization} if authorization else {},
+    )
+
+
+def in_form(id: str = "entra-1", secret: str = "client-secret") -> dict[str, str]:
+    """Return the fields of a form that authenticate a client."""
+    return {"client_id": id, "client_secret": secret}
+
+
+def access_token(url: str, *client: str) -> str:
+    """Return an access token for a client."""
+    answer = grant(url, **in_form(*client))
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["access_token"])
+
+
+def assert_oauth_error(answer: requests.Response, status: int, code: str, *words: str) -> None:
+    """Check that an answer is an error of RFC 6749 §5.2 that shows no secret."""
+    assert (answer.status_code, answer.json()["error"]) == (status, code), answer.text
+    assert answer.headers["Content-Type"] == "application/json"
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert set(answer.json()) == {"error", "error_description"}
+    description = answer.json()["error_description"]
+    assert re.fullmatch(r"[ !#-\[\]-~]{20,}", description), description
+    assert all(word in description for word in words), description
+    assert "-secret" not in answer.text
+    if status == 401:
+        assert answer.headers["WWW-Authenticate"].startswith("Basic ")
+
+
+# fmt: off
+GRANTS = [  # name, Authorization, fields of the form
+    ("in the form", "", in_form()),
+    ("by Basic", basic("entra-1", "client-secret"), {}),
+    ("by basic in lower case", basic("entra-1", "client-secret").replace("B", "b", 1), {}),
+    ("by both, if they agree", basic("entra-1", "client-secret"), in_form()),
+    ("by Basic, and the id in the form", basic("entra-1", "client-secret"),
+     {"client_id": "entra-1"}),
+    ("by Basic with percent-encoding", basic("entra%2D1", "client%2dsecret"), {}),
+    ("with a second secret of the same id", "", in_form("entra-1", "second-secret")),
+    ("with a scope", "", {**in_form(), "scope": "anything at:all"}),
+    ("with an empty scope", "", {**in_form(), "scope": ""}),
+    ("with unknown fields", "", {**in_form(), "resource": "x", "audience": "y"}),
+]
+
+REFUSED_GRANTS = [  # name, Authorization, fields of the form, status, error, words
+    ("no client", "", {}, 401, "invalid_client", ["Client Identifier"]),
+    ("no secret", "", {"client_id": "entra-1"}, 401, "invalid_client", ["client_secret"]),
+    ("an empty secret", "", in_form(secret=""), 401, "invalid_client", ["client_secret"]),
+    ("an unknown client", "", in_form("nobody"), 401, "invalid_client", ["Entra ID"]),
+    ("an unknown secret", "", in_form(secret="no-secret"), 401, "invalid_client", ["Entra"]),
+    ("an expired client", "", in_form("old", "old-secret"), 401, "invalid_client", ["expired"]),
+    ("the id of another client", "", in_form("reader"), 401, "invalid_client", []),
+    ("the id in capital letters", "", in_form("ENTRA-1"), 401, "invalid_client", []),
+    ("the secret of a token", "", in_form("entra", "acme-secret"), 401, "invalid_client", []),
+    ("a hash in place of the secret", "",
+     in_form(secret=scim_server.digest("client-secret")), 401, "invalid_client", []),
+    ("an unknown secret by Basic", basic("entra-1", "no-secret"), {}, 401, "invalid_client", []),
+    ("a bearer token alone", "Bearer acme-secret", {}, 401, "invalid_client", []),
+    ("Basic that is not base64", "Basic entra-1:client-secret", {}, 401, "invalid_client",
+     ["Authorization: Basic"]),
+    ("Basic without a colon", "Basic " + base64.b64encode(b"entra-1").decode(), {}, 401,
+     "invalid_client", ["Authorization: Basic"]),
+    ("Basic that is not UTF-8", "Basic " + base64.b64encode(b"\xff:\xff").decode(), {}, 401,
+     "invalid_client", []),
+    ("malformed Basic beside a good form", "Basic x", in_form(), 400, "invalid_request", []),
+    ("another secret by Basic than in the form", basic("entra-1", "second-secret"), in_form(),
+     400, "invalid_request", ["not the same"]),
+    ("another id by Basic than in the form", basic("reader", "client-secret"), in_form(),
+     400, "invalid_request", ["choose one"]),
+    ("another grant type", "", {**in_form(), "grant_type": "password"}, 400,
+     "unsupported_grant_type", ["client_credentials"]),
+    ("no grant type", "", {**in_form(), "grant_type": ""}, 400, "invalid_request",
+     ["grant_type"]),
+]
+# fmt: on
+
+
+@each_row("authorization, form", GRANTS)
+def test_a_client_gets_an_access_token(
+    oauth: scim_server.ScimServer, authorization: str, form: dict[str, str]
+) -> None:
+    answer = grant(oauth.url, authorization, **form)
+    assert answer.status_code == 200, answer.text
+    token = answer.json()
+    assert (token["token_type"], token["expires_in"]) == ("Bearer", 3600)
+    assert token.get("scope", "") == form.get("scope", "")
+    assert answer.headers["Cache-Control"] == "no-store"
+    assert answer.headers["Pragma"] == "no-cache"
+    assert answer.headers["Content-Type"] == "application/json"
+    assert Scim(oauth.url, token["access_token"]).user("ada")["userName"] == "ada"
+
+
+@each_row("authorization, form, status, error, words", REFUSED_GRANTS)
+def test_a_client_that_is_refused_reads_what_to_do(
+    oauth: scim_server.ScimServer,
+    authorization: str,
+    form: dict[str, str],
+    status: int,
+    error: str,
+    words: list[str],
+) -> None:
+    assert_oauth_error(grant(oauth.url, authorization, **form), status, error, *words)
+
+
+# fmt: off
+NO_FORMS = [  # name, Content-Type, body, status, error
+    ("JSON", "application/json", json.dumps({"grant_type": "client_credentials", **in_form()}),
+     400, "invalid_request"),
+    ("a field twice", scim_server.FORM,
+     "grant_type=client_credentials&client_id=entra-1&client_id=entra-1&client_secret=x",
+     400, "invalid_request"),
+    ("octets that are no text", scim_server.FORM, b"\xff\xfe\x00=\xff", 401, "invalid_client"),
+    ("an empty body", scim_server.FORM, "", 401, "invalid_client"),
+]
+# fmt: on
+
+
+@each_row("type, body, status, error", NO_FORMS)
+def test_a_body_that_is_no_form_gets_no_access_token(
+    oauth: scim_server.ScimServer, type: str, body: Any, status: int, error: str
+) -> None:
+    url = scim_server.token_url(oauth.url)
+    answer = requests.post(url, body, headers={"Content-Type": type})
+    assert_oauth_error(answer, status, error)
+
+
+@pytest.mark.parametrize(
+    "type", ["", f"{scim_server.FORM}; charset=UTF-8", "Application/X-WWW-Form-Urlencoded"]
+)
+def test_the_type_of_a_form_may_be_missing_or_have_a_charset(
+    oauth: scim_server.ScimServer, type: str
+) -> None:
+    body = b"grant_type=client_credentials&client_id=entra-1&client_secret=client-secret"
+    headers = {"Content-Type": type} if type else {}
+    request = requests.Request("POST", scim_server.token_url(oauth.url), headers, data=body)
+    assert requests.Session().send(request.prepare()).status_code == 200
+
+
+def test_a_form_of_a_megabyte_is_refused(oauth: scim_server.ScimServer) -> None:
+    form = {**in_form(), "scope": "x" * 2**20}
+    answer = grant(oauth.url, **form)
+    assert_oauth_error(answer, 413, "invalid_request", "8192")
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD"])
+def test_access_tokens_are_got_by_post_alone(oauth: scim_server.ScimServer, method: str) -> None:
+    answer = requests.request(method, scim_server.token_url(oauth.url))
+    assert (answer.status_code, answer.headers["Allow"]) == (405, "POST, OPTIONS")
+    if method != "HEAD":
+        assert_oauth_error(answer, 405, "invalid_request", method)
+
+
+def test_the_parameters_of_a_url_authenticate_no_client(oauth: scim_server.ScimServer) -> None:
+    url = f"{scim_server.token_url(oauth.url)}?client_id=entra-1&client_secret=client-secret"
+    answer = requests.post(url, {"grant_type": "client_credentials"})
+    assert_oauth_error(answer, 401, "invalid_client")
+
+
+def test_entra_provisions_with_client_credentials_and_again_after_the_token_expired(
+    engine: str,
+) -> None:
+    clock = ManualClock()
+    with serving_at(clock, engine) as server:
+        scim = Scim(server.url, access_token(server.url))
+        assert scim.names('userName eq "nobody"') == []  # Test Connection
+        ada = scim.user("ada", externalId="5b0c7f7e-0001-4000-8000-000000000001")
+        path = f"/Users/{ada['id']}"
+        assert scim.patch(path, put("title", "Chief"))["title"] == "Chief"
+        clock.advance(seconds=3599)
+        assert scim.patch(path, put("active", False))["active"] is False
+        clock.advance(seconds=1)
+        expired = scim.try_patch(path, put("active", True))
+        assert_error(expired, 401, "", "expired")
+        assert 'error="invalid_token"' in expired.headers["WWW-Authenticate"]
+        again = Scim(server.url, access_token(server.url))
+        assert again.patch(path, put("active", True))["active"] is True
+        assert {change["token"] for change in changes(again)} == {"entra-1"}
+
+
+def test_an_access_token_lasts_no_longer_than_its_client(engine: str) -> None:
+    client, clock = {**CLIENT, "expires": "2026-11-01T12:10:00Z"}, ManualClock()
+    document = {"tenants": [{"name": "acme", "clients": [client]}]}
+    with serving_at(clock, engine, document) as server:
+        answer = grant(server.url, **in_form())
+        assert answer.json()["expires_in"] == 600
+        scim = Scim(server.url, answer.json()["access_token"])
+        clock.advance(seconds=599)
+        assert scim.get("/Users")["totalResults"] == 0
+        clock.advance(seconds=1)
+        assert_error(scim.call("GET", "/Users"), 401)
+
+
+# fmt: off
+CHANGED_CLIENTS = [  # name, the clients of the tenant from now on, whether the token is still good
+    ("removed", [{"id": "other", "secret": "x"}], False),
+    ("with another secret", [{**CLIENT, "secret": "changed"}], False),
+    ("with another id", [{**CLIENT, "id": "entra-2"}], False),
+    ("with another access", [{**CLIENT, "access": "read"}], False),
+    ("with another end", [{**CLIENT, "expires": "2999-01-01T00:00:00Z"}], False),
+    ("that has expired", [{**CLIENT, "expires": "2020-01-01T00:00:00Z"}], False),
+    ("with its hash", [{"id": "entra-1", "sha256": scim_server.digest("client-secret")}], True),
+    ("beside another one", [{"id": "other", "secret": "x"}, CLIENT], True),
+]
+# fmt: on
+
+
+@each_row("clients, good", CHANGED_CLIENTS)
+def test_an_access_token_ends_with_the_entry_of_its_client(
+    engine: str, clients: Any, good: bool
+) -> None:
+    with serving(engine, WITH_CLIENTS) as server:
+        scim = Scim(server.url, access_token(server.url))
+        assert scim.get("/Users")["totalResults"] == 0
+        server.application.add_tenant({"name": "acme", "clients": clients})
+        assert scim.call("GET", "/Users").status_code == (200 if good else 401)
+
+
+def test_an_access_token_ends_with_its_tenant(oauth: scim_server.ScimServer) -> None:
+    scim = Scim(oauth.url, access_token(oauth.url))
+    oauth.application.remove_tenant("acme")
+    assert_error(scim.call("GET", "/Users"), 401)
+
+
+def test_an_access_token_is_good_in_every_process_with_the_database(tmp_path: Path) -> None:
+    with serving(tmp_path, WITH_CLIENTS) as first, serving(tmp_path, WITH_CLIENTS) as second:
+        ada = Scim(first.url, access_token(second.url)).user("ada")
+        assert Scim(second.url, access_token(first.url)).get(f"/Users/{ada['id']}") == {
+            **ada,
+            "meta": {**ada["meta"], "location": f"{second.url}/Users/{ada['id']}"},
+        }
+
+
+def test_an_access_token_is_refused_with_another_database(tmp_path: Path) -> None:
+    with (
+        serving(tmp_path / "a", WITH_CLIENTS) as first,
+        serving(tmp_path / "b", WITH_CLIENTS) as second,
+    ):
+        token = access_token(first.url)
+        assert_error(Scim(second.url, token).call("GET", "/Users"), 401)
+        assert Scim(first.url, token).get("/Users")["totalResults"] == 0
+
+
+def test_an_access_token_is_for_its_tenant_alone(oauth: scim_server.ScimServer) -> None:
+    token = access_token(oauth.url, "entra-1", "globex-client-secret")
+    Scim(oauth.url, token).user("ada")
+    assert Scim(oauth.url, "acme-secret").get("/Users")["totalResults"] == 0
+    end = scim_server.decoded(token, scim_server.SIGNATURE_LENGTH).split()[0]
+    acme, globex = oauth.application.tenants["acme"], oauth.application.tenants["globex"]
+    directory = oauth.directory("globex")
+    for client in (*globex.clients, *acme.clients):
+        forged = scim_server.access_token(acme, client, directory, end)
+        assert_error(Scim(oauth.url, forged).call("GET", "/Users"), 401)
+
+
+def test_nobody_forges_an_access_token_from_the_configuration(
+    oauth: scim_server.ScimServer,
+) -> None:
+    client = oauth.application.tenants["acme"].clients[0]
+    end = scim_server.utc_now().timestamp() + 60
+    for key in (b"", client.sha256.encode(), bytes.fromhex(client.sha256), b"client-secret"):
+        for content in (f"{end} acme {client.entry}", f"inf acme {client.entry}"):
+            token = scim_server.sealed(key, content)
+            assert_error(Scim(oauth.url, token).call("GET", "/Users"), 401)
+
+
+def test_every_altered_bit_spoils_an_access_token(oauth: scim_server.ScimServer) -> None:
+    token = access_token(oauth.url)
+    handle = oauth.application.handle
+
+    def status(text: str) -> int:
+        headers = {"authorization": f"Bearer {text}"}
+        return handle(scim_server.Request("GET", "/scim/v2/Users", headers=headers)).status
+
+    assert status(token) == 200
+    altered = {
+        token[:place] + chr(ord(token[place]) ^ 1 << bit) + token[place + 1 :]
+        for place in range(len(token))
+        for bit in range(7)
+    }
+    altered |= {token[:-1], token + "A", token + "=", token + "==", f"{token}.", token * 2, ""}
+    altered |= {token.replace("-", "+").replace("_", "/")} - {token}
+    assert {status(text) for text in altered} == {401}
+
+
+def status_of(application: scim_server.Application, secret: str) -> int:
+    """Return the status of a query with a bearer token."""
+    headers = {"authorization": f"Bearer {secret}"}
+    return application.handle(scim_server.Request("GET", "/scim/v2/Users", headers=headers)).status
+
+
+def test_an_access_token_of_an_unusable_database_waits_for_it(tmp_path: Path) -> None:
+    with serving(tmp_path, WITH_CLIENTS) as server:
+        token = access_token(server.url)
+    forged = scim_server.sealed(
+        b"guessed", scim_server.decoded(token, scim_server.SIGNATURE_LENGTH)
+    )
+    (tmp_path / "acme.sqlite3").rename(tmp_path / "kept")
+    (tmp_path / "acme.sqlite3").write_bytes(b"no database" * 1_000)
+    config = scim_server.to_config({**WITH_CLIENTS, "data_dir": str(tmp_path)})
+    with closing(scim_server.Application(config)) as broken:
+        assert [status_of(broken, text) for text in (token, forged, "acme-secret")] == [503] * 3
+        (tmp_path / "kept").replace(tmp_path / "acme.sqlite3")
+        wait_until(lambda: status_of(broken, "acme-secret") == 200)
+        assert [status_of(broken, text) for text in (token, forged)] == [200, 401]
+
+
+@pytest.mark.parametrize("is_forged", [False, True], ids=["genuine", "forged"])
+def test_the_call_that_opens_a_database_verifies_its_access_token(
+    tmp_path: Path, is_forged: bool
+) -> None:
+    with serving(tmp_path, WITH_CLIENTS) as server:
+        token, application = access_token(server.url), server.application
+        if is_forged:
+            content = scim_server.decoded(token, scim_server.SIGNATURE_LENGTH)
+            token = scim_server.sealed(b"guessed", content)
+        application.directory("acme").store.close()
+        # As the tenants of a PostgreSQL database are before their first call.
+        application.directories["acme"] = scim_server.Unopened("not yet")
+        answer = Scim(server.url, token).call("POST", "/Users", {"userName": "ada"})
+        assert answer.status_code == (401 if is_forged else 201)
+        assert Scim(server.url, "acme-secret").get("/Users")["totalResults"] == (not is_forged)
+
+
+def test_parallel_clients_get_and_use_access_tokens(oauth: scim_server.ScimServer) -> None:
+    def provision(number: int) -> int:
+        secret = ("client-secret", "second-secret", "no-secret")[number % 3]
+        answer = grant(oauth.url, **in_form(secret=secret))
+        if answer.status_code != 200:
+            return answer.status_code
+        scim = Scim(oauth.url, answer.json()["access_token"])
+        return scim.call("POST", "/Users", {"userName": f"u{number}"}).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        statuses = list(pool.map(provision, range(60)))
+    assert statuses == [201, 201, 401] * 20
+
+
+def test_every_comparison_of_credentials_takes_the_same_time() -> None:
+    """Secrets are found by their hash, signatures and ids are compared by compare_digest."""
+    compared = {
+        name.id if isinstance(name, ast.Name) else name.attr
+        for node in ast.walk(TREE)
+        if isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Eq, ast.NotEq))
+        for side in (node.left, *node.comparators)
+        for name in ast.walk(side)
+        if isinstance(name, (ast.Name, ast.Attribute))
+    }
+    secret_names = {"sha256", "secret", "metrics_sha256", "client_secret", "mac", "digest"}
+    assert compared & secret_names == set()
+
+
+# fmt: off
+READ_ONLY = [  # name, method, path, body, status with read-only access
+    ("a list", "GET", "/Users", None, 200),
+    ("a HEAD", "HEAD", "/Users", None, 200),
+    ("OPTIONS", "OPTIONS", "/Users", None, 204),
+    ("discovery", "GET", "/Schemas", None, 200),
+    ("a query by POST", "POST", "/.search", {}, 200),
+    ("a query of users by POST", "POST", "/Users/.search", {"filter": "id pr"}, 200),
+    ("a create", "POST", "/Users", {"userName": "x"}, 403),
+    ("a create of a group", "POST", "/Groups", {"displayName": "x"}, 403),
+    ("a PUT", "PUT", "/Users/{ada}", {"userName": "x"}, 403),
+    ("a PATCH", "PATCH", "/Users/{ada}", patch_body(put("title", "x")), 403),
+    ("a PATCH of a user that is unknown", "PATCH", "/Users/x", patch_body(put("title", "x")), 403),
+    ("a DELETE", "DELETE", "/Users/{ada}", None, 403),
+    ("Bulk", "POST", "/Bulk", {"Operations": []}, 403),
+    ("a method that does not exist", "POST", "/Users/{ada}", None, 405),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", ["token", "client"])
+@each_row("method, path, body, status", READ_ONLY)
+def test_read_access_is_for_reading_alone(
+    oauth: scim_server.ScimServer, kind: str, method: str, path: str, body: Any, status: int
+) -> None:
+    ada = Scim(oauth.url, "acme-secret").user("ada")["id"]
+    is_token = kind == "token"
+    secret = "reader-secret" if is_token else access_token(oauth.url, "reader", "read-secret")
+    answer = Scim(oauth.url, secret).call(method, path.replace("{ada}", ada), body)
+    assert answer.status_code == status, answer.text
+    if status == 403:
+        assert_error(answer, 403, "", "reader", '"access": "read"')
+        assert Scim(oauth.url, "acme-secret").get(f"/Users/{ada}")["meta"]["version"] == 'W/"1"'
+
+
+@pytest.mark.parametrize(
+    "path", ["/employees", "/employees/1", "/changes", "/console/api/log", "/console/api/setup"]
+)
+def test_read_access_reads_employees_changes_and_the_console(
+    oauth: scim_server.ScimServer, path: str
+) -> None:
+    Scim(oauth.url, "acme-secret").user("ada")
+    answer = console_of(oauth, "reader-secret").call("GET", path)
+    assert answer.status_code == 200, answer.text
+
+
+def test_every_write_of_the_routes_is_refused_to_read_access(oauth: scim_server.ScimServer) -> None:
+    headers, statuses = {"authorization": "Bearer reader-secret"}, {}
+    for segments, route in oauth.application._routes.items():
+        path = "/" + "/".join(segments).replace("{id}", "1")
+        for method in route.operations if route.access == scim_server.BEARER else ():
+            if method not in ("GET", "HEAD") and "search" not in path:
+                request = scim_server.Request(method, path, headers=headers)
+                statuses[method, path] = oauth.application.handle(request).status
+    assert {status for (_, path), status in statuses.items() if path != "/scim/v2/Me"} == {403}
+    assert len(statuses) > 10
+
+
+def test_a_second_server_token_survives_what_changes_the_configuration(engine: str) -> None:
+    with serving(engine, WITH_CLIENTS) as server:
+        scim, (id, secret) = Scim(server.url, server.token("acme")), server.client("acme")
+        client = Scim(server.url, access_token(server.url, id, secret))
+        server.application.add_tenant({"name": "new", "tokens": [{"secret": "x"}]})
+        server.application.add_tenant({"name": "acme", "tokens": [{"secret": "y"}]})
+        server.application.configure(replace(server.application.config, keep_days=3))
+        for tested in (scim, client, Scim(server.url, access_token(server.url, id, secret))):
+            assert tested.get("/Users")["totalResults"] == 0
+        server.application.remove_tenant("acme")
+        server.application.add_tenant({"name": "acme", "tokens": [{"secret": "y"}]})
+        for tested in (scim, client):
+            assert_error(tested.call("GET", "/Users"), 401)
+        with pytest.raises(KeyError):
+            server.client("nobody")
+
+
+def test_a_tenant_behind_a_hook_needs_no_tokens() -> None:
+    vault = {"in-the-vault": "acme"}
+    with scim_server.running({"tenants": [{"name": "acme"}]}, authenticate=vault.get) as server:
+        server.application.add_tenant({"name": "globex"})
+        vault["another"] = "globex"
+        Scim(server.url, "in-the-vault").user("ada")
+        assert Scim(server.url, "another").get("/Users")["totalResults"] == 0
+        assert_error(Scim(server.url, "unknown").call("GET", "/Users"), 401)
+    with scim_server.running() as server, pytest.raises(scim_server.ConfigError, match="tokens"):
+        server.application.add_tenant({"name": "globex"})
+
+
+def test_a_hook_is_asked_about_no_client_and_no_access_token() -> None:
+    asked: list[str] = []
+    with scim_server.running(WITH_CLIENTS, authenticate=asked.append) as server:
+        scim = Scim(server.url, access_token(server.url))
+        assert scim.get("/Users")["totalResults"] == 0
+        grant(server.url, **in_form(secret="no-secret"))
+        Scim(server.url, "unknown").call("GET", "/Users")
+    assert asked == ["unknown"]
+
+
+def test_wsgi_serves_access_tokens_too() -> None:
+    with mounted(scim_server.wsgi(WITH_CLIENTS)) as url:
+        Scim(url, access_token(url)).user("ada")
+        assert_oauth_error(grant(url, **in_form("x")), 401, "invalid_client")
+        form = {**in_form(), "scope": "x" * 2**14}
+        assert_oauth_error(grant(url, **form), 413, "invalid_request")
+
+
+# fmt: off
+PASTED_WRONGLY = [  # name, Authorization, words of the log
+    ("the word Bearer twice", "Bearer Bearer acme-secret", ["the word Bearer"]),
+    ("quotes", 'Bearer "acme-secret"', ["quotes"]),
+    ("single quotes", "Bearer 'acme-secret'", ["quotes"]),
+    ("quotes of a word processor", "Bearer \u201cacme-secret\u201d".encode(), ["quotes"]),
+    ("a quote at the end", 'Bearer acme-secret"', ["quotes"]),
+    ("a blank", "Bearer  acme-secret", ["blanks"]),
+    ("a tab", "Bearer \tacme-secret", ["blanks"]),
+    ("a blank of a web page", "Bearer acme-secret\xa0".encode(), ["blanks"]),
+    ("a blank of no width", "Bearer \u200bacme-secret".encode(), ["blanks"]),
+    ("a blank that is percent-encoded", "Bearer acme-secret%20", ["blanks"]),
+    ("a line break that is percent-encoded", "Bearer acme-secret%0A", ["a line break"]),
+    ("a line break that is escaped", r"Bearer acme-secret\n", ["a line break"]),
+    ("quotes and a line break", r'Bearer "acme-secret\r\n"', ["quotes", "a line break"]),
+    ("Bearer in quotes", '"Bearer acme-secret"', ["quotes"]),
+    ("no scheme", "acme-secret", ["without the word Bearer"]),
+    ("no scheme, but quotes", '"acme-secret"', ["quotes"]),
+    ("another scheme", "Token acme-secret", ["another scheme"]),
+    ("a client's secret", "Bearer client-secret", ["in the place of a token's", "“entra-1”"]),
+]
+
+PASTED_BY_A_CLIENT = [  # name, id, secret, words of the log
+    ("quotes", "entra-1", '"client-secret"', ["quotes"]),
+    ("a line break", "entra-1", "client-secret\r\n", ["a line break"]),
+    ("blanks", "entra-1", " client-secret ", ["blanks"]),
+    ("another id", "entra-2", "client-secret", ["another Client Identifier"]),
+    ("the secret of a token", "entra-1", "acme-secret", ["in the place of a client's", "“entra”"]),
+]
+# fmt: on
+
+
+@each_row("authorization, words", PASTED_WRONGLY)
+def test_a_secret_that_was_pasted_wrongly_is_explained_to_its_tenant(
+    oauth: scim_server.ScimServer, authorization: Any, words: list[str]
+) -> None:
+    answer = requests.get(f"{oauth.url}/Users", headers={"Authorization": authorization})
+    assert_error(answer, 401, "", "Secret Token")
+    console = console_of(oauth, "acme-secret")
+    [entry] = logged(console, 1)
+    [note] = entry["notes"]
+    assert note["kind"] == "authentication" and all(word in note["text"] for word in words), note
+    assert "-secret" not in json.dumps(entry)
+    assert console.get("/console/api/setup")["refused"][0]["notes"] == [note]
+    globex = access_token(oauth.url, "entra-1", "globex-client-secret")
+    assert console_of(oauth, globex).get("/console/api/log")["entries"] == []
+
+
+@each_row("id, secret, words", PASTED_BY_A_CLIENT)
+def test_a_client_that_was_entered_wrongly_is_explained_to_its_tenant(
+    oauth: scim_server.ScimServer, id: str, secret: str, words: list[str]
+) -> None:
+    assert_oauth_error(grant(oauth.url, **in_form(id, secret)), 401, "invalid_client")
+    [entry] = logged(console_of(oauth, "acme-secret"), 1)
+    [note] = entry["notes"]
+    assert note["kind"] == "authentication" and all(word in note["text"] for word in words), note
+    assert "-secret" not in json.dumps(entry)
+
+
+def test_an_expired_access_token_and_an_expired_client_are_explained(engine: str) -> None:
+    clock = ManualClock()
+    with serving_at(clock, engine) as server:
+        scim = Scim(server.url, access_token(server.url))
+        clock.advance(hours=2)
+        assert_error(scim.call("GET", "/Users"), 401)
+        grant(server.url, **in_form("old", "old-secret"))
+        client, token = logged(console_of(server, "acme-secret"), 2)
+        assert "“entra-1” expired on 2026-11-01T13:00" in token["notes"][0]["text"]
+        assert "“old” expired on 2020-01-01T00:00" in client["notes"][0]["text"]
+
+
+def test_what_looks_like_a_wrongly_pasted_secret_of_nobody_is_nobodys() -> None:
+    with closing(scim_server.Application(scim_server.to_config(WITH_CLIENTS))) as application:
+        for text in ("Bearer " + "'" * 30_000, "bearer " * 4_000, "x " * 10_000, "Bearer '", "'"):
+            request = scim_server.Request("GET", "/", headers={"authorization": text})
+            assert application.known_caller(request) is None
+
+
 def without_ids(answer: requests.Response, *ids: str) -> Any:
     """Return the status and the text of an answer, without some ids and times."""
     text = answer.text
@@ -8802,6 +9565,38 @@ def test_the_access_log_may_be_json(tmp_path: Path) -> None:
     first = json.loads(lines[0])
     assert (first["tenant"], first["route"], first["status"]) == ("acme", "/Users", 201)
     assert first["bytes"] > 100 and first["milliseconds"] > 0 and len(lines) == 3
+
+
+# fmt: off
+LOGGED_REASONS = [  # name, Authorization, method, status, the last word of the line
+    ("no credentials", None, "GET", 401, "missing"),
+    ("an unknown token", "Bearer no-secret", "GET", 401, "unknown"),
+    ("a scheme alone", "Bearer", "GET", 401, "malformed"),
+    ("no scheme", "no-secret", "GET", 401, "malformed"),
+    ("a token in quotes", "Bearer 'reader-secret'", "GET", 401, "malformed"),
+    ("an expired token", "Bearer old-secret", "GET", 401, "expired"),
+    ("a write with read access", "Bearer reader-secret", "POST", 403, "read-only"),
+]
+# fmt: on
+
+
+def test_the_access_log_has_the_reason_of_each_refusal(tmp_path: Path) -> None:
+    acme = {**WITH_CLIENTS["tenants"][0], "tokens": [EXPIRED_TOKEN, READER]}
+    acme["clients"] = [CLIENT, {**CLIENT, "secret": "x", "expires": "2020-01-01T00:00:00Z"}]
+    file = config_file(tmp_path, tenants=[acme], data_dir=":memory:")
+    with logging_process("--config", str(file)) as (running, url, _):
+        for _, authorization, method, status, _ in LOGGED_REASONS:
+            headers = {"Authorization": authorization} if authorization else {}
+            answer = requests.request(method, f"{url}/Users", headers=headers, data=b"{}")
+            assert answer.status_code == status
+        for form in ({}, in_form("nobody", "no-secret"), in_form("entra-1", "x")):
+            assert grant(url, **form).status_code == 401
+        assert requests.get(f"{url}/Schemas?filter=x", headers={}).status_code == 401
+        running.terminate()
+        lines = [line.split() for line in running.stderr.read().splitlines()]
+    reasons = [line[-1] for line in lines]
+    expected = [row[-1] for row in LOGGED_REASONS] + ["missing", "unknown", "expired", "missing"]
+    assert sorted(reasons) == sorted(expected)
 
 
 def test_the_access_log_may_be_switched_off(tmp_path: Path) -> None:
@@ -9740,6 +10535,59 @@ def test_a_fault_delays_no_request_that_it_does_not_match(
         assert scim.names('userName eq "ada"') == ["ada"]
 
 
+def test_a_fault_is_an_expired_access_token(demo: scim_server.ScimServer) -> None:
+    client = demo.client("demo")
+    scim = Scim(demo.url, access_token(demo.url, *client))
+    demo.faults.append(scim_server.Fault(401, path="/Users"))
+    answer = scim.call("GET", "/Users")
+    assert_error(answer, 401, "", "expired")
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+    assert Scim(demo.url, access_token(demo.url, *client)).get("/Users")["totalResults"] == 0
+
+
+@pytest.mark.parametrize("status, error", [(401, "invalid_client"), (503, "server_error")])
+def test_a_fault_of_the_token_endpoint_is_an_error_of_oauth(
+    demo: scim_server.ScimServer, status: int, error: str
+) -> None:
+    demo.faults.append(scim_server.Fault(status, path="/oauth2/token"))
+    answer = grant(demo.url, **in_form(*demo.client("demo")))
+    assert (answer.status_code, answer.json()["error"]) == (status, error)
+    assert answer.headers.get("Retry-After") == ("1" if status == 503 else None)
+
+
+@pytest.mark.parametrize("path", ["/oauth2/token", "//oauth2/token", "/oauth2/%74oken/"])
+def test_exchanges_hold_no_secrets(oauth: scim_server.ScimServer, path: str) -> None:
+    url = oauth.url.removesuffix("/scim/v2") + path
+    form = {"grant_type": "client_credentials", **in_form()}
+    token = requests.post(url, form).json()["access_token"]
+    requests.post(url, form, headers={"Authorization": basic("entra-1", "client-secret")})
+    for authorization in (f"Bearer {token}", "Bearer acme-secret", "acme-secret"):
+        requests.get(f"{oauth.url}/Users", headers={"Authorization": authorization})
+    exchanges = oauth.exchanges or []
+    assert [item.response.status for item in exchanges] == [200, 200, 200, 200, 401]
+    shown = "".join(map(repr, exchanges))
+    for secret in (token, "acme-secret", "client-secret", basic("entra-1", "client-secret")[6:]):
+        assert secret not in shown
+    assert exchanges[2].request.headers["authorization"] == scim_server.REDACTED
+
+
+def test_no_log_or_file_holds_an_access_token(tmp_path: Path) -> None:
+    document = {**WITH_CLIENTS["tenants"][0], "log": {"bodies": True}}
+    file = config_file(tmp_path, tenants=[document])
+    with logging_process("--config", str(file)) as (running, url, _):
+        token = access_token(url)
+        Scim(url, token).user("ada")
+        grant(url, **in_form(secret='"client-secret"'))
+        Scim(url, f"'{token}'").call("GET", "/Users")
+        logged(Scim(url.removesuffix("/scim/v2"), "acme-secret"), 2)
+        running.terminate()
+        assert running.wait(20) == 0
+        printed = running.stderr.read()
+    kept = b"".join(path.read_bytes() for path in (tmp_path / "data").iterdir())
+    for secret in (token, "client-secret"):
+        assert secret not in printed and secret.encode() not in kept
+
+
 def test_an_embedded_server_keeps_only_the_last_exchanges(demo: scim_server.ScimServer) -> None:
     with requests.Session() as session:
         for number in range(scim_server.MAX_EXCHANGES + 5):
@@ -10010,8 +10858,104 @@ def test_check_prints_when_a_token_was_last_used(tmp_path: Path) -> None:
     assert f"last used {today}" in printed and "never used" in printed
 
 
+# fmt: off
+EXPIRIES = [  # name, days that a token has left, status of check, words
+    ("none", None, 0, []),
+    ("many", 40, 0, ["39 day(s) left"]),
+    ("just enough", 14.1, 0, ["14 day(s) left"]),
+    ("too few", 13.9, 1, ["13 day(s) left"]),
+    ("less than one", 0.5, 1, ["0 day(s) left"]),
+    ("expired", -1, 1, ["expired"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("kind", ["token", "client"])
+@each_row("days, status, words", EXPIRIES)
+def test_check_fails_when_a_credential_has_few_days_left(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+    days: float | None,
+    status: int,
+    words: list[str],
+) -> None:
+    entry = {"name" if kind == "token" else "id": "ending", "secret": "x"}
+    if days is not None:
+        end = scim_server.utc_now() + timedelta(days=days)
+        entry["expires"] = scim_server.time_text(end)
+    file = config_file(tmp_path, tenants=[{"name": "acme", f"{kind}s": [entry]}])
+    assert scim_server.main(["check", "--config", str(file)]) == status
+    printed = capsys.readouterr().out
+    assert f"{kind:<8} ending, never used" in printed
+    assert all(word in printed for word in words), printed
+
+
+def test_check_names_read_only_credentials_and_clients(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = config_file(tmp_path, **WITH_CLIENTS)
+    assert scim_server.main(["check", "--config", str(file)]) == 1  # a client has expired
+    printed = capsys.readouterr().out
+    assert "tenant acme: 2 token(s), 4 client(s), 0 custom field(s)" in printed
+    assert "token    reader, never used, read-only" in printed
+    assert "client   old, never used, expired 2020-01-01" in printed
+
+
+def test_a_credential_that_ends_soon_is_a_line_a_day(capsys: pytest.CaptureFixture[str]) -> None:
+    def client(id: str, expires: str) -> Any:
+        return {"id": id, "secret": id, "expires": f"{expires}T12:00:00Z"}
+
+    def new_lines() -> list[str]:
+        for line in scim_server.expiry_warnings(config, clock()):
+            scim_server.log_line_once(line)
+        return capsys.readouterr().err.splitlines()
+
+    clients = [client("soon", "2026-11-03"), client("later", "2027-01-01")]
+    tenant = {"tokens": [EXPIRED_TOKEN], "clients": clients}
+    config, clock = config_of(tenant), ManualClock()
+    [line] = new_lines()
+    assert "soon of tenant acme expires in 2 day(s)" in line and "token" in line
+    clock.advance(hours=11)
+    [line] = new_lines()
+    assert "expires in 1 day(s)" in line
+    clock.advance(hours=12)
+    assert new_lines() == []
+    clock.advance(days=2)
+    assert new_lines() == []  # it has expired, which its calls show
+    clock.advance(days=29)
+    assert "later" in new_lines()[0]
+
+
+def test_a_server_warns_of_a_credential_that_ends_soon(tmp_path: Path) -> None:
+    end = scim_server.time_text(scim_server.utc_now() + timedelta(days=3.5))
+    tokens = [{"name": "ending", "secret": "ending-secret", "expires": end}]
+    file = config_file(tmp_path, tenants=[{"name": "acme", "tokens": tokens}])
+    with logging_process("--config", str(file)) as (running, _, _):
+        line = line_with(running, "warning: ending of tenant acme expires in 3 day(s)")
+    assert "ending-secret" not in line
+
+
+def test_published_secrets_are_refused_beyond_loopback() -> None:
+    arguments = ["--listen", "0.0.0.0:0", "--data-dir", ":memory:"]
+    words = ["sample_config.json", "tenant acme", "everybody", "scim_server.py token"]
+    assert_mistake(words, *arguments)
+    file = str(HERE / "sample_config.json")
+    assert_mistake(["everybody"], "--config", file, *arguments)
+
+
+def test_a_reload_does_not_bring_published_secrets_beyond_loopback(tmp_path: Path) -> None:
+    file = config_file(tmp_path, tenants=CONFIG["tenants"][:1])
+    config = replace(scim_server.load_config(file), host="0.0.0.0")
+    with closing(scim_server.Application(config)) as application:
+        config_file(tmp_path, **scim_server.DEMO)
+        line = scim_server.reload_config(application, partial(scim_server.load_config, file))
+        assert line.startswith("not loaded") and "everybody" in line
+        assert list(application.tenants) == ["acme"]
+
+
 def test_listening_on_all_addresses_without_tls_is_a_warning(tmp_path: Path) -> None:
-    arguments = ["--listen", "0.0.0.0:0", "--data-dir", str(tmp_path)]
+    arguments = ["--listen", "0.0.0.0:0", "--config", str(config_file(tmp_path))]
     with subprocess.Popen(
         [sys.executable, str(HERE / "scim_server.py"), *arguments],
         stderr=subprocess.PIPE,
@@ -10187,6 +11131,40 @@ def test_the_greeting_has_no_link_that_would_not_work(name: str, document: Any) 
     assert "#token" not in greeting_of(document) and "Tenant URL" in greeting_of(document)
 
 
+def test_the_greeting_shows_clients_and_where_they_get_tokens() -> None:
+    lines = greeting_of(WITH_CLIENTS).splitlines()
+    assert "  Token Endpoint  http://127.0.0.1:80/oauth2/token" in lines
+    assert "  Client Secret  client-secret  (entra-1)" in lines
+    assert "  Client Secret  old-secret  (old, expired)" in lines
+    assert "Token Endpoint" not in greeting_of(CONFIG)
+
+
+def test_the_greeting_shows_secrets_only_to_a_terminal_or_on_loopback(tmp_path: Path) -> None:
+    file = str(config_file(tmp_path, **WITH_CLIENTS))
+    for host, shown in (("127.0.0.1", True), ("0.0.0.0", False)):
+        running = subprocess.Popen(
+            [
+                sys.executable,
+                str(HERE / "scim_server.py"),
+                "--config",
+                file,
+                "--listen",
+                f"{host}:0",
+            ],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert running.stdout
+        lines = [running.stdout.readline() for _ in range(8)]
+        running.terminate()
+        running.communicate(timeout=20)
+        assert any("entra" in line for line in lines)
+        assert ("acme-secret" in "".join(lines)) == shown
+    shown_to_a_terminal = scim_server.greeting("http://x/scim/v2", scim_server.load_config(file))
+    assert "acme-secret" in shown_to_a_terminal
+
+
 def test_the_file_without_a_configuration_serves_the_tenant_demo(tmp_path: Path) -> None:
     copy = tmp_path / "scim_server.py"
     copy.write_bytes((HERE / "scim_server.py").read_bytes())
@@ -10301,6 +11279,30 @@ def test_the_token_command_prints_a_secret_and_its_entry(engine: str) -> None:
     [entry] = [json.loads(line) for line in lines if line.strip().startswith("{")]
     with serving(engine, {"tenants": [{"name": "a", "tokens": [entry]}]}) as server:
         assert Scim(server.url, secret).get("/Users")["totalResults"] == 0
+
+
+def test_the_token_command_prints_a_client_and_its_entry(tmp_path: Path) -> None:
+    lines = command("token", "--client").stdout.split("\n")
+    [secret] = [line.strip() for line in lines if re.fullmatch(r"  [\w-]{43}", line)]
+    [entry] = [json.loads(line) for line in lines if line.strip().startswith("{")]
+    assert set(entry) == {"id", "sha256"} and f"  {entry['id']}" in lines
+    with serving(tmp_path, {"tenants": [{"name": "a", "clients": [entry]}]}) as server:
+        token = access_token(server.url, entry["id"], secret)
+        assert Scim(server.url, token).get("/Users")["totalResults"] == 0
+    other = command("token", "--client", "--name", "okta").stdout
+    assert '{"id": "okta-' in other and entry["id"] not in other
+
+
+def test_the_demo_plays_with_client_credentials(
+    server: scim_server.ScimServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    id, secret = server.client("acme")
+    arguments = ["demo", "--url", server.url, "--client-id", id, "--client-secret"]
+    assert scim_server.main([*arguments, secret]) == 0
+    assert "no step(s) went wrong" in capsys.readouterr().out
+    for wrong in (arguments[:-1], arguments[:3] + ["--client-secret", secret], [*arguments, "x"]):
+        assert scim_server.main(wrong) == 2
+        assert "--client-id" in capsys.readouterr().err
 
 
 def test_check_prints_the_names_to_paste_into_entra() -> None:
@@ -10702,7 +11704,7 @@ CHAPTERS_OF = {  # modules and names that only some chapters may use
     "signal": {20},
     "secrets": {10, 16, 18, 20},
     "uuid": {10, 16, 18, 20},
-    "hmac": {13},
+    "hmac": {12},
 }
 
 
