@@ -19,6 +19,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +240,17 @@ def provision(base: str, token: str) -> str:
     return str(user_id)
 
 
+def configuration_file(folder: str) -> str:
+    """Return a copy of the sample configuration in which acme has a client that ends in days."""
+    document = json.loads((ROOT / "sample_config.json").read_text())
+    end = datetime.now(timezone.utc) + timedelta(days=5, hours=1)
+    client = {"id": "entra-1", "secret": "client-secret", "expires": f"{end:%Y-%m-%dT%H:%M:%SZ}"}
+    document["tenants"][0]["clients"] = [client]
+    file = Path(folder, "config.json")
+    file.write_text(json.dumps(document))
+    return str(file)
+
+
 def wait_for_view(browser: Browser, text: str) -> None:
     """Wait until the page has a heading."""
     browser.wait_for("document.querySelector('main h1')?.innerText === arguments[0]", text)
@@ -277,6 +289,10 @@ def check_empty(browser: Browser, link: str, screenshots: Path | None) -> None:
             browser.wait_for("document.body.innerText.includes('Groups: the filter works')")
             open_steps = "return document.querySelectorAll('.steps > li:not(.ok)').length"
             assert browser.run(open_steps) == 5
+            page = browser.run("return document.querySelector('main').innerText")
+            assert "/oauth2/token" in page and "client entra-1" in page, page
+        banner = browser.run("return document.querySelector('main > .note.warn').innerText")
+        assert "The client “entra-1” expires on" in banner, banner
         take_screenshot(browser, f"empty-{view}", screenshots)
     browser.run("document.querySelector('header button').click()")
     wait_for_view(browser, "SCIM console")
@@ -402,10 +418,12 @@ def main() -> None:
     """Run all checks in the order in which an administrator would use the page."""
     screenshots = Path(sys.argv[1]) if len(sys.argv) > 1 else None
     driver = os.environ.get("CHROMEDRIVER", "chromedriver")
-    serve = [sys.executable, str(ROOT / "scim_server.py"), "--listen", "127.0.0.1:0"]
+    serve = [sys.executable, str(ROOT / "scim_server.py"), "--listen", "127.0.0.1:0", "--config"]
+    options = "--data-dir", ":memory:"
     with (
         tempfile.TemporaryDirectory() as profile,
-        running(*serve, "--data-dir", ":memory:", ready=r"Console +(\S+)") as link,
+        tempfile.TemporaryDirectory() as folder,
+        running(*serve, configuration_file(folder), *options, ready=r"Console +(\S+)") as link,
         running(driver, "--port=0", ready=r"successfully on port (\d+)") as port,
     ):
         base, _, token = link.partition("/#token=")
