@@ -60,7 +60,6 @@ import errno
 import hashlib
 import hmac
 import http.client
-import http.server
 import importlib
 import io
 import ipaddress
@@ -85,9 +84,9 @@ import urllib.request
 import uuid
 import weakref
 from abc import ABC, abstractmethod
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
@@ -2316,20 +2315,23 @@ COPY_OLDER = f"""
 class SqliteLink(Link):
     """A connection to an SQLite file; "" is a temporary one that ends with its connection."""
 
-    def __init__(self, path: str, pragmas: Iterable[str] = (), **options: Any) -> None:
+    def __init__(
+        self, path: str, pragmas: Iterable[str] = (), timeout: float = BUSY_SECONDS, **options: Any
+    ) -> None:
         self.place, self._patience = path, float(BUSY_SECONDS)
-        options = {"timeout": BUSY_SECONDS, **options}
         with self.errors():
             self._connection = sqlite3.connect(
-                path, isolation_level=None, check_same_thread=False, **options
+                path, timeout, isolation_level=None, check_same_thread=False, **options
             )
             self.run, self.run_many = self._connection.execute, self._connection.executemany
             for pragma in pragmas:
                 self.run(f"PRAGMA {pragma}")
-        # Older formats had other keys and paths.
-        self._connection.create_function("text_key", 1, Attribute("text").key)
-        self._connection.create_function("name_key", 1, Attribute("name", is_name=True).key)
-        self._connection.create_function("path_number", 1, path_number)
+        for name, function in (  # older formats had other keys and paths
+            ("text_key", Attribute("text").key),
+            ("name_key", Attribute("name", is_name=True).key),
+            ("path_number", path_number),
+        ):
+            self._connection.create_function(name, 1, function)
 
     @contextmanager
     def errors(self) -> Iterator[None]:
@@ -7266,29 +7268,24 @@ class Tls:
 
     def __init__(self, *files: str) -> None:
         self._files, self._signature = files, file_signature(*files)
-        try:
-            self._context = self._load()
-        except OSError as error:
-            raise OSError(f"tls: {' and '.join(files)}: cannot be used ({error})") from error
+        self._context = self._load()
 
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection, loaded again if the files have changed."""
-        with suppress(OSError):
-            if (signature := file_signature(*self._files)) != self._signature:
-                try:
-                    self._context = self._load()
-                except ssl.SSLError as error:
-                    log_line(
-                        f"{' and '.join(self._files)}: cannot be used ({error}); "
-                        "keeping the previous certificate"
-                    )
-                self._signature = signature  # also of unusable files, so that this is logged once
+        if (signature := file_signature(*self._files)) != self._signature:
+            self._signature = signature  # also of unusable files, so that this is logged once
+            try:
+                self._context = self._load()
+            except OSError as error:
+                log_line(f"{error}; keeping the previous certificate")
         return self._context
 
     def _load(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.load_cert_chain(*self._files)
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # of TLS 1.2 or later
+        try:
+            context.load_cert_chain(*self._files)
+        except OSError as error:
+            raise OSError(f"tls: {' and '.join(self._files)}: cannot be used ({error})") from error
         return context
 
 
@@ -7311,7 +7308,7 @@ class Connection:
         self.buffer = bytearray()  # arrived and not parsed yet
         self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
         self.request: Request | None = None  # whose head has arrived
-        self.minor_version, self.started = 1, 0.0  # of HTTP/1; when the request began to arrive
+        self.line, self.started = b"", 0.0  # its first line; when it began to arrive
         self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
         self.authenticated = False  # whether the last request had a good token
         self.rest()
@@ -7358,8 +7355,10 @@ class Connection:
                 self.unsent = self.unsent[sent:]
                 self.note_moved(sent)
         except WOULD_BLOCK:  # what is sent later stays in memory until all is sent
-            tenant = self.request.tenant if self.request else ""
-            self.hold(tenant, max(self.held[1], self.unsent.nbytes))
+            self.hold(
+                self.request.tenant if self.request else "",
+                max(self.held[1], self.unsent.nbytes),
+            )
         except OSError:  # the client is gone
             self.unsent, self.then = memoryview(b""), CLOSE
 
@@ -7376,11 +7375,15 @@ class Connection:
 
 def listen(config: Config) -> socket.socket:
     """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.create_server(
-        (config.host, config.port), family=family, backlog=128, reuse_port=config.reuse_port
+        (config.host, config.port),
+        family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
+        backlog=128,
+        reuse_port=config.reuse_port,
     )
     listener.setblocking(False)
+    # Its connections inherit this: an answer is not held back until the one before has arrived.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
     return listener
 
 
@@ -7392,21 +7395,25 @@ def url_of(config: Config, port: int) -> str:
 # -- The watching thread --
 
 
-class Watcher(http.server.HTTPServer, ABC):
+class Watcher:
     """One thread that watches all connections: accepts, receives, parses, sends the rest, closes.
 
     It alone uses the selector and the set of connections. A subclass reads, executes and refuses
     requests: execute() hands a connection to the thread that answers it, give_back() returns it.
-    End it with stop(); the shutdown() of its base class would wait forever.
     """
 
-    def __init__(
-        self, listener: socket.socket, tls: Tls | None, max_connections: int, usage: Usage
-    ) -> None:
-        super().__init__(("", 0), http.server.BaseHTTPRequestHandler, bind_and_activate=False)
-        self.socket.close()
-        self.socket, self.server_address = listener, listener.getsockname()
-        self.tls, self.max_connections, self.usage = tls, max_connections, usage
+    # Read the next request from the buffer of a connection; ScimError for one to refuse.
+    read_request: Callable[[Connection], Generator[bool, None, Request]]
+    # Have a request answered, by this thread or another one, which then calls give_back().
+    execute: Callable[[Connection, Request], None]
+    # Answer a request that cannot be read, and close the connection after it.
+    refuse: Callable[[Connection, ScimError], None]
+
+    def __init__(self, config: Config, listener: socket.socket | None, usage: Usage) -> None:
+        self.config, self.usage = config, usage
+        self.tls = Tls(*config.tls) if config.tls else None
+        self.socket = listener or listen(config)
+        self.server_address = self.socket.getsockname()
         self.connections: set[Connection] = set()
         self.stopping, self.stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # for giving a connection back
@@ -7415,47 +7422,41 @@ class Watcher(http.server.HTTPServer, ABC):
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
-    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
+    def serve_forever(self) -> None:
         """Watch all connections until stopping is set, and then until all requests are answered."""
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
         while not self.stopping.is_set():
-            self._round(poll_interval)
+            self._round(SWEEP_SECONDS)
         if not self._paused:
             self._selector.unregister(self.socket)
         self._paused = False  # the rounds below must not accept again
-        self.server_close()
+        self.socket.close()
         end = time.monotonic() + STOP_SECONDS
         while self.connections and time.monotonic() < end:
             self._round(PAUSE_SECONDS)
             for connection in [
-                peer for peer in self.connections if peer.state in (IDLE, LINGERING)
+                peer
+                for peer in self.connections
+                if peer.state in (IDLE, LINGERING) and not peer.has_unread()
             ]:
-                if not connection.has_unread():
-                    self._close(connection)
+                self._close(connection)
         for connection in list(self.connections):
             self._close(connection)
         for end_point in (self._selector, self._wakeup, self._alarm):
             end_point.close()
-
-    @abstractmethod
-    def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
-        """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-
-    @abstractmethod
-    def execute(self, connection: Connection, request: Request) -> None:
-        """Have a request answered, by this thread or another one, which then calls give_back()."""
-
-    @abstractmethod
-    def refuse(self, connection: Connection, error: ScimError) -> None:
-        """Answer a request that cannot be read, and close the connection after it."""
+        self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
         """Go on with a connection whose request was answered; for the thread that answered it."""
         with self._lock:
-            waits = connection.then == KEEP and not connection.unsent and not connection.buffer
-            if waits and connection.events and not self.stopping.is_set():
+            if (
+                connection.then == KEEP
+                and connection.events
+                and not (connection.unsent or connection.buffer or connection.reader)
+                and not self.stopping.is_set()
+            ):
                 connection.rest()
                 return
             self._returned.append(connection)
@@ -7476,8 +7477,8 @@ class Watcher(http.server.HTTPServer, ABC):
 
     def _round(self, seconds: float) -> None:
         # Wait for events, for some seconds at most, and do what is due.
-        paused, newcomer = self._paused, False
-        seconds = 0 if self._returned else PAUSE_SECONDS if paused else seconds
+        newcomer = False
+        seconds = 0 if self._returned else PAUSE_SECONDS if self._paused else seconds
         for key, _ in self._selector.select(seconds):
             if key.fileobj is self.socket:
                 newcomer = True
@@ -7490,7 +7491,7 @@ class Watcher(http.server.HTTPServer, ABC):
                 self.guarded(self._go_on, connection)
         if newcomer:  # may evict a connection, so those that have sent a request come first
             self._accept()
-        elif paused:
+        elif self._paused:
             self._selector.register(self.socket, selectors.EVENT_READ)
             self._paused = False
         if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
@@ -7505,20 +7506,17 @@ class Watcher(http.server.HTTPServer, ABC):
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
-            if len(self.connections) >= self.max_connections:
+            if len(self.connections) >= self.config.max_connections:
                 self._evict()
-            client_socket, address = self.get_request()
-            with suppress(OSError):
-                client_socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+            client_socket, address = self.socket.accept()
+            connection = Connection(client_socket, address[0], self.usage)
             if self.tls:  # the handshake is part of receiving
-                client_socket = self.tls.context().wrap_socket(
+                connection.socket = self.tls.context().wrap_socket(
                     client_socket, server_side=True, do_handshake_on_connect=False
                 )
-            connection = Connection(client_socket, address[0], self.usage)
-            if self.tls:
                 connection.allow(HEAD_SECONDS)
-        except (BlockingIOError, ConnectionError, ssl.SSLError):  # another process has it, or gone
-            return
+        except (BlockingIOError, ConnectionError, ssl.SSLError):
+            pass  # another process has accepted it, or its client is gone
         except OSError as error:  # there is no room, or no file descriptor
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 with suppress(OSError):
@@ -7526,28 +7524,28 @@ class Watcher(http.server.HTTPServer, ABC):
                     return
             self._selector.unregister(self.socket)
             self._paused = True
-            return
-        self.connections.add(connection)
-        self._watch(connection, selectors.EVENT_READ)
+        else:
+            self.connections.add(connection)
+            self._watch(connection, selectors.EVENT_READ)
 
     def _evict(self) -> None:
         # Close the connection whose last good token is oldest; OSError if all are busy.
         for connection in sorted(self.connections, key=lambda peer: peer.since):
-            sending = connection.state == SENDING and connection.authenticated
-            asking = connection.state != LINGERING and connection.has_unread()
-            if not (sending or connection.state == ANSWERING or asking):
+            if not (
+                connection.state == ANSWERING
+                or (connection.state == SENDING and connection.authenticated)
+                or (connection.state != LINGERING and connection.has_unread())
+            ):
                 self._close(connection)
                 return
         raise OSError("all connections are in use")
 
     def _watch(self, connection: Connection, events: int) -> None:
         # Have the selector watch a connection for events, or for none.
-        if events and connection.events:
-            self._selector.modify(connection.socket, events, connection)
-        elif events:
-            self._selector.register(connection.socket, events, connection)
-        elif connection.events:
+        if connection.events:
             self._selector.unregister(connection.socket)
+        if events:
+            self._selector.register(connection.socket, events, connection)
         connection.events = events
 
     def _close(self, connection: Connection) -> None:
@@ -7604,11 +7602,16 @@ class Watcher(http.server.HTTPServer, ABC):
         if connection.deadline > time.monotonic():
             return
         if connection.state == READING:
-            detail = (
-                f"the request took too long: a head may take {HEAD_SECONDS} s; a body must have "
-                f"{PACE_OCTETS} octets in {PACE_SECONDS} s and no pause of {STALL_SECONDS} s"
+            self.refuse(
+                connection,
+                ScimError(
+                    408,
+                    "",
+                    f"the request took too long: a head may take {HEAD_SECONDS} s; "
+                    f"a body must have {PACE_OCTETS} octets in {PACE_SECONDS} s "
+                    f"and no pause of {STALL_SECONDS} s",
+                ),
             )
-            self.refuse(connection, ScimError(408, "", detail))
         else:
             self._close(connection)
 
@@ -7660,8 +7663,9 @@ def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        values = [str(value) or "-" for value in line.values()]
-        return json.dumps(line) if style == "json" else " ".join(values)
+        if style == "json":
+            return json.dumps(line)
+        return " ".join(str(value) or "-" for value in line.values())
 
     def write(lines: list[dict[str, Any]]) -> None:
         with suppress(OSError, ValueError):  # the stream is broken or closed
@@ -7696,13 +7700,19 @@ class Fault:
 
     def matches(self, request: Request) -> bool:
         """Return whether this fault is for a request."""
-        method = self.method.upper()
-        return self.times > 0 and method in ("", request.method) and self.path in request.path
+        return (
+            self.times > 0
+            and self.method.upper() in ("", request.method)
+            and self.path in request.path
+        )
 
     def response(self, request: Request) -> Response:
         """Return the answer that the status means."""
-        conflict = "If-Match: the version has changed; read the resource again"
-        detail = conflict if self.status == 412 else "injected fault"
+        detail = (
+            "If-Match: the version has changed; read the resource again"
+            if self.status == 412
+            else "injected fault"
+        )
         error = unauthorized(request) if self.status == 401 else ScimError(self.status, "", detail)
         retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
         return error_response(error, request.path)._replace(
@@ -7725,34 +7735,34 @@ class Lane:
         self,
         share: int,
         answer: Callable[[Batch], None],
-        batch_size: Callable[[Batch], int] = lambda waiting: min(len(waiting), 1),
+        batch_size: Callable[[Batch], int] = lambda waiting: 1,
     ) -> None:
         self._share, self._answer, self._batch_size = share, answer, batch_size
-        self.threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
-        self._waiting: dict[str, Batch] = {}
+        self._threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
+        self._waiting = defaultdict[str, Batch](list)
         self._busy = Counter[str]()  # threads, by tenant
 
     def add(self, connection: Connection, request: Request) -> None:
-        tenant = request.tenant
         with self._lock:
-            self._waiting.setdefault(tenant, []).append((connection, request))
-            starts = self._busy[tenant] < self._share
-            self._busy[tenant] += starts
-        if starts:
-            self.threads.submit(self._run, tenant)
+            self._waiting[request.tenant].append((connection, request))
+            self._start(request.tenant)
+
+    def _start(self, tenant: str) -> None:
+        # Give a tenant another thread, if it needs one and has one left.
+        if self._waiting[tenant] and self._busy[tenant] < self._share:
+            self._busy[tenant] += 1
+            self._threads.submit(self._run, tenant)
 
     def _run(self, tenant: str) -> None:
         # Answer a batch of a tenant. Its next batch queues after those of other tenants.
         with self._lock:
             waiting = self._waiting[tenant]
-            size = self._batch_size(waiting)
-            self._waiting[tenant] = waiting[size:]
-        self._answer(waiting[:size])
+            batch = waiting[: self._batch_size(waiting)]
+            del waiting[: len(batch)]
+        self._answer(batch)
         with self._lock:
-            goes_on = bool(self._waiting[tenant])
-            self._busy[tenant] -= not goes_on
-        if goes_on:
-            self.threads.submit(self._run, tenant)
+            self._busy[tenant] -= 1
+            self._start(tenant)
 
 
 # -- The server --
@@ -7762,7 +7772,7 @@ class ScimServer(Watcher):
     """An application on a socket. See url; running() starts and stops it.
 
     Its configuration says where it listens, with what TLS and for how many connections. To test a
-    client, append to faults, and set exchanges to a list: it then holds the last requests and
+    client, append to faults, and set exchanges to a deque: it then holds the last requests and
     answers. Raises OSError if the address or the certificate cannot be used.
 
     Quick requests are answered by the watching thread. Other reads take turns in a lane: threads
@@ -7772,34 +7782,26 @@ class ScimServer(Watcher):
     """
 
     def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
-        self.application, self.config = application, application.config
-        tls = Tls(*self.config.tls) if self.config.tls else None
-        super().__init__(
-            listener or listen(self.config), tls, self.config.max_connections, application.usage
-        )
+        super().__init__(application.config, listener, application.usage)
+        self.application = application
         self.url = url_of(self.config, self.server_address[1])
         self.token, self.client = application.token, application.client  # for tests
         self.directory = application.directory
         self.faults: list[Fault] = []
-        self.exchanges: list[Exchange] | None = None
+        self.exchanges: deque[Exchange] | None = None
         self.log = request_writer(self.config.access_log, sys.stderr)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
         self._turn = threading.Lock()
-        self._lanes = {
-            READ: Lane(MAX_READS, self._answer_in_turn),
-            LOOKUP: Lane(MAX_READS, self._answer_each),
-            REMOTE: Lane(MAX_READS, self._answer_each),
-            WRITE: Lane(1, self._answer_writes, self._next_writes),
-            BULK: Lane(1, self._answer_each),
+        self._threads = ThreadPoolExecutor(self.config.max_connections, "asks or waits")
+        self._lanes: dict[str, Callable[[Connection, Request], object]] = {
+            QUICK: self._answer,
+            READ: Lane(MAX_READS, self._answer_in_turn).add,
+            LOOKUP: Lane(MAX_READS, self._answer_each).add,
+            REMOTE: Lane(MAX_READS, self._answer_each).add,
+            WRITE: Lane(1, self._answer_writes, self._next_writes).add,
+            BULK: Lane(1, self._answer_each).add,
+            SLOW: lambda *arguments: self._threads.submit(self.guarded, self._answer, *arguments),
         }
-
-    def serve_forever(self, poll_interval: float = SWEEP_SECONDS) -> None:
-        """Serve until stop()."""
-        super().serve_forever(poll_interval)
-        for lane in self._lanes.values():
-            lane.threads.shutdown(wait=False)
-        self.log.close(1)
-        self.stopped.set()
 
     def stop(self) -> None:
         """Accept nothing more, end long polls, wait for the other requests, close everything."""
@@ -7807,31 +7809,30 @@ class ScimServer(Watcher):
         self.stopping.set()
         self._wake()
         self.stopped.wait()
+        self._lanes.clear()  # which ends their idle threads
+        self._threads.shutdown(wait=False)
+        self.log.close(1)
 
     # -- Requests --
 
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-        connection.then, connection.request = KEEP, None
-        line = yield from read_request_line(connection.buffer)
-        if line.startswith(b"HEAD "):  # an error in its fields has no body either
-            connection.request = Request("HEAD", "", id=next(self._request_ids))
-        head = yield from read_head(connection.buffer, line)
+        connection.then, connection.request, connection.line = KEEP, None, b""
+        connection.line = yield from read_request_line(connection.buffer)
+        head = yield from read_head(connection.buffer, connection.line)
+        options = head.headers.get("connection", "").lower()
+        if head.minor_version == 0 and "keep-alive" not in options:
+            head.headers["connection"] = "close"
         connection.request = request = self.build_request(head, connection.client)
-        connection.minor_version = head.minor_version
-        if self.application.must_ask(request):
-            caller = yield from self._ask(connection, request)
-        else:
-            caller = self.application.known_caller(request)
+        caller = yield from self._caller_of(connection, request)
         connection.request = request = request._replace(caller=caller or False)
         self.usage.check_connections(request.tenant)
         connection.hold(request.tenant, len(connection.buffer))
         length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
         if not (length or coding):
             return request
-        is_here = length and int(length) <= len(connection.buffer)
-        if not is_here:
-            self.application.check_head(request)  # before 100 Continue and the body
+        if not length or int(length) > len(connection.buffer):
+            self.application.check_head(request)  # before 100 Continue and the rest of the body
         limit = self.application.body_limit(request.path)
         if length and int(length) > limit:
             raise too_large(limit)
@@ -7845,23 +7846,16 @@ class ScimServer(Watcher):
         )
         return request._replace(body=(yield from body))
 
-    def _ask(
+    def _caller_of(
         self, connection: Connection, request: Request
     ) -> Generator[bool, None, Caller | None]:
-        # Ask the hook who sent a request: before its body, with which a stranger could fill the
-        # memory, and in a thread of its own, because the hook may take its time.
-        answer = Future[Caller | None]()
-
-        def ask() -> None:
-            try:
-                answer.set_result(self.application.caller_of(request))
-            except ScimError as error:
-                answer.set_exception(error)
-            self._returned.append(connection)
-            self._wake()
-
+        # The hook is asked before the body arrives, with which a stranger could fill the memory,
+        # and in another thread, because it may take its time.
+        if not self.application.must_ask(request):
+            return self.application.known_caller(request)
         connection.state = ANSWERING  # neither read nor closed meanwhile
-        threading.Thread(target=ask, daemon=True).start()
+        answer = self._threads.submit(self.application.caller_of, request)
+        answer.add_done_callback(lambda _: self.give_back(connection))
         yield False
         return answer.result()
 
@@ -7877,29 +7871,24 @@ class ScimServer(Watcher):
             client = proxied["for"] or client
             scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
             host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
-        valid_id = REQUEST_ID.fullmatch(headers.get("x-request-id", ""))
-        id = valid_id[0] if valid_id else next(self._request_ids)
+        if not REQUEST_ID.fullmatch(id := headers.get("x-request-id", "")):
+            id = next(self._request_ids)
         return Request(
             head.method, path, query, headers, b"", scheme, host, "", client, id, None, True
         )
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
-        # A fault may delay the requests that meet it, so it gives each request its own thread.
-        lane = SLOW if self.faults else self.application.lane_of(request)
-        if lane == QUICK:
-            self._answer(connection, request)
-        elif lane == SLOW:
-            arguments = (self._answer, connection, request)
-            threading.Thread(target=self.guarded, args=arguments, daemon=True).start()
-        else:
-            self._lanes[lane].add(connection, request)
+        # A fault may delay the requests that meet it.
+        self._lanes[SLOW if self.faults else self.application.lane_of(request)](connection, request)
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
         # The answer to HEAD has no body, even if nothing but the method can be read.
-        method = "HEAD" if connection.buffer.startswith(b"HEAD ") else ""
-        request = connection.request or Request(method, "", id=next(self._request_ids))
+        is_head = (connection.line or connection.buffer).startswith(b"HEAD ")
+        request = connection.request or Request(
+            "HEAD" if is_head else "", "", id=next(self._request_ids)
+        )
         connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
         self._send(
             connection, request, error_response(error, self.application.label_of(request.path))
@@ -7938,40 +7927,53 @@ class ScimServer(Watcher):
         # before its transaction begins.
         bodies = [len(request.body) for _, request in waiting[:MAX_WRITES_PER_COMMIT]]
         fitting = [size for size in itertools.accumulate(bodies) if size <= MAX_OCTETS_PER_COMMIT]
-        return min(len(waiting), max(1, len(fitting)))
+        return max(1, len(fitting))
 
     # -- Answers --
 
     def _send(
-        self,
-        connection: Connection,
-        request: Request,
-        response: Response,
-        cut: bool = False,
+        self, connection: Connection, request: Request, response: Response, cut: bool = False
     ) -> None:
         # Send an answer, half of its body if it is to be cut; note it; give the connection back.
         if self.exchanges is not None:
             self.exchanges.append(self._exchange(request, response))
-            del self.exchanges[:-MAX_EXCHANGES]
         status, fields, body = to_http(response, request)
-        options = request.headers.get("connection", "").lower()
-        keep = "keep-alive" in options if connection.minor_version == 0 else "close" not in options
-        if connection.then == KEEP and (cut or not keep or self.stopping.is_set()):
+        if connection.then == KEEP and (
+            cut
+            or self.stopping.is_set()
+            or "close" in request.headers.get("connection", "").lower()
+        ):
             connection.then = CLOSE
-        lines = [f"HTTP/1.1 {status}", f"Date: {http_date(int(time.time()))}"]
-        lines += [f"{name}: {value}" for name, value in fields]
-        # A client of HTTP/1.0 takes the connection for closed unless the answer says otherwise.
-        lines += [f"Connection: {'keep-alive' if connection.then == KEEP else 'close'}"] * (
-            connection.then != KEEP or connection.minor_version == 0
-        )
-        octets = "\r\n".join([*lines, "\r\n"]).encode("latin-1", "replace")
+        fields += [
+            ("Date", http_date(int(time.time()))),
+            ("Connection", "keep-alive" if connection.then == KEEP else "close"),
+        ]
+        lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
+        octets = f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
         connection.authenticated = bool(response.tenant and response.route)
         if connection.authenticated:
             connection.since = time.monotonic()
         connection.hold("", 0)  # before the client can send its next request on another connection
         connection.send(octets + body[: len(body) // 2 if cut else None])
-        # The client reads meanwhile. Its next request on this connection finds the counts.
-        self._note(request, response, time.perf_counter() - connection.started, len(body))
+        # The client reads meanwhile. Its next request on this connection finds the counts. The log
+        # has no secret, no value of a resource, and nothing that ends a line.
+        method = request.method if request.method in METHODS else "other"
+        refused = response.status in (401, 403) and response.reason
+        seconds = time.perf_counter() - connection.started
+        self.application.metrics.add(method, response, seconds)
+        self.log.add(
+            {
+                "time": time.time(),
+                "tenant": response.tenant,
+                "method": method,
+                "route": response.route,
+                "status": response.status,
+                "milliseconds": round(seconds * 1000, 1),
+                "bytes": len(body),
+                "id": request.id,
+                **({"reason": refused[0].split()[0]} if refused else {}),
+            }
+        )
         self.give_back(connection)
 
     def _exchange(self, request: Request, response: Response) -> Exchange:
@@ -7985,25 +7987,6 @@ class ScimServer(Watcher):
         return Exchange(
             request._replace(headers=headers, body=b"" if is_secret else request.body),
             response._replace(body=None if is_secret else parsed or response.body),
-        )
-
-    def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
-        # Count and log an answer: no secret, no value of a resource, nothing that ends a line.
-        method = request.method if request.method in METHODS else "other"
-        refused = response.status in (401, 403) and response.reason
-        self.application.metrics.add(method, response, seconds)
-        self.log.add(
-            {
-                "time": time.time(),
-                "tenant": response.tenant,
-                "method": method,
-                "route": response.route,
-                "status": response.status,
-                "milliseconds": round(seconds * 1000, 1),
-                "bytes": octets,
-                "id": request.id,
-                **({"reason": refused[0].split()[0]} if refused else {}),
-            }
         )
 
 
@@ -8456,7 +8439,7 @@ def running(
         for error in application.failures.values():
             raise error
         server = ScimServer(application)
-        server.exchanges = []
+        server.exchanges = deque(maxlen=MAX_EXCHANGES)
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:

@@ -10129,17 +10129,17 @@ def test_three_hundred_slow_clients_block_no_other(engine: str) -> None:
 def test_without_file_descriptors_the_longest_idle_connection_is_closed(
     monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
 ) -> None:
-    accept, failures = server.get_request, [errno.EMFILE]
+    accept, failures = socket.socket.accept, [errno.EMFILE]
 
-    def accept_later() -> Any:
+    def accept_later(listener: socket.socket) -> Any:
         if failures:
             raise OSError(failures.pop(), "Too many open files")
-        return accept()
+        return accept(listener)
 
     with ExitStack() as stack:
         first = connect(stack, server)
         wait_until(lambda: server.connections)
-        monkeypatch.setattr(server, "get_request", accept_later)
+        monkeypatch.setattr(socket.socket, "accept", accept_later)
         assert exchange(server, LAST).startswith(b"HTTP/1.1 200 ")
         assert first.recv(1) == b""
 
@@ -10462,12 +10462,14 @@ def test_a_stalled_handshake_is_evicted_at_the_limit(
 def test_a_socket_may_inherit_the_mode_of_its_listener(
     monkeypatch: pytest.MonkeyPatch, server: scim_server.ScimServer
 ) -> None:
-    def accept() -> Any:
-        request, address = server.socket.accept()
-        request.setblocking(False)  # as BSD does
-        return request, address
+    accept = socket.socket.accept
 
-    monkeypatch.setattr(server, "get_request", accept)
+    def accept_as_bsd(listener: socket.socket) -> Any:
+        connection, address = accept(listener)
+        connection.setblocking(False)
+        return connection, address
+
+    monkeypatch.setattr(socket.socket, "accept", accept_as_bsd)
     test_a_client_that_waits_for_100_continue_gets_it(server)
 
 
