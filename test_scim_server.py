@@ -8976,6 +8976,18 @@ def test_an_access_token_is_good_in_every_process_with_the_database(tmp_path: Pa
         }
 
 
+def test_an_access_token_may_be_the_first_call_of_its_tenant(engine: str) -> None:
+    client = "entra-1", "globex-client-secret"  # a tenant that PostgreSQL opens with its first call
+    with serving(engine, WITH_CLIENTS) as first, serving(engine, WITH_CLIENTS) as second:
+        token = access_token(first.url, *client)
+        content = scim_server.decoded(token, scim_server.SIGNATURE_LENGTH)
+        forged = scim_server.sealed(b"guessed", content)
+        assert_error(Scim(second.url, forged).call("POST", "/Users", {"userName": "x"}), 401)
+    with serving(engine, WITH_CLIENTS) as third:
+        assert Scim(third.url, token).user("ada")["userName"] == "ada"
+        assert Scim(third.url, token).get("/Users")["totalResults"] == 1
+
+
 def test_an_access_token_is_refused_with_another_database(tmp_path: Path) -> None:
     with (
         serving(tmp_path / "a", WITH_CLIENTS) as first,
