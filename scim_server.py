@@ -188,7 +188,7 @@ invalid_value = partial(ScimError, 400, "invalidValue")
 
 
 def quoted(value: Json) -> str:
-    """Return a client's value as JSON text of at most 80 characters, for an error's detail."""
+    # Return a client's value as JSON text of at most 80 characters, for an error's detail.
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -218,7 +218,7 @@ DATE_TIME = re.compile(
 
 
 def date_time_key(text: str) -> str:
-    """Return a dateTime as UTC text that sorts by time; ValueError if it is not a dateTime."""
+    # Return a dateTime as UTC text that sorts by time; ValueError if it is not a dateTime.
     # Python 3.10's fromisoformat refuses "Z", and the seven fraction digits that Entra sends.
     if not (parts := DATE_TIME.fullmatch(text)):
         raise ValueError(text)
@@ -289,7 +289,7 @@ class Attribute:
         return {sub.name.lower(): sub for sub in self.sub_attributes}
 
     def with_paths(self, prefix: str = "") -> Attribute:
-        """Return a copy in which this attribute and its sub-attributes know their paths."""
+        # Return a copy in which this attribute and its sub-attributes know their paths.
         path = prefix + self.name
         # A colon separates an extension's URN from an attribute (RFC 7644 §3.10), a dot all others.
         below = path and path + (":" if ":" in self.name else ".")
@@ -300,12 +300,12 @@ class Attribute:
         )
 
     def sub_attribute(self, name: str) -> Attribute | None:
-        """Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None."""
+        # Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None.
         return self.by_name.get(name.lower())
 
     @property
     def value_attribute(self) -> Attribute | None:
-        """The sub-attribute "value", which a bare value stands for (RFC 7643 §2.4), or None."""
+        # The sub-attribute "value", which a bare value stands for (RFC 7643 §2.4), or None.
         # In an extension, "value" would be an ordinary attribute, such as a custom field.
         return None if ":" in self.name else self.by_name.get("value")
 
@@ -344,12 +344,12 @@ class Attribute:
         )
 
     def values(self, holder: Mapping[str, Json]) -> list[Json]:
-        """Return the values of this attribute in a resource or complex value: none, one or many."""
+        # Return the values of this attribute in a resource or complex value: none, one or many.
         value = holder.get(self.name, [])
         return value if self.multi_valued or self.name not in holder else [value]
 
     def key(self, value: Json) -> str:
-        """Return the text that decides which values are equal, and the order of values."""
+        # Return the text that decides which values are equal, and the order of values.
         if key := KEYS.get(self.type):
             return key(value)
         if self.case_exact or value.isascii():
@@ -431,7 +431,7 @@ class ResourceType:
 
     @cached_property
     def scopes(self) -> dict[str, Attribute]:
-        """The complex attribute that the URN of each schema stands for: root, or an extension."""
+        # The complex attribute that the URN of each schema stands for: root, or an extension.
         return {
             self.schema.id: self.root,
             **{e.id: self.root.by_name[e.id.lower()] for e in self.extensions},
@@ -526,7 +526,7 @@ class CustomField:
 
 @lru_cache(1024)  # tenants with the same custom fields share their resource types
 def resource_types(custom_fields: tuple[CustomField, ...]) -> dict[str, ResourceType]:
-    """Return a tenant's resource types by name; User comes first, as Entra's validator needs it."""
+    # Return a tenant's resource types by name; User comes first, as Entra's validator needs it.
     facilio = Schema(
         FACILIO,
         "FacilioUser",
@@ -632,7 +632,7 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
 
 
 def values_at(path: AttributePath, value: Json) -> list[Json]:
-    """Return the values at a path in a resource or complex value, as one flat list."""
+    # Return the values at a path in a resource or complex value, as one flat list.
     values = [value]
     for attribute in path:
         values = [item for holder in values for item in attribute.values(holder)]
@@ -762,7 +762,7 @@ def tokens_of(text: str) -> Tokens:
 
 
 def parse_filter(text: str, resource_type: ResourceType) -> Filter:
-    """Return the tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError 400 invalidFilter."""
+    # Return the tree of a filter on resources (RFC 7644 §3.4.2.2); ScimError 400 invalidFilter.
     tokens = tokens_of(text)
     if sum(text.lower() in ("and", "or") for _, text, _ in tokens) >= MAX_FILTER_TERMS:
         raise invalid_filter(f"filter: more than {MAX_FILTER_TERMS} terms")
@@ -773,7 +773,7 @@ def parse_filter(text: str, resource_type: ResourceType) -> Filter:
 def parse_filter_tokens(
     closing: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0
 ) -> Parsed:
-    """Return the filter up to its closing bracket, or up to the end of the tokens ("")."""
+    # Return the filter up to its closing bracket, or up to the end of the tokens ("").
     if depth > MAX_FILTER_DEPTH:
         raise invalid_filter(f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
@@ -791,7 +791,7 @@ def parse_filter_tokens(
 
 
 def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
-    """Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not"."""
+    # Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not".
     kind, text, column = tokens[position]
     if text == "(":
         return parse_filter_tokens(")", tokens, position + 1, scope, depth + 1)
@@ -811,7 +811,7 @@ def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parse
 def parse_value_path(
     tokens: Tokens, position: int, attributes: AttributePath | None, name: str, depth: int
 ) -> Parsed:
-    """Return a value path, from its bracket on; a comparison after it is added to its filter."""
+    # Return a value path, from its bracket on; a comparison after it is added to its filter.
     inner, position = parse_brackets(tokens, position, attributes, name, depth)
     kind, text, _ = tokens[position]
     if kind == "sub":
@@ -849,7 +849,7 @@ def parse_brackets(
 def parse_expression(
     tokens: Tokens, position: int, attributes: AttributePath | None, name: str
 ) -> Parsed:
-    """Return the comparison of an attribute, from its operator on."""
+    # Return the comparison of an attribute, from its operator on.
     _, text, column = tokens[position]
     op = text.lower()
     if attributes and attributes[-1].computed:
@@ -862,7 +862,7 @@ def parse_expression(
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
-    """Return the JSON value of a token; ScimError 400 invalidFilter if it is not a simple value."""
+    # Return the JSON value of a token; ScimError 400 invalidFilter if it is not a simple value.
     with suppress(ValueError):
         literal = LITERAL.decode(text.lower() if kind == "name" else text)
         # An object such as {"a": 1} is an error token.
@@ -872,7 +872,7 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
 
 
 def bind_comparison(attributes: AttributePath | None, name: str, op: str, literal: Json) -> Filter:
-    """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
+    # Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter.
     if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
         return Not(bind_comparison(attributes, name, "eq", literal))
     if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
@@ -890,7 +890,7 @@ def bind_comparison(attributes: AttributePath | None, name: str, op: str, litera
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
-    """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
+    # Raise ScimError 400 invalidFilter if an operator does not suit the type or null.
     if attribute.type == "complex":
         raise invalid_filter(
             f"{name}: compare one of its sub-attributes: "
@@ -922,7 +922,7 @@ class PatchPath:
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter."""
+    # Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter.
     if len(text) > MAX_FILTER_LENGTH:  # before resolve(): its cache must not fill with long paths
         raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
@@ -943,7 +943,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
 
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
-    """Return the error for an unknown attribute; in an extension it lists the attributes."""
+    # Return the error for an unknown attribute; in an extension it lists the attributes.
     scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
     if scope is resource_type.root:
         return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
@@ -982,12 +982,12 @@ def lowercase_keys(
 
 
 def accept(resource_type: ResourceType, body: Json) -> Resource:
-    """Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid."""
+    # Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid.
     return accept_complex(resource_type.root, body)
 
 
 def accept_complex(attribute: Attribute, value: Json) -> Resource:
-    """Return the canonical form of a complex value (or a resource); ScimError 400."""
+    # Return the canonical form of a complex value (or a resource); ScimError 400.
     sent = lowercase_keys(value)
     # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
     accepted = {
@@ -1030,7 +1030,7 @@ def unlisted(attribute: Attribute, value: Json) -> Json:
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
-    """Return one canonical value, or None if it is empty; ScimError 400 invalidValue."""
+    # Return one canonical value, or None if it is empty; ScimError 400 invalidValue.
     # Entra clears every type of attribute with "". A member that is null or "" is an error: to
     # ignore it could empty the group.
     if not attribute.is_membership and (
@@ -1057,7 +1057,7 @@ def is_primary(value: Json) -> bool:
 
 
 def keep_one_primary(values: list[Json], previous: Json = None) -> None:
-    """Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2)."""
+    # Keep one primary value: the last new one, else the previous one (RFC 7644 §3.5.2).
     new = [value for value in values if is_primary(value) and value is not previous]
     for value in filter(is_primary, values):
         value["primary"] = not new or value is new[-1]
@@ -1105,7 +1105,7 @@ def canonical(resource_type: ResourceType, resource: Resource) -> Resource:
 
 
 def schemas_of(resource_type: ResourceType, resource: Mapping[str, Json]) -> list[str]:
-    """Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3)."""
+    # Return the URNs of the schemas that a resource has attributes of (RFC 7643 §3).
     return [
         resource_type.schema.id,
         *(schema.id for schema in resource_type.extensions if schema.id in resource),
@@ -1148,7 +1148,7 @@ def parse_selection(attributes: str, excluded: str, resource_type: ResourceType)
 
 
 def select(attribute: Attribute, value: Resource, selection: Selection, whole: bool) -> Resource:
-    """Return the selected part of a complex value (or a resource); whole means all is wanted."""
+    # Return the selected part of a complex value (or a resource); whole means all is wanted.
     selected = {}
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
@@ -1174,7 +1174,7 @@ def memberships(resource: Resource, base_url: str) -> Resource:
 def project(
     resource_type: ResourceType, resource: Resource, selection: Selection, base_url: str
 ) -> Resource:
-    """Return what a client sees of a resource, with absolute URLs that begin with base_url."""
+    # Return what a client sees of a resource, with absolute URLs that begin with base_url.
     resource = {
         **resource,
         "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
@@ -1191,7 +1191,7 @@ Entry = tuple[str, str, int]  # path, key, element
 def index_entries(
     attribute: Attribute, value: Mapping[str, Json], element: int = 0
 ) -> Iterator[Entry]:
-    """Yield an entry for each simple value in a resource (or complex value)."""
+    # Yield an entry for each simple value in a resource (or complex value).
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         # The primary value is number 0: sorting uses it (RFC 7644 §3.4.2.3).
@@ -1239,7 +1239,7 @@ class StoredResource:
 
     @cached_property
     def attributes(self) -> Resource:
-        """The body, parsed once: the resource without what is computed. It is never changed."""
+        # The body, parsed once: the resource without what is computed. It is never changed.
         return from_json(self.body)  # type: ignore[no-any-return]
 
     def changed(self, attributes: Resource, **columns: Any) -> StoredResource:
@@ -1372,7 +1372,7 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 
 
 def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    """Yield an operation for each name in the value of an operation without path; ScimError 400."""
+    # Yield an operation for each name in the value of an operation without path; ScimError 400.
     if op == "remove":
         raise ScimError(400, "noTarget", "remove without path: the path of an attribute is needed")
     if not isinstance(value, dict):
@@ -1499,7 +1499,7 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
 def apply_patch(
     resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
 ) -> Resource:
-    """Return a new resource, the old one after all operations; ScimError 400."""
+    # Return a new resource, the old one after all operations; ScimError 400.
     patched = copy.deepcopy(resource)
     with_value = [
         value
@@ -1530,7 +1530,7 @@ def apply_patch(
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
-    """Change a resource by one operation; ScimError 400 noTarget."""
+    # Change a resource by one operation; ScimError 400 noTarget.
     path = operation.path
     primary = next(filter(is_primary, path.attributes[0].values(resource)), None)
     holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
@@ -1548,7 +1548,7 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
 
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
-    """Add, replace or remove an attribute in a resource or complex value."""
+    # Add, replace or remove an attribute in a resource or complex value.
     if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
         # Entra without aadOptscim062020 sends the values to remove, members by their ids.
         holder[attribute.name] = without_values(
@@ -1584,7 +1584,7 @@ def without_values(attribute: Attribute, values: list[Json], removed: list[Json]
 
 
 def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> None:
-    """Append new values to a list; a value that is in the list already is updated instead."""
+    # Append new values to a list; a value that is in the list already is updated instead.
     key = partial(identity_key, attribute, adding=True)
     present: dict[Any, Resource] = {key(value): value for value in values}
     for value in copy.deepcopy(added):
@@ -1597,7 +1597,7 @@ def add_values(attribute: Attribute, values: list[Json], added: list[Json]) -> N
 def identity_key(
     attribute: Attribute, value: Resource, adding: bool = False
 ) -> frozenset[tuple[str, str]]:
-    """Return a key that two values share if they count as the same, such as members by their id."""
+    # Return a key that two values share if they count as the same, such as members by their id.
     names = ["value"] if attribute.is_membership else [name for name in value if name != "primary"]
     if adding and "value" in value:  # RFC 7643 §2.4: one value for each type and value
         names = [name for name in names if name in ("type", "value")]
@@ -1607,7 +1607,7 @@ def identity_key(
 def change_selected(
     attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
 ) -> None:
-    """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
+    # Change the values of an attribute that a filter selects; ScimError 400 noTarget.
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
     if attribute.is_membership and not selected:
@@ -1625,7 +1625,7 @@ def change_selected(
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
-    """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget."""
+    # Return the value that an operation adds if a filter selects none; ScimError 400 noTarget.
     # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
     # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
     # labels only: a change of a user who is not a member, or lacks a role, must not grant it.
@@ -1657,7 +1657,7 @@ def change_value(attribute: Attribute, value: Resource, operation: Operation) ->
 
 
 def equal_terms(filter: Filter) -> Resource:
-    """Return the sub-attributes that a filter requires to be equal to a value."""
+    # Return the sub-attributes that a filter requires to be equal to a value.
     match filter:
         case Compare((sub,), "eq", _, value):
             return {sub.name: value}
@@ -1668,7 +1668,7 @@ def equal_terms(filter: Filter) -> Resource:
 
 
 def pruned(value: Json) -> Json:
-    """Return a JSON value without its empty objects and lists, which removals leave."""
+    # Return a JSON value without its empty objects and lists, which removals leave.
     if isinstance(value, dict):
         return {
             name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])
@@ -1693,7 +1693,7 @@ Sql = tuple[str, list[Any]]  # a text and its parameters, in order
 
 @lru_cache(4096)
 def path_number(path: str) -> int:
-    """Return the number that stands for an attribute's path in the index, as all servers do."""
+    # Return the number that stands for an attribute's path in the index, as all servers do.
     # 48 bits of a digest: among 10 000 paths no two are equal, at odds of five millions to one.
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:6], "big")
 
@@ -1736,7 +1736,7 @@ ROWS = {"resource": (("seq",), "entry"), "entry": (("seq", "element"), "probe")}
 
 
 def compile_filter(filter: Filter, row: str = "resource") -> Sql:
-    """Return a filter as an SQL condition on one row."""
+    # Return a filter as an SQL condition on one row.
     match filter:
         case And(filters):
             return join_sql(" AND ", [compile_filter(inner, row) for inner in filters], "1 = 1")
@@ -1784,7 +1784,7 @@ def compile_entries(term: Term, alias: str = "entry") -> tuple[Sql, bool]:
 
 
 def compile_comparison(op: str, key: str) -> Sql:
-    """Return the condition that an entry compares with a key as op says."""
+    # Return the condition that an entry compares with a key as op says.
     match op:
         case "co":
             return "instr(key || rest, ?) > 0", [key]
@@ -1806,7 +1806,7 @@ def compare_keys(sign: str, key: str) -> Sql:
 
 
 def text_after(prefix: str) -> list[str]:
-    """Return the first text after all that begin with a prefix; [] if there is none."""
+    # Return the first text after all that begin with a prefix; [] if there is none.
     start = prefix.rstrip(chr(sys.maxunicode))
     following = ord(start[-1:] or "\0") + 1
     return [start[:-1] + chr(0xE000 if following == 0xD800 else following)] * bool(start)
@@ -1820,7 +1820,7 @@ def join_sql(word: str, conditions: Sequence[Sql], empty: str = "") -> Sql:
 
 
 def entries_of(attribute: Attribute, alias: str = "entry") -> Sql:
-    """Return what follows FROM to read an attribute's index entries; conditions can be appended."""
+    # Return what follows FROM to read an attribute's index entries; conditions can be appended.
     if derived := DERIVED_ENTRIES.get(attribute.index):
         return f"(SELECT {derived}) AS {alias} WHERE 1 = 1", []
     paths = [("path = ?", [path_number(simple.index)]) for simple in simple_attributes(attribute)]
@@ -1879,7 +1879,7 @@ def compile_set(filter: Filter) -> tuple[Sql, bool]:
 
 
 def is_set(filter: Filter) -> bool:
-    """Return whether all matches are in sets of the index: no Not stands outside of one."""
+    # Return whether all matches are in sets of the index: no Not stands outside of one.
     match filter:
         case And(filters):
             return any(map(is_set, filters))
@@ -1892,7 +1892,7 @@ def is_set(filter: Filter) -> bool:
 
 
 def split_filter(filter: Filter, suits: Callable[[Filter], bool]) -> tuple[Filter | None, Filter]:
-    """Return the most selective term that suits, None if there is none, and the remaining terms."""
+    # Return the most selective term that suits, None if there is none, and the remaining terms.
     terms = dict.fromkeys(terms_of(filter))
     first = min((term for term in terms if suits(term)), key=breadth, default=None)
     return first, And(tuple(term for term in terms if term is not first))
@@ -1971,7 +1971,7 @@ def after_position_sql(missing: int, columns: str, after: Position | None, desce
 
 
 def of_types(filters: Filters) -> Filter:
-    """Return the filter that a resource is of a type in filters and matches its filter."""
+    # Return the filter that a resource is of a type in filters and matches its filter.
     alternatives = [
         And((Compare((META, TYPE), "eq", type, type), inner)) for type, inner in filters.items()
     ]
@@ -1979,7 +1979,7 @@ def of_types(filters: Filters) -> Filter:
 
 
 def compile_page(filter: Filter, sorting: Sorting | None, window: Window) -> Sql:
-    """Return the query of a page and one row more; missing and key precede each resource."""
+    # Return the query of a page and one row more; missing and key precede each resource.
     descending = (sorting is not None and sorting.descending) != window.backward
     # The positions come first, so that the bodies of skipped resources are not read.
     columns = "resource.seq" if sorting or window.offset else "resource.*"
@@ -1996,7 +1996,7 @@ def compile_page(filter: Filter, sorting: Sorting | None, window: Window) -> Sql
 def compile_positions(
     filter: Filter, sorting: Sorting | None, window: Window, descending: bool, columns: str
 ) -> Sql:
-    """Return the query of the positions of all matches in order, from the window's position on."""
+    # Return the query of the positions of all matches in order, from the window's position on.
     # A sort walks along the index, then along the resources without a value: those come last in
     # ascending order and first in descending order (RFC 7644 §3.4.2.3).
     (source, parameters), row = compile_source(filter)
@@ -2132,7 +2132,7 @@ class Link(ABC):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Make a block a transaction, or a savepoint of the open one; undo it if it raises."""
+        # Make a block a transaction, or a savepoint of the open one; undo it if it raises.
         is_step = self.in_transaction
         with self.errors():
             try:
@@ -2147,7 +2147,7 @@ class Link(ABC):
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
-        """Let a block see one commit, whatever is written meanwhile."""
+        # Let a block see one commit, whatever is written meanwhile.
         with self.errors():
             try:
                 self.run(self.SNAPSHOT)
@@ -2157,15 +2157,15 @@ class Link(ABC):
                     self.run("ROLLBACK")
 
     def begin(self) -> None:
-        """Begin a transaction when no other one writes the tenant."""
+        # Begin a transaction when no other one writes the tenant.
         self.run("BEGIN IMMEDIATE")
 
     def commit(self) -> None:
-        """Commit; an error if the engine has ended the transaction already."""
+        # Commit; an error if the engine has ended the transaction already.
         self.run("COMMIT")
 
     def load(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        """Insert whole rows into a table, at least one."""
+        # Insert whole rows into a table, at least one.
         self.run_many(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
 
     @property
@@ -2200,7 +2200,7 @@ class Pool:
 
     @contextmanager
     def link(self, schema: str = "") -> Iterator[Link]:
-        """Lend a link to a block; StoreError if all are in use for BUSY_SECONDS."""
+        # Lend a link to a block; StoreError if all are in use for BUSY_SECONDS.
         if not self._free.acquire(timeout=BUSY_SECONDS):
             raise StoreError("all connections to the database are in use")
         try:
@@ -2225,7 +2225,7 @@ class Pool:
         return self._connect()
 
     def close(self) -> None:
-        """Close all links; one that is in use now is closed when it comes back."""
+        # Close all links; one that is in use now is closed when it comes back.
         self._closed = True
         with suppress(IndexError):
             while True:
@@ -2249,11 +2249,11 @@ class Database:
     readers: Pool | None
 
     def schema_of(self, tenant: str) -> str:
-        """Return the schema of a tenant, which is created if it does not exist."""
+        # Return the schema of a tenant, which is created if it does not exist.
         return ""
 
     def check(self) -> None:
-        """Raise StoreError if the database does not answer."""
+        # Raise StoreError if the database does not answer.
         with (self.readers or self.writers).link() as link, link.errors():
             link.run(self.QUESTION)
 
@@ -2265,7 +2265,7 @@ class Database:
         return False
 
     def close(self) -> None:
-        """Close all links; those in use are closed when they come back."""
+        # Close all links; those in use are closed when they come back.
         for pool in filter(None, (self.writers, self.readers)):
             pool.close()
 
@@ -2359,13 +2359,13 @@ class SqliteLink(Link):
         self._patience = BUSY_SECONDS
 
     def check_pages(self, part: str = "1") -> None:
-        """Read all pages, or those of a table and its indexes; Damaged if one of them is."""
+        # Read all pages, or those of a table and its indexes; Damaged if one of them is.
         with self.errors():
             if (finding := self.run(f"PRAGMA quick_check({part})").fetchone()[0]) != "ok":
                 raise sqlite3.DatabaseError(finding)
 
     def copy_to(self, target: SqliteLink) -> None:
-        """Replace the content of another database by one commit of this one."""
+        # Replace the content of another database by one commit of this one.
         with self.errors():
             self._connection.backup(target._connection)
 
@@ -2506,7 +2506,7 @@ REMEDIES = {
 
 @lru_cache(1)
 def psycopg() -> Any:
-    """Return the driver of PostgreSQL, imported when it is needed first; StoreError without it."""
+    # Return the driver of PostgreSQL, imported when it is needed first; StoreError without it.
     try:
         driver = importlib.import_module("psycopg")
         return driver if driver.RawCursor else None  # new in 3.2
@@ -2529,7 +2529,7 @@ def reason_of(error: Any) -> str:
 
 @lru_cache(2_000)
 def to_postgres(sql: str) -> tuple[str, bool | None]:
-    """Return a statement in which @ stands for the schema, and False if it is always planned."""
+    # Return a statement in which @ stands for the schema, and False if it is always planned.
     for pattern, replacement in POSTGRES_SQL:
         sql = re.sub(pattern, replacement, sql)
     numbers = itertools.count(1)
@@ -2618,7 +2618,7 @@ class PostgresLink(Link):
                 raise
 
     def _was_committed(self) -> bool:
-        """Return whether the server executed a COMMIT that it did not answer; Uncertain."""
+        # Return whether the server executed a COMMIT that it did not answer; Uncertain.
         ticket, transaction = self._ticket
         for _ in range(10):
             with suppress(StoreError), closing(PostgresLink(self._url)) as link, link.errors():
@@ -2651,7 +2651,7 @@ class PostgresLink(Link):
         return is_idle and len(self._schemas) < SCHEMAS_PER_LINK
 
     def run_script(self, sql: str) -> Any:
-        """Run statements without values in one round trip."""
+        # Run statements without values in one round trip.
         return self._connection.execute(sql.replace("@", self.schema), prepare=False)
 
 
@@ -2770,7 +2770,7 @@ class Session:
         return StoredResource(*row) if row else None
 
     def seqs_of(self, ids: Iterable[str]) -> dict[str, int]:
-        """Return the numbers of the resources with some ids, by id; unknown ids are left out."""
+        # Return the numbers of the resources with some ids, by id; unknown ids are left out.
         return dict(self._among("SELECT id, seq FROM resource WHERE id IN", ids))
 
     def _among(self, sql: str, values: Iterable[Any], *parameters: Any) -> Iterator[Any]:
@@ -2782,12 +2782,12 @@ class Session:
             yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
 
     def with_custom_fields(self) -> list[StoredResource]:
-        """Return the resources that have values of custom fields, or hide some."""
+        # Return the resources that have values of custom fields, or hide some.
         sql = "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'"
         return [StoredResource(*columns) for columns in self.run(sql, [FACILIO])]
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
-        """Return whether a resource of a type, other than number seq, has a key at a path."""
+        # Return whether a resource of a type, other than number seq, has a key at a path.
         same, values = compare_keys("=", key)
         rows = self.run(
             "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
@@ -2797,7 +2797,7 @@ class Session:
         return bool(rows.fetchall())
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
-        """Store a resource and the differences in its index entries; a new one gets its seq."""
+        # Store a resource and the differences in its index entries; a new one gets its seq.
         if not row.seq:
             row.seq = self.next_number("resource")
             self.run(COUNT, [row.type, 1])
@@ -2824,7 +2824,7 @@ class Session:
         self.run_many("INSERT INTO value VALUES (?, ?, ?, ?, ?)", new)
 
     def total(self, filters: Filters) -> int:
-        """Return how many resources match; filters has a filter for each type to count."""
+        # Return how many resources match; filters has a filter for each type to count.
         if all(filter == EVERYTHING for filter in filters.values()):
             counts = dict(self.run("SELECT type, count FROM tally").fetchall())
             return sum(counts.get(type, 0) for type in filters)
@@ -2834,7 +2834,7 @@ class Session:
     def page(
         self, filters: Filters, sorting: Sorting | None, window: Window
     ) -> tuple[list[tuple[int, str, StoredResource]], bool]:
-        """Return a window's matches, each after its missing and key, and whether there are more."""
+        # Return a window's matches, each after its missing and key, and whether there are more.
         matches, size, more = list[tuple[int, str, StoredResource]](), 0, False
         for values in self.run(*compile_page(of_types(filters), sorting, window)):
             row = StoredResource(*values[2:])
@@ -2850,7 +2850,7 @@ class Session:
     # -- Memberships --
 
     def members(self, group_seq: int, ids: Iterable[str] | None = None) -> list[Resource]:
-        """Return the members of a group, all or those among ids, as canonical values with $ref."""
+        # Return the members of a group, all or those among ids, as canonical values with $ref.
         sql = (
             "SELECT id, type, display FROM member JOIN resource ON seq = member_seq WHERE group_seq"
         )
@@ -2871,7 +2871,7 @@ class Session:
         return sum(count for (count,) in counts)
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
-        """Return the groups that each of some resources is a direct member of."""
+        # Return the groups that each of some resources is a direct member of.
         groups: dict[int, list[Resource]] = {seq: [] for seq in seqs}
         rows = self._among(
             "SELECT member_seq, group_seq, id, body FROM member "
@@ -2887,7 +2887,7 @@ class Session:
     def add_members(
         self, group_seq: int, members: Mapping[str, str | None], display: Attribute
     ) -> list[str]:
-        """Store new members, or new displays of members, by id; return the ids that exist."""
+        # Store new members, or new displays of members, by id; return the ids that exist.
         # An id that no resource of the tenant has is ignored: one unknown member in a push of many
         # must not lose the others, because Okta does not repeat a push that failed.
         seqs = self.seqs_of(members)
@@ -2918,7 +2918,7 @@ class Session:
         return next(iter(self._employees("user_id = ?", [user_id])), None)
 
     def former_employee(self, external_id: str, user_name: str) -> EmployeeRow | None:
-        """Return the inactive employee that a person was; user_name is a key."""
+        # Return the inactive employee that a person was; user_name is a key.
         # It has no SCIM user any more, or one under another name that was deactivated. A userName
         # can be given to another person: if both have an externalId, that decides.
         rows = self._employees(
@@ -2933,7 +2933,7 @@ class Session:
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
-        """Return at most count employees with ids after one and up to another; since is a key."""
+        # Return at most count employees with ids after one and up to another; since is a key.
         states = [0, 1] if active is None else [int(active)] * 2
         return self._employees(
             "id > ? AND id <= ? AND active IN (?, ?) AND changed >= ? ORDER BY id LIMIT ?",
@@ -2961,7 +2961,7 @@ class Session:
     # -- Changes --
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
-        """Append rows to the change feed; drop those beyond the newest keep, or before a time."""
+        # Append rows to the change feed; drop those beyond the newest keep, or before a time.
         first = self.next_number("change", len(changes))
         rows = [(seq, *change) for seq, change in enumerate(changes, first)]
         self.run_many("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
@@ -2973,7 +2973,7 @@ class Session:
         )
 
     def changes(self, after: int, count: int) -> list[Change]:
-        """Return at most count changes after a number; ScimError 410 if not all are kept."""
+        # Return at most count changes after a number; ScimError 410 if not all are kept.
         first, last = self.change_bounds()
         if not first <= after <= last:
             raise ScimError(
@@ -2985,7 +2985,7 @@ class Session:
         return self._changes("seq > ? ORDER BY seq LIMIT ?", [after, count])
 
     def changes_about(self, id: str, employee: int, count: int) -> list[Change]:
-        """Return the newest changes of a user or group and of an employee (0 for none)."""
+        # Return the newest changes of a user or group and of an employee (0 for none).
         return self._changes(
             "seq IN (SELECT seq FROM change WHERE id = ? AND kind NOT LIKE 'employee.%' UNION ALL "
             "SELECT seq FROM change WHERE id = ? AND kind LIKE 'employee.%' UNION ALL "
@@ -3000,7 +3000,7 @@ class Session:
         ]
 
     def change_bounds(self) -> tuple[int, int]:
-        """Return the number before the first change that is kept, and that of the newest change."""
+        # Return the number before the first change that is kept, and that of the newest change.
         last, first, start = self.run(
             "SELECT last, (SELECT min(seq) - 1 FROM change), (SELECT value FROM setting "
             "WHERE name = 'feed_start') FROM number WHERE name = 'change'"
@@ -3008,7 +3008,7 @@ class Session:
         return max(last if first is None else first, int(start or 0)), last
 
     def time_of_write(self, now: str) -> str:
-        """Return the time of all changes in this session: now, but never before earlier ones."""
+        # Return the time of all changes in this session: now, but never before earlier ones.
         # If the clock goes back it stands still, so that readers who ask for what has changed
         # since a time miss nothing. The clocks of two machines differ, too.
         if not self._time:
@@ -3018,7 +3018,7 @@ class Session:
         return self._time
 
     def moved_to(self) -> str:
-        """Return where the content was moved to, or ""."""
+        # Return where the content was moved to, or "".
         # The same round trip reads what time_of_write() needs.
         moved, self._newest = self.run(
             "SELECT (SELECT value FROM setting WHERE name = 'moved to'), "
@@ -3029,7 +3029,7 @@ class Session:
     # -- The provisioning log --
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
-        """Append entries, each preceded by its level and subject, and keep the newest."""
+        # Append entries, each preceded by its level and subject, and keep the newest.
         entries = [
             (level, subject, to_json(entry).encode("utf-8", "replace").decode())
             for level, subject, entry in rows
@@ -3042,7 +3042,7 @@ class Session:
     def requests(
         self, after: int, before: int, count: int, level: int, subject: str, text: str
     ) -> list[Json]:
-        """Return entries between two numbers with a minimum level, newest first."""
+        # Return entries between two numbers with a minimum level, newest first.
         sql = (
             "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
             "? AND ? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT ?"
@@ -3056,7 +3056,7 @@ class Session:
         ]
 
     def batches(self, table: str) -> Iterator[list[Any]]:
-        """Yield the rows of a table in the order of its key, some at a time."""
+        # Yield the rows of a table in the order of its key, some at a time.
         key, after, values = TABLE_KEYS[table], "1 = 1", list[Any]()
         size = len(key.split(", "))
         sql = f"SELECT * FROM {table} WHERE %s ORDER BY {key} LIMIT {MANY}"
@@ -3067,7 +3067,7 @@ class Session:
     # -- Settings --
 
     def next_number(self, table: str, count: int = 1) -> int:
-        """Give out numbers of a table's rows: return the first of count."""
+        # Give out numbers of a table's rows: return the first of count.
         sql = "UPDATE number SET last = last + ? WHERE name = ? RETURNING last"
         [[last]] = self.run(sql, [count, table]).fetchall()
         return int(last) - count + 1
@@ -3077,7 +3077,7 @@ class Session:
         return dict(self.run("SELECT name, last FROM number").fetchall())
 
     def continue_numbering(self, numbers: Mapping[str, int]) -> None:
-        """After a restore, reuse no number and end the feed for all its readers (410)."""
+        # After a restore, reuse no number and end the feed for all its readers (410).
         last = {name: max(seq, numbers.get(name, 0)) for name, seq in self.numbers().items()}
         last["change"] += 1  # also for readers that had read all changes
         rows = [(seq, name) for name, seq in last.items()]
@@ -3094,7 +3094,7 @@ class Session:
 
 
 def migrate(link: Link) -> None:
-    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
+    # Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
     with link.transaction():
         version, session = link.version, Session(link)
         if version > FORMAT:
@@ -3243,7 +3243,7 @@ class Store:
 def copy_rows(
     source: Session, target: Session, report: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Replace the rows of all tables by those of another database, and compare; StoreError."""
+    # Replace the rows of all tables by those of another database, and compare; StoreError.
 
     def copied(table: str) -> Iterator[list[Any]]:
         count = 0
@@ -3306,7 +3306,7 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
 
 
 def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
-    """Copy a tenant's backup to another database, in the format of this version; StoreError."""
+    # Copy a tenant's backup to another database, in the format of this version; StoreError.
     # Without immutable=1, SQLite opens no database in a directory where it may not write.
     mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
     address = f"{Path(backup).resolve().as_uri()}?{mode}"
@@ -3327,7 +3327,7 @@ def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
 
 
 def replace_content(path: str, restored: SqliteLink) -> None:
-    """Replace the content of a database in one commit; no number is given out again."""
+    # Replace the content of a database in one commit; no number is given out again.
     Path(path).touch(0o600)
     # Nothing can be read in this mode while another process has the database open.
     with closing(SqliteLink(path, ["locking_mode = EXCLUSIVE"], timeout=0)) as target:
@@ -3419,7 +3419,7 @@ EMPLOYEE_PATHS = {
 
 
 def employee_record(user: Resource) -> Resource:
-    """Return the fields of an employee that are copied from a user, by their names in Employee."""
+    # Return the fields of an employee that are copied from a user, by their names in Employee.
     record = {
         name: next(filter(None, (joined_texts(paths, user) for paths in choices)), "")
         for name, choices in EMPLOYEE_PATHS.items()
@@ -3433,7 +3433,7 @@ def joined_texts(paths: list[PatchPath], resource: Resource) -> str:
 
 
 def text_at(path: PatchPath, resource: Resource) -> str:
-    """Return the first text at a path in a resource, "" if there is none."""
+    # Return the first text at a path in a resource, "" if there is none.
     texts = (
         item.get(path.sub_attribute.name) if path.sub_attribute else item
         for item in values_at(path.attributes, resource)
@@ -3446,12 +3446,12 @@ def text_at(path: PatchPath, resource: Resource) -> str:
 
 
 def time_text(instant: datetime) -> str:
-    """Return an instant as dateTime text, in UTC with milliseconds, as in meta.created."""
+    # Return an instant as dateTime text, in UTC with milliseconds, as in meta.created.
     return instant.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def change_kind(before: Resource, after: Resource) -> str:
-    """Return "created", "updated" … for a change from before to after; {} means it is absent."""
+    # Return "created", "updated" … for a change from before to after; {} means it is absent.
     if not before or not after:
         return "deleted" if before else "created"
     activity: tuple[Json, Json] = before.get("active"), after.get("active")
@@ -3459,7 +3459,7 @@ def change_kind(before: Resource, after: Resource) -> str:
 
 
 def changed_names(attribute: Attribute, before: Resource, after: Resource) -> Iterator[str]:
-    """Yield the paths of the attributes that differ; those of an extension one by one."""
+    # Yield the paths of the attributes that differ; those of an extension one by one.
     for sub in attribute.sub_attributes:
         old, new = before.get(sub.name, {}), after.get(sub.name, {})
         if old != new and sub.mutability == "readWrite" and not sub.is_membership:
@@ -3534,7 +3534,7 @@ def compared_fields(row: EmployeeRow) -> Resource:
 
 
 def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> Iterator[list[str]]:
-    """Yield the header and a row of texts for each employee, the custom fields as last columns."""
+    # Yield the header and a row of texts for each employee, the custom fields as last columns.
     columns = [field.name for field in fields(Employee) if field.name != "custom_fields"]
     yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
     for employee in employees:
@@ -3548,7 +3548,7 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
 
 
 def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
-    """Yield the lines of a table as CSV (RFC 4180)."""
+    # Yield the lines of a table as CSV (RFC 4180).
     for row in table:
         line = io.StringIO()
         # A spreadsheet would run a cell that looks like a formula; an apostrophe makes it text.
@@ -3587,7 +3587,7 @@ class Precondition(NamedTuple):
         return self._names(self.if_none_match, version)
 
     def check(self, version: str) -> None:
-        """Raise ScimError 412 if a write must not happen on this version."""
+        # Raise ScimError 412 if a write must not happen on this version.
         if self.if_match and not self._names(self.if_match, version):
             raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
         if self.excludes(version):
@@ -4432,14 +4432,14 @@ class ConfigReader:
     problems: list[str] = field(default_factory=list)
 
     def result(self, path: str, value: Json, rule: Rule) -> Any:
-        """Return a JSON value as its rule converts it; ConfigError with every mistake."""
+        # Return a JSON value as its rule converts it; ConfigError with every mistake.
         converted = self.read(path, value, rule)
         if self.problems:
             raise ConfigError(self.problems)
         return converted
 
     def read(self, path: str, value: Json, rule: Rule) -> Any:
-        """Return a JSON value as its rule converts it, None for a wrong one."""
+        # Return a JSON value as its rule converts it, None for a wrong one.
         if isinstance(rule, list):
             items = self.read(path, value, rule[0]) or ()
             return tuple(self.read(f"{path}[{n}]", item, rule[1]) for n, item in enumerate(items))
@@ -4599,7 +4599,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
-    """Return the members of a JSON object as a dict; ValueError if two have the same name."""
+    # Return the members of a JSON object as a dict; ValueError if two have the same name.
     members = dict(pairs)
     if len(members) < len(pairs):
         name = Counter(name for name, _ in pairs).most_common(1)[0][0]
@@ -4632,7 +4632,7 @@ def to_config(source: Source) -> Config:
 
 
 def store_location(config: Config, tenant: Tenant) -> str:
-    """Return the URL of the database that has the tenant's schema, or the path of its file."""
+    # Return the URL of the database that has the tenant's schema, or the path of its file.
     folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
     path = folder if folder == ":memory:" else os.path.join(folder, file)
     return tenant.database or config.database or path
@@ -4748,7 +4748,7 @@ class Call:
         )
 
     def json(self) -> Json:
-        """Return the JSON of the body; ScimError 400 invalidSyntax."""
+        # Return the JSON of the body; ScimError 400 invalidSyntax.
         self.body = parse_body(self.request)
         return self.body
 
@@ -4767,7 +4767,7 @@ class Call:
         most: int = 10**18,
         scim_type: str = "invalidValue",
     ) -> int:
-        """Return an integer parameter, moved into its bounds; ScimError 400 for other text."""
+        # Return an integer parameter, moved into its bounds; ScimError 400 for other text.
         if not (text := self.parameters.get(name.lower(), "")):
             return default
         if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
@@ -4801,7 +4801,7 @@ class Usage:
         self._crowded: set[str] = set()  # tenants of which a request was refused
 
     def take(self, *changes: tuple[str, int, int]) -> None:
-        """Note that tenants take so many connections and octets more, or fewer if negative."""
+        # Note that tenants take so many connections and octets more, or fewer if negative.
         with self._lock:
             for tenant, connections, octets in changes:
                 self._connections[tenant] += connections
@@ -4809,7 +4809,7 @@ class Usage:
                 self._total += octets
 
     def check_connections(self, tenant: str) -> None:
-        """Raise ScimError 429 if a tenant can have no more connections with requests in flight."""
+        # Raise ScimError 429 if a tenant can have no more connections with requests in flight.
         if tenant and self._connections[tenant] >= self.max_connections:
             self._crowded.add(tenant)
             raise ScimError(
@@ -4821,12 +4821,12 @@ class Usage:
             )
 
     def check_memory(self, tenant: str) -> None:
-        """Raise ScimError 503 if a tenant, or all of them, take more memory than they may."""
+        # Raise ScimError 503 if a tenant, or all of them, take more memory than they may.
         if self._total > self.max_octets or self._octets[tenant] > self.max_octets // 2:
             raise ScimError(503, "", "too much is in flight now for max_memory; try again", RETRY)
 
     def may_wait(self, tenant: str) -> bool:
-        """Return whether a long poll may go on: one ends for each refused request of its tenant."""
+        # Return whether a long poll may go on: one ends for each refused request of its tenant.
         crowded = tenant in self._crowded
         self._crowded.discard(tenant)
         return not crowded
@@ -4900,7 +4900,7 @@ def decoded(text: str, start: int = 0) -> str:
 
 
 def credentials_of(request: Request) -> tuple[str, str]:
-    """Return the scheme and the secret of a request's Authorization, "" for a missing part."""
+    # Return the scheme and the secret of a request's Authorization, "" for a missing part.
     scheme, _, secret = request.headers.get("authorization", "").partition(" ")
     return scheme.lower(), secret
 
@@ -4968,7 +4968,7 @@ def token_request(request: Request) -> dict[str, str]:
 
 
 def parse_body(request: Request) -> Json:
-    """Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong."""
+    # Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong.
     if not isinstance(body := request.body, bytes):
         return body
     # A text may hold brackets too, but no client sends so many of them.
@@ -4991,7 +4991,7 @@ def parse_body(request: Request) -> Json:
 
 
 def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
-    """Raise ValueError for JSON that is too deep, or has text that databases refuse."""
+    # Raise ValueError for JSON that is too deep, or has text that databases refuse.
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
     if isinstance(value, str) and UNSTORABLE.search(value):
@@ -5019,7 +5019,7 @@ def finite(text: str) -> float:
 
 
 def list_response(resources: Iterable[Json], total: int, **more: Json) -> Response:
-    """Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage counts the resources in it."""
+    # Return a ListResponse (RFC 7644 §3.4.2); itemsPerPage counts the resources in it.
     page = list(resources)
     return Response(
         200,
@@ -5108,7 +5108,7 @@ def read_exactly(buffer: bytearray, length: int) -> Reading:
 
 
 def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: str) -> Reading:
-    """Read up to a mark and including it; ScimError of that status beyond limit octets."""
+    # Read up to a mark and including it; ScimError of that status beyond limit octets.
     while (end := buffer.find(mark, 0, limit)) < 0:
         if len(buffer) > limit:
             raise ScimError(status, "", detail)
@@ -5151,7 +5151,7 @@ def read_fields(buffer: bytearray, status: int) -> Generator[bool, None, dict[st
 
 
 def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
-    """Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505."""
+    # Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505.
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
@@ -5162,7 +5162,7 @@ def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
-    """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
+    # Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6.
     host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
     for is_valid, detail in (
         (
@@ -5188,7 +5188,7 @@ def too_large(limit: int) -> ScimError:
 
 
 def read_chunks(buffer: bytearray, limit: int) -> Reading:
-    """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
+    # Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413.
     detail = "the chunked body is malformed"
     body, chunks = bytearray(), 0
     while line := CHUNK_LINE.fullmatch(
@@ -5209,7 +5209,7 @@ def read_chunks(buffer: bytearray, limit: int) -> Reading:
 
 
 def host_and_target(target: str, host: str) -> tuple[str, str]:
-    """Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError."""
+    # Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError.
     if target.startswith("/") or target == "*":
         return host, target
     if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
@@ -5218,7 +5218,7 @@ def host_and_target(target: str, host: str) -> tuple[str, str]:
 
 
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*)."""
+    # Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*).
     nearest = headers.get("forwarded", "").rpartition(",")[2]
     fields = {
         name.strip().lower(): value.strip(' "')
@@ -5234,7 +5234,7 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def body_text(body: Json) -> str:
-    """Return the text of an answer's body; Encoded resources of a list are JSON text already."""
+    # Return the text of an answer's body; Encoded resources of a list are JSON text already.
     if isinstance(body, str):
         return body
     if not isinstance(body, dict) or "Resources" not in body:
@@ -5244,7 +5244,7 @@ def body_text(body: Json) -> str:
 
 
 def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
-    """Return the status, the header fields and the body of an answer."""
+    # Return the status, the header fields and the body of an answer.
     body = b"" if response.body is None else body_text(response.body).encode()
     # Nearly every answer is about people: no cache keeps one, and no browser guesses its type.
     fields = {
@@ -5272,7 +5272,7 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
 
 
 def attribute_document(attribute: Attribute) -> Json:
-    """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
+    # Return an attribute as RFC 7643 §7 describes it, without what does not apply.
     document = {
         "name": attribute.name,
         "type": attribute.type,
@@ -5347,7 +5347,7 @@ AUTHENTICATION_SCHEMES = (
 
 
 def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
-    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
+    # Return the service provider configuration (RFC 7643 §5), the one document without an id.
     return {
         "": {
             "schemas": ["urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"],
@@ -5396,7 +5396,7 @@ DOCUMENTS = {
 
 
 def get_documents(call: Call) -> Response:
-    """Answer GET of a discovery endpoint: all documents, or one; sorting and paging are ignored."""
+    # Answer GET of a discovery endpoint: all documents, or one; sorting and paging are ignored.
     if "filter" in call.parameters:  # RFC 7644 §4
         raise ScimError(403, "", "filter: discovery endpoints take no filter")
     documents = DOCUMENTS[call.route.label.split("/")[1]](call.directory, call.base_url)
@@ -5451,7 +5451,7 @@ def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
 
 
 def list_resources(call: Call) -> Response:
-    """Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2)."""
+    # Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2).
     text, types = call.parameters.get("filter"), call.resource_types
     queries = {
         resource_type.name: (
@@ -5478,7 +5478,7 @@ def list_resources(call: Call) -> Response:
 
 
 def search_resources(call: Call) -> Response:
-    """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
+    # Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3).
     parameters = {}
     for name, value in lowercase_keys(call.json()).items():
         texts = [
@@ -5498,7 +5498,7 @@ def search_resources(call: Call) -> Response:
 
 
 def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
-    """Return how to sort; an unknown attribute is ignored (RFC 7644 §3.4.2.3)."""
+    # Return how to sort; an unknown attribute is ignored (RFC 7644 §3.4.2.3).
     order = parameters.get("sortorder", "").strip().lower() or "ascending"
     if order not in ("ascending", "descending"):
         raise invalid_value(f"sortOrder: expected ascending or descending, got {quoted(order)}")
@@ -5514,7 +5514,7 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
-    """Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page."""
+    # Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page.
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
     total, after, backward = read_cursor(call)
@@ -5541,7 +5541,7 @@ def make_cursor(call: Call, total: int, position: Position, backward: bool) -> s
 
 
 def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
-    """Return the total, position and direction of a cursor; ScimError 400 if it is not usable."""
+    # Return the total, position and direction of a cursor; ScimError 400 if it is not usable.
     if not (text := call.parameters["cursor"]):
         return 0, None, False
     content = decoded(text, SIGNATURE_LENGTH)
@@ -5592,7 +5592,7 @@ class BulkOperation(NamedTuple):
     references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
 
     def target(self, id_of: IdOf) -> str:
-        """Return the id in the path; for a bulkId the id that it stands for, if there is one."""
+        # Return the id in the path; for a bulkId the id that it stands for, if there is one.
         reference = BULK_ID.fullmatch(self.id)
         return (reference and id_of(reference[1])) or self.id
 
@@ -5603,7 +5603,7 @@ class BulkOperation(NamedTuple):
 
 
 def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
-    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
+    # Return an operation of a bulk request; ScimError 400 invalidSyntax.
     members = lowercase_keys(item, "Operations: expected objects")
     texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
     for name, value in texts.items():
@@ -5637,7 +5637,7 @@ def holds_id(attribute: Attribute) -> bool:
 
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
-    """Return an attribute's value with ids in place of bulkIds; one without id is left out."""
+    # Return an attribute's value with ids in place of bulkIds; one without id is left out.
     if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
         return id_of(reference[1])
     if isinstance(value, list):
@@ -5657,7 +5657,7 @@ def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
 
 
 def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
-    """Return the body of a PATCH, or a part of it, with ids in place of bulkIds."""
+    # Return the body of a PATCH, or a part of it, with ids in place of bulkIds.
     if isinstance(body, list):
         return [patch_with_ids(item, resource_type, id_of) for item in body]
     if not isinstance(body, dict):
@@ -5676,7 +5676,7 @@ def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json
 def path_with_ids(
     path: str, value: Json, resource_type: ResourceType, id_of: IdOf
 ) -> tuple[str, Json]:
-    """Return a path of a PATCH and the value for it, with ids in place of bulkIds in both."""
+    # Return a path of a PATCH and the value for it, with ids in place of bulkIds in both.
     name = re.sub(r"(?s)\[.*\]", "", path[:MAX_FILTER_LENGTH]).strip()
     attributes = resolve(name, resource_type) or (resource_type.root,)
     if any(map(holds_id, attributes)):
@@ -6056,14 +6056,14 @@ class LogItem:
 
     @cached_property
     def resource(self) -> Resource:
-        """The user or group in the answer, or the only one that a query returned; {} for none."""
+        # The user or group in the answer, or the only one that a query returned; {} for none.
         body = self.response.body if self.call.route.type and self.response.status < 300 else None
         resource: Resource = next(iter(body.get("Resources", [body])), {}) if body else {}
         return from_json(resource) if isinstance(resource, Encoded) else resource
 
     @cached_property
     def sent(self) -> list[Sent]:
-        """What the client wrote, the attributes of an extension one by one."""
+        # What the client wrote, the attributes of an extension one by one.
         sent, call = list(map(sent_by, self.call.operations)), self.call
         body = call.body if call.route.type and isinstance(call.body, dict) else {}
         for name, value in body.items() if call.request.method != "PATCH" else ():
@@ -6103,7 +6103,7 @@ def member_ids(path: str, value: Json) -> list[str]:
 
 
 def operation_name(item: LogItem) -> str:
-    """Return what a call does, such as "Update user": a phrase that the subject's name follows."""
+    # Return what a call does, such as "Update user": a phrase that the subject's name follows.
     request, route, noun = item.call.request, item.call.route.label, item.call.route.type.lower()
     if not noun:
         return f"Call {route or request.path[:80]}"
@@ -6115,7 +6115,7 @@ def operation_name(item: LogItem) -> str:
 
 
 def patch_name(item: LogItem) -> str:
-    """Return "Deactivate user", "Add 3 members to" and the like; "" for another PATCH or method."""
+    # Return "Deactivate user", "Add 3 members to" and the like; "" for another PATCH or method.
     state, counts = "", Counter[str]()
     for op, path, value in item.sent if item.call.operations else ():
         if path == "active":
@@ -6128,7 +6128,7 @@ def patch_name(item: LogItem) -> str:
 
 
 def subject_name(session: Session, item: LogItem, id: str) -> str:
-    """Return the name of the user or group that a call is about, "" if it is not known."""
+    # Return the name of the user or group that a call is about, "" if it is not known.
     call, resource = item.call, item.resource
     filter = dict(parse_qsl(call.request.query)).get("filter", "")
     literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
@@ -6175,7 +6175,7 @@ def user_warnings(item: LogItem) -> Iterator[Reason]:
 
 
 def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    """Yield a warning for each active user that has the externalId that was sent for another."""
+    # Yield a warning for each active user that has the externalId that was sent for another.
     user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
     if "externalid" in paths and (text := user.get("externalId")):
         same = Compare((USER_TYPE.root.by_name["externalid"],), "eq", text, text)
@@ -6212,7 +6212,7 @@ def without_quotes(text: str) -> str:
 
 
 def redacted(value: Json) -> Json:
-    """Return a body with the values of secrets hidden, in filters and in a PATCH too."""
+    # Return a body with the values of secrets hidden, in filters and in a PATCH too.
     if isinstance(value, str):
         # A filter, or the path of a PATCH, may have the secret beside its name.
         return REDACTED if SECRET.search(value) and not SECRET_NAME.fullmatch(value) else value
@@ -6229,7 +6229,7 @@ def redacted(value: Json) -> Json:
 
 
 def explain(reason: Reason, item: LogItem) -> Json:
-    """Return the kind of a trouble, the sentence that explains it, and the remedy."""
+    # Return the kind of a trouble, the sentence that explains it, and the remedy.
     kind, names, text, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
     if item.may_show_secret:
@@ -6263,7 +6263,7 @@ def attributes_of(item: LogItem) -> list[str]:
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
-    """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
+    # Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry.
     call, response, refused = item.call, item.response, item.response.status >= 400
     detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
     detail = without_quotes(detail) if item.may_show_secret else detail
@@ -6298,7 +6298,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
 
 
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
-    """Write calls of one tenant to its log, with each token's last use and the set-up's steps."""
+    # Write calls of one tenant to its log, with each token's last use and the set-up's steps.
     logged = [item for item in items if item.logged]
     uses = {item.caller.credential: item.instant for item in items if item.response.status != 401}
     with store.reading() as session:
@@ -6358,7 +6358,7 @@ class ProvisioningLog(BackgroundWriter):
         self.unknown_token_calls, self.unknown_token_since = 0, ""
 
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
-        """Queue a call for its tenant's log, or count it if no tenant has its token."""
+        # Queue a call for its tenant's log, or count it if no tenant has its token.
         request, caller = call.request, call.caller
         # A path that does not exist has no label.
         is_failure = call.route.label == TOKEN_PATH and response.status >= 400
@@ -6412,7 +6412,7 @@ class ProvisioningLog(BackgroundWriter):
 
 
 def list_employees(call: Call) -> Response:
-    """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
+    # Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV.
     if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
         raise invalid_value(f"active: expected true or false, got {quoted(active)}")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
@@ -6456,7 +6456,7 @@ def long_poll(usage: Usage, call: Call, read: Callable[[float], list[Any]]) -> l
 
 
 def list_changes(usage: Usage, call: Call) -> Response:
-    """Answer GET /changes: those after a number; with wait, block until there are some."""
+    # Answer GET /changes: those after a number; with wait, block until there are some.
     after, count = call.integer("after", 0), call.integer("count", MAX_COUNT, 1, MAX_COUNT)
     changes = long_poll(usage, call, lambda wait: call.directory.changes(after, wait, count))
     return plain_response(
@@ -6486,7 +6486,7 @@ def page_response(page: str) -> Response:
 
 
 def entra_mapping(directory: Directory) -> Iterator[list[str]]:
-    """Yield rows of source, customappsso attribute, type in Entra, and the change to make."""
+    # Yield rows of source, customappsso attribute, type in Entra, and the change to make.
     types = {"boolean": "Boolean", "integer": "Integer", "complex": "Reference"}
     fields = (
         ("", f"{FACILIO}:{name}", "custom field: choose its source")
@@ -6515,7 +6515,7 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
-    """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
+    # Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already.
     directory, now = call.directory, call.directory.clock()
     tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
@@ -6681,7 +6681,7 @@ class Tenants:
             database.close()
 
     def add_tenant(self, document: Json) -> Directory:
-        """Add or replace a tenant, as in the configuration file; ConfigError, StoreError."""
+        # Add or replace a tenant, as in the configuration file; ConfigError, StoreError.
         with self._configuring:
             tenant = parse_tenant(document, self.config.tenants)
             tenants = {**self.tenants, tenant.name: tenant}
@@ -6694,7 +6694,7 @@ class Tenants:
             self.configure(replace(self.config, tenants=others))
 
     def directory(self, name: str) -> Directory:
-        """Return the directory of a tenant; KeyError, or StoreError if it cannot be used."""
+        # Return the directory of a tenant; KeyError, or StoreError if it cannot be used.
         directory = self.directories[name]
         if isinstance(directory, Unopened):
             directory = self._opened(name) or directory
@@ -6708,7 +6708,7 @@ class Tenants:
 
     @property
     def failures(self) -> dict[str, StoreError]:
-        """Why tenants are not served, by their names."""
+        # Why tenants are not served, by their names.
         return {
             name: error
             for name, error in self.directories.items()
@@ -6718,7 +6718,7 @@ class Tenants:
     # -- Credentials --
 
     def token(self, name: str, kind: type[Token] = Token) -> str:
-        """Return a new secret of a tenant, valid while the tenant is served; KeyError."""
+        # Return a new secret of a tenant, valid while the tenant is served; KeyError.
         secret = secrets.token_urlsafe(32)
         with self._configuring:
             self._temporary.append((self.tenants[name].name, kind("made", digest(secret))))
@@ -6726,7 +6726,7 @@ class Tenants:
         return secret
 
     def client(self, name: str) -> tuple[str, str]:
-        """Return id and secret of a new client of a tenant, valid like those of token()."""
+        # Return id and secret of a new client of a tenant, valid like those of token().
         return "made", self.token(name, Client)
 
     def _index_credentials(self) -> None:
@@ -6739,7 +6739,7 @@ class Tenants:
         }
 
     def known_caller(self, request: Request) -> Caller | None:
-        """Return who sent a request, by the configuration; None for an unknown credential."""
+        # Return who sent a request, by the configuration; None for an unknown credential.
         if request.caller is not None:
             return request.caller or None
         scheme, secret = credentials_of(request)
@@ -6884,12 +6884,12 @@ QUICK_QUERIES = {
 
 
 def is_small(type: str, id: str, query: str) -> bool:
-    """Return whether a request for one resource, or a query, reads a few rows only."""
+    # Return whether a request for one resource, or a query, reads a few rows only.
     return bool(id or QUICK_QUERIES[type].fullmatch(query))
 
 
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
-    """Return routes by the segments of their paths; {type} stands for Users and for Groups."""
+    # Return routes by the segments of their paths; {type} stands for Users and for Groups.
     routes: dict[tuple[str, ...], Route] = {}
     for methods, pattern, access, lane, operation in rows:
         for path in (pattern.replace("{type}", "Users"), pattern.replace("{type}", "Groups")):
@@ -7271,7 +7271,7 @@ class Tls:
         self._context = self._load()
 
     def context(self) -> ssl.SSLContext:
-        """Return the context for a new connection, loaded again if the files have changed."""
+        # Return the context for a new connection, loaded again if the files have changed.
         if (signature := file_signature(*self._files)) != self._signature:
             self._signature = signature  # also of unusable files, so that this is logged once
             try:
@@ -7332,7 +7332,7 @@ class Connection:
         self.held = (tenant, octets)
 
     def receive(self) -> bool:
-        """Move the octets that arrived to the buffer; return False if the client has closed."""
+        # Move the octets that arrived to the buffer; return False if the client has closed.
         try:
             octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
         except WOULD_BLOCK:
@@ -7346,7 +7346,7 @@ class Connection:
         return bool(octets)
 
     def send(self, octets: bytes) -> None:
-        """Send what the system takes without waiting and keep the rest in unsent."""
+        # Send what the system takes without waiting and keep the rest in unsent.
         if octets:
             self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
@@ -7374,7 +7374,7 @@ class Connection:
 
 
 def listen(config: Config) -> socket.socket:
-    """Return a socket that listens where a configuration says; port 0 picks a free one. OSError."""
+    # Return a socket that listens where a configuration says; port 0 picks a free one. OSError.
     listener = socket.create_server(
         (config.host, config.port),
         family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
@@ -7423,7 +7423,7 @@ class Watcher:
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
     def serve_forever(self) -> None:
-        """Watch all connections until stopping is set, and then until all requests are answered."""
+        # Watch all connections until stopping is set, and then until all requests are answered.
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -7449,7 +7449,7 @@ class Watcher:
         self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
-        """Go on with a connection whose request was answered; for the thread that answered it."""
+        # Go on with a connection whose request was answered; for the thread that answered it.
         with self._lock:
             if (
                 connection.then == KEEP
@@ -7463,7 +7463,7 @@ class Watcher:
         self._wake()
 
     def guarded(self, action: Callable[..., None], connection: Connection, *more: Any) -> None:
-        """Call action(connection, *more); if it raises, only this connection is lost."""
+        # Call action(connection, *more); if it raises, only this connection is lost.
         try:
             action(connection, *more)
         except Exception as error:  # noqa: BLE001
@@ -7659,7 +7659,7 @@ http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of 
 
 
 def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    """Return a writer of requests as lines of a style: text, json or off."""
+    # Return a writer of requests as lines of a style: text, json or off.
 
     def text(line: dict[str, Any]) -> str:
         line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
@@ -8493,7 +8493,7 @@ def follow_file(
 
 
 def reload_config(application: Application, load: Callable[[], Config]) -> str:
-    """Apply a changed configuration, keep the current one if it is invalid; return a log line."""
+    # Apply a changed configuration, keep the current one if it is invalid; return a log line.
     current = application.config
     fixed = [option for option in fields(Config) if not option.metadata["live"]]
     try:
@@ -8532,7 +8532,7 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    """Return the configuration file's content with the options of the command line; ConfigError."""
+    # Return the configuration file's content with the options of the command line; ConfigError.
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
     listen = ConfigReader().result("--listen", options.listen, ADDRESS) if options.listen else {}
@@ -8540,7 +8540,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
 
 
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
-    """Return the configuration and the tenant that --tenant names; UsageError."""
+    # Return the configuration and the tenant that --tenant names; UsageError.
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
@@ -8551,7 +8551,7 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
 
 
 def existing_store(config: Config, tenant: Tenant) -> Store:
-    """Return a tenant's store, which a running server may be using; UsageError if there is none."""
+    # Return a tenant's store, which a running server may be using; UsageError if there is none.
     location = store_location(config, tenant)
     if not is_postgres(location) and not os.path.exists(location):
         raise UsageError(f"{location}: does not exist, tenant {tenant.name} has no data yet")
@@ -8559,7 +8559,7 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
+    # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
     file = chosen_file(options)
     signature, config = file_signature(file), chosen_config(options)
     config = fit_to_file_limit(config)
@@ -8593,7 +8593,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def fit_to_file_limit(config: Config) -> Config:
-    """Raise the limit of open files; return a configuration with the connections that it allows."""
+    # Raise the limit of open files; return a configuration with the connections that it allows.
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
 
@@ -8639,7 +8639,7 @@ def usable_secret(tenant: Tenant) -> str:
 
 
 def greeting(url: str, config: Config) -> str:
-    """Return what to paste into Entra ID: Tenant URL, and secrets that the file holds."""
+    # Return what to paste into Entra ID: Tenant URL, and secrets that the file holds.
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
@@ -8833,7 +8833,7 @@ DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
 def answer_to(
     method: str, url: str, token: str, body: str = "", type: str = "application/scim+json"
 ) -> tuple[int, Json]:
-    """Return status and JSON of the answer to a request; UsageError if there is no answer."""
+    # Return status and JSON of the answer to a request; UsageError if there is no answer.
     try:
         headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
         request = urllib.request.Request(url, body.encode() or None, headers, method=method)
@@ -8967,7 +8967,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
 
 
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of the command line; run is the function to call."""
+    # Return the options of the command line; run is the function to call.
     parser = argparse.ArgumentParser(
         prog="scim_server.py", description="A SCIM 2.0 server for Microsoft Entra ID, in one file."
     )
