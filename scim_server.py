@@ -4352,9 +4352,11 @@ class Tenant:
         return (*self.tokens, *self.clients)
 
     def without_secrets(self) -> Tenant:
-        tokens = (replace(token, secret="") for token in self.tokens)
-        clients = (replace(client, secret="") for client in self.clients)
-        return replace(self, tokens=tuple(tokens), clients=tuple(clients))
+        return replace(
+            self,
+            tokens=tuple(replace(token, secret="") for token in self.tokens),
+            clients=tuple(replace(client, secret="") for client in self.clients),
+        )
 
 
 @dataclass(frozen=True)
@@ -4908,8 +4910,7 @@ def credentials_of(request: Request) -> tuple[str, str]:
 def readings(text: str, scheme: str = "") -> Iterator[tuple[str, str]]:
     # Yield what may be meant by a secret after a scheme, and the mistake of who pasted it. First
     # comes the secret as it is, without a mistake; then without what does not belong to it.
-    rest = text[len(scheme) :] if text.lower().startswith(scheme) else ""
-    yield rest, ""
+    yield (rest := text[len(scheme) :] if text.lower().startswith(scheme) else ""), ""
     pasted = (rest or text)[:1_000]
     words = [word for word, pattern in PASTED.items() if re.search(pattern, pasted, re.IGNORECASE)]
     secret = re.sub("|".join(PASTED.values()), "", pasted, flags=re.IGNORECASE)
@@ -4945,8 +4946,8 @@ def token_request(request: Request) -> dict[str, str]:
     if type != FORM or len(form) < len(pairs):
         raise ScimError(400, "", f"expected a form ({FORM}) that has each field once")
     if scheme == "basic":
-        id, _, secret = decoded(encoded.strip()).partition(":")
-        header = {"client_id": unquote(id), "client_secret": unquote(secret)}
+        id_and_secret = decoded(encoded.strip()).partition(":")[::2]
+        header = dict(zip(("client_id", "client_secret"), map(unquote, id_and_secret), strict=True))
     if not all(is_same(form.get(name, header[name]), header[name]) for name in header):
         raise ScimError(
             400,
