@@ -7821,6 +7821,7 @@ class ScimServer(Watcher):
         connection.then, connection.request, connection.line = KEEP, None, b""
         connection.line = yield from read_request_line(connection.buffer)
         head = yield from read_head(connection.buffer, connection.line)
+        # HTTP/1.0 closes a connection unless both sides say otherwise.
         options = head.headers.get("connection", "").lower()
         if head.minor_version == 0 and "keep-alive" not in options:
             head.headers["connection"] = "close"
@@ -7880,7 +7881,7 @@ class ScimServer(Watcher):
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
-        # A fault may delay the requests that meet it.
+        # A fault may delay the requests that meet it. The others must not wait for them.
         self._lanes[SLOW if self.faults else self.application.lane_of(request)](connection, request)
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
