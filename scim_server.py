@@ -1180,6 +1180,8 @@ def project(
         "meta": resource["meta"] | {"location": resource_type.location(base_url, resource["id"])},
         **memberships(resource, base_url),
     }
+    if selection.wanted is None and not selection.unwanted:
+        return resource
     return select(resource_type.root, resource, selection, whole=selection.wanted is None)
 
 
@@ -1764,10 +1766,8 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
 
 
 def compile_entries(term: Term, alias: str = "entry") -> tuple[Sql, bool]:
-    """Return what follows FROM to read the entries that match; conditions can be appended.
-
-    Also whether they stand together in the index, in the order of seq.
-    """
+    # Return what follows FROM to read the entries that match; conditions can be appended.
+    # Also whether they stand together in the index, in the order of seq.
     match term:
         case ValuePath(target, inner):
             first, others = split_filter(inner, lambda term: isinstance(term, Present | Compare))
@@ -1840,10 +1840,8 @@ def simple_attributes(attribute: Attribute) -> Iterator[Attribute]:
 
 
 def compile_source(filter: Filter) -> tuple[Sql, str]:
-    """Return what follows FROM to read the matches, and the name of the row that orders them.
-
-    The most selective set of the index is read; what else is asked is asked about its resources.
-    """
+    # Return what follows FROM to read the matches, and the name of the row that orders them.
+    # The most selective set of the index is read; what else is asked is asked about its resources.
     term, others = split_filter(filter, is_set)
     condition, parameters = compile_filter(others)
     if not term:
@@ -1860,10 +1858,8 @@ def compile_source(filter: Filter) -> tuple[Sql, str]:
 
 
 def compile_set(filter: Filter) -> tuple[Sql, bool]:
-    """Return the query of the seq of all matches, if is_set(filter).
-
-    Also whether it yields them in order, each once.
-    """
+    # Return the query of the seq of all matches, if is_set(filter).
+    # Also whether it yields them in order, each once.
     match filter:
         case Or(filters):
             sets = [compile_set(inner)[0] for inner in filters]
@@ -1906,10 +1902,8 @@ def terms_of(filter: Filter) -> list[Filter]:
 
 
 def breadth(filter: Filter) -> int:
-    """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
-
-    3 is for most in no order.
-    """
+    # Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
+    # 3 is for most in no order.
     match filter:
         case Compare((*_, attribute), "eq"):
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
@@ -4935,11 +4929,9 @@ def unauthorized(request: Request, caller: Caller | None = None) -> ScimError:
 
 
 def token_request(request: Request) -> dict[str, str]:
-    """Return the fields of a request for an access token, those in Authorization included.
-
-    RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
-    they agree. ScimError 400 invalid_request or 401 invalid_client.
-    """
+    # Return the fields of a request for an access token, those in Authorization included.
+    # RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
+    # they agree. ScimError 400 invalid_request or 401 invalid_client.
     scheme, encoded = credentials_of(request)
     form, header = dict(pairs := parse_qsl(request.body.decode(errors="replace"))), dict[str, str]()
     type = request.headers.get("content-type", FORM).partition(";")[0].strip().lower()
@@ -6744,6 +6736,9 @@ class Tenants:
         if request.caller is not None:
             return request.caller or None
         scheme, secret = credentials_of(request)
+        pair = self._credentials.get(digest(secret)) if scheme == "bearer" else None
+        if pair and type(pair[1]) is Token:
+            return self._caller(*pair)
         caller = self._holder_of_access_token(secret) if scheme == "bearer" else None
         return caller or self._holder(Token, request.headers.get("authorization", ""), "bearer ")
 
