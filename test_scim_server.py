@@ -10263,6 +10263,7 @@ def test_answers_in_flight_count_for_the_limit(tmp_path: Path) -> None:
         for user in range(6):
             roles = [{"value": f"{number}".rjust(60_000)} for number in range(20)]
             scim.user(f"u{user}", roles=roles)
+        wait_until(lambda: server.usage._total == 0)  # the log has written the users
         readers = reading_slowly(stack, server, "/Users", 3)  # of 7 MB each
         assert_error(scim.call("GET", "/Users"), 503, "", "max_memory")
         assert_error(scim.call("POST", "/Users", {"userName": "ada"}), 503)
