@@ -6736,7 +6736,7 @@ class Tenants:
         if request.caller is not None:
             return request.caller or None
         scheme, secret = credentials_of(request)
-        pair = self._credentials.get(digest(secret)) if scheme == "bearer" else None
+        pair = self._credentials.get(digest(secret)) if scheme == "bearer" and secret else None
         if pair and type(pair[1]) is Token:
             return self._caller(*pair)
         caller = self._holder_of_access_token(secret) if scheme == "bearer" else None

@@ -8441,6 +8441,15 @@ def test_a_token_may_be_configured_by_its_digest(engine: str, scheme: str) -> No
         assert requests.get(f"{server.url}/Users", headers=headers).status_code == 200
 
 
+def test_the_digest_of_nothing_lets_nobody_in() -> None:
+    empty = scim_server.digest("")  # as of a shell variable that was not set
+    tenant = {"name": "acme", "tokens": [{"sha256": empty}]}
+    with scim_server.running({"tenants": [tenant]}) as server:
+        for authorization in ("Bearer", "Bearer ''", ""):
+            headers = {"Authorization": authorization}
+            assert_error(requests.get(f"{server.url}/Users", headers=headers), 401)
+
+
 def test_the_token_alone_selects_the_tenant(scim: Scim, globex: Scim) -> None:
     ada, other = scim.user("ada"), globex.user("ada")
     assert_error(globex.call("GET", f"/Users/{ada['id']}"), 404)
