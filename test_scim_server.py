@@ -2407,7 +2407,7 @@ def test_large_filter_is_answered_or_refused_with_the_reason(
 
 # -- Random filters and sorts --
 
-FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "5000"))
+FILTER_COUNT = int(os.environ.get("SCIM_FILTERS", "2000"))
 SORT_COUNT = 300
 NO_INTEGERS = [0.5, -0.5, 6.999, 2**63, -(2**63) - 1, 1e300]  # no Integer has these values
 
