@@ -2315,7 +2315,7 @@ class SqliteLink(Link):
         self.place, self._patience = path, float(BUSY_SECONDS)
         with self.errors():
             self._connection = sqlite3.connect(
-                path, timeout, isolation_level=None, check_same_thread=False, **options
+                path, timeout=timeout, isolation_level=None, check_same_thread=False, **options
             )
             self.run, self.run_many = self._connection.execute, self._connection.executemany
             for pragma in pragmas:
