@@ -7538,9 +7538,9 @@ class Watcher:
 
     def _watch(self, connection: Connection, events: int) -> None:
         # Have the selector watch a connection for events, or for none.
-        if connection.events:
+        if connection.events not in (0, events):
             self._selector.unregister(connection.socket)
-        if events:
+        if events not in (0, connection.events):
             self._selector.register(connection.socket, events, connection)
         connection.events = events
 
