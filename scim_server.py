@@ -32,10 +32,12 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              14 Provisioning log  what each call did, and what to do if it failed
              15 Other endpoints   employees, changes, the console's API, metrics
              16 Application       tenants, routes, handle(Request) -> Response
-             17 Connections       sockets, TLS, deadlines, the watching thread
-             18 HTTP server       lanes for reads and writes, answers, faults for tests; WSGI
-             19 Console           the page that shows why provisioning works or fails
-             20 Interface         running(), wsgi(), main() and the commands
+             17 Test aids         injected faults, the journal of requests
+             18 Connections       sockets, TLS, deadlines, the watching thread
+             19 HTTP server       lanes for reads and writes, answers; WSGI
+             20 Console           the page that shows why provisioning works or fails
+             21 Embedding         ScimServer, running(), wsgi(); reloading the configuration
+             22 Commands          main() and the command line
 
 One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
               Application.handle (token, route) -> Directory (accept, PATCH or query, in one
@@ -87,7 +89,14 @@ from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
@@ -7237,11 +7246,62 @@ class Application(Tenants):
 
 
 # ----------------------------------------------------------------------------
-# 17. Connections                                         RFC 9110, RFC 9112
+# 17. Test aids
+#
+# For the test of a SCIM client: faults to inject, and the journal of what it sent.
+# Uses chapters 1, 12 and 16. Knows nothing of sockets.
+# ----------------------------------------------------------------------------
+
+MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
+
+
+class Exchange(NamedTuple):
+    """A request and its answer, for a test to inspect; secrets are left out."""
+
+    request: Request
+    response: Response
+
+
+@dataclass
+class Fault:
+    """A fault to inject into the next matching requests, to test a client."""
+
+    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
+    times: int = 1
+    method: str = ""  # any if empty
+    path: str = ""  # text that the path contains
+    delay: float = 0  # seconds
+    cut: bool = False  # close the connection in the middle of the answer's body
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def matches(self, request: Request) -> bool:
+        """Return whether this fault is for a request."""
+        return (
+            self.times > 0
+            and self.method.upper() in ("", request.method)
+            and self.path in request.path
+        )
+
+    def response(self, request: Request) -> Response:
+        """Return the answer that the status means."""
+        detail = (
+            "If-Match: the version has changed; read the resource again"
+            if self.status == 412
+            else "injected fault"
+        )
+        error = unauthorized(request) if self.status == 401 else ScimError(self.status, "", detail)
+        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        return error_response(error, request.path)._replace(
+            headers={**error.headers, **retry, **self.headers}
+        )
+
+
+# ----------------------------------------------------------------------------
+# 18. Connections                                         RFC 9110, RFC 9112
 #
 # Sockets: TLS, limits, deadlines, keep-alive. One thread watches all connections: it
 # accepts, receives, and sends what the system did not take at once.
-# Uses chapters 1, 9 and 11 to 16. Knows nothing of SCIM but the form of its errors.
+# Uses chapters 1, 9, 11 to 14 and 16. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 HEAD_SECONDS = 10  # for a head or a TLS handshake to arrive
@@ -7411,7 +7471,7 @@ class Watcher:
         self.socket = listener or listen(config)
         self.server_address = self.socket.getsockname()
         self.connections: set[Connection] = set()
-        self.stopping, self.stopped = threading.Event(), threading.Event()
+        self.started, self.stopping, self.stopped = False, threading.Event(), threading.Event()
         self._lock = threading.Lock()  # for giving a connection back
         self._returned: deque[Connection] = deque()  # to go on with
         self._paused, self._swept = False, 0.0  # whether it accepts nothing now; the last sweep
@@ -7420,6 +7480,7 @@ class Watcher:
 
     def serve_forever(self) -> None:
         # Watch all connections until stopping is set, and then until all requests are answered.
+        self.started = True
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
         self._selector.register(self.socket, selectors.EVENT_READ)
@@ -7632,13 +7693,13 @@ class Watcher:
 
 
 # ----------------------------------------------------------------------------
-# 18. HTTP server                                         RFC 9110, RFC 9112
+# 19. HTTP server                                         RFC 9110, RFC 9112
 #
-# An application behind the connections of chapter 17 and the parser of chapter 12. The
+# An application behind the connections of chapter 18 and the parser of chapter 12. The
 # watching thread answers what is quick. The other reads have a lane, writes have
 # another, and what may wait for long has a thread of its own. Or the server is somebody
 # else's (WSGI).
-# Uses chapters 1 and 9 to 17. Knows nothing of SCIM but the form of its errors.
+# Uses chapters 1 and 9 to 18. Knows nothing of SCIM but the form of its errors.
 # ----------------------------------------------------------------------------
 
 MAX_LANE_THREADS = 8
@@ -7646,7 +7707,6 @@ MAX_LANE_THREADS = 8
 # that a quick look-up never waits for one.
 MAX_READS = MAX_LANE_THREADS // 2
 MAX_WRITES_PER_COMMIT, MAX_OCTETS_PER_COMMIT = 64, 64 * 1024  # octets of their bodies
-MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of one second
 
@@ -7670,50 +7730,6 @@ def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
 
     # Lines wait for others for 50 ms; at most 10 000 of them wait for a slow stream.
     return BackgroundWriter(write, pause=0.05, limit=0 if style == "off" else 10_000)
-
-
-# -- Aids for tests --
-
-
-class Exchange(NamedTuple):
-    """A request and its answer, for a test to inspect; secrets are left out."""
-
-    request: Request
-    response: Response
-
-
-@dataclass
-class Fault:
-    """A fault to inject into the next matching requests, to test a client."""
-
-    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
-    times: int = 1
-    method: str = ""  # any if empty
-    path: str = ""  # text that the path contains
-    delay: float = 0  # seconds
-    cut: bool = False  # close the connection in the middle of the answer's body
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def matches(self, request: Request) -> bool:
-        """Return whether this fault is for a request."""
-        return (
-            self.times > 0
-            and self.method.upper() in ("", request.method)
-            and self.path in request.path
-        )
-
-    def response(self, request: Request) -> Response:
-        """Return the answer that the status means."""
-        detail = (
-            "If-Match: the version has changed; read the resource again"
-            if self.status == 412
-            else "injected fault"
-        )
-        error = unauthorized(request) if self.status == 401 else ScimError(self.status, "", detail)
-        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return error_response(error, request.path)._replace(
-            headers={**error.headers, **retry, **self.headers}
-        )
 
 
 # -- Lanes --
@@ -7764,12 +7780,10 @@ class Lane:
 # -- The server --
 
 
-class ScimServer(Watcher):
-    """An application on a socket. See url; running() starts and stops it.
+class HttpServer(Watcher):
+    """An application on a socket: its configuration says with what TLS and how many connections.
 
-    Its configuration says where it listens, with what TLS and for how many connections. To test a
-    client, append to faults, and set exchanges to a deque: it then holds the last requests and
-    answers. Raises OSError if the address or the certificate cannot be used.
+    Raises OSError if the address or the certificate cannot be used.
 
     Quick requests are answered by the watching thread. Other reads take turns in a lane: threads
     that compete for the interpreter at each call of SQLite halve what all of them get done. Those
@@ -7781,8 +7795,6 @@ class ScimServer(Watcher):
         super().__init__(application.config, listener, application.usage)
         self.application = application
         self.url = url_of(self.config, self.server_address[1])
-        self.token, self.client = application.token, application.client  # for tests
-        self.directory = application.directory
         self.faults: list[Fault] = []
         self.exchanges: deque[Exchange] | None = None
         self.log = request_writer(self.config.access_log, sys.stderr)
@@ -7803,11 +7815,14 @@ class ScimServer(Watcher):
         """Accept nothing more, end long polls, wait for the other requests, close everything."""
         self.application.interrupt()
         self.stopping.set()
+        if not self.started:  # then this only closes the sockets
+            self.serve_forever()
         self._wake()
         self.stopped.wait()
         self._lanes.clear()  # which ends their idle threads
         self._threads.shutdown(wait=False)
         self.log.close(1)
+        self.application.close()
 
     # -- Requests --
 
@@ -8049,7 +8064,7 @@ class WsgiApplication:
 
 
 # ----------------------------------------------------------------------------
-# 19. Console
+# 20. Console
 #
 # The page at /, which shows an administrator why provisioning works or fails:
 # HTML, style and script in one string. The script reads the API of chapter 15
@@ -8401,13 +8416,50 @@ addEventListener('hashchange', route); route();
 
 
 # ----------------------------------------------------------------------------
-# 20. Interface
+# 21. Embedding
 #
-# running() and wsgi() for other programs, then main() and its commands: serve (the
-# default), token, check, employees, changes, backup, restore and demo. A problem that the
-# user can solve is one line on standard error and exit status 2.
+# The server for other programs: ScimServer, running() and wsgi(), and the thread that
+# reloads a changed configuration.
 # Uses everything above.
 # ----------------------------------------------------------------------------
+
+
+class ScimServer(HttpServer):
+    """A server as an object: a configuration, its tenants and the console at an address.
+
+    config is a Config, its file, its document, or None for a demo tenant in memory. port replaces
+    the port of the configuration; 0 picks a free one. listener is a socket to accept from instead.
+    authenticate, clock and new_id are those of Application. Call start() or serve_forever(), and
+    then stop(). Raises ConfigError, OSError, and StoreError if no tenant can be served.
+    """
+
+    def __init__(
+        self,
+        config: Source = None,
+        *,
+        port: int | None = None,
+        listener: socket.socket | None = None,
+        authenticate: Callable[[str], str | None] | None = None,
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+    ) -> None:
+        settings = to_config(config)
+        settings = settings if port is None else replace(settings, port=port)
+        with ExitStack() as stack:  # which closes what is open if the rest fails
+            listener = stack.enter_context(listener or listen(settings))
+            application = Application(settings, authenticate, clock, new_id, CONSOLE_PAGE)
+            stack.callback(application.close)
+            if not application.available:
+                application.directory(settings.tenants[0].name)  # raises the StoreError
+            super().__init__(application, listener)
+            stack.pop_all()
+        self.token, self.client = application.token, application.client
+        self.directory = application.directory
+
+    def start(self) -> None:
+        """Serve in a thread of its own until stop()."""
+        self.started = True
+        threading.Thread(target=self.serve_forever).start()
 
 
 @contextmanager
@@ -8419,31 +8471,26 @@ def running(
 ) -> Iterator[ScimServer]:
     """Run a server on a free port during a with block; see its url, token() and directory().
 
-    config is a Config, its file, its document, or None for a demo tenant in memory. With
-    deterministic, ids count up and the clock advances a millisecond each time it is read.
-    Raises ConfigError, StoreError and OSError.
+    The arguments are those of ScimServer. With deterministic, ids count up and the clock advances a
+    millisecond each time it is read. Raises ConfigError, OSError, and StoreError if a tenant cannot
+    be served.
     """
-    settings = to_config(config)
     ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
-    application = Application(
-        replace(settings, port=0),
-        authenticate,
-        (lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-        (lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-        CONSOLE_PAGE,
+    server = ScimServer(
+        config,
+        port=0,
+        authenticate=authenticate,
+        clock=(lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
+        new_id=(lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
     )
-    with closing(application):
-        for error in application.failures.values():
+    server.exchanges = deque(maxlen=MAX_EXCHANGES)
+    try:
+        for error in server.application.failures.values():
             raise error
-        server = ScimServer(application)
-        server.exchanges = deque(maxlen=MAX_EXCHANGES)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stop()
-            thread.join()
+        server.start()
+        yield server
+    finally:
+        server.stop()
 
 
 def wsgi(
@@ -8489,6 +8536,17 @@ def follow_file(
         time.sleep(1)
 
 
+def warn_about_setup(application: Application) -> None:
+    for name, error in application.failures.items():
+        log_line(f"tenant {name} is not served, the others are: {error}")
+    config = application.config
+    if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
+        log_line(
+            f"warning: {config.host} is reachable from other machines and tokens are sent "
+            "unencrypted; configure tls, or trusted_proxies for a proxy that provides it"
+        )
+
+
 def reload_config(application: Application, load: Callable[[], Config]) -> str:
     # Apply a changed configuration, keep the current one if it is invalid; return a log line.
     current = application.config
@@ -8511,8 +8569,14 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
     )
 
 
-# -- Commands: COMMANDS says what each of them does; None stands for status 0 --------
-
+# ----------------------------------------------------------------------------
+# 22. Commands
+#
+# main() and its commands: serve (the default), token, check, employees, changes, backup,
+# restore, migrate and demo. COMMANDS says what each of them does; None stands for status 0.
+# A problem that the user can solve is one line on standard error and exit status 2.
+# Uses everything above.
+# ----------------------------------------------------------------------------
 
 EXIT_SECONDS = 14  # after SIGTERM; until STOP_SECONDS, requests in flight are answered
 RESERVED_FILES, FILES_PER_TENANT = 64, 24
@@ -8560,33 +8624,30 @@ def serve(options: argparse.Namespace) -> None:
     file = chosen_file(options)
     signature, config = file_signature(file), chosen_config(options)
     config = fit_to_file_limit(config)
-    with closing(Application(config, page=CONSOLE_PAGE)) as application:
-        if not application.available:
-            application.directory(config.tenants[0].name)  # raises the StoreError
-        warn_about_setup(application)
-        server = ScimServer(application, open_listener(config))
+    server = ScimServer(config, listener=open_listener(config))
+    warn_about_setup(server.application)
 
-        def stop(*_: object) -> None:
-            # The alarm ends the process, whatever is running then; what is not committed is undone,
-            # as after a crash. Windows has no alarm.
-            getattr(signal, "alarm", int)(EXIT_SECONDS)
-            # stop() waits for the loop in this thread, so it needs another one.
-            threading.Thread(target=server.stop).start()
+    def stop(*_: object) -> None:
+        # The alarm ends the process, whatever is running then; what is not committed is undone,
+        # as after a crash. Windows has no alarm.
+        getattr(signal, "alarm", int)(EXIT_SECONDS)
+        # stop() waits for the loop in this thread, so it needs another one.
+        threading.Thread(target=server.stop).start()
 
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        if hasattr(signal, "SIGHUP"):
-            # A false signature makes the next check reload the file. An Event would not do: a
-            # second signal during its set() would wait for the lock that the first one holds.
-            signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
-        threading.Thread(
-            target=follow_file,
-            args=(weakref.ref(application), file, partial(chosen_config, options), signature),
-            daemon=True,
-        ).start()
-        is_private = is_loopback(config.host) or sys.stdout.isatty()
-        print(greeting(server.url, config if is_private else application.config), flush=True)
-        server.serve_forever()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    if hasattr(signal, "SIGHUP"):
+        # A false signature makes the next check reload the file. An Event would not do: a
+        # second signal during its set() would wait for the lock that the first one holds.
+        signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
+    threading.Thread(
+        target=follow_file,
+        args=(weakref.ref(server.application), file, partial(chosen_config, options), signature),
+        daemon=True,
+    ).start()
+    is_private = is_loopback(config.host) or sys.stdout.isatty()
+    print(greeting(server.url, config if is_private else server.application.config), flush=True)
+    server.serve_forever()
 
 
 def fit_to_file_limit(config: Config) -> Config:
@@ -8614,17 +8675,6 @@ def open_listener(config: Config) -> socket.socket:
             f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
             "choose another address with --listen HOST:PORT"
         ) from error
-
-
-def warn_about_setup(application: Application) -> None:
-    for name, error in application.failures.items():
-        log_line(f"tenant {name} is not served, the others are: {error}")
-    config = application.config
-    if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
-        log_line(
-            f"warning: {config.host} is reachable from other machines and tokens are sent "
-            "unencrypted; configure tls, or trusted_proxies for a proxy that provides it"
-        )
 
 
 def usable_secret(tenant: Tenant) -> str:

@@ -8722,17 +8722,12 @@ def serving_at(
     clock: Any, place: str, document: Any = WITH_CLIENTS
 ) -> Iterator[scim_server.ScimServer]:
     """Run a server with a clock of the test, on a free port."""
-    config = scim_server.to_config({**document, **member_for(place)})
-    page = scim_server.CONSOLE_PAGE
-    with closing(scim_server.Application(config, clock=clock, page=page)) as application:
-        server = scim_server.ScimServer(application)
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            yield server
-        finally:
-            server.stop()
-            thread.join()
+    server = scim_server.ScimServer({**document, **member_for(place)}, clock=clock)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture
@@ -9518,7 +9513,118 @@ def test_a_compressed_body_is_refused_before_it_is_parsed(
             send(url if way == "wsgi" else scim.url, "/Bulk")
 
 
-# -- 17. Connections, 18. HTTP server ---------------------------------------------------------------
+# -- 17. Test aids ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def demo() -> Iterator[scim_server.ScimServer]:
+    """An embedded server as a test of a client would use it, with the tenant demo."""
+    with scim_server.running() as server:
+        yield server
+
+
+@pytest.fixture
+def demo_scim(demo: scim_server.ScimServer) -> Scim:
+    """The client of the tenant demo."""
+    return Scim(demo.url, demo.token("demo"))
+
+
+def test_a_fault_meets_matching_requests_a_number_of_times(
+    demo: scim_server.ScimServer, demo_scim: Scim
+) -> None:
+    demo.faults.append(scim_server.Fault(429, times=2, method="GET", path="/Users"))
+    demo_scim.user("ada")
+    for _ in range(2):
+        answer = demo_scim.call("GET", "/Users")
+        assert_error(answer, 429)
+        assert answer.headers["Retry-After"] == "1"
+    assert demo_scim.get("/Users")["totalResults"] == 1
+    exchanges = [(item.request.method, item.response.status) for item in demo.exchanges or ()]
+    assert exchanges == [("POST", 201), ("GET", 429), ("GET", 429), ("GET", 200)]
+
+
+@pytest.mark.parametrize("status", [500, 503, 401, 412])
+def test_a_fault_answers_one_request_with_its_status(
+    demo: scim_server.ScimServer, demo_scim: Scim, status: int
+) -> None:
+    demo.faults.append(scim_server.Fault(status))
+    assert_error(demo_scim.call("GET", "/Users"), status)
+    assert demo_scim.get("/Users")["totalResults"] == 0
+
+
+def test_a_fault_may_cut_the_answer_of_an_executed_request(
+    demo: scim_server.ScimServer, demo_scim: Scim
+) -> None:
+    demo.faults.append(scim_server.Fault(cut=True, method="POST"))
+    with pytest.raises((requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
+        demo_scim.call("POST", "/Users", {"userName": "bob"})
+    assert demo_scim.get("/Users")["totalResults"] == 1
+
+
+def test_a_fault_may_delay_an_answer(demo: scim_server.ScimServer, demo_scim: Scim) -> None:
+    demo.faults.append(scim_server.Fault(delay=60))
+    with pytest.raises(requests.Timeout):
+        demo_scim.session.get(demo_scim.url + "/Users", timeout=0.2)
+
+
+def test_a_fault_delays_no_request_that_it_does_not_match(
+    server: scim_server.ScimServer, scim: Scim
+) -> None:
+    id = scim.user("ada")["id"]
+    server.faults.append(scim_server.Fault(delay=600, path=id))
+    with socket.create_connection(server.server_address[:2], timeout=10) as delayed:
+        delayed.sendall(get(f"/Users/{id}"))
+        wait_until(lambda: is_answering(server))
+        assert scim.names('userName eq "ada"') == ["ada"]
+        server.faults.clear()
+        assert scim.names('userName eq "ada"') == ["ada"]
+
+
+def test_a_fault_is_an_expired_access_token(demo: scim_server.ScimServer) -> None:
+    client = demo.client("demo")
+    scim = Scim(demo.url, access_token(demo.url, *client))
+    demo.faults.append(scim_server.Fault(401, path="/Users"))
+    answer = scim.call("GET", "/Users")
+    assert_error(answer, 401, "", "expired")
+    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
+    assert Scim(demo.url, access_token(demo.url, *client)).get("/Users")["totalResults"] == 0
+
+
+@pytest.mark.parametrize("status, error", [(401, "invalid_client"), (503, "server_error")])
+def test_a_fault_of_the_token_endpoint_is_an_error_of_oauth(
+    demo: scim_server.ScimServer, status: int, error: str
+) -> None:
+    demo.faults.append(scim_server.Fault(status, path="/oauth2/token"))
+    answer = grant(demo.url, **in_form(*demo.client("demo")))
+    assert (answer.status_code, answer.json()["error"]) == (status, error)
+    assert answer.headers.get("Retry-After") == ("1" if status == 503 else None)
+
+
+@pytest.mark.parametrize("path", ["/oauth2/token", "//oauth2/token", "/oauth2/%74oken/"])
+def test_exchanges_hold_no_secrets(oauth: scim_server.ScimServer, path: str) -> None:
+    url = oauth.url.removesuffix("/scim/v2") + path
+    form = {"grant_type": "client_credentials", **in_form()}
+    token = requests.post(url, form).json()["access_token"]
+    requests.post(url, form, headers={"Authorization": basic("entra-1", "client-secret")})
+    for authorization in (f"Bearer {token}", "Bearer acme-secret", "acme-secret"):
+        requests.get(f"{oauth.url}/Users", headers={"Authorization": authorization})
+    exchanges = oauth.exchanges or []
+    assert [item.response.status for item in exchanges] == [200, 200, 200, 200, 401]
+    shown = "".join(map(repr, exchanges))
+    for secret in (token, "acme-secret", "client-secret", basic("entra-1", "client-secret")[6:]):
+        assert secret not in shown
+    assert exchanges[2].request.headers["authorization"] == scim_server.REDACTED
+
+
+def test_an_embedded_server_keeps_only_the_last_exchanges(demo: scim_server.ScimServer) -> None:
+    with requests.Session() as session:
+        for number in range(scim_server.MAX_EXCHANGES + 5):
+            session.get(f"{demo.url}/{number}")
+    paths = [item.request.path for item in demo.exchanges or ()]
+    assert paths == [f"/scim/v2/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
+
+
+# -- 18. Connections, 19. HTTP server ---------------------------------------------------------------
 
 
 def test_requests_of_one_connection_are_answered_in_order(server: scim_server.ScimServer) -> None:
@@ -10495,106 +10601,6 @@ def test_a_socket_may_inherit_the_mode_of_its_listener(
     test_a_client_that_waits_for_100_continue_gets_it(server)
 
 
-@pytest.fixture
-def demo() -> Iterator[scim_server.ScimServer]:
-    """An embedded server as a test of a client would use it, with the tenant demo."""
-    with scim_server.running() as server:
-        yield server
-
-
-@pytest.fixture
-def demo_scim(demo: scim_server.ScimServer) -> Scim:
-    """The client of the tenant demo."""
-    return Scim(demo.url, demo.token("demo"))
-
-
-def test_a_fault_meets_matching_requests_a_number_of_times(
-    demo: scim_server.ScimServer, demo_scim: Scim
-) -> None:
-    demo.faults.append(scim_server.Fault(429, times=2, method="GET", path="/Users"))
-    demo_scim.user("ada")
-    for _ in range(2):
-        answer = demo_scim.call("GET", "/Users")
-        assert_error(answer, 429)
-        assert answer.headers["Retry-After"] == "1"
-    assert demo_scim.get("/Users")["totalResults"] == 1
-    exchanges = [(item.request.method, item.response.status) for item in demo.exchanges or ()]
-    assert exchanges == [("POST", 201), ("GET", 429), ("GET", 429), ("GET", 200)]
-
-
-@pytest.mark.parametrize("status", [500, 503, 401, 412])
-def test_a_fault_answers_one_request_with_its_status(
-    demo: scim_server.ScimServer, demo_scim: Scim, status: int
-) -> None:
-    demo.faults.append(scim_server.Fault(status))
-    assert_error(demo_scim.call("GET", "/Users"), status)
-    assert demo_scim.get("/Users")["totalResults"] == 0
-
-
-def test_a_fault_may_cut_the_answer_of_an_executed_request(
-    demo: scim_server.ScimServer, demo_scim: Scim
-) -> None:
-    demo.faults.append(scim_server.Fault(cut=True, method="POST"))
-    with pytest.raises((requests.exceptions.ChunkedEncodingError, requests.ConnectionError)):
-        demo_scim.call("POST", "/Users", {"userName": "bob"})
-    assert demo_scim.get("/Users")["totalResults"] == 1
-
-
-def test_a_fault_may_delay_an_answer(demo: scim_server.ScimServer, demo_scim: Scim) -> None:
-    demo.faults.append(scim_server.Fault(delay=60))
-    with pytest.raises(requests.Timeout):
-        demo_scim.session.get(demo_scim.url + "/Users", timeout=0.2)
-
-
-def test_a_fault_delays_no_request_that_it_does_not_match(
-    server: scim_server.ScimServer, scim: Scim
-) -> None:
-    id = scim.user("ada")["id"]
-    server.faults.append(scim_server.Fault(delay=600, path=id))
-    with socket.create_connection(server.server_address[:2], timeout=10) as delayed:
-        delayed.sendall(get(f"/Users/{id}"))
-        wait_until(lambda: is_answering(server))
-        assert scim.names('userName eq "ada"') == ["ada"]
-        server.faults.clear()
-        assert scim.names('userName eq "ada"') == ["ada"]
-
-
-def test_a_fault_is_an_expired_access_token(demo: scim_server.ScimServer) -> None:
-    client = demo.client("demo")
-    scim = Scim(demo.url, access_token(demo.url, *client))
-    demo.faults.append(scim_server.Fault(401, path="/Users"))
-    answer = scim.call("GET", "/Users")
-    assert_error(answer, 401, "", "expired")
-    assert 'error="invalid_token"' in answer.headers["WWW-Authenticate"]
-    assert Scim(demo.url, access_token(demo.url, *client)).get("/Users")["totalResults"] == 0
-
-
-@pytest.mark.parametrize("status, error", [(401, "invalid_client"), (503, "server_error")])
-def test_a_fault_of_the_token_endpoint_is_an_error_of_oauth(
-    demo: scim_server.ScimServer, status: int, error: str
-) -> None:
-    demo.faults.append(scim_server.Fault(status, path="/oauth2/token"))
-    answer = grant(demo.url, **in_form(*demo.client("demo")))
-    assert (answer.status_code, answer.json()["error"]) == (status, error)
-    assert answer.headers.get("Retry-After") == ("1" if status == 503 else None)
-
-
-@pytest.mark.parametrize("path", ["/oauth2/token", "//oauth2/token", "/oauth2/%74oken/"])
-def test_exchanges_hold_no_secrets(oauth: scim_server.ScimServer, path: str) -> None:
-    url = oauth.url.removesuffix("/scim/v2") + path
-    form = {"grant_type": "client_credentials", **in_form()}
-    token = requests.post(url, form).json()["access_token"]
-    requests.post(url, form, headers={"Authorization": basic("entra-1", "client-secret")})
-    for authorization in (f"Bearer {token}", "Bearer acme-secret", "acme-secret"):
-        requests.get(f"{oauth.url}/Users", headers={"Authorization": authorization})
-    exchanges = oauth.exchanges or []
-    assert [item.response.status for item in exchanges] == [200, 200, 200, 200, 401]
-    shown = "".join(map(repr, exchanges))
-    for secret in (token, "acme-secret", "client-secret", basic("entra-1", "client-secret")[6:]):
-        assert secret not in shown
-    assert exchanges[2].request.headers["authorization"] == scim_server.REDACTED
-
-
 def test_no_log_or_file_holds_an_access_token(tmp_path: Path) -> None:
     document = {**WITH_CLIENTS["tenants"][0], "log": {"bodies": True}}
     file = config_file(tmp_path, tenants=[document])
@@ -10612,15 +10618,7 @@ def test_no_log_or_file_holds_an_access_token(tmp_path: Path) -> None:
         assert secret not in printed and secret.encode() not in kept
 
 
-def test_an_embedded_server_keeps_only_the_last_exchanges(demo: scim_server.ScimServer) -> None:
-    with requests.Session() as session:
-        for number in range(scim_server.MAX_EXCHANGES + 5):
-            session.get(f"{demo.url}/{number}")
-    paths = [item.request.path for item in demo.exchanges or ()]
-    assert paths == [f"/scim/v2/{number}" for number in range(5, scim_server.MAX_EXCHANGES + 5)]
-
-
-# -- 19. Console -----------------------------------------------------------------------------------
+# -- 20. Console -----------------------------------------------------------------------------------
 
 
 def test_the_console_is_one_small_page(server: scim_server.ScimServer) -> None:
@@ -10664,7 +10662,7 @@ def test_a_console_that_is_switched_off_is_404(engine: str) -> None:
             assert_error(requests.get(base + path, headers=headers), 404)
 
 
-# -- 20. Interface ---------------------------------------------------------------------------------
+# -- 21. Embedding, 22. Commands -------------------------------------------------------------------
 
 
 def test_changes_prints_a_line_per_change(engine: str, tmp_path: Path) -> None:
@@ -11716,18 +11714,18 @@ CHAPTERS_OF = {  # modules and names that only some chapters may use
     "sqlite3": {7},
     "psycopg": {7},
     "importlib": {7},
-    "socket": {17, 18, 20},
-    "ssl": {17, 20},
+    "socket": {18, 19, 21, 22},
+    "ssl": {18, 22},
     "queue": {14},
-    "http": {12, 17},
-    "selectors": {17},
-    "BaseHTTPRequestHandler": {17},
-    "ThreadingHTTPServer": {17},
-    "HTTPStatus": {17},
-    "argparse": {20},
-    "signal": {20},
-    "secrets": {10, 16, 18, 20},
-    "uuid": {10, 16, 18, 20},
+    "http": {12, 18},
+    "selectors": {18},
+    "BaseHTTPRequestHandler": {18},
+    "ThreadingHTTPServer": {18},
+    "HTTPStatus": {18},
+    "argparse": {22},
+    "signal": {22},
+    "secrets": {10, 16, 19, 22},
+    "uuid": {10, 16, 19, 21, 22},
     "hmac": {12},
 }
 
@@ -11762,7 +11760,7 @@ def test_a_chapter_uses_only_what_stands_above_it() -> None:
     for statement in TREE.body:
         for name in names_bound_by(statement):
             defined.setdefault(name, chapter(statement.lineno))
-    assert len(defined) > 150 and len(CHAPTERS) == 20
+    assert len(defined) > 150 and len(CHAPTERS) == 22
     wrong = [
         f"line {node.lineno}: {node.id} of chapter {defined[node.id]}"
         for node in ast.walk(TREE)
@@ -11776,7 +11774,7 @@ def test_sockets_sql_and_randomness_are_in_few_chapters() -> None:
         f"line {node.lineno}: {node.id}"
         for node in ast.walk(TREE)
         if isinstance(node, ast.Name)
-        and chapter(node.lineno) not in CHAPTERS_OF.get(node.id, range(21))
+        and chapter(node.lineno) not in CHAPTERS_OF.get(node.id, range(23))
     ]
     assert wrong == []
 
@@ -11788,7 +11786,7 @@ def test_the_clock_is_in_few_chapters() -> None:
         if isinstance(node, ast.Attribute)
         and node.attr in ("now", "utcnow", "time", "monotonic", "sleep")
     }
-    assert clocks <= {10, 14, 16, 17, 18, 20}
+    assert clocks <= {10, 14, 16, 18, 19, 21, 22}
 
 
 def test_no_function_has_more_than_45_lines() -> None:
