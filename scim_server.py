@@ -8143,6 +8143,7 @@ const [header, main, form] = document.body.children;
 const [tenantName, nav, signOutButton] = header.querySelectorAll('span, nav, button');
 let setup = null;  // the answer of /console/api/setup
 let view = new AbortController();  // aborted when another view opens
+let shownPath = '';  // of the address, without its options
 
 // -- Elements: server text becomes text nodes, never HTML --
 // h('p.dim', {title: 'x'}, 'text'): the properties are optional.
@@ -8153,7 +8154,11 @@ function h(selector, ...children) {
   element.classList.add(...classes); element.append(...children.flat(9).filter(Boolean));
   return element;
 }
-const link = (text, ...path) => h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/')}, text || path.at(-1));
+// link('Ada', 'people', id) leads to a view; an object after the path has options of the view: link('All', 'log', {text: 'Ada'}).
+function link(text, ...path) {
+  const options = typeof path.at(-1) === 'object' ? '?' + new URLSearchParams(path.pop()) : '';
+  return h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/') + options}, text || path.at(-1));
+}
 const date = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
 const time = at => h('time', {dateTime: at}, date(at));
 const valueText = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
@@ -8170,8 +8175,31 @@ const row = (titles, cells, selector = 'tr') => h(selector, cells.map((cell, ind
   h('td', {'data-label': titles[index]}, cell instanceof Element ? cell : h('span', cell))));
 const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
   onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
-const searchField = (placeholder, load, timer) => h('input', {type: 'search', ariaLabel: placeholder, placeholder,
-  oninput: () => { clearTimeout(timer); timer = setTimeout(load, 250); }});
+
+// -- The address: #/view/id?name=value has all that a view shows, so that a link, Back and reload restore it --
+const viewPath = () => location.hash.split('?')[0];
+const options = () => new URLSearchParams(location.hash.split('?')[1]);
+const option = name => options().get(name) || '';
+// Put options of the view into the address, as a step for Back or in place of the newest step.
+function remember(changes, isStep = true) {
+  const all = options();
+  for (const [name, value] of Object.entries(changes)) value ? all.set(name, value) : all.delete(name);
+  const hash = viewPath() + (all.size ? '?' + all : '');
+  if (hash !== location.hash) history[isStep ? 'pushState' : 'replaceState'](null, '', hash);
+}
+// Return a field whose value is an option of the view; a change leads to the first page.
+function filterField(name, field, load, isStep = true) {
+  field.value = option(name);
+  field.onchange = () => { remember({[name]: field.value, page: '', open: ''}, isStep); return load(); };
+  return field;
+}
+function searchField(placeholder, load, timer) {
+  const field = filterField('text', h('input', {type: 'search', ariaLabel: placeholder, placeholder}), load, false);
+  const search = field.onchange;
+  field.oninput = () => { clearTimeout(timer); timer = setTimeout(search, 250); };
+  field.onchange = null;  // it comes with the click that leaves the field: a new list would take that click
+  return field;
+}
 
 // -- The server: the token is sent in a header only --
 async function request(path, signal) {
@@ -8231,7 +8259,9 @@ function healthCards(problems) {  // problems: the newest log entries with a not
   unused.length && [link('Custom fields', 'setup'), ` no one has a value for: ${unused.map(field => field.display_name).join(', ')}.`]));
 }
 async function showLog() {
-  const search = searchField('Search names, attributes, errors', load), problemsOnly = h('input', {type: 'checkbox', onchange: load});
+  const search = searchField('Search names, attributes, errors', load);
+  const problemsOnly = h('input', {type: 'checkbox', checked: option('level') > 0,
+    onchange: () => { remember({level: +problemsOnly.checked, page: '', open: ''}); return load(); }});
   const list = h('div'), cards = h('div'), status = h('span', {role: 'status'});
   const showNew = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
   const showOlder = h('button', {onclick: async () => list.firstChild.append(...entries(await getCalls(oldest)))}, 'Show older calls');
@@ -8309,22 +8339,24 @@ const COLUMNS = {  // title, attribute to sort by, content of a cell
     ['Changed', 'meta.lastModified', group => time(group.meta.lastModified)]],
 };
 async function resourceList(endpoint, ifEmpty, baseFilter) {
-  const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', () => load(1));
-  const state = h('select', {onchange: () => load(1)}, [['', 'All'], ['active eq true', 'Active'], ['active eq false', 'Inactive']]
-    .map(([value, text]) => h('option', {value}, text)));
+  const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', load);
+  const state = filterField('state', h('select', [['', 'All'], ['true', 'Active'], ['false', 'Inactive']]
+    .map(([value, text]) => h('option', {value}, text))), load);
   const message = h('div'), body = h('tbody'), range = h('span.dim', {role: 'status'});
-  let start, sortBy = 'displayName', sortOrder = 'ascending', loads = 0;
+  let start, loads = 0;
   const [previous, next] = [['Previous', -25], ['Next', 25]].map(([text, step]) =>
-    h('button', {onclick: () => load(start + step)}, text));
+    h('button', {onclick: () => { remember({page: start + step}); return load(); }}, text));
+  const sorting = () => ({sortBy: option('sort') || 'displayName', sortOrder: option('order') || 'ascending'});
   const sort = path => {
-    sortOrder = sortBy === path && sortOrder === 'ascending' ? 'descending' : 'ascending'; sortBy = path; load(1); };
+    const {sortBy, sortOrder} = sorting(), order = sortBy === path && sortOrder === 'ascending' ? 'descending' : '';
+    remember({sort: path, order, page: ''}); return load(); };
   const heads = headCells(columns.map(([title, path]) => h('button', {onclick: () => sort(path)}, title)));
   const card = h('div.card.list', table(heads, body));
-  async function load(startIndex) {
-    const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads;
-    const terms = [baseFilter, state.value, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
+  async function load() {
+    const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads, {sortBy, sortOrder} = sorting();
+    const terms = [baseFilter, state.value && `active eq ${state.value}`, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
     const filter = terms.filter(Boolean).join(' and ');
-    start = Math.max(1, startIndex);
+    start = Math.max(1, +option('page') || 1);
     const {Resources: resources, totalResults: total} = await get('/console/api/' + endpoint, {startIndex: start, count: 25, sortBy,
       sortOrder, excludedAttributes: 'members', ...filter && {filter}});
     if (number < loads) return;  // a newer search started
@@ -8335,7 +8367,7 @@ async function resourceList(endpoint, ifEmpty, baseFilter) {
     range.textContent = total ? `${start}–${start + resources.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
     [previous.disabled, next.disabled] = [start < 2, start + 25 > total];
   }
-  await load(1);
+  await load();
   return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), message, card, h('div.bar', previous, next, range)];
 }
 const showEmployees = async () => ['Employees', 'The provisioned users. Each is a Facilio employee.', ...await resourceList('Users',
@@ -8386,8 +8418,8 @@ function signIn(...messages) {
 form.onsubmit = event => { event.preventDefault(); sessionStorage.token = form.token.value.trim(); show(); };
 async function show(event) {
   view.abort();
-  const {signal} = view = new AbortController(), [name, id] = location.hash.slice(2).split('/').map(decodeURIComponent);
-  const current = SECTIONS[name] ? name : 'log', [, showAll, showDetails] = SECTIONS[current];
+  const {signal} = view = new AbortController(), [name, id] = viewPath().slice(2).split('/').map(decoded);
+  const current = Object.hasOwn(SECTIONS, name) ? name : 'log', [, showAll, showDetails] = SECTIONS[current];
   if (!sessionStorage.token) return signIn();
   const [title, lead, ...content] = await Promise.resolve(setup || getSetup()).then(() => (id && showDetails || showAll)(id))
     .catch(error => ['Something went wrong', error.message, h('button', {onclick: show}, 'Try again')]);
@@ -8397,11 +8429,13 @@ async function show(event) {
     h('a', {href: '#/' + path, ...path === current && {ariaCurrent: 'page'}}, text)));
   const heading = h('h1', {tabIndex: -1}, title);
   main.replaceChildren(...expiryNotes(setup?.tokens || []), heading, h('p.lead', lead), ...content.filter(Boolean));
-  if (event?.type === 'hashchange') { scrollTo(0, 0); heading.focus(); }
+  if (event?.type === 'hashchange' && shownPath !== viewPath()) { scrollTo(0, 0); heading.focus(); }
+  shownPath = viewPath();
 }
+const decoded = text => { try { return decodeURIComponent(text); } catch { return text; } };  // a link that was typed or cut
 function route(event) {
   const token = location.hash.match(/^#token=(.+)/)?.[1];  // from the link that the server prints
-  if (token) { sessionStorage.token = decodeURIComponent(token); setup = null; }
+  if (token) { sessionStorage.token = decoded(token); setup = null; }
   if (token || !location.hash) history.replaceState(null, '', '#/log');
   return show(event);
 }

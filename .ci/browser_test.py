@@ -377,6 +377,32 @@ def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | N
                 ), where
 
 
+def check_addresses(browser: Browser, base: str) -> None:
+    """The address has what a view shows: a link opens it, Back and reload restore it."""
+    browser.do("url", url=f"{base}/#/people?text=ada&sort=title&order=descending")
+    browser.do("refresh")
+    wait_for_view(browser, "Employees")
+    browser.wait_for("document.querySelector('[type=search]').value === 'ada'")
+    browser.wait_for(
+        "document.querySelector('[aria-sort=descending]')?.innerText === 'Designation'"
+    )
+    rows = "document.querySelectorAll('tbody tr').length"
+    browser.wait_for(f"{rows} === 5")
+    browser.run("document.querySelector('[type=search]').select()")
+    browser.press(*"noor")
+    browser.wait_for("location.hash.includes('text=noor')")
+    browser.run("document.querySelector('select').value = 'false'")
+    browser.run("document.querySelector('select').dispatchEvent(new Event('change'))")
+    browser.wait_for(f"location.hash.includes('state=false') && {rows} === 1")
+    browser.run("history.back()")
+    browser.wait_for(f"{rows} === 5 && document.querySelector('select').value === ''")
+    browser.run("history.forward()")
+    browser.wait_for(f"{rows} === 1 && document.querySelector('[type=search]').value === 'noor'")
+    for path in ("constructor", "%"):
+        browser.run("location.hash = arguments[0]", f"#/{path}")
+        wait_for_view(browser, "Provisioning log")
+
+
 def check_live(browser: Browser, base: str, token: str) -> None:
     """A new call appears without a reload."""
     browser.do("url", url=f"{base}/#/log")
@@ -434,6 +460,7 @@ def main() -> None:
             check_sign_in(browser, link, base)
             check_problem(browser, user_id)
             check_views(browser, base, user_id, screenshots)
+            check_addresses(browser, base)
             check_live(browser, base, token)
             check_browser_log(browser, base)
             check_unknown_token(browser)
