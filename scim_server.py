@@ -2069,10 +2069,12 @@ class Change:
     member: str  # the id of the resource that joined or left a group
     token: str  # the name of the token that made the change
     attributes: list[str]  # the names changed
+    values: dict[str, list[Json]]  # the old and the new value by name; some are left out
 
 
-# What a write notes in the change feed: kind, id, member and names of a change.
-NewChange = tuple[str, str, str, Sequence[str]]
+Differences = dict[str, list[Json]]  # the old and the new value by name, None for no value
+# What a write notes in the change feed: kind, id and member of a change, and what differs.
+NewChange = tuple[str, str, str, Differences]
 
 
 # ----------------------------------------------------------------------------
@@ -2313,6 +2315,10 @@ COPY_OLDER = f"""
         FROM older_value WHERE path = '{FACILIO.lower()}';
     PRAGMA secure_delete = FAST;
     DROP TABLE older_value"""
+# For files of formats 1 to 7, and for new ones.
+ADD_TO_FORMAT_7 = """
+    ALTER TABLE change ADD COLUMN old_and_new TEXT NOT NULL DEFAULT '{}';    -- JSON, by name
+    CREATE INDEX change_deactivated ON change (at) WHERE kind = 'employee.deactivated'"""
 
 
 class SqliteLink(Link):
@@ -2698,7 +2704,7 @@ def database_at(location: str, must_exist: bool) -> Database:
 # Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
-FORMAT = 7  # of these tables
+FORMAT = 8  # of these tables, with what ADD_TO_FORMAT_7 adds
 TABLES = """
     CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
     CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,    -- of a table
@@ -2967,7 +2973,7 @@ class Session:
         # Append rows to the change feed; drop those beyond the newest keep, or before a time.
         first = self.next_number("change", len(changes))
         rows = [(seq, *change) for seq, change in enumerate(changes, first)]
-        self.run_many("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        self.run_many("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
             "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
@@ -2998,8 +3004,10 @@ class Session:
 
     def _changes(self, condition: str, values: Sequence[Any]) -> list[Change]:
         return [
-            Change(*[*columns, from_json(attributes)])
-            for *columns, attributes in self.run(f"SELECT * FROM change WHERE {condition}", values)
+            Change(*[*columns, from_json(attributes), from_json(values)])
+            for *columns, attributes, values in self.run(
+                f"SELECT * FROM change WHERE {condition}", values
+            )
         ]
 
     def change_bounds(self) -> tuple[int, int]:
@@ -3107,7 +3115,7 @@ def migrate(link: Link) -> None:
             )
         if version < FORMAT:
             scripts = [SET_ASIDE, TABLES, COPY_OLDER] if version else [TABLES]
-            for statement in ";".join(scripts).split(";"):
+            for statement in ";".join([*scripts * (version < 7), ADD_TO_FORMAT_7]).split(";"):
                 session.run(statement)
             if 0 < version < 6:
                 renew_index(session)
@@ -3461,20 +3469,27 @@ def change_kind(before: Resource, after: Resource) -> str:
     return {(True, False): "deactivated", (False, True): "reactivated"}.get(activity, "updated")
 
 
-def changed_names(attribute: Attribute, before: Resource, after: Resource) -> Iterator[str]:
-    # Yield the paths of the attributes that differ; those of an extension one by one.
+def values_by_path(attribute: Attribute, resource: Resource) -> Resource:
+    # Return the values that a client may write, by path; those of an extension one by one.
+    values: Resource = {}
     for sub in attribute.sub_attributes:
-        old, new = before.get(sub.name, {}), after.get(sub.name, {})
-        if old != new and sub.mutability == "readWrite" and not sub.is_membership:
-            yield from (
-                [sub.path]
-                if ":" not in sub.name
-                else [
-                    f"{sub.path}:{name}"
-                    for name in {**old, **new}
-                    if old.get(name) != new.get(name)
-                ]
+        is_writable = sub.mutability == "readWrite" and sub.returned != "never"
+        if sub.name in resource and is_writable and not sub.is_membership:
+            value = resource[sub.name]
+            values |= (
+                {f"{sub.path}:{name}": item for name, item in value.items()}
+                if ":" in sub.name
+                else {sub.path: value}
             )
+    return values
+
+
+def differences(before: Resource, after: Resource) -> Differences:
+    return {
+        name: [before.get(name), after.get(name)]
+        for name in {**before, **after}
+        if before.get(name) != after.get(name)
+    }
 
 
 def update_employee(
@@ -3501,10 +3516,9 @@ def update_employee(
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
-    old = compared_fields(before) if before.id else {}
-    new = compared_fields(after)
-    names = [name for name in new if (new[name] or "") != (old.get(name) or "")]
-    return [(f"employee.{change_kind(old, new)}", str(id), "", names)] if names else []
+    old, new = compared_fields(before) if before.id else {}, compared_fields(after)
+    pairs = differences(old, new)
+    return [(f"employee.{change_kind(old, new)}", str(id), "", pairs)] if pairs else []
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
@@ -3524,13 +3538,14 @@ def employee_columns(user_id: str, user: Resource) -> Resource:
 
 
 def compared_fields(row: EmployeeRow) -> Resource:
-    return {
+    values = {
         **row.record,
-        "active": row.active,
+        "active": bool(row.active),
         "external_id": row.external_id,
         "user_id": row.user_id,
         "manager": row.manager_id,
     }
+    return {name: value for name, value in values.items() if value not in ("", {})}
 
 
 # -- Table form ------------------------------------------------------------------
@@ -3575,6 +3590,7 @@ def employee_csv(table: Iterable[list[str]]) -> Iterator[str]:
 KEEP_CHANGES = 1_000_000
 KEEP_DAYS = 90
 KEEP_LOG = 10_000
+MAX_KEPT_VALUE = 1_000  # characters of an old and a new value together, as JSON, in the feed
 MAX_POLLS = 4  # reads of long polls at the same time
 CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
@@ -3619,7 +3635,8 @@ class Directory:
     Operations raise ScimError 404 for an id that no resource of the type has, 400 as accept and
     parse_operations do, 409 uniqueness for a userName or group displayName that is in use, and 412
     for a precondition that fails. cursor_key is a secret of the store for signing cursors. keep is
-    how many changes the feed holds, keep_days for how long. StoreError if the store fails.
+    how many changes the feed holds, keep_days for how long, keep_values whether with old and new
+    values. StoreError if the store fails.
     """
 
     def __init__(
@@ -3630,9 +3647,12 @@ class Directory:
         new_id: Callable[[], str] = random_id,
         keep: int = KEEP_CHANGES,
         keep_days: int = KEEP_DAYS,
+        keep_values: bool = True,
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
-        self.keep, self.keep_days, self._polls = keep, keep_days, threading.Semaphore(MAX_POLLS)
+        self.keep, self.keep_days, self.keep_values = keep, keep_days, keep_values
+        self._polls = threading.Semaphore(MAX_POLLS)
+        self.differences: Differences = {}  # of the user or group that was written last
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
         self.link_names = [custom.link_name for custom in self.custom_fields]
@@ -3660,9 +3680,12 @@ class Directory:
             session.set_setting("tenant", tenant)
 
     def on_behalf_of(self, token: str) -> Directory:
-        """Return this directory with the name of the token whose changes it makes."""
+        """Return this directory with the name of the token whose changes it makes.
+
+        It remembers the differences that it has made to a user or group, as the feed keeps them.
+        """
         view = Directory.__new__(Directory)
-        vars(view).update(vars(self), token=token)
+        vars(view).update(vars(self), token=token, differences={})
         return view
 
     # -- SCIM operations --
@@ -3790,11 +3813,11 @@ class Directory:
             groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
             for group in [self._find(session, "Group", value) for value in groups if value != id]:
                 session.remove_members(group.seq, [id])
-                self._log(session, [("member.removed", group.id, id, ())])
+                self._log(session, [("member.removed", group.id, id, {})])
                 self._touch(session, group, group.attributes, group.member_count - 1)
             self._log(
                 session,
-                [("member.removed", id, item["value"], ()) for item in session.members(row.seq)],
+                [("member.removed", id, item["value"], {}) for item in session.members(row.seq)],
             )
             session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
@@ -4111,17 +4134,17 @@ class Directory:
         written = session.add_members(row.seq, differing, members.by_name["display"])
         kinds = dict.fromkeys(removed, "removed")
         kinds |= {id: "updated" if id in old else "added" for id in written}
-        self._log(session, [(f"member.{kind}", row.id, id, ()) for id, kind in kinds.items()])
+        self._log(session, [(f"member.{kind}", row.id, id, {}) for id, kind in kinds.items()])
         return sum(id not in old for id in written) - len(removed), bool(kinds)
 
     def _record(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
-        names = changed_names(self.resource_types[row.type].root, before, after)
-        changes: list[NewChange] = [
-            (f"{row.type.lower()}.{change_kind(before, after)}", row.id, "", list(names))
-        ]
+        root, kind = self.resource_types[row.type].root, change_kind(before, after)
+        pairs = differences(values_by_path(root, before), values_by_path(root, after))
+        self.differences = self._kept(pairs)
+        changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", row.id, "", pairs)]
         if row.type == "User":
             changes += update_employee(
                 session, row.id, after, self._now(session), is_new=not before
@@ -4133,10 +4156,17 @@ class Directory:
         if changes:
             now = self._now(session)
             rows = [
-                (now, kind, id, member, self.token, to_json(names))
-                for kind, id, member, names in changes
+                (now, kind, id, member, self.token, to_json([*pairs]), to_json(self._kept(pairs)))
+                for kind, id, member, pairs in changes
             ]
             session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
+
+    def _kept(self, pairs: Differences) -> Differences:
+        return {
+            name: pair
+            for name, pair in pairs.items()
+            if self.keep_values and len(to_json(pair)) <= MAX_KEPT_VALUE
+        }
 
     def _now(self, session: Session) -> str:
         return session.time_of_write(time_text(self.clock()))
@@ -4349,6 +4379,7 @@ class Tenant:
     database: str = setting(DATABASE, "", secret=True)  # in place of the server's
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
     log_bodies: bool = setting(FLAG, False, key="log.bodies")
+    log_values: bool = setting(FLAG, True, key="log.values")
 
     @property
     def credentials(self) -> tuple[Token, ...]:
@@ -6294,6 +6325,8 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
+    if not refused and (values := item.call.directory.differences):
+        entry["values"] = redacted(values)
     if item.caller.tenant.log_bodies and call.body is not None:
         entry["body"] = redacted(call.body)
     return 2 if refused else int(bool(reasons)), id, entry
@@ -6798,8 +6831,13 @@ class Tenants:
         store = current.store if isinstance(current, Directory) else None
         if store and store.database.location != location:
             current = store = None
+        options: dict[str, Any] = {
+            "keep": config.keep_changes,
+            "keep_days": config.keep_days,
+            "keep_values": tenant.log_values,
+        }
         if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
-            current.keep, current.keep_days = config.keep_changes, config.keep_days
+            vars(current).update(options)
             return current
         try:
             if is_postgres(location) and not store:
@@ -6813,8 +6851,7 @@ class Tenants:
                 tenant.custom_fields,
                 self._clock,
                 self._new_id,
-                config.keep_changes,
-                config.keep_days,
+                **options,
             )
             directory.claim(tenant.name)
         except StoreError as error:

@@ -352,6 +352,11 @@ def globex(server: scim_server.ScimServer) -> Scim:
     return Scim(server.url, "globex-secret")
 
 
+def configure_acme(server: scim_server.ScimServer, **settings: Any) -> None:
+    """Give the tenant acme of a running server other settings."""
+    server.application.add_tenant({**CONFIG["tenants"][0], **settings})
+
+
 def wait_until(condition: Any, seconds: float = 30) -> None:
     """Wait until a condition holds that another thread or process makes true."""
     for _ in range(int(seconds * 100)):
@@ -2800,7 +2805,7 @@ def log_changes(store: scim_server.Store, *times: str, keep: int = 9, older_than
     """Append a change for each time to the feed, a commit each, and trim the feed."""
     for at in times:
         with store.writing() as session:
-            session.log([(at, "user.created", "1", "", "entra", "[]")], keep, older_than)
+            session.log([(at, "user.created", "1", "", "entra", "[]", "{}")], keep, older_than)
 
 
 class TestStore:
@@ -4182,7 +4187,8 @@ def give_format_6(path: Path) -> None:
         for statement in TABLES_OF_FORMAT_6.split(";"):
             connection.execute(statement)
         for name in set(tables) - {"value", "number"}:
-            connection.execute(f"INSERT INTO {name} SELECT * FROM new_{name}")
+            columns = ", ".join(row[1] for row in connection.execute(f"PRAGMA table_info({name})"))
+            connection.execute(f"INSERT INTO {name} SELECT {columns} FROM new_{name}")
         for columns in connection.execute("SELECT * FROM resource").fetchall():
             row = scim_server.StoredResource(*columns)
             types = scim_server.resource_types_of(row.attributes.get(FAC, {}))
@@ -4214,7 +4220,7 @@ def everything_in(path: Path) -> dict[str, list[Any]]:
 def test_a_file_of_format_6_becomes_what_a_new_file_would_be(tmp_path: Path) -> None:
     path, chance = tmp_path / "acme.sqlite3", random.Random(SEED)
     with closing(scim_server.Store(path)) as store:
-        directory = scim_server.Directory(store, FIELDS)
+        directory = scim_server.Directory(store, FIELDS, keep_values=False)
         users = [
             directory.create("User", some_user(chance, f"u{number}") | {"title": "long" * number})
             for number in range(0, 300, 20)
@@ -4229,6 +4235,29 @@ def test_a_file_of_format_6_becomes_what_a_new_file_would_be(tmp_path: Path) -> 
     assert everything_in(path) != new
     scim_server.Store(path).close()
     assert everything_in(path) == new
+
+
+def give_format_7(store: scim_server.Store) -> None:
+    """Remove what format 8 has added to the tables."""
+    with store.writing() as session:
+        session.run("ALTER TABLE change DROP COLUMN old_and_new")
+        prefix = f'"{store.schema}".' if store.schema else ""
+        session.run(f"DROP INDEX {prefix}change_deactivated")
+        is_file = not store.schema
+        session.run("PRAGMA user_version = 7" if is_file else "UPDATE state SET version = 7")
+
+
+def test_the_changes_in_format_7_have_no_values(open_store: Any) -> None:
+    old = open_store()
+    scim_server.Directory(old).create("User", {"userName": "ada"})
+    give_format_7(old)
+    old.close()
+    directory = scim_server.Directory(open_store())
+    [user] = directory.query("User").resources
+    directory.patch("User", user["id"], patch_body(put("title", "Chief")))
+    rows = directory.changes()
+    assert [row.values for row in rows[:2]] == [{}, {}] and "name" in rows[1].attributes
+    assert rows[2].values == {"title": [None, "Chief"]}
 
 
 WIDE = "\uff21\uff44\uff41"  # Ada in full-width letters
@@ -5474,8 +5503,41 @@ def test_each_change_is_a_row_of_the_feed_in_commit_order(scim: Scim) -> None:
         ("group.deleted", crew, ""),
     ]
     assert rows[4]["attributes"] == ["title", LOCKER]
+    assert rows[4]["values"] == {"title": ["Engineer", "Chief"], LOCKER: [None, 4]}
     assert rows[5]["attributes"] == ["designation", "custom_fields"]
+    assert rows[5]["values"] == {
+        "designation": ["Engineer", "Chief"],
+        "custom_fields": [None, {"locker_no": 4}],
+    }
+    assert [row["values"]["active"] for row in rows[6:9]] == [[True, False]] * 2 + [[False, True]]
+    assert rows[10]["values"] == {"displayName": ["Crew", "Crew 2"]}
+    assert rows[12]["values"]["title"] == ["Chief", None]
+    assert rows[3]["values"] == rows[11]["values"] == {}
     assert changes(scim, "after=13&count=1") == [rows[13]]
+
+
+def test_the_feed_keeps_no_long_value_and_no_password(scim: Scim) -> None:
+    ada = scim.user("ada", password="hush", title="t" * 1_000, nickName="n" * 900)["id"]
+    row = changes(scim)[0]
+    assert "title" in row["attributes"] and "title" not in row["values"]
+    assert row["values"]["nickName"] == [None, "n" * 900]
+    scim.patch(f"/Users/{ada}", put("password", "hush2"), put("title", "Chief"))
+    rows = changes(scim)
+    assert rows[2]["attributes"] == ["title"] and rows[2]["values"] == {}
+    assert "hush" not in json.dumps(rows)
+
+
+def test_a_tenant_may_keep_no_values_in_feed_and_log(
+    server: scim_server.ScimServer, scim: Scim, console: Scim
+) -> None:
+    scim.user("ada", title="Engineer")
+    configure_acme(server, log={"values": False})
+    scim.user("bob", title="Engineer")
+    assert [bool(row["values"]) for row in changes(scim)] == [True, True, False, False]
+    assert [entry.get("values") for entry in logged(console, 2)] == [
+        None,
+        {"userName": [None, "ada"], "title": [None, "Engineer"], "active": [None, True]},
+    ]
 
 
 def test_waiting_reader_is_woken_by_a_write_or_the_end(
@@ -7882,6 +7944,7 @@ def test_a_log_entry_has_the_details_of_its_call(scim: Scim, console: Scim) -> N
     scim.patch(f"/Users/{ada}", put("title", "Chief"), put("nickName", "Al"))
     entry = logged(console, 2)[0]
     assert entry["attributes"] == ["title", "nickName"]
+    assert entry["values"] == {"title": [None, "Chief"], "nickName": [None, "Al"]}
     assert (entry["token"], entry["client"], entry["subject"]) == ("entra", "127.0.0.1", ada)
     assert (entry["status"], entry["level"], entry["notes"]) == (200, 0, [])
     assert datetime.fromisoformat(entry["at"][:-1]) and entry["milliseconds"] > 0
