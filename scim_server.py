@@ -2056,6 +2056,29 @@ class EmployeeRow(NamedTuple):
 
 
 NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
+EMPLOYEE_STATES = {  # conditions on employees, in the console
+    "all": "1 = 1",
+    "active": "active = 1",
+    "inactive": "active = 0 AND provisioned = 1",
+    "left": "provisioned = 0",  # there is no SCIM user any more
+}
+
+
+def compile_employees(state: str, text: str, names: Iterable[str]) -> Sql:
+    # Return the condition that employees are in a state and have a text in a value, in any case.
+    # names are those of all fields. A record is JSON: where it may have the text in a name, or in
+    # true or false, these are removed before it is searched.
+    words = [f'"{name.lower()}":' for name in names] + [":true", ":false"]
+    # lower() changes ASCII letters only: "ö" is searched as "Ö" too, as names begin.
+    forms = {form.encode().lower().decode() for form in (text.lower(), text.upper(), text.title())}
+    alternatives = list[Sql]()
+    for form, literal in [(form, to_json(form)[1:-1]) for form in forms if form]:
+        removed = [word for word in words if literal in word]
+        values = "replace(" * len(removed) + "lower(record)" + ", ?, '')" * len(removed)
+        sql = f"instr(lower(user_name || ' ' || external_id), ?) > 0 OR instr({values}, ?) > 0"
+        alternatives.append((sql, [form, *removed, literal]))
+    sql, parameters = join_sql(" OR ", alternatives, "1 = 1")
+    return f"{EMPLOYEE_STATES[state]} AND {sql}", parameters
 
 
 @dataclass(frozen=True)
@@ -2482,6 +2505,8 @@ POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for
     (r"('|END) AS key\b", r'\1 COLLATE "C" AS key'),  # a constant has no order of its own
     (r"\bWITHOUT ROWID\b", ""),
     (r"\binstr\(",        "strpos("),
+    (r"json_extract\(record, \?\) COLLATE NOCASE",  # the result is compared by its type
+     "lower(jsonb_path_query_first(record::jsonb, ?::jsonpath)::text)::jsonb"),
 )
 # fmt: on
 MAKE_SCHEMA = """
@@ -2790,6 +2815,17 @@ class Session:
             marks = ", ".join("?" * len(batch))
             yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
 
+    def names(self, ids: Sequence[str]) -> dict[str, Resource]:
+        # Return the name of each user or group, and how many members it has, by id. A user has
+        # the name of its employee, also after it was deleted.
+        employees = self._among("SELECT user_id, record, 0 FROM employee WHERE user_id IN", ids)
+        resources = self._among("SELECT id, body, member_count FROM resource WHERE id IN", ids)
+        rows = [(id, from_json(text), count) for id, text, count in (*resources, *employees)]
+        return {
+            id: {"name": row.get("displayName") or row.get("userName") or row["name"], "members": n}
+            for id, row, n in rows
+        }
+
     def with_custom_fields(self) -> list[StoredResource]:
         # Return the resources that have values of custom fields, or hide some.
         sql = "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'"
@@ -2948,6 +2984,20 @@ class Session:
             "id > ? AND id <= ? AND active IN (?, ?) AND changed >= ? ORDER BY id LIMIT ?",
             [after, last, *states, since, count],
         )
+
+    def find_employees(
+        self, condition: Sql, path: str, descending: bool, window: Window
+    ) -> tuple[int, list[EmployeeRow]]:
+        # Return how many employees fulfil a condition, and a window on them, sorted by the value
+        # at a path in their records.
+        (sql, values), order = condition, "DESC NULLS LAST" if descending else "ASC NULLS FIRST"
+        [[total]] = self.run(f"SELECT count(*) FROM employee WHERE {sql}", values).fetchall()
+        ids = self.run(
+            f"SELECT id FROM employee WHERE {sql} ORDER BY json_extract(record, ?) COLLATE NOCASE "
+            f"{order}, id LIMIT ? OFFSET ?",
+            [*values, path, window.count, window.offset],
+        ).fetchall()
+        return total, [row for id in ids for row in self._employees("id = ?", id)]
 
     def reassign_reports(self, old_id: str, new_id: str) -> None:
         self.run(
@@ -3423,6 +3473,18 @@ class Employee:
     custom_fields: dict[str, Json]  # values by link name
 
 
+def to_employee(row: EmployeeRow) -> Employee:
+    return Employee(
+        id=row.id,
+        user_id=row.user_id,
+        external_id=row.external_id,
+        active=bool(row.active),
+        manager=row.manager,
+        changed=row.changed,
+        **row.record,
+    )
+
+
 EMPLOYEE_PATHS = {
     name: [[parse_path(path, USER_TYPE) for path in choice.split(" + ")] for choice in choices]
     for name, choices in EMPLOYEE_SOURCES.items()
@@ -3875,18 +3937,7 @@ class Directory:
                 since=since,
             )
         ):
-            yield from (
-                Employee(
-                    id=row.id,
-                    user_id=row.user_id,
-                    external_id=row.external_id,
-                    active=bool(row.active),
-                    manager=row.manager,
-                    changed=row.changed,
-                    **row.record,
-                )
-                for row in rows
-            )
+            yield from map(to_employee, rows)
             after = rows[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -4809,6 +4860,13 @@ class Call:
         if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
+
+    def choice(self, name: str, choices: Sequence[str]) -> str:
+        # Return a parameter that is one of some words, by default the first; ScimError 400.
+        if (text := self.parameters.get(name.lower()) or choices[0]) not in choices:
+            expected = ", ".join(choices)
+            raise invalid_value(f"{name}: expected one of {expected}, got {quoted(text)}")
+        return text
 
     def projected(self, resource: Resource | Encoded) -> Json:
         if isinstance(resource, Encoded):
@@ -6602,6 +6660,33 @@ def get_mapping(call: Call) -> Response:
     return plain_response("".join(lines), "text/csv; charset=utf-8")
 
 
+def find_employees(call: Call) -> Response:
+    # Answer GET /console/api/employees: a page of those in a state that have a text, sorted.
+    # This reads all employees, which takes about a second for 300 000.
+    link_names = call.directory.link_names
+    paths = {name: f'$."{name}"' for name in EMPLOYEE_SOURCES} | {
+        f"custom_fields.{name}": f'$."custom_fields"."{name}"' for name in link_names
+    }
+    if UNSTORABLE.search(text := call.parameters.get("text", "").strip()):
+        raise invalid_value("text: no text has a NUL")
+    state, names = call.choice("state", list(EMPLOYEE_STATES)), [*EMPLOYEE_SOURCES, *link_names]
+    condition = compile_employees(state, text, [*names, "custom_fields"])
+    path = paths[call.choice("sortBy", list(paths))]
+    descending = call.choice("sortOrder", ["ascending", "descending"]) == "descending"
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
+    window = Window(count, call.integer("startIndex", 1, 1) - 1)
+    with call.directory.store.reading() as session:
+        total, rows = session.find_employees(condition, path, descending, window)
+    people = [{**asdict(to_employee(row)), "left": not row.provisioned} for row in rows]
+    return plain_response({"total": total, "employees": people})
+
+
+def get_names(call: Call) -> Response:
+    # Answer GET /console/api/names: the names of users and groups, by id.
+    with call.directory.store.reading() as session:
+        return plain_response(session.names(call.parameters.get("ids", "").split(",")))
+
+
 def get_history(call: Call) -> Response:
     employee, changes = call.directory.history(call.id)
     return plain_response(
@@ -7006,6 +7091,8 @@ class Application(Tenants):
             ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
             ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
             ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
+            ("GET",    "/console/api/employees",         BEARER,   READ,  find_employees),
+            ("GET",    "/console/api/names",             BEARER,   READ,  get_names),
             ("GET",    "/console/api/history/{id}",      BEARER,   READ,  get_history),
         ]
         # fmt: on

@@ -8466,6 +8466,85 @@ def test_the_history_of_a_group_has_no_employee(scim: Scim, console: Scim) -> No
     ]
 
 
+CREW = [  # the people that the console lists
+    {
+        "userName": "ada@x",
+        "displayName": 'Ada "A" Byron',
+        "title": "Chief",
+        FAC: {"locker_no": 9, "night_shift": True},
+        ENT: {"department": "Lifts"},
+    },
+    {
+        "userName": "bo@x",
+        "displayName": "bo",
+        "active": False,
+        FAC: {"locker_no": 10},
+        ENT: {"employeeNumber": "0044"},
+    },
+    {"userName": "oezil@x", "displayName": "Lee Özil", "externalId": "5B0C"},
+    {"userName": "gone@x", "displayName": "Zoe", ENT: {"department": "lifts"}},
+]
+# fmt: off
+PEOPLE = [  # name, parameters, people in order
+    ("all, by name",                   {}, ["Ada", "bo", "Lee", "Zoe"]),
+    ("active ones",                    {"state": "active"}, ["Ada", "Lee"]),
+    ("inactive ones with a user",      {"state": "inactive"}, ["bo"]),
+    ("those whose user was deleted",   {"state": "left"}, ["Zoe"]),
+    ("a department, in any case",      {"text": "LIFTS"}, ["Ada", "Zoe"]),
+    ("state and text together",        {"text": "lifts", "state": "active"}, ["Ada"]),
+    ("an employee number",             {"text": "0044"}, ["bo"]),
+    ("a custom field",                 {"text": "10"}, ["bo"]),
+    ("a userName",                     {"text": "OEZIL"}, ["Lee"]),
+    ("an objectId",                    {"text": "5b0c"}, ["Lee"]),
+    ("letters beyond ASCII, in any case", {"text": "öZIL"}, ["Lee"]),
+    ("a quotation mark",               {"text": '"a" b'}, ["Ada"]),
+    ("no wildcard",                    {"text": "%"}, []),
+    ("no name of a field",             {"text": "custom_fields"}, []),
+    ("no Boolean",                     {"text": "true"}, []),
+    ("an Integer field by its value",  {"sortBy": "custom_fields.locker_no", "text": "@x"},
+     ["Lee", "Zoe", "Ada", "bo"]),
+    ("the greatest value first",       {"sortBy": "custom_fields.locker_no",
+                                        "sortOrder": "descending", "count": 2}, ["bo", "Ada"]),
+    ("the second page",                {"startIndex": 3, "count": 1}, ["Lee"]),
+]
+# fmt: on
+
+
+def people_listed(console: Scim, **parameters: Any) -> list[str]:
+    """Return the first names of the employees that the console lists."""
+    listed = console.get("/console/api/employees", **parameters)["employees"]
+    return [employee["name"].split()[0] for employee in listed]
+
+
+def test_the_console_lists_searches_and_sorts_all_employees(scim: Scim, console: Scim) -> None:
+    users = [scim.create("/Users", **body) for body in CREW]
+    scim.call("DELETE", f"/Users/{users[-1]['id']}")
+    for name, parameters, expected in PEOPLE:
+        assert people_listed(console, **parameters) == expected, name
+    page = console.get("/console/api/employees", count=1, state="left")
+    assert (page["total"], page["employees"][0]["left"]) == (1, True)
+    assert console.get("/console/api/employees", count=1)["total"] == 4
+
+
+@pytest.mark.parametrize("name", ["state", "sortBy", "sortOrder", "text"])
+def test_a_wrong_parameter_of_the_list_of_employees_is_named(console: Scim, name: str) -> None:
+    answer = console.call("GET", f"/console/api/employees?{name}=x%00")
+    assert_error(answer, 400, "invalidValue", name)
+
+
+def test_the_console_knows_the_names_behind_ids(scim: Scim, console: Scim) -> None:
+    ada = scim.user("ada", name={"givenName": "Ada", "familyName": "Byron"})["id"]
+    crew, empty = scim.group("Crew", ada)["id"], scim.group("Empty")["id"]
+    names = {"ids": f"{ada},{crew},{empty},unknown"}
+    assert console.get("/console/api/names", **names) == {
+        ada: {"name": "Ada Byron", "members": 0},
+        crew: {"name": "Crew", "members": 1},
+        empty: {"name": "Empty", "members": 0},
+    }
+    scim.call("DELETE", f"/Users/{ada}")
+    assert console.get("/console/api/names", ids=ada) == {ada: {"name": "Ada Byron", "members": 0}}
+
+
 # -- 16. Application -------------------------------------------------------------------------------
 
 
@@ -10706,7 +10785,7 @@ def test_the_console_runs_its_own_script_alone(server: scim_server.ScimServer) -
     assert "innerHTML" not in answer.text and not re.search(r"(src|href)=.https?:", answer.text)
 
 
-@pytest.mark.parametrize("path", ["log", "setup", "mapping", "history/1"])
+@pytest.mark.parametrize("path", ["log", "setup", "mapping", "history/1", "employees", "names"])
 def test_the_api_of_the_console_needs_a_token_and_no_cache(
     server: scim_server.ScimServer, path: str
 ) -> None:
