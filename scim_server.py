@@ -6164,6 +6164,10 @@ class LogItem:
                 sent.append(("add", name, value))
         return [(op, redacted(path)[:200], value) for op, path, value in sent]
 
+    @property
+    def differences(self) -> Differences:  # that it made to a user or group
+        return self.call.directory.differences if self.response.status < 400 else {}
+
     @cached_property
     def may_show_secret(self) -> bool:  # in the detail of an error, which quotes what was sent
         request, body = self.call.request, self.call.body
@@ -6380,11 +6384,10 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "path": call.request.path[:500],
         "client": call.request.client,
         "attributes": attributes_of(item)[:50],
+        "values": redacted(item.differences),
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
-    if not refused and (values := item.call.directory.differences):
-        entry["values"] = redacted(values)
     if item.caller.tenant.log_bodies and call.body is not None:
         entry["body"] = redacted(call.body)
     return 2 if refused else int(bool(reasons)), id, entry
