@@ -3060,6 +3060,16 @@ class Session:
             )
         ]
 
+    def nth_deactivation(self, number: int, since: str) -> str | None:
+        # Return when the employee was deactivated before whom number - 1 others were deactivated
+        # last; None if that was not after a time.
+        rows = self.run(
+            "SELECT at FROM change WHERE kind = 'employee.deactivated' AND at > ? "
+            "ORDER BY at DESC LIMIT 1 OFFSET ?",
+            [since, number - 1],
+        )
+        return next((at for (at,) in rows), None)
+
     def change_bounds(self) -> tuple[int, int]:
         # Return the number before the first change that is kept, and that of the newest change.
         last, first, start = self.run(
@@ -3698,7 +3708,8 @@ class Directory:
     parse_operations do, 409 uniqueness for a userName or group displayName that is in use, and 412
     for a precondition that fails. cursor_key is a secret of the store for signing cursors. keep is
     how many changes the feed holds, keep_days for how long, keep_values whether with old and new
-    values. StoreError if the store fails.
+    values. max_deactivations is how many employees may become inactive in an hour, 0 for any
+    number; the next one is 429. StoreError if the store fails.
     """
 
     def __init__(
@@ -3710,10 +3721,11 @@ class Directory:
         keep: int = KEEP_CHANGES,
         keep_days: int = KEEP_DAYS,
         keep_values: bool = True,
+        max_deactivations: int = 0,
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
         self.keep, self.keep_days, self.keep_values = keep, keep_days, keep_values
-        self._polls = threading.Semaphore(MAX_POLLS)
+        self.max_deactivations, self._polls = max_deactivations, threading.Semaphore(MAX_POLLS)
         self.differences: Differences = {}  # of the user or group that was written last
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
@@ -4200,7 +4212,25 @@ class Directory:
             changes += update_employee(
                 session, row.id, after, self._now(session), is_new=not before
             )
+        if any(kind == "employee.deactivated" for kind, *_ in changes):
+            self._check_deactivations(session, before)
         self._log(session, changes)
+
+    def _check_deactivations(self, session: Session, user: Resource) -> None:
+        # Raise ScimError 429 if an hour has had as many deactivations as it may.
+        number, now, hour = self.max_deactivations, self.clock(), timedelta(hours=1)
+        at = session.nth_deactivation(number, time_text(now - hour)) if number else None
+        if at:
+            end = datetime.fromisoformat(at.replace("Z", "+00:00")) + hour
+            raise ScimError(
+                429,
+                "",
+                f"max_deactivations: {number} employees have become inactive within an hour; "
+                f"{quoted(user['userName'])} was not changed. If this is intended, raise or remove "
+                "max_deactivations in the configuration, which is loaded within a second",
+                {"Retry-After": str(int((end - now).total_seconds()) + 1)},
+                ("guard", str(number)),
+            )
 
     def _log(self, session: Session, changes: Sequence[NewChange]) -> None:
         # Append changes of one time to the feed, which is trimmed too.
@@ -4431,6 +4461,8 @@ class Tenant:
     keep_log: int = setting(POSITIVE, KEEP_LOG, key="log.keep")
     log_bodies: bool = setting(FLAG, False, key="log.bodies")
     log_values: bool = setting(FLAG, True, key="log.values")
+    max_deactivations: int = setting(POSITIVE, 0)  # in an hour; 0 is any number
+    paused: bool = setting(FLAG, False)
 
     @property
     def credentials(self) -> tuple[Token, ...]:
@@ -4771,6 +4803,16 @@ class Caller(NamedTuple):
     credential: Token
     directory: Directory | StoreError  # the tenant's, or why it cannot be opened
     refusal: tuple[str, ...] = ()  # the reason, as in ScimError
+
+    def check_write(self) -> None:
+        # Raise ScimError 403 if the credential may only read, 503 if the tenant is paused.
+        name = self.credential.name
+        if self.credential.access == "read":
+            detail = f'{name} has "access": "read": it may read, but not write'
+            raise ScimError(403, "", detail, reason=("read-only", name))
+        if self.tenant.paused:
+            detail = f"tenant {self.tenant.name} is paused by its configuration; nothing is changed"
+            raise ScimError(503, "", detail, {"Retry-After": "60"}, ("paused",))
 
 
 class Request(NamedTuple):
@@ -6020,6 +6062,18 @@ EXPLANATIONS = {
         "A call from {client} tried to write with “{token}”, which may only read.",
         'Enter the secret of an entry that does not have "access": "read".',
     ),
+    "guard": (
+        "guard",
+        "number",
+        "An hour may have {number} deactivations, and has had them; this person stays active.",
+        "Is it intended? Then raise max_deactivations. If not, check who is assigned in Entra.",
+    ),
+    "paused": (
+        "guard",
+        "",
+        "The tenant is paused: it can be read, but nothing is changed.",
+        "Remove paused from the tenant in the configuration. Entra repeats the call later.",
+    ),
     "path": (
         "connection",
         "path base",
@@ -6923,6 +6977,7 @@ class Tenants:
             "keep": config.keep_changes,
             "keep_days": config.keep_days,
             "keep_values": tenant.log_values,
+            "max_deactivations": tenant.max_deactivations,
         }
         if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
             vars(current).update(options)
@@ -7331,13 +7386,8 @@ class Application(Tenants):
         if isinstance(request.body, bytes):  # else it is an operation of a bulk request
             self.usage.check_memory(request.tenant)
         lane, _ = operations.get(request.method, (QUICK, None))
-        if lane in (WRITE, BULK) and call.caller and call.caller.credential.access == "read":
-            raise ScimError(
-                403,
-                "",
-                f'{call.caller.credential.name} has "access": "read": it may read, but not write',
-                reason=("read-only", call.caller.credential.name),
-            )
+        if lane in (WRITE, BULK) and call.caller:
+            call.caller.check_write()
 
     def _operate(self, call: Call) -> Response:
         request = call.request

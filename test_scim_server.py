@@ -5755,6 +5755,66 @@ def two_views(engine: str) -> Iterator[Any]:
         yield old, new, ids
 
 
+OFF = patch_body(put("active", False))
+
+
+def test_deactivations_beyond_those_of_an_hour_are_429(engine: str) -> None:
+    clock, tenant = ManualClock(), CONFIG["tenants"][0]
+    document = {"tenants": [{**tenant, "max_deactivations": 2}]}
+    with serving_at(clock, engine, document) as server:
+        scim = Scim(server.url, "acme-secret")
+        [ada, bob, cid, dan, eve] = [f"/Users/{scim.user(name)['id']}" for name in "abcde"]
+        assert scim.call("PATCH", ada, OFF).status_code == 200
+        clock.advance(minutes=10)
+        assert scim.call("DELETE", bob).status_code == 204
+        for refused in (
+            scim.call("PATCH", cid, OFF),
+            scim.call("PUT", cid, {"userName": "c", "active": False}),
+            scim.call("DELETE", cid),
+        ):
+            assert_error(refused, 429, "", "max_deactivations: 2 ", '"c"', "raise or remove")
+            assert 2_995 <= int(refused.headers["Retry-After"]) <= 3_001
+        assert scim.get(cid)["active"] and scim.get(cid)["meta"]["version"] == 'W/"1"'
+        statuses = [item["status"] for item in bulk(scim, ("DELETE", ada, "", None))]
+        assert statuses == ["204"]  # this employee was inactive already
+    with serving_at(clock, engine, document) as server:  # the feed remembers
+        scim = Scim(server.url, "acme-secret")
+        clock.advance(minutes=51)
+        operations = [("PATCH", path, "", OFF) for path in (cid, dan, eve)]
+        assert [item["status"] for item in bulk(scim, *operations)] == ["200", "429", "429"]
+        batch = [
+            scim_server.Request(
+                "DELETE", f"/scim/v2{path}", headers={"authorization": "Bearer acme-secret"}
+            )
+            for path in (dan, eve)
+        ]
+        answers = server.application.handle_all(batch)
+        assert [answer.status for answer in answers] == [429, 429]
+        configure_acme(server, max_deactivations=3)
+        answers = server.application.handle_all(batch)
+        assert [answer.status for answer in answers] == [204, 429]
+        configure_acme(server)
+        assert scim.call("DELETE", eve).status_code == 204
+        [*_, last] = [row["kind"] for row in changes(scim)]
+        assert last == "employee.deactivated"
+
+
+def test_the_log_explains_who_was_not_deactivated(
+    server: scim_server.ScimServer, scim: Scim, console: Scim
+) -> None:
+    configure_acme(server, max_deactivations=1)
+    for name in ("ada", "bob"):
+        scim.call("PATCH", f"/Users/{scim.user(name)['id']}", OFF)
+    configure_acme(server, paused=True)
+    scim.call("POST", "/Users", {"userName": "cid"})
+    paused, guard, *_ = logged(console, 5)
+    [note] = guard["notes"]
+    assert (guard["name"], guard["status"], note["kind"]) == ("bob", 429, "guard")
+    assert "An hour may have 1 deactivations" in note["text"]
+    assert "max_deactivations" in note["remedy"] and guard["values"] == {}
+    assert paused["status"] == 503 and "paused" in paused["notes"][0]["text"]
+
+
 def test_value_of_another_views_type_is_hidden_until_replaced(two_views: Any) -> None:
     old, new, (ada, _) = two_views
     assert FAC not in new.get("User", ada)
@@ -5990,6 +6050,9 @@ CONFIG_MISTAKES = [  # name, the wrong part of tenants[0], the path of the mista
     ("custom fields that are no list", {"custom_fields": {}}, ".custom_fields"),
     ("a log of no entries", {"log": {"keep": 0}}, ".log.keep"),
     ("a text in place of a boolean", {"log": {"bodies": "yes"}}, ".log.bodies"),
+    ("a text in place of a number", {"max_deactivations": "5"}, ".max_deactivations"),
+    ("a negative number of deactivations", {"max_deactivations": -1}, ".max_deactivations"),
+    ("a number in place of a boolean", {"paused": 1}, ".paused"),
     ("an unknown member of log", {"log": {"colour": 1}}, ".log.colour"),
     ("a log that is no object", {"log": 5}, ".log"),
     ("a name with a dot", {"log.keep": 5}, ".log.keep"),
@@ -9286,6 +9349,24 @@ def test_read_access_is_for_reading_alone(
     if status == 403:
         assert_error(answer, 403, "", "reader", '"access": "read"')
         assert Scim(oauth.url, "acme-secret").get(f"/Users/{ada}")["meta"]["version"] == 'W/"1"'
+
+
+@each_row("method, path, body, status", READ_ONLY)
+def test_a_paused_tenant_is_read_and_not_written(
+    server: scim_server.ScimServer, scim: Scim, method: str, path: str, body: Any, status: int
+) -> None:
+    ada = scim.user("ada")["id"]
+    configure_acme(server, paused=True)
+    answer = scim.call(method, path.replace("{ada}", ada), body)
+    assert answer.status_code == (503 if status == 403 else status), answer.text
+    if status == 403:
+        assert_error(answer, 503, "", "tenant acme is paused")
+        assert answer.headers["Retry-After"] == "60"
+        assert Scim(server.url, "globex-secret").user("ada")
+    configure_acme(server)
+    assert [user["userName"] for user in scim.get("/Users")["Resources"]] == ["ada"]
+    assert scim.get(f"/Users/{ada}")["meta"]["version"] == 'W/"1"'
+    assert scim.user("bob")
 
 
 @pytest.mark.parametrize(
