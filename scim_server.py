@@ -5201,8 +5201,9 @@ def error_response(error: Exception, path: str = "") -> Response:
             "error": error.scim_type or codes.get(error.status, "invalid_request"),
             "error_description": re.sub(r"[^ !#-\[\]-~]", "'", error.detail),
         }
-        response = plain_response(answer, **error.headers)
-        return response._replace(status=error.status, reason=error.reason)
+        return plain_response(answer, **error.headers)._replace(
+            status=error.status, reason=error.reason
+        )
     return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
@@ -5223,13 +5224,6 @@ AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 Reading = Generator[bool, None, bytes]
-
-
-class Head(NamedTuple):
-    method: str
-    target: str
-    minor_version: int  # of HTTP/1
-    headers: dict[str, str]  # names in lower case
 
 
 def read_exactly(buffer: bytearray, length: int) -> Reading:
@@ -5283,15 +5277,21 @@ def read_fields(buffer: bytearray, status: int) -> Generator[bool, None, dict[st
     return headers
 
 
-def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Head]:
+def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Request]:
     # Read the head of a request after its first line (RFC 9112 §5); ScimError 400, 431 or 505.
     if not (start := REQUEST_LINE.fullmatch(line)):
         raise ScimError(400, "", "the request line is malformed")
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
     headers = yield from read_fields(buffer, 431)
-    check_framing(headers, int(start[4]))
-    return Head(start[1].decode(), start[2].decode(), int(start[4]), headers)
+    minor_version = int(start[4])
+    check_framing(headers, minor_version)
+    if minor_version == 0:  # no 100 Continue; one side alone cannot keep the connection
+        is_kept = "keep-alive" in headers.get("connection", "").lower()
+        headers |= {"expect": "", "connection": "keep-alive" if is_kept else "close"}
+    host, target = host_and_target(start[2].decode(), headers.get("host") or "localhost")
+    path, _, query = target.partition("?")
+    return Request(start[1].decode(), path, query, headers, host=host)
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
@@ -5368,10 +5368,8 @@ def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
 
 def body_text(body: Json) -> str:
     # Return the text of an answer's body; Encoded resources of a list are JSON text already.
-    if isinstance(body, str):
-        return body
     if not isinstance(body, dict) or "Resources" not in body:
-        return to_json(body)
+        return body if isinstance(body, str) else to_json(body)
     texts = (item if isinstance(item, Encoded) else to_json(item) for item in body["Resources"])
     return f"{to_json({**body, 'Resources': []})[:-2]}{','.join(texts)}]}}"
 
@@ -5654,9 +5652,12 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     page = search(Window(count, 0, after, backward, MAX_PAGE))
     total = total if page.total_results is None else page.total_results
-    # There is always a page in the direction that we came from; in the other, page.more tells.
+    issued = int(call.directory.clock().timestamp())
+    # A cursor holds all that the next page needs, and a signature: the server keeps nothing, and a
+    # cursor of another tenant or query is not accepted. There is always a page in the direction
+    # that we came from; in the other, page.more tells.
     cursors = {
-        name: make_cursor(call, total, position, backward=name == "previousCursor")
+        name: sealed_cursor(call, to_json([total, name == "previousCursor", issued, *position]))
         for name, position in (
             ("nextCursor", page.last if backward or page.more else None),
             ("previousCursor", page.first if (page.more if backward else after) else None),
@@ -5664,13 +5665,6 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
         if position
     }
     return list_response(map(call.projected, page.resources), total, **cursors)
-
-
-# A cursor holds all that the next page needs, and a signature: (total, backward, issued, missing,
-# key, seq). The server keeps nothing, and a cursor of another tenant or query is not accepted.
-def make_cursor(call: Call, total: int, position: Position, backward: bool) -> str:
-    issued = int(call.directory.clock().timestamp())
-    return sealed_cursor(call, to_json([total, backward, issued, *position]))
 
 
 def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
@@ -5705,7 +5699,7 @@ def sealed_cursor(call: Call, content: str) -> str:
 # -- Bulk ------------------------------------------------------------------------
 
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
-BULK_ID = re.compile(r"bulkId:(\S+)")
+BULK_ID = re.compile(r"\AbulkId:(\S+)\Z")
 BULK_TARGET = re.compile(r"(POST /(Users|Groups)/|(PUT|PATCH|DELETE) /(Users|Groups)/[^/]+)")
 BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 MAX_CYCLE = 128 * 1024  # characters of operations that need each other, and share a transaction
@@ -5722,17 +5716,18 @@ class BulkOperation(NamedTuple):
     bulk_id: str
     version: str
     content: Json  # its data
-    references: frozenset[str] = frozenset()  # the bulkIds that id and content refer to
+    references: set[str]  # the bulkIds that id and content refer to
 
     def target(self, id_of: IdOf) -> str:
         # Return the id in the path; for a bulkId the id that it stands for, if there is one.
-        reference = BULK_ID.fullmatch(self.id)
-        return (reference and id_of(reference[1])) or self.id
+        return BULK_ID.sub(lambda reference: id_of(reference[1]) or self.id, self.id)
 
     def body(self, id_of: IdOf) -> Json:
-        if self.method == "PATCH":
-            return patch_with_ids(self.content, self.type, id_of)
-        return with_ids(self.content, self.type.root, id_of)
+        return (
+            patch_with_ids(self.content, self.type, id_of)
+            if self.method == "PATCH"
+            else with_ids(self.content, self.type.root, id_of)
+        )
 
 
 def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
@@ -5752,13 +5747,13 @@ def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkO
         bulk_id,
         version,
         members.get("data"),
+        set(),
     )
-    references: list[str] = []
     # Most operations refer to nothing, and need no walk through their content.
     if "bulkId:" in to_json([id, operation.content]):
-        operation.target(references.append)
-        operation.body(references.append)
-    return operation._replace(references=frozenset(references))
+        operation.target(operation.references.add)
+        operation.body(operation.references.add)
+    return operation
 
 
 def holds_id(attribute: Attribute) -> bool:
@@ -5771,7 +5766,7 @@ def holds_id(attribute: Attribute) -> bool:
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
     # Return an attribute's value with ids in place of bulkIds; one without id is left out.
-    if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.fullmatch(value)):
+    if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.match(value)):
         return id_of(reference[1])
     if isinstance(value, list):
         return [
@@ -5925,15 +5920,19 @@ class Bulk:
 
     def _check(self, operation: BulkOperation, cycle: list[int]) -> None:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
-        if not BULK_TARGET.fullmatch(f"{method} {path}"):
-            raise invalid_value(
-                "method and path: expected POST with a path such as /Users, or PUT, PATCH or "
-                f"DELETE with one such as /Users/2819c223, got {quoted(method)} and {quoted(path)}"
-            )
-        if method != "DELETE" and operation.content is None:
-            raise invalid_value(f"data: {method} needs some")
-        if method == "POST" and not operation.bulk_id:
-            raise invalid_value("bulkId: POST needs one")
+        for is_valid, detail in (
+            (
+                BULK_TARGET.fullmatch(f"{method} {path}"),
+                (
+                    "method and path: expected POST with a path such as /Users, or PUT, PATCH or "
+                    f"DELETE with one such as /Users/2819, got {quoted(method)} and {quoted(path)}"
+                ),
+            ),
+            (method == "DELETE" or operation.content is not None, f"data: {method} needs some"),
+            (method != "POST" or operation.bulk_id, "bulkId: POST needs one"),
+        ):
+            if not is_valid:
+                raise invalid_value(detail)
         for bulk_id in sorted(operation.references):
             if self._id_of(bulk_id) is None and self.posts.get(bulk_id) not in cycle:
                 raise ScimError(
@@ -7496,30 +7495,14 @@ KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection 
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
-class Tls:
-    """The TLS context of a certificate and its key; OSError if they cannot be used."""
-
-    def __init__(self, *files: str) -> None:
-        self._files, self._signature = files, file_signature(*files)
-        self._context = self._load()
-
-    def context(self) -> ssl.SSLContext:
-        # Return the context for a new connection, loaded again if the files have changed.
-        if (signature := file_signature(*self._files)) != self._signature:
-            self._signature = signature  # also of unusable files, so that this is logged once
-            try:
-                self._context = self._load()
-            except OSError as error:
-                log_line(f"{error}; keeping the previous certificate")
-        return self._context
-
-    def _load(self) -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # of TLS 1.2 or later
-        try:
-            context.load_cert_chain(*self._files)
-        except OSError as error:
-            raise OSError(f"tls: {' and '.join(self._files)}: cannot be used ({error})") from error
-        return context
+def tls_context(*files: str) -> ssl.SSLContext:
+    # Return the TLS context of a certificate and its key; OSError if they cannot be used.
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)  # of TLS 1.2 or later
+    try:
+        context.load_cert_chain(*files)
+    except OSError as error:
+        raise OSError(f"tls: {' and '.join(files)}: cannot be used ({error})") from error
+    return context
 
 
 # -- Connections --
@@ -7644,14 +7627,16 @@ class Watcher:
 
     def __init__(self, config: Config, listener: socket.socket | None, usage: Usage) -> None:
         self.config, self.usage = config, usage
-        self.tls = Tls(*config.tls) if config.tls else None
+        self._signature = file_signature(*config.tls or ())  # of the files of the TLS context
+        self.tls = tls_context(*config.tls) if config.tls else None
         self.socket = listener or listen(config)
         self.server_address = self.socket.getsockname()
+        self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
         self.started, self.stopping, self.stopped = False, threading.Event(), threading.Event()
         self._lock = threading.Lock()  # for giving a connection back
         self._returned: deque[Connection] = deque()  # to go on with
-        self._paused, self._swept = False, 0.0  # whether it accepts nothing now; the last sweep
+        self._swept = 0.0  # when deadlines were checked last
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
@@ -7660,12 +7645,10 @@ class Watcher:
         self.started = True
         self._alarm.setblocking(False)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
-        self._selector.register(self.socket, selectors.EVENT_READ)
+        self._watch(self, selectors.EVENT_READ)
         while not self.stopping.is_set():
             self._round(SWEEP_SECONDS)
-        if not self._paused:
-            self._selector.unregister(self.socket)
-        self._paused = False  # the rounds below must not accept again
+        self._watch(self, 0)
         self.socket.close()
         end = time.monotonic() + STOP_SECONDS
         while self.connections and time.monotonic() < end:
@@ -7711,23 +7694,20 @@ class Watcher:
 
     def _round(self, seconds: float) -> None:
         # Wait for events, for some seconds at most, and do what is due.
-        newcomer = False
-        seconds = 0 if self._returned else PAUSE_SECONDS if self._paused else seconds
-        for key, _ in self._selector.select(seconds):
-            if key.fileobj is self.socket:
-                newcomer = True
-            elif key.fileobj is self._wakeup:
+        seconds = 0 if self._returned else seconds if self.events else PAUSE_SECONDS
+        ready = [key.data for key, _ in self._selector.select(seconds)]
+        for peer in ready:
+            if isinstance(peer, Connection):
+                self.guarded(self._on_event, peer)
+            elif peer is None:
                 self._wakeup.recv(RECEIVE_OCTETS)
-            else:
-                self.guarded(self._on_event, key.data)
         for _ in range(len(self._returned)):
             if (connection := self._returned.popleft()) in self.connections:
                 self.guarded(self._go_on, connection)
-        if newcomer:  # may evict a connection, so those that have sent a request come first
+        if self in ready:  # may evict a connection, so those that have sent a request come first
             self._accept()
-        elif self._paused:
-            self._selector.register(self.socket, selectors.EVENT_READ)
-            self._paused = False
+        elif not self.stopping.is_set():
+            self._watch(self, selectors.EVENT_READ)
         if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
             self._swept = now
             for connection in [
@@ -7740,30 +7720,36 @@ class Watcher:
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
-            if len(self.connections) >= self.config.max_connections:
-                self._evict()
+            if len(self.connections) >= self.config.max_connections and not self._evict():
+                raise OSError("all connections are in use")
             client_socket, address = self.socket.accept()
             connection = Connection(client_socket, address[0], self.usage)
-            if self.tls:  # the handshake is part of receiving
-                connection.socket = self.tls.context().wrap_socket(
+            if self.tls and self.config.tls:  # the handshake is part of receiving
+                self._renew_tls(self.config.tls)
+                connection.socket = self.tls.wrap_socket(
                     client_socket, server_side=True, do_handshake_on_connect=False
                 )
                 connection.allow(HEAD_SECONDS)
         except (BlockingIOError, ConnectionError, ssl.SSLError):
             pass  # another process has accepted it, or its client is gone
         except OSError as error:  # there is no room, or no file descriptor
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                with suppress(OSError):
-                    self._evict()
-                    return
-            self._selector.unregister(self.socket)
-            self._paused = True
+            if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict():
+                self._watch(self, 0)
         else:
             self.connections.add(connection)
             self._watch(connection, selectors.EVENT_READ)
 
-    def _evict(self) -> None:
-        # Close the connection whose last good token is oldest; OSError if all are busy.
+    def _renew_tls(self, files: tuple[str, str]) -> None:
+        # Load the certificate again if its files have changed and can be used.
+        if (signature := file_signature(*files)) != self._signature:
+            self._signature = signature  # also of unusable files, so that this is logged once
+            try:
+                self.tls = tls_context(*files)
+            except OSError as error:
+                log_line(f"{error}; keeping the previous certificate")
+
+    def _evict(self) -> bool:
+        # Close the connection whose last good token is oldest; return False if all are busy.
         for connection in sorted(self.connections, key=lambda peer: peer.since):
             if not (
                 connection.state == ANSWERING
@@ -7771,16 +7757,16 @@ class Watcher:
                 or (connection.state != LINGERING and connection.has_unread())
             ):
                 self._close(connection)
-                return
-        raise OSError("all connections are in use")
+                return True
+        return False
 
-    def _watch(self, connection: Connection, events: int) -> None:
-        # Have the selector watch a connection for events, or for none.
-        if connection.events not in (0, events):
-            self._selector.unregister(connection.socket)
-        if events not in (0, connection.events):
-            self._selector.register(connection.socket, events, connection)
-        connection.events = events
+    def _watch(self, peer: Connection | Watcher, events: int) -> None:
+        # Have the selector watch a connection, or the listening socket, for events, or for none.
+        if peer.events not in (0, events):
+            self._selector.unregister(peer.socket)
+        if events not in (0, peer.events):
+            self._selector.register(peer.socket, events, peer)
+        peer.events = events
 
     def _close(self, connection: Connection) -> None:
         self._watch(connection, 0)
@@ -8008,16 +7994,12 @@ class HttpServer(Watcher):
         connection.then, connection.request, connection.line = KEEP, None, b""
         connection.line = yield from read_request_line(connection.buffer)
         head = yield from read_head(connection.buffer, connection.line)
-        # HTTP/1.0 closes a connection unless both sides say otherwise.
-        options = head.headers.get("connection", "").lower()
-        if head.minor_version == 0 and "keep-alive" not in options:
-            head.headers["connection"] = "close"
         connection.request = request = self.build_request(head, connection.client)
         caller = yield from self._caller_of(connection, request)
         connection.request = request = request._replace(caller=caller or False)
         self.usage.check_connections(request.tenant)
         connection.hold(request.tenant, len(connection.buffer))
-        length, coding = map(head.headers.get, ("content-length", "transfer-encoding"))
+        length, coding = map(request.headers.get, ("content-length", "transfer-encoding"))
         if not (length or coding):
             return request
         if not length or int(length) > len(connection.buffer):
@@ -8025,7 +8007,7 @@ class HttpServer(Watcher):
         limit = self.application.body_limit(request.path)
         if length and int(length) > limit:
             raise too_large(limit)
-        if head.minor_version and head.headers.get("expect", "").lower() == "100-continue":
+        if request.headers.get("expect", "").lower() == "100-continue":
             connection.send(b"HTTP/1.1 100 Continue\r\n\r\n")
         connection.allow(STALL_SECONDS, PACE_SECONDS)
         body = (
@@ -8048,11 +8030,9 @@ class HttpServer(Watcher):
         yield False
         return answer.result()
 
-    def build_request(self, head: Head, client: str) -> Request:
+    def build_request(self, head: Request, client: str) -> Request:
         """Return a request without its body: where it is from, and how it named this server."""
-        headers = head.headers
-        host, target = host_and_target(head.target, headers.get("host") or "localhost")
-        path, _, query = target.partition("?")
+        host, headers = head.host, head.headers
         scheme, address = "https" if self.tls else "http", client.partition("%")[0]
         proxies = self.config.trusted_proxies
         if proxies and any(ipaddress.ip_address(address) in network for network in proxies):
@@ -8062,9 +8042,7 @@ class HttpServer(Watcher):
             host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
         if not REQUEST_ID.fullmatch(id := headers.get("x-request-id", "")):
             id = next(self._request_ids)
-        return Request(
-            head.method, path, query, headers, b"", scheme, host, "", client, id, None, True
-        )
+        return head._replace(scheme=scheme, host=host, client=client, id=id, encoded=True)
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
@@ -8941,7 +8919,7 @@ def check(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     check_credentials(config)
     if config.tls:
-        Tls(*config.tls)  # raises OSError for unusable files
+        tls_context(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
     for tenant in config.tenants:
         print(
