@@ -5387,8 +5387,11 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
         **({} if response.status in (204, 304) else {"Content-Length": str(len(body))}),
         **response.headers,
     }
-    status = f"{response.status} {http.client.responses.get(response.status, 'Other')}"
-    return status, list(fields.items()), b"" if request.method == "HEAD" else body
+    return (
+        f"{response.status} {http.client.responses.get(response.status, 'Other')}",
+        list(fields.items()),
+        b"" if request.method == "HEAD" else body,
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -5640,15 +5643,16 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
     # A complex attribute without a value has no order either.
-    sortable = target and target[-1].type != "complex"
-    return Sorting(target, order == "descending") if target and sortable else None
+    return (
+        Sorting(target, order == "descending") if target and target[-1].type != "complex" else None
+    )
 
 
 def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     # Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page.
     if "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
-    total, after, backward = read_cursor(call)
+    total, after, backward = read_cursor(call) if call.parameters["cursor"] else (0, None, False)
     count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
     page = search(Window(count, 0, after, backward, MAX_PAGE))
     total = total if page.total_results is None else page.total_results
@@ -5667,10 +5671,9 @@ def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
     return list_response(map(call.projected, page.resources), total, **cursors)
 
 
-def read_cursor(call: Call) -> tuple[int, Position | None, bool]:
+def read_cursor(call: Call) -> tuple[int, Position, bool]:
     # Return the total, position and direction of a cursor; ScimError 400 if it is not usable.
-    if not (text := call.parameters["cursor"]):
-        return 0, None, False
+    text = call.parameters["cursor"]
     content = decoded(text, SIGNATURE_LENGTH)
     if not content or not is_same(text, sealed_cursor(call, content)):
         raise ScimError(
@@ -5902,8 +5905,9 @@ class Bulk:
                 for number in cycle:
                     # It was created without the references to itself and to those after it.
                     if any(other >= number for other in self.needs[number] & {*cycle}):
-                        headers = self._send(number, "PUT").headers
-                        self.responses[number] = self.responses[number]._replace(headers=headers)
+                        self.responses[number] = self.responses[number]._replace(
+                            headers=self._send(number, "PUT").headers
+                        )
         except ScimError as error:
             conflict = ScimError(
                 409,
@@ -7526,7 +7530,6 @@ class Connection:
         self.request: Request | None = None  # whose head has arrived
         self.line, self.started = b"", 0.0  # its first line; when it began to arrive
         self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
-        self.authenticated = False  # whether the last request had a good token
         self.rest()
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -7551,10 +7554,8 @@ class Connection:
         # Move the octets that arrived to the buffer; return False if the client has closed.
         try:
             octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
-        except WOULD_BLOCK:
-            return True
-        except OSError:
-            return False
+        except OSError as error:
+            return isinstance(error, WOULD_BLOCK)
         self.buffer += octets
         if self.pace_end:  # they belong to a body
             self.note_moved(len(octets))
@@ -7644,25 +7645,24 @@ class Watcher:
         # Watch all connections until stopping is set, and then until all requests are answered.
         self.started = True
         self._alarm.setblocking(False)
-        self._selector.register(self._wakeup, selectors.EVENT_READ)
-        self._watch(self, selectors.EVENT_READ)
-        while not self.stopping.is_set():
-            self._round(SWEEP_SECONDS)
-        self._watch(self, 0)
-        self.socket.close()
-        end = time.monotonic() + STOP_SECONDS
-        while self.connections and time.monotonic() < end:
-            self._round(PAUSE_SECONDS)
-            for connection in [
-                peer
-                for peer in self.connections
-                if peer.state in (IDLE, LINGERING) and not peer.has_unread()
-            ]:
+        with self._selector, self._wakeup, self._alarm:
+            self._selector.register(self._wakeup, selectors.EVENT_READ)
+            self._watch(self, selectors.EVENT_READ)
+            while not self.stopping.is_set():
+                self._round(SWEEP_SECONDS)
+            self._watch(self, 0)
+            self.socket.close()
+            end = time.monotonic() + STOP_SECONDS
+            while self.connections and time.monotonic() < end:
+                self._round(PAUSE_SECONDS)
+                for connection in [
+                    peer
+                    for peer in self.connections
+                    if peer.state in (IDLE, LINGERING) and not peer.has_unread()
+                ]:
+                    self._close(connection)
+            for connection in list(self.connections):
                 self._close(connection)
-        for connection in list(self.connections):
-            self._close(connection)
-        for end_point in (self._selector, self._wakeup, self._alarm):
-            end_point.close()
         self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
@@ -7753,7 +7753,7 @@ class Watcher:
         for connection in sorted(self.connections, key=lambda peer: peer.since):
             if not (
                 connection.state == ANSWERING
-                or (connection.state == SENDING and connection.authenticated)
+                or (connection.state == SENDING and connection.held[0])  # it had a good token
                 or (connection.state != LINGERING and connection.has_unread())
             ):
                 self._close(connection)
@@ -8117,8 +8117,7 @@ class HttpServer(Watcher):
         ]
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
         octets = f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
-        connection.authenticated = bool(response.tenant and response.route)
-        if connection.authenticated:
+        if response.tenant and response.route:
             connection.since = time.monotonic()
         connection.hold("", 0)  # before the client can send its next request on another connection
         connection.send(octets + body[: len(body) // 2 if cut else None])
