@@ -5219,7 +5219,6 @@ CHUNKS_PER_ROUND = 64  # of a body, before the other connections have their turn
 REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/(\d)\.(\d)\r\n")
 FIELD_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*)")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n")
-ABSOLUTE_FORM = re.compile(r"https?://([^/?]+)(.*)", re.IGNORECASE)
 AUTHORITY = re.compile(r"[A-Za-z0-9._~%!$&'()*+,;=-]+(:\d{1,5})?|\[[0-9A-Fa-f:.]+\](:\d{1,5})?")
 LENGTH = re.compile(r"\d{1,19}", re.ASCII)
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
@@ -5345,7 +5344,9 @@ def host_and_target(target: str, host: str) -> tuple[str, str]:
     # Return host and path with query of a target, maybe a whole URL (RFC 9112 §3.2); ScimError.
     if target.startswith("/") or target == "*":
         return host, target
-    if not (parts := ABSOLUTE_FORM.fullmatch(target)) or not AUTHORITY.fullmatch(parts[1]):
+    if not (parts := re.fullmatch(r"(?i:https?)://([^/?]+)(.*)", target)) or (
+        not AUTHORITY.fullmatch(parts[1])
+    ):
         raise ScimError(400, "", "the request target is neither a path nor a URL")
     return parts[1], parts[2] if parts[2].startswith("/") else f"/{parts[2]}"
 
@@ -7649,12 +7650,12 @@ class Watcher:
             self._selector.register(self._wakeup, selectors.EVENT_READ)
             self._watch(self, selectors.EVENT_READ)
             while not self.stopping.is_set():
-                self._round(SWEEP_SECONDS)
+                self._round()
             self._watch(self, 0)
             self.socket.close()
             end = time.monotonic() + STOP_SECONDS
             while self.connections and time.monotonic() < end:
-                self._round(PAUSE_SECONDS)
+                self._round()
                 for connection in [
                     peer
                     for peer in self.connections
@@ -7692,9 +7693,9 @@ class Watcher:
         with suppress(OSError):  # many wake-ups wait already, or the thread has ended
             self._alarm.send(b"!")
 
-    def _round(self, seconds: float) -> None:
-        # Wait for events, for some seconds at most, and do what is due.
-        seconds = 0 if self._returned else seconds if self.events else PAUSE_SECONDS
+    def _round(self) -> None:
+        # Wait for events, for a time at most, and do what is due.
+        seconds = 0 if self._returned else SWEEP_SECONDS if self.events else PAUSE_SECONDS
         ready = [key.data for key, _ in self._selector.select(seconds)]
         for peer in ready:
             if isinstance(peer, Connection):
@@ -7710,12 +7711,8 @@ class Watcher:
             self._watch(self, selectors.EVENT_READ)
         if (now := time.monotonic()) > self._swept + SWEEP_SECONDS:
             self._swept = now
-            for connection in [
-                peer
-                for peer in self.connections
-                if peer.state != ANSWERING and peer.deadline < now  # in this order, see rest()
-            ]:
-                self.guarded(self._on_deadline, connection)
+            for connection in list(self.connections):
+                self.guarded(self._check_deadline, connection)
 
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
@@ -7814,13 +7811,13 @@ class Watcher:
             if connection.buffer or connection.reader:
                 self._parse(connection)
 
-    def _on_deadline(self, connection: Connection) -> None:
+    def _check_deadline(self, connection: Connection) -> None:
         # Close a connection that was silent or slow for too long; answer a request that began.
         if connection.state == SENDING:
             # The system reports room when a third of its buffer is free, which may come late.
             self._on_event(connection)
-        if connection.deadline > time.monotonic():
-            return
+        if connection.state == ANSWERING or connection.deadline > time.monotonic():
+            return  # in this order, see rest()
         if connection.state == READING:
             self.refuse(
                 connection,
