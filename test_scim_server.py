@@ -8548,7 +8548,7 @@ CREW = [  # the people that the console lists
     {"userName": "gone@x", "displayName": "Zoe", ENT: {"department": "lifts"}},
 ]
 # fmt: off
-PEOPLE = [  # name, parameters, people in order
+LISTED_PEOPLE = [  # name, parameters, people in order
     ("all, by name",                   {}, ["Ada", "bo", "Lee", "Zoe"]),
     ("active ones",                    {"state": "active"}, ["Ada", "Lee"]),
     ("inactive ones with a user",      {"state": "inactive"}, ["bo"]),
@@ -8582,7 +8582,7 @@ def people_listed(console: Scim, **parameters: Any) -> list[str]:
 def test_the_console_lists_searches_and_sorts_all_employees(scim: Scim, console: Scim) -> None:
     users = [scim.create("/Users", **body) for body in CREW]
     scim.call("DELETE", f"/Users/{users[-1]['id']}")
-    for name, parameters, expected in PEOPLE:
+    for name, parameters, expected in LISTED_PEOPLE:
         assert people_listed(console, **parameters) == expected, name
     page = console.get("/console/api/employees", count=1, state="left")
     assert (page["total"], page["employees"][0]["left"]) == (1, True)
