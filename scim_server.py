@@ -1,4 +1,7 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# ///
 """scim_server: a SCIM 2.0 server in one file, for Microsoft Entra ID and other identity providers.
 
 People who are assigned to an enterprise application in Entra ID are provisioned here by SCIM. They
@@ -7,8 +10,8 @@ Python 3.10 or newer and nothing else.
 
 Run it        python scim_server.py               serve sample_config.json, or a demo tenant
               python scim_server.py demo          play Entra ID against the running server
-              python scim_server.py check         explain a configuration; also: token, employees,
-                                                  changes, backup, restore, migrate
+              python scim_server.py check         explain a configuration; also: init, token,
+                                                  employees, changes, backup, restore, migrate
 Embed it      with running("config.json") as server: print(server.url)
               application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
               Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
@@ -52,6 +55,13 @@ Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819
 """
 
 from __future__ import annotations
+
+# Older Pythons know no match. They take this line for a print statement of Python 2: the last line
+# of their error is "SyntaxError: Missing parentheses … "scim_server needs Python 3.10 or newer"".
+# fmt: off
+match lambda: print , "scim_server needs Python 3.10 or newer":
+    case _: pass
+# fmt: on
 
 import argparse
 import base64
@@ -2300,7 +2310,13 @@ class Database:
 
 # -- SQLite ------------------------------------------------------------------------
 
-DURABLE = ("journal_mode = WAL", "synchronous = FULL")  # a commit that returns is on the disk
+# A commit that returns is on the disk. On macOS only fullfsync makes the disk write what it holds.
+DURABLE = (
+    "journal_mode = WAL",
+    "synchronous = FULL",
+    "fullfsync = ON",
+    "checkpoint_fullfsync = ON",
+)
 WRITER_PRAGMAS = (
     "cache_size = -8000",  # KiB in memory: the entries of one user are all over the index
     "wal_autocheckpoint = 4000",  # pages: those that every create changes are copied once
@@ -4337,9 +4353,10 @@ def text_of(pattern: str, expected: str, convert: Callable[[str], Any] = str) ->
 
 
 def host_and_port(value: Json) -> dict[str, Any] | None:
-    host, _, port = value.rpartition(":")
-    valid = host and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
-    return {"host": host.strip("[]"), "port": int(port)} if valid else None
+    # A port alone leaves the host as it is.
+    host, colon, port = value.rpartition(":")
+    valid = bool(host) == bool(colon) and re.fullmatch(r"\d{1,5}", port) and int(port) < 65_536
+    return {"port": int(port), **({"host": host.strip("[]")} if host else {})} if valid else None
 
 
 def digest(secret: str) -> str:
@@ -4359,7 +4376,12 @@ POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 els
 DATABASE = text_of(r"postgres(ql)?://\S+", "a URL such as postgresql://user@host/name")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
-ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080")
+ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080, or a PORT")
+FILE = (lambda value: TEXT[0](value), TEXT[1])
+SECRET_TEXT = text_of("[!-~]+", "visible ASCII characters without blanks",
+                 convert=lambda secret: {"secret": secret, "sha256": digest(secret)})
+SECRET_FILE = (lambda value: {"sha256": SECRET_TEXT[0](Path(value).read_text("utf-8").strip())["sha256"]},
+               "the path of a readable file with nothing but the secret")
 HOST_NAME = text_of("[A-Za-z0-9._-]+", "a host name such as scim.example.com", convert=str.lower)
 NETWORK = (lambda value: ipaddress.ip_network(str(value)),
            "an address such as 10.0.0.1 or 10.0.0.0/8")
@@ -4406,15 +4428,8 @@ class Token:
         text_of("[0-9A-Fa-f]{64}", "64 hexadecimal digits", convert=str.lower), ""
     )
     expires: datetime | None = setting(TIME, None)  # noqa: RUF009
-    secret: str = setting(
-        text_of(
-            "[!-~]+",
-            "visible ASCII characters without blanks",
-            convert=lambda secret: {"secret": secret, "sha256": digest(secret)},
-        ),
-        "",
-        secret=True,
-    )
+    secret: str = setting(SECRET_TEXT, "", secret=True)
+    secret_file: str = setting(SECRET_FILE, "")  # read with the configuration; only sha256 is kept
     access: str = setting(text_of("full|read", "full or read"), "full")  # read: no write is allowed
 
     @property
@@ -4483,10 +4498,10 @@ class Config:
     tenants: tuple[Tenant, ...] = setting([FULL_LIST, Tenant], live=True)
     host: str = setting(ADDRESS, "127.0.0.1", key="listen")  # which also sets the port
     port: int = setting(None, 8080, key="listen")
-    data_dir: str = setting(TEXT, "scim-data")
+    data_dir: str = setting(FILE, "scim-data")
     database: str = setting(DATABASE, "", secret=True)  # in place of files in data_dir
     tls: tuple[str, str] | None = setting(  # files of the certificate and its key
-        {"certificate": setting(TEXT), "key": setting(TEXT)}, None
+        {"certificate": setting(FILE), "key": setting(FILE)}, None
     )
     trusted_proxies: tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...] = setting(
         [LIST, NETWORK], ()
@@ -4543,8 +4558,12 @@ SETTINGS: dict[type, dict[str, Any]] = {
 
 @dataclass
 class ConfigReader:
-    """Converts JSON values by rules and collects a problem, path first, for every mistake."""
+    """Converts JSON values by rules and collects a problem, path first, for every mistake.
 
+    Relative paths of files start in folder.
+    """
+
+    folder: str = ""
     # Where each unique value stands, by the path of the list in which no other may be the same
     # ("" for the whole file), its key, and the value itself.
     paths: dict[tuple[str, str, str], str] = field(default_factory=dict)
@@ -4567,7 +4586,9 @@ class ConfigReader:
         if isinstance(rule, type):
             return self._read_record(path, value, rule)
         convert, expected = rule
-        with suppress(AttributeError, TypeError, ValueError):
+        with suppress(AttributeError, OSError, TypeError, ValueError):
+            if rule in (FILE, SECRET_FILE) and TEXT[0](value) and value != ":memory:":
+                value = os.path.join(self.folder, value)
             if (converted := convert(value)) is not None:
                 return converted
         # A wrong value near a token or client may be a secret, and is not repeated.
@@ -4584,10 +4605,11 @@ class ConfigReader:
         # Return an object as a dataclass, None if there is a mistake anywhere.
         values = self._read_members(path, value, SETTINGS[record])
         if issubclass(record, Token):
-            if isinstance(value, dict) and ("secret" in value) == ("sha256" in value):
+            sources = {"secret", "secret_file", "sha256"}
+            if isinstance(value, dict) and len(sources & value.keys()) != 1:
                 self.problems.append(
-                    f"{path}: expected either secret or sha256; "
-                    "`python scim_server.py token` makes both"
+                    f"{path}: expected either sha256, secret or secret_file; "
+                    "`python scim_server.py token` makes a secret and its sha256"
                 )
             if sha256 := values.get("sha256"):
                 self.require_unique(path, "", "secret", sha256)
@@ -4698,7 +4720,7 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
             *(("secret", credential.sha256) for credential in other.credentials),
         ]
     }
-    return cast(Tenant, ConfigReader(paths).result("tenant", document, Tenant))
+    return cast(Tenant, ConfigReader(paths=paths).result("tenant", document, Tenant))
 
 
 def load_config(path: str | os.PathLike[str]) -> Config:
@@ -4709,12 +4731,7 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"cannot be read ({error}); name a file with --config"]) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"]) from error
-    config, folder = parse_config(document), Path(path).resolve().parent
-    return replace(
-        config,
-        tls=config.tls and (str(folder / config.tls[0]), str(folder / config.tls[1])),
-        data_dir=":memory:" if config.data_dir == ":memory:" else str(folder / config.data_dir),
-    )
+    return cast(Config, ConfigReader(str(Path(path).resolve().parent)).result("", document, Config))
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -5244,6 +5261,11 @@ def read_until(buffer: bytearray, mark: bytes, limit: int, status: int, detail: 
 
 def read_request_line(buffer: bytearray) -> Reading:
     # Read the line that begins a request (RFC 9112 §3); ScimError 414.
+    while len(buffer) < 2:
+        yield False
+    if buffer.startswith(b"\x16\x03"):  # a TLS handshake (RFC 8446 §5.1)
+        log_line_once("a client sent TLS to a port for http; configure tls, or use http:// there")
+        raise ScimError(400, "", "this port is for http://, not for https://")
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = yield from read_until(buffer, b"\n", *limits)
     if line == b"\r\n":  # RFC 9112 §2.2: one empty line before a request is ignored
@@ -7556,12 +7578,23 @@ class Connection:
         try:
             octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
         except OSError as error:
+            if getattr(error, "reason", "") == "HTTP_REQUEST":
+                self._refuse_plain_text()
             return isinstance(error, WOULD_BLOCK)
         self.buffer += octets
         if self.pace_end:  # they belong to a body
             self.note_moved(len(octets))
             self.hold(self.held[0], self.held[1] + len(octets))
         return bool(octets)
+
+    def _refuse_plain_text(self) -> None:
+        # Answer a client that speaks http to a port for https, past the TLS that failed.
+        log_line_once("a client sent http to a port for https; use https:// there")
+        detail = b"this port is for https://, not for http://\n"
+        head = f"HTTP/1.1 400 Bad Request\r\nContent-Length: {len(detail)}\r\nConnection: close"
+        with suppress(OSError):
+            socket.socket.recv(self.socket, RECEIVE_OCTETS)  # else the answer might be lost
+            socket.socket.send(self.socket, head.encode() + b"\r\n\r\n" + detail)
 
     def send(self, octets: bytes) -> None:
         # Send what the system takes without waiting and keep the rest in unsent.
@@ -8781,7 +8814,11 @@ def chosen_config(options: argparse.Namespace) -> Config:
     # Return the configuration file's content with the options of the command line; ConfigError.
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
-    listen = ConfigReader().result("--listen", options.listen, ADDRESS) if options.listen else {}
+    listen = (
+        ConfigReader().result("--listen or SCIM_LISTEN", options.listen, ADDRESS)
+        if options.listen
+        else {}
+    )
     return replace(config, data_dir=options.data_dir or config.data_dir, **listen)
 
 
@@ -8911,8 +8948,68 @@ def state_of(credential: Token, last_use: str) -> str:
     )
 
 
+NO_ANSWER = (  # a part of an error, and what to do
+    ("unknown url type", "a URL begins with http:// or https://"),
+    ("CERTIFICATE_VERIFY_FAILED", "if its authority is your own, name the file with --cafile"),
+    ("WRONG_VERSION_NUMBER", "this is a port for http://, not https://"),
+    ("", "start the server in another terminal: python3 scim_server.py"),
+)
+
+
+def answer_to(
+    method: str,
+    url: str,
+    body: str = "",
+    type: str = "application/scim+json",
+    *,
+    token: str = "",
+    tls: ssl.SSLContext | None = None,
+) -> tuple[int, dict[str, Json]]:
+    # Return status and JSON of the answer to a request, {} for no object; UsageError for no answer.
+    headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=tls) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        remedy = next(remedy for part, remedy in NO_ANSWER if part in str(error))
+        raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
+    with suppress(TypeError, ValueError):
+        return status, dict(json.loads(text))
+    return status, {}
+
+
+def write_config(options: argparse.Namespace) -> None:
+    secret = secrets.token_urlsafe(32)
+    tokens = [{"name": "entra", "sha256": digest(secret)}]
+    tenant = {"name": options.tenant, "tokens": tokens, "custom_fields": []}
+    document = {"listen": "127.0.0.1:8080", "data_dir": "scim-data", "tenants": [tenant]}
+    parse_config(document)  # ConfigError for a wrong name
+    with open(options.file, "x", encoding="utf-8") as file:  # OSError if there is one
+        file.write(json.dumps(document, indent=2) + "\n")
+    print(
+        f"{options.file}: written. Secret Token of tenant {options.tenant}, shown only once:\n\n"
+        f"  {secret}\n\nStart the server: python3 scim_server.py --config {options.file}"
+    )
+
+
+def check_ready(config: Config, url: str) -> int:
+    # Ask a server, by default the one of the configuration, whether it is ready; 1 if not.
+    tls = ssl.create_default_context()
+    if not url:  # a certificate has another name than the one to call this machine by
+        tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
+    base = (url or url_of(config, config.port)).partition("?")[0].rstrip("/")
+    status, _ = answer_to("GET", base.removesuffix(BASE_PATH) + "/readyz", tls=tls)
+    print("ready" if status == 200 else f"not ready: {base} answers {status}")
+    return int(status != 200)
+
+
 def check(options: argparse.Namespace) -> int:
     config = chosen_config(options)
+    if options.ready is not None:
+        return check_ready(config, options.ready)
     check_credentials(config)
     if config.tls:
         tls_context(*config.tls)  # raises OSError for unusable files
@@ -9062,26 +9159,6 @@ DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
 # fmt: on
 
 
-def answer_to(
-    method: str, url: str, token: str, body: str = "", type: str = "application/scim+json"
-) -> tuple[int, Json]:
-    # Return status and JSON of the answer to a request; UsageError if there is no answer.
-    try:
-        headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
-        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return answer.status, json.loads(answer.read() or b"{}")
-    except urllib.error.HTTPError as error:
-        with suppress(ValueError):
-            return error.code, json.loads(error.read() or b"{}")
-        return error.code, {}
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{url}: no answer ({error}); start the server in another terminal: "
-            "python3 scim_server.py"
-        ) from error
-
-
 def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
     # Return PATCH operations that replace values, as Entra sends them with or without its flag.
     if dialect == "aadOptscim062020":
@@ -9092,10 +9169,14 @@ def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
     ]
 
 
-def play(url: str, token: str, dialect: str, custom: Json) -> int:
+STOPS = {401: "the token is wrong", 404: "the path is wrong: a Tenant URL ends in /scim/v2"}
+
+
+def play(url: str, answer_to: Callable[..., Any], dialect: str, custom: Json) -> int:
     """Play the steps in a dialect of PATCH and print them; return how many went wrong.
 
-    custom is a custom field of /Schemas, or {}.
+    answer_to is that of above with a token. custom is a custom field of /Schemas, or {}. UsageError
+    for 401 or 404 where another status was expected: then no later step can succeed.
     """
     names = {  # what the {names} in the steps stand for
         "email": f"ada.{secrets.token_hex(4)}@demo.example",
@@ -9116,11 +9197,13 @@ def play(url: str, token: str, dialect: str, custom: Json) -> int:
             operations = body if isinstance(body, list) else changes_of(dialect, body)
             body = {"schemas": [PATCH_OP], "Operations": operations}
         content = fill(to_json(body)) if body else ""
-        actual, answer = answer_to(method, url + fill(path), token, content)
+        actual, answer = answer_to(method, url + fill(path), content)
         good = actual == status and values.items() <= answer.items()
         detail = answer.get("detail", "") or ("" if good else quoted(answer))
         line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
         print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        if actual in STOPS and not good:
+            raise UsageError(f"{url}: {STOPS[actual]}")
         wrong += not good
         names[label] = str(answer.get("id", "unknown"))
     return wrong
@@ -9130,16 +9213,19 @@ def demo(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
     token, mistake = options.token or usable_secret(config.tenants[0]), "--token is needed"
+    tls = ssl.create_default_context(cafile=options.cafile)
     if options.client_id or options.client_secret:
         form = {"client_id": options.client_id, "client_secret": options.client_secret}
         form["grant_type"] = "client_credentials"
-        _, answer = answer_to("POST", token_url(url), "", urlencode(form), FORM)
+        _, answer = answer_to("POST", token_url(url), urlencode(form), FORM, tls=tls)
         token, mistake = answer.get("access_token"), f"--client-id: no access token: {answer}"
     if not token:
         raise UsageError(mistake)
-    status, schema = answer_to("GET", f"{url}/Schemas/{FACILIO}", token)
+    with_token = partial(answer_to, token=token, tls=tls)
+    status, schema = with_token("GET", f"{url}/Schemas/{FACILIO}")
     custom = schema["attributes"][0] if status == 200 else {}
-    wrong = sum(play(url, token, dialect, custom) for dialect in ("default", "aadOptscim062020"))
+    dialects = ("default", "aadOptscim062020")
+    wrong = sum(play(url, with_token, dialect, custom) for dialect in dialects)
     print(f"\n{wrong or 'no'} step(s) went wrong")
     return 1 if wrong else 0
 
@@ -9153,7 +9239,8 @@ SERVE_OPTIONS: Options = {
                  "directory of this program, otherwise a built-in demo tenant)"},
     "--data-dir": {"metavar": "DIR", "help": "directory of the tenants' files; "
                    ":memory: stores nothing on disk"},
-    "--listen": {"metavar": "HOST:PORT", "help": "address; port 0 picks a free one"},
+    "--listen --port": {"metavar": "HOST:PORT", "dest": "listen",
+                        "help": "address, or only the port; port 0 picks a free one"},
     "--version": {"action": "version", "version": f"scim_server {__version__}"},
 }
 CONFIG, DATA_DIR = (
@@ -9167,7 +9254,12 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
         "--name": {"default": "entra", "help": "name of the token (default: entra)"},
         "--client": {"action": "store_true",
                      "help": "make a Client Identifier and a Client Secret (OAuth 2.0)"}}),
+    "init": (write_config, "write a first configuration, with a fresh secret", {
+        "file": {"nargs": "?", "default": "config.json", "metavar": "FILE"},
+        "--tenant": {"default": "main", "metavar": "NAME"}}),
     "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {
+        "--ready": {"nargs": "?", "const": "", "metavar": "URL",
+                    "help": "instead ask a running server whether it is ready (status 0) or not (1)"},
         **CONFIG, **DATA_DIR}),
     "employees": (show_employees, "print a tenant's employees", {
         "--format": {"choices": ("table", "csv", "json"), "default": "table"},
@@ -9193,6 +9285,7 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
         "--client-id": {"metavar": "ID", "default": "",
                         "help": "its Client Identifier, in place of --token"},
         "--client-secret": {"metavar": "SECRET", "default": "", "help": "its Client Secret"},
+        "--cafile": {"metavar": "FILE", "help": "certificate of the authority of its certificate"},
         **CONFIG}),
 }
 # fmt: on
@@ -9208,12 +9301,19 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
         command = commands.add_parser(name, help=purpose) if name else parser
         command.set_defaults(run=run)
         for option, details in options.items():
-            command.add_argument(option, **details)
+            command.add_argument(*option.split(), **details)
+    # Containers are configured by environment variables.
+    for name in ("config", "listen", "data_dir"):
+        parser.set_defaults(**{name: os.environ.get(f"SCIM_{name.upper()}") or None})
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status, 2 for a problem that the user can solve."""
+    for stream in (sys.stdout, sys.stderr):
+        # Names are in UTF-8, whatever the code page of a console, and lines end as CSV says.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
     options = parse_options(arguments)
     try:
         status = options.run(options) or 0

@@ -10752,12 +10752,24 @@ def test_tls_is_served_beside_stalled_and_plain_clients(
     with ExitStack() as stack:
         silent, plain = connect(stack, tls_server), connect(stack, tls_server)
         silent.sendall(b"\x16")  # a handshake that stalls
-        plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
+        plain.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         scim = Scim(tls_server.url, "acme-secret")
         scim.session.verify, scim.session.trust_env = str(tmp_path / "tls.pem"), False
         assert scim.user("ada")["meta"]["location"].startswith(tls_server.url)
-        with suppress(ConnectionResetError):
-            assert not plain.recv(100).startswith(b"HTTP")
+        with plain.makefile("rb") as answer:
+            lines = answer.read().splitlines()
+        assert lines[0] == b"HTTP/1.1 400 Bad Request"
+        assert lines[-1] == b"this port is for https://, not for http://"
+
+
+def test_a_client_that_sends_tls_to_a_port_for_http_is_a_line_in_the_log(
+    server: scim_server.ScimServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scim_server.log_line_once.cache_clear()
+    for _ in range(2):
+        with pytest.raises(ssl.SSLError):
+            ssl.get_server_certificate(server.server_address[:2], timeout=20)
+    assert capsys.readouterr().err.count("TLS to a port for http") == 1
 
 
 def test_a_new_certificate_is_served_without_a_restart(
@@ -11320,12 +11332,49 @@ def test_the_demo_plays_the_cycle_of_entra(tmp_path: Path) -> None:
         assert not any(employee["active"] for employee in employees(scim))
 
 
-def test_the_demo_reports_what_goes_wrong(tmp_path: Path) -> None:
+DEMO_MISTAKES = [  # name, change of the URL, options, words of the error
+    ("a wrong token", "", ["--token", "wrong"], "the token is wrong"),
+    ("a wrong path", "/Users", [], "a Tenant URL ends in /scim/v2"),
+    ("https to a port for http", "https", [], "this is a port for http://"),
+    ("no scheme", "none", [], "begins with http:// or https://"),
+]
+
+
+@pytest.mark.parametrize(
+    "name, change, options, words", DEMO_MISTAKES, ids=[row[0] for row in DEMO_MISTAKES]
+)
+def test_the_demo_says_what_is_wrong_and_stops(
+    server: scim_server.ScimServer,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    change: str,
+    options: list[str],
+    words: str,
+) -> None:
+    url = server.url + change if change.startswith("/") else server.url
+    url = url.replace("http", change) if change == "https" else url
+    url = url.removeprefix("http://") if change == "none" else url
+    assert scim_server.main(["demo", "--token", "acme-secret", "--url", url, *options]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err.splitlines()[-1]
+    assert printed.out.count("WRONG") == int(change in ("", "/Users"))
+
+
+def test_the_demo_trusts_the_authority_in_a_file(
+    tls_server: scim_server.ScimServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = tls_server.url.replace("127.0.0.1", "localhost")
+    arguments = ["demo", "--url", url, "--token", "acme-secret"]
+    assert scim_server.main(arguments) == 2
+    assert "name the file with --cafile" in capsys.readouterr().err
+    assert scim_server.main([*arguments, "--cafile", str(tmp_path / "tls.pem")]) == 0
+
+
+def test_the_demo_says_where_nobody_listens(tmp_path: Path) -> None:
     with process("--data-dir", str(tmp_path)) as (_, url, _):
-        refused = command("demo", "--url", url, "--token", "wrong")
-        assert refused.returncode == 1 and "WRONG" in refused.stdout and "401" in refused.stdout
+        pass
     gone = command("demo", "--url", url)
-    assert gone.returncode == 2 and "no answer" in gone.stderr
+    assert gone.returncode == 2 and "no answer" in gone.stderr and "start" in gone.stderr
 
 
 def test_reading_with_fewer_custom_fields_changes_nothing(engine: str, tmp_path: Path) -> None:
@@ -11548,6 +11597,134 @@ def test_the_demo_plays_with_client_credentials(
     for wrong in (arguments[:-1], arguments[:3] + ["--client-secret", secret], [*arguments, "x"]):
         assert scim_server.main(wrong) == 2
         assert "--client-id" in capsys.readouterr().err
+
+
+def test_init_writes_a_configuration_with_a_fresh_secret(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    arguments = ["init", str(file), "--tenant", "acme"]
+    assert scim_server.main(arguments) == 0
+    [secret] = re.findall(r"^  ([\w-]{43})$", capsys.readouterr().out, re.MULTILINE)
+    assert secret not in file.read_text()
+    with scim_server.running(file) as server:
+        assert Scim(server.url, secret).get("/Users")["totalResults"] == 0
+    before = file.read_bytes()
+    assert scim_server.main(arguments) == 2  # it replaces no file
+    assert "config.json" in capsys.readouterr().err and file.read_bytes() == before
+    assert scim_server.main(["init", str(tmp_path / "x"), "--tenant", "a b"]) == 2
+    assert "tenants[0].name" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("kind, name", [("tokens", "name"), ("clients", "id")])
+def test_a_secret_may_be_in_a_file_of_its_own(tmp_path: Path, kind: str, name: str) -> None:
+    secrets = tmp_path / "secrets"
+    secrets.mkdir()
+    (secrets / "entra").write_text("secret-of-a-file\n")
+    tenant = {"name": "a", kind: [{name: "entra", "secret_file": "secrets/entra"}]}
+    with scim_server.running(config_file(tmp_path, tenants=[tenant])) as server:
+        assert "secret-of-a-file" not in repr(server.application.config)
+        token = (
+            access_token(server.url, "entra", "secret-of-a-file")
+            if kind == "clients"
+            else "secret-of-a-file"
+        )
+        assert Scim(server.url, token).get("/Users")["totalResults"] == 0
+
+
+@pytest.mark.parametrize("content", [None, "", "two words", "caf\u00e9"])
+def test_a_file_without_a_usable_secret_is_a_mistake(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "entra").write_text(content, "utf-8")
+    tokens = [{"name": "entra", "secret_file": "entra"}]
+    file = config_file(tmp_path, tenants=[{"name": "a", "tokens": tokens}])
+    with pytest.raises(scim_server.ConfigError) as caught:
+        scim_server.load_config(file)
+    [problem] = caught.value.problems
+    assert problem.startswith("tenants[0].tokens[0].secret_file: expected the path of a readable")
+    assert not content or content not in problem
+
+
+def test_a_port_alone_keeps_the_configured_host(tmp_path: Path) -> None:
+    config = scim_server.parse_config({**CONFIG, "listen": "9000"})
+    assert (config.host, config.port) == ("127.0.0.1", 9000)
+    file = str(config_file(tmp_path, listen="127.0.0.2:80"))
+    for option in ("--listen", "--port"):
+        options = scim_server.parse_options(["--config", file, option, "9001"])
+        config = scim_server.chosen_config(options)
+        assert (config.host, config.port) == ("127.0.0.2", 9001)
+
+
+def test_environment_variables_are_the_defaults_of_options(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCIM_CONFIG", str(config_file(tmp_path)))
+    monkeypatch.setenv("SCIM_LISTEN", "127.0.0.9:9000")
+    monkeypatch.setenv("SCIM_DATA_DIR", "elsewhere")
+    config = scim_server.chosen_config(scim_server.parse_options([]))
+    assert (config.host, config.port, config.data_dir) == ("127.0.0.9", 9000, "elsewhere")
+    assert [tenant.name for tenant in config.tenants] == ["acme", "globex"]
+    config = scim_server.chosen_config(scim_server.parse_options(["--port", "9001"]))
+    assert (config.host, config.port) == ("127.0.0.1", 9001)
+    monkeypatch.setenv("SCIM_LISTEN", "nonsense")
+    with pytest.raises(scim_server.ConfigError, match="SCIM_LISTEN: expected HOST:PORT"):
+        scim_server.chosen_config(scim_server.parse_options([]))
+
+
+def test_check_asks_a_server_whether_it_is_ready(
+    server: scim_server.ScimServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for url in (server.url, server.url.removesuffix("/scim/v2") + "/"):
+        assert scim_server.main(["check", "--ready", url]) == 0
+        assert capsys.readouterr().out == "ready\n"
+    failure = scim_server.StoreError("gone")
+    monkeypatch.setitem(server.application.directories, "acme", failure)
+    assert scim_server.main(["check", "--ready", server.url]) == 1
+    assert "503" in capsys.readouterr().out
+
+
+def test_check_asks_the_configured_server_by_https_too(
+    tls_server: scim_server.ScimServer, tmp_path: Path
+) -> None:
+    port = tls_server.server_address[1]
+    file = config_file(tmp_path, listen=f"127.0.0.1:{port}", tls=tls_files(tmp_path))
+    assert scim_server.main(["check", "--ready", "--config", str(file)]) == 0
+
+
+OLD_PYTHONS = sorted(
+    str(path)
+    for version in ("3.6", "3.7", "3.8", "3.9")
+    for path in Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"), "versions").glob(
+        f"{version}.*/bin/python"
+    )
+)
+
+
+@pytest.mark.skipif(not OLD_PYTHONS, reason="no Python before 3.10 is installed")
+def test_an_older_python_is_told_which_one_is_needed() -> None:
+    for python in OLD_PYTHONS:
+        ended = subprocess.run(
+            [python, str(HERE / "scim_server.py")], capture_output=True, text=True, check=False
+        )
+        assert "scim_server needs Python 3.10 or newer" in ended.stderr.splitlines()[-1], python
+
+
+def test_output_is_utf_8_whatever_the_code_page(tmp_path: Path) -> None:
+    file = config_file(tmp_path)
+    with scim_server.running(file) as server:
+        server.directory("acme").create("User", {"userName": "\u0141ukasz"})
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "PYTHONUTF8": "0"}
+    arguments = ["employees", "--config", str(file), "--tenant", "acme", "--format", "csv"]
+    ended = subprocess.run(
+        [sys.executable, str(HERE / "scim_server.py"), *arguments],
+        env=environment,
+        capture_output=True,
+        check=True,
+    )
+    assert "\u0141ukasz" in ended.stdout.decode("utf-8")
+    assert ended.stdout.count(b"\r\n") == 2 and b"\r\r" not in ended.stdout
 
 
 def test_check_prints_the_names_to_paste_into_entra() -> None:
@@ -11864,7 +12041,10 @@ def run_in_copy(tmp_path: Path) -> Any:
     file = copied_server(tmp_path)
 
     def run(name: str) -> None:
-        lines = [line for line in commands() if line.split(" ")[0] == name]
+        # What asks a server is in the test of the container.
+        lines = [
+            line for line in commands() if line.split(" ")[0] == name and "--ready" not in line
+        ]
         assert lines
         for line in lines:
             arguments = line.replace("FILE", str(tmp_path / "sample_config.json")).split()
@@ -11910,6 +12090,53 @@ def test_the_readme_moves_a_tenant_to_postgresql(engine: str, tmp_path: Path) ->
         run_sql(engine, "DROP DATABASE readme WITH (FORCE)", "DROP ROLE readme")
 
 
+def test_the_container_of_the_readme_serves_and_is_healthy(tmp_path: Path) -> None:
+    [line] = re.findall(r"^docker run .*?[^\\]$", README, re.MULTILINE | re.DOTALL)
+    words = shlex.split(line.replace("\\\n", " "))
+    folders = {"/etc/scim": str(tmp_path), "/opt/scim": str(copied_server(tmp_path).parent)}
+
+    def inside(text: str) -> str:  # a path as the container has it
+        for place, folder in folders.items():
+            text = text.replace(place, folder)
+        return text.replace("python3", sys.executable)
+
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    config_file(tmp_path)
+    variables = dict(words[n + 1].split("=") for n, word in enumerate(words) if word == "-e")
+    environment = {**os.environ, **{name: inside(text) for name, text in variables.items()}}
+    assert environment["SCIM_LISTEN"] == "0.0.0.0:8080"
+    environment["SCIM_LISTEN"] = f"127.0.0.1:{port}"
+    health = inside(words[words.index("--health-cmd") + 1])
+    serve = [inside(word) for word in words[words.index("python:3.13-slim") + 1 :]]
+    assert subprocess.run(health, shell=True, env=environment, check=False).returncode == 1
+    with subprocess.Popen(serve, env=environment, stdout=subprocess.PIPE, text=True) as running:
+        assert running.stdout and str(port) in running.stdout.readline()
+        assert subprocess.run(health, shell=True, env=environment, check=False).returncode == 0
+        running.terminate()
+
+
+def test_a_server_behind_the_nginx_of_the_readme_knows_its_public_url() -> None:
+    variables = {"$host": "scim.example.com", "$remote_addr": "203.0.113.7", "$scheme": "https"}
+    fields = re.findall(r"proxy_set_header (\S+) (\$\w+);", README)
+    headers = {name: variables[value] for name, value in fields}
+    with scim_server.running({**CONFIG, "trusted_proxies": ["127.0.0.1"]}) as server:
+        scim = Scim(server.url, "acme-secret")
+        ada = scim.call("POST", "/Users", {"userName": "ada"}, **headers)
+        location = f"https://scim.example.com/scim/v2/Users/{ada.json()['id']}"
+        assert ada.headers["Location"] == location
+        metrics = server.url.replace("/scim/v2", "/metrics")
+        named = {**headers, "Host": "127.0.0.1"}
+        assert requests.get(metrics, headers=named).status_code == 401
+
+
+def test_the_live_copy_of_the_readme_is_of_a_tenant_s_file(tmp_path: Path) -> None:
+    [document] = re.findall(r"`(\{\"dbs\".*?\})`", README)
+    [database] = json.loads(document)["dbs"]
+    config = scim_server.parse_config({**CONFIG, "data_dir": "/var/lib/scim"})
+    assert database["path"] == scim_server.store_location(config, config.tenants[0])
+
+
 def test_the_readme_lists_the_changes_to_the_mapping_of_entra() -> None:
     rows = {line.split("|")[1].strip(" `"): line for line in README.splitlines() if "|" in line}
     for source, target, change in scim_server.ENTRA_MAPPING:
@@ -11940,7 +12167,7 @@ CHAPTERS_OF = {  # modules and names that only some chapters may use
     "socket": {18, 19, 21, 22},
     "ssl": {18, 22},
     "queue": {14},
-    "http": {12, 18},
+    "http": {12, 18, 22},
     "selectors": {18},
     "BaseHTTPRequestHandler": {18},
     "ThreadingHTTPServer": {18},
