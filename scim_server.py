@@ -304,7 +304,8 @@ class Attribute:
         return self.path.lower()
 
     @cached_property
-    def by_name(self) -> dict[str, Attribute]:  # the sub-attributes by their names in lower case
+    def by_name(self) -> dict[str, Attribute]:
+        # The sub-attributes by their names in lower case: names ignore case (RFC 7643 §2.1).
         return {sub.name.lower(): sub for sub in self.sub_attributes}
 
     def with_paths(self, prefix: str = "") -> Attribute:
@@ -317,10 +318,6 @@ class Attribute:
             path=path,
             sub_attributes=tuple(sub.with_paths(below) for sub in self.sub_attributes),
         )
-
-    def sub_attribute(self, name: str) -> Attribute | None:
-        # Return the sub-attribute with a name in any case (RFC 7643 §2.1), or None.
-        return self.by_name.get(name.lower())
 
     @property
     def value_attribute(self) -> Attribute | None:
@@ -591,20 +588,13 @@ class Compare:
     """Whether one of an attribute's values compares with a literal as op says.
 
     value is the literal in the attribute's type (for an Integer any number), key is its key. op is
-    one of OPERATORS.
+    one of OPERATORS. With "pr" key and value are "".
     """
 
     target: AttributePath
     op: str
     key: str
     value: Json
-
-
-@dataclass(frozen=True, slots=True)
-class Present:
-    """Whether an attribute has a value that is not empty (pr)."""
-
-    target: AttributePath
 
 
 @dataclass(frozen=True, slots=True)
@@ -636,7 +626,7 @@ class ValuePath:
     inner: Filter
 
 
-Filter = Compare | Present | And | Or | Not | ValuePath
+Filter = Compare | And | Or | Not | ValuePath
 EVERYTHING, NOTHING = And(()), Or(())
 OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "eq": operator.eq,
@@ -647,6 +637,7 @@ OPERATORS: dict[str, Callable[[str, str], bool]] = {
     "ge": operator.ge,
     "lt": operator.lt,
     "le": operator.le,
+    "pr": operator.gt,  # what is empty has an empty key: it is not present
 }
 
 
@@ -672,14 +663,20 @@ def matches(filter: Filter, value: Json, fold: Callable[[str], str] = str) -> bo
             return not matches(inner, value, fold)
         case ValuePath(target, inner):
             return any(matches(inner, item, fold) for item in values_at(target, value))
-        case Present(target):
-            # What is empty has an empty key: it is not present.
-            return any(target[-1].key(item) for item in values_at(target, value))
         case Compare(target, op, key):
             return any(
                 OPERATORS[op](fold(target[-1].key(item)), fold(key))
                 for item in values_at(target, value)
             )
+
+
+def terms_of(filter: Filter) -> list[Filter]:
+    # Return the terms that must all match.
+    return (
+        [term for inner in filter.filters for term in terms_of(inner)]
+        if isinstance(filter, And)
+        else [filter]
+    )
 
 
 # -- Names -------------------------------------------------------------------
@@ -712,7 +709,7 @@ def resolve(name: str, resource_type: ResourceType) -> AttributePath | None:
     for scope, names in starts:
         down = list(
             itertools.accumulate(
-                names, lambda above, part: above and above.sub_attribute(part), initial=scope
+                names, lambda above, part: above and above.by_name.get(part.lower()), initial=scope
             )
         )
         if all(down):  # every name is known; the root has no path
@@ -728,7 +725,7 @@ def resolve_sub_attribute(
     Return None if the name or the attribute is unknown. If strict, an unknown name is a ScimError
     400 invalidPath.
     """
-    sub = attributes[-1].sub_attribute(name) if attributes else None
+    sub = attributes[-1].by_name.get(name.lower()) if attributes else None
     if strict and attributes and not sub:
         raise invalid_path(f"path: {attributes[-1].path} has no sub-attribute {quoted(name)}")
     return (sub,) if sub else None
@@ -812,18 +809,20 @@ def parse_filter_tokens(
 def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
     # Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not".
     kind, text, column = tokens[position]
-    if text == "(":
-        return parse_filter_tokens(")", tokens, position + 1, scope, depth + 1)
     following = tokens[position + 1][1] if kind != "end" else ""
-    if text.lower() == "not" and following == "(":
-        inner, position = parse_term(tokens, position + 1, scope, depth)
-        return Not(inner), position
-    if kind != "name":
-        raise bad_filter(column, "an attribute name", text)
-    # In brackets there are no other brackets (RFC 7644 figure 1): they would have no meaning.
-    if following == "[" and scope.func is resolve:
-        return parse_value_path(tokens, position + 1, scope(text), text, depth)
-    return parse_expression(tokens, position + 1, scope(text), text)
+    match kind, text.lower(), following:
+        case _, "(", _:
+            return parse_filter_tokens(")", tokens, position + 1, scope, depth + 1)
+        case _, "not", "(":
+            inner, position = parse_term(tokens, position + 1, scope, depth)
+            return Not(inner), position
+        # In brackets there are no other brackets (RFC 7644 figure 1): they would have no meaning.
+        case "name", _, "[" if scope.func is resolve:
+            return parse_value_path(tokens, position + 1, scope(text), text, depth)
+        case "name", *_:
+            return parse_expression(tokens, position + 1, scope(text), text)
+        case _:
+            raise bad_filter(column, "an attribute name", text)
 
 
 # valuePath = attrPath "[" valFilter "]", and what Entra sends: valuePath "." subAttr SP compareOp …
@@ -874,7 +873,7 @@ def parse_expression(
     if attributes and attributes[-1].computed:
         raise invalid_filter(f"{name}: made for each response; a filter cannot use it")
     if op == "pr":
-        return (Present(attributes) if attributes else NOTHING), position + 1
+        return (Compare(attributes, "pr", "", "") if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
     return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
@@ -901,10 +900,12 @@ def bind_comparison(attributes: AttributePath | None, name: str, op: str, litera
     attribute = attributes[-1]
     check_comparison(attribute, name, op, literal)
     if literal is None:
-        return Not(Present(attributes))
-    # A number need not be an Integer to compare with one.
-    is_number = attribute.type == "integer" and type(literal) in (int, float)
-    value = literal if is_number else attribute.convert(literal, "invalidFilter")
+        return Not(Compare(attributes, "pr", "", ""))
+    value = (
+        literal  # a number need not be an Integer to compare with one
+        if attribute.type == "integer" and type(literal) in (int, float)
+        else attribute.convert(literal, "invalidFilter")
+    )
     return Compare(attributes, op, attribute.key(value), value)
 
 
@@ -953,7 +954,7 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
     tokens = tokens_of(text)
     filter, position = parse_brackets(tokens, 1, attributes, name, 0, strict=True)
     kind, rest, _ = tokens[position]
-    sub = attributes[-1].sub_attribute(rest[1:]) if kind == "sub" else None
+    sub = attributes[-1].by_name.get(rest[1:].lower()) if kind == "sub" else None
     if tokens[position + 1 if sub else position][0] != "end":
         raise invalid_path(
             f"path {quoted(text)}: only a sub-attribute of {attributes[-1].path} can follow ']'"
@@ -1000,13 +1001,9 @@ def lowercase_keys(
     return dict(zip(names, value.values(), strict=True))
 
 
-def accept(resource_type: ResourceType, body: Json) -> Resource:
-    # Return the canonical resource for a client's JSON body; ScimError 400 if it is not valid.
-    return accept_complex(resource_type.root, body)
-
-
-def accept_complex(attribute: Attribute, value: Json) -> Resource:
-    # Return the canonical form of a complex value (or a resource); ScimError 400.
+def accept(attribute: Attribute, value: Json) -> Resource:
+    # Return the canonical form of a client's complex value (or a resource, for the root of its
+    # type); ScimError 400 if it is not valid.
     sent = lowercase_keys(value)
     # Read-only and unknown attributes are ignored: Entra and Okta send some of them.
     accepted = {
@@ -1027,8 +1024,11 @@ def accept_value(attribute: Attribute, value: Json) -> Json:
     """
     if not attribute.multi_valued:
         # [] means that there is no value, except for a custom field, which must not be a list.
-        is_empty = value == [] and FACILIO not in attribute.path
-        return None if is_empty else accept_single(attribute, unlisted(attribute, value))
+        return (
+            None
+            if value == [] and FACILIO not in attribute.path
+            else accept_single(attribute, unlisted(attribute, value))
+        )
     # OneLogin's template sends emails as one object.
     items = value if isinstance(value, list) else [value] * (value is not None)
     accepted = [
@@ -1067,7 +1067,7 @@ def accept_single(attribute: Attribute, value: Json) -> Json:
     if attribute.value_attribute and not isinstance(value, (dict, list)):
         value = {"value": value}
     if attribute.type == "complex" and isinstance(value, dict):
-        return accept_complex(attribute, value) or None
+        return accept(attribute, value) or None
     return attribute.convert(value)  # refuses a complex value that is not an object
 
 
@@ -1216,12 +1216,8 @@ def index_entries(
     for name, item in value.items():
         sub = attribute.by_name[name.lower()]
         # The primary value is number 0: sorting uses it (RFC 7644 §3.4.2.3).
-        items: Iterable[tuple[int, Json]] = (
-            enumerate(sorted(item, key=is_primary, reverse=True))
-            if sub.multi_valued
-            else [(element, item)]
-        )
-        for number, part in items:
+        parts = sorted(item, key=is_primary, reverse=True) if sub.multi_valued else [item]
+        for number, part in enumerate(parts, start=0 if sub.multi_valued else element):
             if sub.type == "complex":
                 yield from index_entries(sub, part, number)
             else:
@@ -1679,13 +1675,11 @@ def change_value(attribute: Attribute, value: Resource, operation: Operation) ->
 
 def equal_terms(filter: Filter) -> Resource:
     # Return the sub-attributes that a filter requires to be equal to a value.
-    match filter:
-        case Compare((sub,), "eq", _, value):
-            return {sub.name: value}
-        case And(filters):
-            return {name: value for inner in filters for name, value in equal_terms(inner).items()}
-        case _:
-            return {}
+    return {
+        term.target[0].name: term.value
+        for term in terms_of(filter)
+        if isinstance(term, Compare) and term.op == "eq" and len(term.target) == 1
+    }
 
 
 def pruned(value: Json) -> Json:
@@ -1746,8 +1740,9 @@ DERIVED_ENTRIES = {
     f"AND path = {path_number('displayname')}",
 }
 ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")  # of positions
-OPERATOR_SIGNS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-Term = ValuePath | Present | Compare  # a filter on the index entries of one attribute
+OPERATOR_SIGNS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pr": ">"}
+NO_SET = 4  # the breadth of a filter whose matches are not a set of index entries
+Term = ValuePath | Compare  # a filter on the index entries of one attribute
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
 Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
 TYPE = Attribute("resourceType", canonical_values=("User", "Group"), path="meta.resourceType")
@@ -1768,7 +1763,7 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
             return f"NOT {sql}", parameters
         case Compare((_, attribute), "eq", key) if attribute.index == TYPE.index:
             return "(resource.type = ?)", [key]
-        case ValuePath() | Present() | Compare():
+        case ValuePath() | Compare():
             columns, alias = ROWS[row]
             (entries, parameters), is_lookup = compile_entries(filter, alias)
             of_row, of_entry = (
@@ -1789,13 +1784,13 @@ def compile_entries(term: Term, alias: str = "entry") -> tuple[Sql, bool]:
     # Also whether they stand together in the index, in the order of seq.
     match term:
         case ValuePath(target, inner):
-            first, others = split_filter(inner, lambda term: isinstance(term, Present | Compare))
-            entries, is_lookup = entries_of(target[-1], alias), False
-            if first:
-                entries, is_lookup = compile_entries(cast(Term, first), alias)
+            first, others = split_filter(inner, lambda term: isinstance(term, Compare))
+            entries, is_lookup = (
+                compile_entries(cast(Compare, first), alias)
+                if first
+                else (entries_of(target[-1], alias), False)
+            )
             condition = compile_filter(others, alias)
-        case Present(target):
-            entries, condition, is_lookup = entries_of(target[-1], alias), ("key > ''", []), False
         case Compare(target, op, key):
             entries, condition = entries_of(target[-1], alias), compile_comparison(op, key)
             is_lookup = op == "eq" and target[-1].index not in DERIVED_ENTRIES
@@ -1808,11 +1803,12 @@ def compile_comparison(op: str, key: str) -> Sql:
         case "co":
             return "instr(key || rest, ?) > 0", [key]
         case "ew":
-            start = f"length(key) + length(rest) - {len(key) - 1}"
-            return f"substr(key || rest, {start}) = ?", [key]
+            return f"substr(key || rest, length(key) + length(rest) - {len(key) - 1}) = ?", [key]
         case "sw":
-            ends = [compare_keys("<", end) for end in text_after(key)]
-            return join_sql(" AND ", [compare_keys(">=", key), *ends])
+            start, rest = key[:KEY_LENGTH], key[KEY_LENGTH:]
+            last = start.ljust(KEY_LENGTH, chr(sys.maxunicode))  # of all keys with this start
+            sql = f"key BETWEEN ? AND ? AND substr(rest, 1, {len(rest)}) = ?"
+            return sql, [start, last, rest]
         case _:
             return compare_keys(OPERATOR_SIGNS[op], key)
 
@@ -1822,13 +1818,6 @@ def compare_keys(sign: str, key: str) -> Sql:
     if len(key) < KEY_LENGTH:
         return f"key {sign} ?", [key]
     return f"(key, rest) {sign} (?, ?)", [key[:KEY_LENGTH], key[KEY_LENGTH:]]
-
-
-def text_after(prefix: str) -> list[str]:
-    # Return the first text after all that begin with a prefix; [] if there is none.
-    start = prefix.rstrip(chr(sys.maxunicode))
-    following = ord(start[-1:] or "\0") + 1
-    return [start[:-1] + chr(0xE000 if following == 0xD800 else following)] * bool(start)
 
 
 def join_sql(word: str, conditions: Sequence[Sql], empty: str = "") -> Sql:
@@ -1847,12 +1836,13 @@ def entries_of(attribute: Attribute, alias: str = "entry") -> Sql:
     return f"value AS {alias} WHERE {condition}", parameters
 
 
-def simple_attributes(attribute: Attribute) -> Iterator[Attribute]:
-    # Yield the attributes that a complex one consists of, for it has no entries of its own.
-    if attribute.type != "complex":
-        yield attribute
-    for sub in attribute.sub_attributes:
-        yield from simple_attributes(sub)
+def simple_attributes(attribute: Attribute) -> list[Attribute]:
+    # Return the attributes that a complex one consists of, for it has no entries of its own.
+    return (
+        [simple for sub in attribute.sub_attributes for simple in simple_attributes(sub)]
+        if attribute.type == "complex"
+        else [attribute]
+    )
 
 
 # -- Walks: what is read to find the matches --
@@ -1861,7 +1851,7 @@ def simple_attributes(attribute: Attribute) -> Iterator[Attribute]:
 def compile_source(filter: Filter) -> tuple[Sql, str]:
     # Return what follows FROM to read the matches, and the name of the row that orders them.
     # The most selective set of the index is read; what else is asked is asked about its resources.
-    term, others = split_filter(filter, is_set)
+    term, others = split_filter(filter, lambda term: breadth(term) < NO_SET)
     condition, parameters = compile_filter(others)
     if not term:
         return (f"resource WHERE {condition}", parameters), "resource"
@@ -1877,33 +1867,20 @@ def compile_source(filter: Filter) -> tuple[Sql, str]:
 
 
 def compile_set(filter: Filter) -> tuple[Sql, bool]:
-    # Return the query of the seq of all matches, if is_set(filter).
+    # Return the query of the seq of all matches, if breadth(filter) is less than NO_SET.
     # Also whether it yields them in order, each once.
     match filter:
         case Or(filters):
             sets = [compile_set(inner)[0] for inner in filters]
             sql, values = join_sql(" UNION ", sets, "SELECT seq FROM resource WHERE 1 = 0")
             return (sql[1:-1], values), False
-        case ValuePath(target) | Present(target) | Compare(target):
+        case ValuePath(target) | Compare(target):
             (entries, values), is_lookup = compile_entries(filter)
             single = not any(attribute.multi_valued for attribute in target)
             return (f"SELECT entry.seq FROM {entries}", values), is_lookup and single
         case _:
             (source, values), _ = compile_source(filter)
             return (f"SELECT resource.seq FROM {source}", values), False
-
-
-def is_set(filter: Filter) -> bool:
-    # Return whether all matches are in sets of the index: no Not stands outside of one.
-    match filter:
-        case And(filters):
-            return any(map(is_set, filters))
-        case Or(filters):
-            return all(map(is_set, filters))
-        case Compare((*_, attribute), "eq"):
-            return attribute.index != TYPE.index
-        case _:
-            return not isinstance(filter, Not)
 
 
 def split_filter(filter: Filter, suits: Callable[[Filter], bool]) -> tuple[Filter | None, Filter]:
@@ -1913,29 +1890,23 @@ def split_filter(filter: Filter, suits: Callable[[Filter], bool]) -> tuple[Filte
     return first, And(tuple(term for term in terms if term is not first))
 
 
-def terms_of(filter: Filter) -> list[Filter]:
-    # Return the terms that must all match.
-    if not isinstance(filter, And):
-        return [filter]
-    return [term for inner in filter.filters for term in terms_of(inner)]
-
-
 def breadth(filter: Filter) -> int:
     # Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
-    # 3 is for most in no order.
+    # 3 is for most in no order. NO_SET if other resources match too: outside of
+    # brackets, the index says nothing about Not and the type.
     match filter:
-        case Compare((*_, attribute), "eq"):
+        case Compare((*_, attribute), "eq") if attribute.index != TYPE.index:
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
-        case Compare():
-            return 1
+        case Compare(_, op) if op != "eq":
+            return 3 if op == "pr" else 1
         case ValuePath(_, inner):
-            return breadth(inner)
+            return min(breadth(inner), 3)
         case And(filters):
-            return min(map(breadth, filters), default=3)
+            return min(map(breadth, filters), default=NO_SET)
         case Or(filters):
             return max(map(breadth, filters), default=0)
         case _:
-            return 3
+            return NO_SET
 
 
 class Sorting(NamedTuple):
@@ -2023,7 +1994,7 @@ def compile_positions(
     element = f"element = {FIRST_ELEMENT.get(attribute.index.partition('.')[0], 0)}"
     walk, walk_bounds = after_position_sql(0, "key, entry.seq", window.after, descending)
     among = f"entry.seq IN (SELECT resource.seq FROM {source})"
-    if not is_set(filter) or breadth(filter) > 1:  # each step tests one resource
+    if breadth(filter) > 1:  # each step tests one resource
         condition, parameters = compile_filter(filter)
         among = (
             "EXISTS (SELECT 1 FROM resource WHERE resource.seq = entry.seq AND "
@@ -3783,7 +3754,7 @@ class Directory:
     def create(self, type: ResourceType | str, body: Json) -> Resource:
         """Store a new resource and return it (RFC 7644 §3.3)."""
         resource_type = self._type(type)
-        resource = accept(resource_type, body)
+        resource = accept(resource_type.root, body)
         resource.update(defaults(resource_type) | resource)
         with self.store.writing() as session:
             now = self._now(session)
@@ -3852,7 +3823,7 @@ class Directory:
     ) -> Resource:
         """Store a resource in place of the present one and return it (RFC 7644 §3.5.1)."""
         resource_type = self._type(type)
-        resource = accept(resource_type, body)
+        resource = accept(resource_type.root, body)
         with self.store.writing() as session:
             row, before = self._find_to_write(session, type, id, condition)
             # Okta leaves out active when it changes other attributes: that must not reactivate.
@@ -4200,7 +4171,7 @@ class Directory:
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> tuple[int, bool]:
         # Returns by how many the group has grown, and whether any member has changed.
-        if not (members := self.resource_types[row.type].root.sub_attribute("members")):
+        if not (members := self.resource_types[row.type].root.by_name.get("members")):
             return 0, False
         old, new = (
             {member["value"]: member.get("display") for member in resource.get("members", ())}
@@ -4292,7 +4263,7 @@ class Directory:
         extension = user_type.root.by_name[FACILIO.lower()]
         visible, others = Resource(), Resource()
         for name, value in (*present.items(), *hidden.items()):  # the first value of a field wins
-            sub = extension.sub_attribute(name)
+            sub = extension.by_name.get(name.lower())
             if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
                 visible[sub.name] = value
             else:
@@ -5802,7 +5773,9 @@ def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
         ]
     if isinstance(value, dict):
         members = {
-            name: with_ids(item, sub, id_of) if (sub := attribute.sub_attribute(name)) else item
+            name: with_ids(item, sub, id_of)
+            if (sub := attribute.by_name.get(name.lower()))
+            else item
             for name, item in value.items()
         }
         lost = list(members.values()).count(None) > list(value.values()).count(None)
