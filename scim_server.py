@@ -876,7 +876,11 @@ def parse_expression(
         return (Compare(attributes, "pr", "", "") if attributes else NOTHING), position + 1
     if op != "ne" and op not in OPERATORS:
         raise bad_filter(column, "an operator (eq, ne, co, sw, ew, gt, ge, lt, le, pr)", text)
-    return bind_comparison(attributes, name, op, parse_literal(*tokens[position + 1])), position + 2
+    # ne is the opposite of eq, so it also matches resources that lack the attribute.
+    filter = bind_comparison(
+        attributes, name, "eq" if op == "ne" else op, parse_literal(*tokens[position + 1])
+    )
+    return Not(filter) if op == "ne" else filter, position + 2
 
 
 def parse_literal(kind: str, text: str, column: int) -> Json:
@@ -891,8 +895,6 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
 
 def bind_comparison(attributes: AttributePath | None, name: str, op: str, literal: Json) -> Filter:
     # Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter.
-    if op == "ne":  # the opposite of eq, so it also matches resources that lack the attribute
-        return Not(bind_comparison(attributes, name, "eq", literal))
     if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
@@ -1264,8 +1266,7 @@ class StoredResource:
         body, row = to_json(attributes), copy.copy(self)
         if len(body) > MAX_BODY:  # it could not be sent back, and would slow down each later write
             raise invalid_value(f"the {self.type} would have more than {MAX_BODY} characters")
-        vars(row).update(columns, attributes=attributes, body=body)
-        row.revision += 1
+        vars(row).update(columns, attributes=attributes, body=body, revision=self.revision + 1)
         return row
 
     def entries(self, resource_type: ResourceType) -> set[Entry]:
@@ -1742,7 +1743,6 @@ DERIVED_ENTRIES = {
 ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DESC")  # of positions
 OPERATOR_SIGNS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pr": ">"}
 NO_SET = 4  # the breadth of a filter whose matches are not a set of index entries
-Term = ValuePath | Compare  # a filter on the index entries of one attribute
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
 Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
 TYPE = Attribute("resourceType", canonical_values=("User", "Group"), path="meta.resourceType")
@@ -1779,8 +1779,8 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
             return sql, parameters
 
 
-def compile_entries(term: Term, alias: str = "entry") -> tuple[Sql, bool]:
-    # Return what follows FROM to read the entries that match; conditions can be appended.
+def compile_entries(term: ValuePath | Compare, alias: str = "entry") -> tuple[Sql, bool]:
+    # Return what follows FROM to read the index entries that match; conditions can be appended.
     # Also whether they stand together in the index, in the order of seq.
     match term:
         case ValuePath(target, inner):
@@ -1807,8 +1807,7 @@ def compile_comparison(op: str, key: str) -> Sql:
         case "sw":
             start, rest = key[:KEY_LENGTH], key[KEY_LENGTH:]
             last = start.ljust(KEY_LENGTH, chr(sys.maxunicode))  # of all keys with this start
-            sql = f"key BETWEEN ? AND ? AND substr(rest, 1, {len(rest)}) = ?"
-            return sql, [start, last, rest]
+            return f"key BETWEEN ? AND ? AND substr(rest, 1, {len(rest)}) = ?", [start, last, rest]
         case _:
             return compare_keys(OPERATOR_SIGNS[op], key)
 
@@ -1820,7 +1819,7 @@ def compare_keys(sign: str, key: str) -> Sql:
     return f"(key, rest) {sign} (?, ?)", [key[:KEY_LENGTH], key[KEY_LENGTH:]]
 
 
-def join_sql(word: str, conditions: Sequence[Sql], empty: str = "") -> Sql:
+def join_sql(word: str, conditions: Sequence[Sql], empty: str) -> Sql:
     return (
         f"({word.join(sql for sql, _ in conditions) or empty})",
         [parameter for _, parameters in conditions for parameter in parameters],

@@ -2547,7 +2547,8 @@ def long_texts(place: str) -> Iterator[tuple[scim_server.Directory, list[Any]]]:
 def test_any_filter_on_long_text_agrees_in_python_and_sql(long_texts: Any, name: str) -> None:
     directory, users = long_texts
     for text in LONG_TEXTS:
-        for op, value in itertools.product(scim_server.OPERATORS, (text, text[:-1], text[-400:])):
+        operators = [op for op in scim_server.OPERATORS if op != "pr"]
+        for op, value in itertools.product(operators, (text, text[:-1], text[-400:])):
             filter = scim_server.parse_filter(f"{name} {op} {json.dumps(value)}", USER_TYPE)
             expected = ids_of(user for user in users if scim_server.matches(filter, user))
             page = directory.query("User", filter, count=99)
