@@ -682,17 +682,14 @@ def terms_of(filter: Filter) -> list[Filter]:
 # -- Names -------------------------------------------------------------------
 
 
-def split_urn(name: str, resource_type: ResourceType) -> tuple[Attribute, list[str]] | None:
-    """Return what the schema URN at the start of a name stands for, and the names after it.
-
-    A URN stands for the root or for an extension. Return None if the name does not start with one.
-    """
+def split_urn(name: str, resource_type: ResourceType) -> tuple[str, str]:
+    # Return the schema URN at the start of a name, "" if there is none, and the rest of the name.
     # No URN is the start of another one. Before 2018 Entra wrote a dot instead of the colon.
-    for urn, scope in resource_type.scopes.items():
+    for urn in resource_type.scopes:
         rest = name[len(urn) :]
         if name[: len(urn)].lower() == urn.lower() and rest[:1] in ("", ":", "."):
-            return scope, rest[1:].split(".") if rest[1:] else []
-    return None
+            return urn, rest[1:]
+    return "", name
 
 
 @lru_cache(1024)
@@ -701,19 +698,19 @@ def resolve(name: str, resource_type: ResourceType) -> AttributePath | None:
 
     The URN of the core schema stands for the root itself: the result is ().
     """
-    # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
-    split = split_urn(name, resource_type)
-    starts: list[tuple[Attribute | None, list[str]]] = (
-        [split] if split else [(scope, name.split(".")) for scope in resource_type.scopes.values()]
-    )
-    for scope, names in starts:
-        down = list(
-            itertools.accumulate(
-                names, lambda above, part: above and above.by_name.get(part.lower()), initial=scope
+    name_urn, rest = split_urn(name, resource_type)
+    for urn, scope in resource_type.scopes.items():
+        # Entra sends the bare path "manager", so a name without URN is looked up in extensions too.
+        if name_urn in ("", urn):
+            down = list(
+                itertools.accumulate(
+                    rest.split(".") if rest or not name_urn else [],
+                    lambda above, part: above and above.by_name.get(part.lower()),
+                    initial=cast(Attribute | None, scope),
+                )
             )
-        )
-        if all(down):  # every name is known; the root has no path
-            return tuple(attribute for attribute in down if attribute and attribute.path)
+            if all(down):  # every name is known; the root has no path
+                return tuple(attribute for attribute in down if attribute and attribute.path)
     return None
 
 
@@ -966,14 +963,13 @@ def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
 
 def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
     # Return the error for an unknown attribute; in an extension it lists the attributes.
-    scope, names = split_urn(name, resource_type) or (resource_type.root, [name])
-    if scope is resource_type.root:
+    urn, wrong_name = split_urn(name, resource_type)
+    if urn in ("", resource_type.schema.id):
         return invalid_path(f"path {quoted(name)}: {resource_type.name} has no such attribute")
-    wrong_name = ".".join(names)
-    right_names = ", ".join(sub.name for sub in scope.sub_attributes) or "none"
+    right_names = ", ".join(sub.name for sub in resource_type.scopes[urn].sub_attributes) or "none"
     return invalid_path(
-        f"path: {scope.name} has no attribute '{wrong_name}'; its attributes are: {right_names}",
-        reason=("link_name", wrong_name[:80], right_names) if scope.name == FACILIO else (),
+        f"path: {urn} has no attribute '{wrong_name}'; its attributes are: {right_names}",
+        reason=("link_name", wrong_name[:80], right_names) if urn == FACILIO else (),
     )
 
 
@@ -1091,13 +1087,11 @@ def require(attribute: Attribute, value: Mapping[str, Json], patched: bool = Fal
     """
     for sub in attribute.sub_attributes:
         if sub.required and not str(value.get(sub.name) or "").strip():
-            kind, wrong = (
-                ("mutability", "cannot be removed")
-                if patched and sub.name not in value
-                else ("invalidValue", "must not be empty")
-            )
             raise ScimError(
-                400, kind, f"{sub.path} is required and {wrong}", reason=("required", sub.path)
+                400,
+                "mutability" if patched and sub.name not in value else "invalidValue",
+                f"{sub.path} is required and must not be empty",
+                reason=("required", sub.path),
             )
         if sub.is_membership:
             for item in value.get(sub.name, ()):
@@ -1232,8 +1226,7 @@ to_json = json.JSONEncoder(ensure_ascii=False, check_circular=False, separators=
 DECODER = json.JSONDecoder()
 
 
-class Encoded(str):
-    """JSON text of a resource that is sent as it is."""
+Encoded = str  # the JSON text of a resource that is sent as it is
 
 
 def from_json(text: str) -> Json:
@@ -1401,7 +1394,7 @@ def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterato
     # administrator sees it; inside an extension's object it is ignored, as in a body.
     for name, item in value.items():
         plain = name[:MAX_FILTER_LENGTH].partition("[")[0].strip()
-        if resolve(plain, resource_type) is not None or split_urn(plain, resource_type):
+        if resolve(plain, resource_type) is not None or split_urn(plain, resource_type)[0]:
             path = parse_path(name, resource_type)
             if not path.attributes:
                 yield from parse_pathless(resource_type, op, item)
@@ -1870,13 +1863,18 @@ def compile_set(filter: Filter) -> tuple[Sql, bool]:
     # Also whether it yields them in order, each once.
     match filter:
         case Or(filters):
-            sets = [compile_set(inner)[0] for inner in filters]
-            sql, values = join_sql(" UNION ", sets, "SELECT seq FROM resource WHERE 1 = 0")
+            sql, values = join_sql(
+                " UNION ",
+                [compile_set(inner)[0] for inner in filters],
+                "SELECT seq FROM resource WHERE 1 = 0",
+            )
             return (sql[1:-1], values), False
         case ValuePath(target) | Compare(target):
             (entries, values), is_lookup = compile_entries(filter)
-            single = not any(attribute.multi_valued for attribute in target)
-            return (f"SELECT entry.seq FROM {entries}", values), is_lookup and single
+            return (
+                (f"SELECT entry.seq FROM {entries}", values),
+                is_lookup and not any(attribute.multi_valued for attribute in target),
+            )
         case _:
             (source, values), _ = compile_source(filter)
             return (f"SELECT resource.seq FROM {source}", values), False
