@@ -2806,18 +2806,18 @@ class Session:
             yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
 
     def names(self, ids: Sequence[str]) -> dict[str, Resource]:
-        # Return the names of users and groups, and how many members they have, by id. A user has
-        # the name of its employee, also after it was deleted.
+        # Return type, name and number of members of users and groups, by id. A user has the name
+        # of its employee, also after it was deleted.
         rows = self._among(
-            "SELECT id, record, members FROM (SELECT user_id AS id, record, 0 AS members FROM "
-            "employee UNION ALL SELECT id, body, member_count FROM resource WHERE type = 'Group') "
-            "AS named WHERE id IN",
+            "SELECT id, type, record, members FROM (SELECT user_id AS id, 'User' AS type, record, "
+            "0 AS members FROM employee UNION ALL SELECT id, type, body, member_count FROM resource "
+            "WHERE type = 'Group') AS named WHERE id IN",
             ids,
         )
         return {
-            id: {"name": record.get("displayName") or record["name"], "members": members}
-            for id, text, members in rows
-            for record in [from_json(text)]
+            id: {"type": type, "name": body.get("displayName") or body["name"], "members": members}
+            for id, type, text, members in rows
+            for body in [from_json(text)]
         }
 
     def with_custom_fields(self) -> list[StoredResource]:
@@ -8236,10 +8236,10 @@ CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta na
 <link rel="icon" href="data:image/svg+xml,<svg xmlns='http://www.w3.org/2000/svg' viewBox='-1 -1 2 2'><circle r='1' fill='%2325d'/></svg>">
 <style>
 :root { color-scheme: light dark; --bg: #f5f6f8; --card: #fff; --hover: #f0f3f8; --text: #1b2330; --dim: #566174; --line: #e0e4ea;
-  --accent: #2f5fd0; --link: #2450b8; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8; --bad: #a3211b;
+  --accent: #2f5fd0; --pressed: #244cab; --link: #2450b8; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8; --bad: #a3211b;
   --bad-bg: #fce9e7 }
 @media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --text: #e7ebf2; --dim: #a2aec0;
-  --line: #2b3341; --accent: #3a66cf; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a;
+  --line: #2b3341; --accent: #3a66cf; --pressed: #2f56b3; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a;
   --bad-bg: #3a1b1b } }
 .ok { --tone: var(--ok); --tint: var(--ok-bg) } .warn, .change { --tone: var(--warn); --tint: var(--warn-bg) }
 .bad { --tone: var(--bad); --tint: var(--bad-bg) } .pill, .note, .ok .mark, .change { background: var(--tint) }
@@ -8264,6 +8264,9 @@ input, select, button { font: inherit; color: inherit; border: 1px solid var(--d
   padding: 7px 12px; min-height: 38px } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--accent) }
 ::placeholder { color: var(--dim); opacity: 1 } button { cursor: pointer; white-space: nowrap } button:disabled { opacity: .45 }
 button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
+.primary:hover:enabled { background: var(--pressed) } h3 { font-size: 15px; margin: 18px 0 4px } h3 + .dim { margin: 0 }
+section > .copy, section > button + .dim { margin: 4px 0 10px } section > .dim:has(+ .copy) { margin: 0 } h2 + h3 { margin-top: 0 }
+ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px }
 .small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
 [aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
 .log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) }
@@ -8285,7 +8288,7 @@ th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-sh
 @media (max-width: 640px) { header > div { padding: 8px 14px 0 } main { padding: 18px 14px 80px } header b, .live { flex: 1 }
   nav { order: 3; flex: 1 0 100%; gap: 0 } nav a { padding: 10px 8px 8px } section, .card, .more { padding: 14px }
   .more { padding-top: 2px } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px } summary time { grid-column: 2 }
-  .scroll { margin: 0 -14px; padding: 0 14px } thead { display: none } table { overflow-wrap: anywhere }
+  .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex } table { overflow-wrap: anywhere }
   tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
   td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
   td:has(> span:empty) { display: none } }
@@ -8332,6 +8335,19 @@ const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', hea
 const headCells = titles => titles.map(title => h('th', {scope: 'col'}, title));
 const row = (titles, cells, selector = 'tr') => h(selector, cells.map((cell, index) =>
   h('td', {'data-label': titles[index]}, cell instanceof Element ? cell : h('span', cell))));
+// Names, and numbers of members, of users and groups by id: {'5b0c': {type: 'Group', name: 'Crew', members: 3}}.
+const getNames = async ids => ids.length ? get('/console/api/names', {ids: [...new Set(ids)].join()}) : {};
+// Text of a value that changed; an id of names becomes the name.
+function changedText(value, names) {
+  if (Array.isArray(value)) return value.map(item => changedText(item, names)).join(', ');
+  if (value && typeof value === 'object') return changedText(value.value ?? Object.values(value).map(valueText).join(' '), names);
+  return names[value]?.name || valueText(value);
+}
+// What changed, from old to new values: {title: ['Engineer', 'Chief']}. Some values are not kept.
+const changeList = (attributes, values, names = {}) => attributes.map(path => {
+  const [before, after] = (values[path] || []).map(value => changedText(value, names)), name = nameList([path]);
+  return h('p.dim', before === undefined ? name : [name + ': ', before && [h('del', before), ' → '], h('ins', after || 'no value')]);
+});
 const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
   onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
 
@@ -8453,8 +8469,44 @@ async function testConnection(output) {  // like Entra's button: filters that ma
     results.push([false, 'This page was loaded over HTTP. Entra ID needs HTTPS and a public host name: set up TLS.']);
   output.replaceChildren(...results.map(([good, text]) => h('p', pill(good, ''), ' ', text)));
 }
+const ENTRA_NOTES = [  // title, text: what administrators wonder about
+  ['Who is provisioned', 'Settings → Scope → “Sync only assigned users and groups”: those under Users and groups, and the direct members ' +
+    'of assigned groups. Members of nested groups are not.'],
+  ['When', 'After “Start provisioning” the first cycle sends everyone, which may take hours. Later cycles start about every 40 minutes: ' +
+    'a change in Entra ID may take that long to arrive.'],
+  ['Provision on demand', 'It sends one person, or a group with up to five of its members, at once, and shows each step: use it to test ' +
+    'a mapping. It sends Entra\'s default form of PATCH even if the Tenant URL ends in ?aadOptscim062020; both work here.'],
+  ['People who exist already', 'Entra looks everyone up by userName first. A match is updated, not created again. A person who left and ' +
+    'comes back, with the same externalId or userName, is the same employee.'],
+];
+// Why Entra ID cannot reach a URL; '' if nothing speaks against it.
+function reachProblem(url) {
+  const {protocol, hostname} = new URL(url);
+  const isPrivate = /^(localhost|.*\.(local|internal|localhost)|127\..*|10\..*|192\.168\..*|172\.(1[6-9]|2\d|3[01])\..*|\[.*\])$/.test(hostname);
+  return [protocol === 'http:' && 'Entra ID needs https: set up TLS, in the server or in a proxy in front of it.', isPrivate &&
+    `Entra ID cannot reach ${hostname}, which is no name on the Internet: open the console under the server's public name.`]
+    .filter(Boolean).join(' ');
+}
+function credentialList(kind) {
+  const credentials = setup.tokens.filter(credential => credential.kind === kind);
+  return credentials.length ? pairs(credentials.map(({name, access, expired, expires, last_use}) => [kind === 'client' ? copyable(name) : name,
+    access === 'read' && 'read-only; ', expired && h('span.pill.bad', '✕ expired'),
+    expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])) : h('p', 'None yet.');
+}
+function connectionSection() {
+  const output = h('div', {role: 'status'}), problem = reachProblem(setup.url);
+  return section('Connection', h('p.dim', 'Enterprise application → Provisioning → New configuration → Tenant URL'), copyable(setup.url),
+    h('p.dim', 'The same for Entra\'s standards-compliant PATCH; both work'), copyable(setup.url + '?aadOptscim062020'),
+    problem && h('p.note.warn', 'This URL will not work. ' + problem),
+    h('h3', 'Either: OAuth2 client credentials grant'), h('p.dim', 'Token Endpoint'), copyable(setup.token_url),
+    h('p.dim', 'Client Identifier and Client Secret, as printed by: python3 scim_server.py token --client'), credentialList('client'),
+    h('h3', 'Or: Bearer authentication'),
+    h('p.dim', 'Secret Token, as printed by: python3 scim_server.py token --name entra'), credentialList('token'), h('p'),
+    h('button.primary', {onclick: () => testConnection(output)}, 'Test Connection'),
+    h('p.dim', 'This tests the way from this browser to the server. The button of the same name in Entra ID tests the way from there.'), output);
+}
 async function showSetup() {
-  const steps = h('ol.steps'), fields = h('tbody'), output = h('div', {role: 'status'}), status = h('span.dim', {role: 'status'});
+  const steps = h('ol.steps'), fields = h('tbody'), status = h('span.dim', {role: 'status'});
   const mappingTitles = ['Source', 'Target', 'Type', 'Change'], fieldTitles = ['Field', 'Type', 'Name in Entra', 'Employees'];
   async function load() {
     await getSetup();
@@ -8464,103 +8516,155 @@ async function showSetup() {
       [display_name, type, copyable(urn), pill(people, `${people || 'none'} with a value`)])));
   }
   await load(); followLog(status, load);
-  return ['Set-up', 'What to enter in the Entra admin center, and what the server has received.', h('div.grid',
-    section('Connection', h('p.dim', 'Enterprise application → Provisioning → New configuration → Tenant URL'), copyable(setup.url), h('p'),
-      setup.tokens.some(({kind}) => kind === 'client') && [
-        h('p.dim', 'OAuth2 client credentials grant → Token Endpoint'), copyable(setup.token_url), h('p')],
-      h('p.dim', 'Secret Token of a token, or Client Identifier and Client Secret of a client (secrets are not shown)'),
-      pairs(setup.tokens.map(({kind, name, access, expired, expires, last_use}) => [`${kind} ${name}`,
-        access === 'read' && 'read-only; ', expired && h('span.pill.bad', '✕ expired'),
-        expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])),
-      h('p'), h('button.primary', {onclick: () => testConnection(output)}, 'Test Connection'), h('p'), output),
-    section(['Checklist ', status], steps)),
-  section('Attribute mapping', h('p.dim', 'Mappings → Provision Microsoft Entra ID Users: sources in Entra ID, ' +
-    'targets in customappsso. Highlighted rows differ from Entra\'s default mapping.'), table(headCells(mappingTitles),
-    h('tbody', setup.mapping.map(([source, target, type, change]) => row(mappingTitles,
-      [source || '(your choice)', h('code', target), type, change], change ? 'tr.change' : 'tr')))), h('p'),
-  h('button', {onclick: downloadMapping}, 'Download as CSV')),
-  section('Custom fields', setup.fields.length ? [h('p.dim', 'Show advanced options → Edit attribute list for customappsso: ' +
-    'add these names with these types, then map to them.'), table(headCells(fieldTitles), fields)] : h('p.dim',
-    'None. Configure them as “custom_fields” of the tenant.'))];
+  const source = text => text.includes('(') ? copyable(text) : text || '(your choice)';
+  return ['Set-up', 'What to enter in the Entra admin center, and what the server has received.',
+    h('div.grid', connectionSection(), h('div', section(['Checklist ', status], steps),
+      section('How Entra ID provisions', ENTRA_NOTES.map(([title, text]) => [h('h3', title), h('p', text)])))),
+    section('Attribute mapping', h('p.dim', 'Mappings → Provision Microsoft Entra ID Users: sources in Entra ID, ' +
+      'targets in customappsso. Highlighted rows differ from Entra\'s default mapping.'), table(headCells(mappingTitles),
+      h('tbody', setup.mapping.map(([from, target, type, change]) => row(mappingTitles,
+        [source(from), copyable(target), type, change], change ? 'tr.change' : 'tr')))), h('p'),
+    h('button', {onclick: downloadMapping}, 'Download as CSV')),
+    section('Custom fields', setup.fields.length ? [h('p.dim', 'Show advanced options → Edit attribute list for customappsso: ' +
+      'add these names with these types, then map to them.'), table(headCells(fieldTitles), fields)] : h('p.dim',
+      'None. Configure them as “custom_fields” of the tenant.'))];
 }
 
 // -- Employees and groups: the server filters, sorts and pages --
+const STATES = [['', 'All'], ['active', 'Active'], ['inactive', 'Inactive'], ['left', 'Left']];
+const statePill = ({active, left}) => active ? pill(true, 'Active') : pill(false, left ? 'Left' : 'Inactive', left ? '×' : '–');
+// Columns: title, what to sort by, content of a cell.
+const employeeColumns = () => [['Name', 'name', employee => link(employee.name, 'people', employee.user_id)],
+  ['E-mail', 'email', employee => mail(employee.email)], ['Designation', 'designation', employee => employee.designation],
+  ['Department', 'department', employee => employee.department], ['No.', 'employeeNumber', employee => employee.employeeNumber],
+  ...setup.fields.map(({display_name, link_name}) => [display_name, 'custom_fields.' + link_name,
+    employee => valueText(employee.custom_fields[link_name])]), ['State', '', statePill]];
+const mail = address => h('span', address.split(/(?=@)/).map(part => [h('wbr'), part]));  // it may break before the @
 const email = ({emails = [], userName}) =>
-  (emails.find(({primary}) => primary) || emails.find(({type}) => type === 'work'))?.value || userName;
-const SEARCHED = {Users: ['displayName', 'userName', 'emails.value', 'title'], Groups: ['displayName', 'externalId']};
-const COLUMNS = {  // title, attribute to sort by, content of a cell
-  Users: () => [['Name', 'displayName', user => link(user.displayName || user.userName, 'people', user.id)],
-    ['E-mail', 'emails.value', email], ['Designation', 'title', user => user.title],
-    ...setup.fields.map(field => [field.display_name, field.urn, user => valueText(user[FACILIO]?.[field.link_name])]),
-    ['Active', 'active', user => user.active ? pill(true, 'Active') : pill(false, 'Inactive', '–')]],
-  Groups: () => [['Name', 'displayName', group => link(group.displayName, 'groups', group.id)],
-    ['External ID', 'externalId', group => group.externalId],
-    ['Changed', 'meta.lastModified', group => time(group.meta.lastModified)]],
-};
-async function resourceList(endpoint, ifEmpty, baseFilter) {
-  const columns = COLUMNS[endpoint](), titles = columns.map(([title]) => title), search = searchField('Search', load);
-  const state = filterField('state', h('select', [['', 'All'], ['true', 'Active'], ['false', 'Inactive']]
-    .map(([value, text]) => h('option', {value}, text))), load);
+  mail((emails.find(({primary}) => primary) || emails.find(({type}) => type === 'work'))?.value || userName);
+const MEMBER_COLUMNS = [['Name', 'displayName', user => link(user.displayName || user.userName, 'people', user.id)],
+  ['E-mail', 'emails.value', email], ['Designation', 'title', user => user.title], ['State', 'active', statePill]];
+const GROUP_COLUMNS = [['Name', 'displayName', group => link(group.displayName, 'groups', group.id)],
+  ['Members', '', group => String(group.memberCount)], ['External ID', 'externalId', group => group.externalId],
+  ['Changed', 'meta.lastModified', group => time(group.meta.lastModified)]];
+// These return a page of items, and how many there are.
+async function readEmployees(parameters) {
+  const {employees, total} = await get('/console/api/employees', parameters);
+  return [employees, total];
+}
+async function readResources(endpoint, searched, {text, state, ...page}, baseFilter) {
+  const terms = [baseFilter, state && `active eq ${state === 'active'}`,
+    text && `(${searched.map(name => `${name} co ${JSON.stringify(text)}`).join(' or ')})`].filter(Boolean);
+  const {Resources: resources, totalResults} = await get('/console/api/' + endpoint,
+    {...page, excludedAttributes: 'members', ...terms.length && {filter: terms.join(' and ')}});
+  return [resources, totalResults];
+}
+const readMembers = (parameters, groupId) => readResources('Users', ['displayName', 'userName', 'emails.value', 'title'], parameters,
+  `groups.value eq ${JSON.stringify(groupId)}`);
+async function readGroups(parameters) {
+  const [groups, total] = await readResources('Groups', ['displayName', 'externalId'], parameters);
+  const names = await getNames(groups.map(({id}) => id));
+  return [groups.map(group => ({...group, memberCount: names[group.id]?.members ?? 0})), total];
+}
+async function sortedList(columns, states, read, ifEmpty) {
+  const titles = columns.map(([title]) => title), search = searchField('Search', load), [[, firstColumn]] = columns;
+  const state = filterField('state', h('select', states.map(([value, text]) => h('option', {value}, text))), load);
   const message = h('div'), body = h('tbody'), range = h('span.dim', {role: 'status'});
   let start, loads = 0;
   const [previous, next] = [['Previous', -25], ['Next', 25]].map(([text, step]) =>
     h('button', {onclick: () => { remember({page: start + step}); return load(); }}, text));
-  const sorting = () => ({sortBy: option('sort') || 'displayName', sortOrder: option('order') || 'ascending'});
+  const sorting = () => ({sortBy: option('sort') || firstColumn, sortOrder: option('order') || 'ascending'});
   const sort = path => {
     const {sortBy, sortOrder} = sorting(), order = sortBy === path && sortOrder === 'ascending' ? 'descending' : '';
     remember({sort: path, order, page: ''}); return load(); };
-  const heads = headCells(columns.map(([title, path]) => h('button', {onclick: () => sort(path)}, title)));
+  const heads = headCells(columns.map(([title, path]) => path ? h('button', {onclick: () => sort(path)}, title) : title));
+  const sortField = h('select', {onchange: () => sort(sortField.value)},  // where the heads have no room
+    columns.filter(([, path]) => path).map(([title, path]) => h('option', {value: path}, title)));
   const card = h('div.card.list', table(heads, body));
   async function load() {
-    const text = search.value.trim(), literal = JSON.stringify(text), number = ++loads, {sortBy, sortOrder} = sorting();
-    const terms = [baseFilter, state.value && `active eq ${state.value}`, text && `(${SEARCHED[endpoint].map(name => `${name} co ${literal}`).join(' or ')})`];
-    const filter = terms.filter(Boolean).join(' and ');
+    const number = ++loads, {sortBy, sortOrder} = sorting(), text = search.value.trim();
     start = Math.max(1, +option('page') || 1);
-    const {Resources: resources, totalResults: total} = await get('/console/api/' + endpoint, {startIndex: start, count: 25, sortBy,
-      sortOrder, excludedAttributes: 'members', ...filter && {filter}});
+    const [items, total] = await read({text, state: state.value, startIndex: start, count: 25, sortBy, sortOrder});
     if (number < loads) return;  // a newer search started
-    columns.forEach(([, path], index) => { heads[index].ariaSort = path === sortBy ? sortOrder : 'none'; });
-    body.replaceChildren(...resources.map(resource => row(titles, columns.map(([, , content]) => content(resource)))));
+    columns.forEach(([, path], index) => { heads[index].ariaSort = path && path === sortBy ? sortOrder : 'none'; });
+    body.replaceChildren(...items.map(item => row(titles, columns.map(([, , content]) => content(item)))));
+    for (const [index, head] of heads.entries())  // a column without any value takes no room
+      for (const cell of [head, ...[...body.rows].map(({cells}) => cells[index])])
+        cell.hidden = head.ariaSort === 'none' && ![...body.rows].some(({cells}) => cells[index].textContent);
+    sortField.value = sortBy;
     card.hidden = !total;
     message.replaceChildren(total ? '' : state.value || text ? notice('No results', 'Change the search or show all.') : ifEmpty);
-    range.textContent = total ? `${start}–${start + resources.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
+    range.textContent = total ? `${start}–${start + items.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
     [previous.disabled, next.disabled] = [start < 2, start + 25 > total];
   }
   await load();
-  return [h('div.bar', search, endpoint === 'Users' && h('label', 'Show', state)), message, card, h('div.bar', previous, next, range)];
+  return [h('div.bar', search, states.length > 0 && h('label', 'Show', state),
+    h('label.narrow', 'Sort', sortField)), message, card, h('div.bar', previous, next, range)];
 }
-const showEmployees = async () => ['Employees', 'The provisioned users. Each is a Facilio employee.', ...await resourceList('Users',
+const showEmployees = async () => ['Employees', 'The people of Facilio whom Entra ID provisioned, with those who left.', ...await sortedList(
+  employeeColumns(), STATES, readEmployees,
   notice('No employees yet', 'Employees appear with the first cycle of Entra ID. ', link('See the checklist', 'setup'), '.'))];
-const showGroups = async () => ['Groups', 'The provisioned groups.', ...await resourceList('Groups', notice('No groups yet',
-  'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
+const showGroups = async () => ['Groups', 'The provisioned groups.', ...await sortedList(GROUP_COLUMNS, [], readGroups, notice(
+  'No groups yet', 'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
+
+// -- One person, one group --
+// The changes of one write are one step of the timeline: those of a user and of its employee, those of several members.
+function timelineSteps(changes) {
+  const steps = new Map();
+  for (const change of changes) {
+    const key = JSON.stringify([change.at, change.token, change.member && change.kind]);
+    steps.set(key, [...steps.get(key) || [], change]);
+  }
+  return [...steps.values()];
+}
+// What happened to the user or group with an id.
+function stepTitle(id, changes, names) {
+  const [{kind, id: firstId, member}] = changes, kinds = changes.map(change => change.kind.split('.')), [[, verb]] = kinds;
+  if (!member) {
+    const isOneVerb = new Set(kinds.map(([, name]) => name)).size < 2 && kinds.some(([type]) => type !== 'employee');
+    return isOneVerb ? verb : kinds.reverse().map(pair => pair.join(' ')).join(', ');
+  }
+  const isGroup = firstId === id, others = changes.map(change => isGroup ? change.member : change.id);
+  return [isGroup ? `members ${verb}: ` : {added: 'added to ', removed: 'removed from ', updated: 'shown differently in '}[verb],
+    others.map((other, index) => [index > 0 && ', ', names[other] ?
+      link(names[other].name, names[other].type === 'Group' ? 'groups' : 'people', other) : 'one that was deleted'])];
+}
+function timelineStep(id, changes, names) {
+  const [{at, token}] = changes, isOfEmployee = change => change.kind.startsWith('employee.');
+  const source = changes.find(change => !isOfEmployee(change)) || changes[0], employee = changes.find(isOfEmployee);
+  const fields = employee && employee !== source ? employee.attributes.filter(name => !source.attributes.includes(name)) : [];
+  return h('li', h('div', h('b', stepTitle(id, changes, names)), h('span.dim', ' ', time(at), token && ` by “${token}”`),
+    changeList(source.attributes, source.values || {}, names), fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
+}
 async function resourceDetails(endpoint, id) {  // resource, employee (of a user), sections of the page
   const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
     get('/console/api/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
     get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
-  const history = changes.map(({kind, id: changedId, member, at, token, attributes}) => h('li', h('div', h('b', kind.replace('.', ' ')),
-    member && [': ', changedId === id ? link('this user', 'people', member) : link('this group', 'groups', changedId)],
-    h('p.dim', date(at), token && ` by “${token}”`, attributes.length && ': ' + nameList(attributes)))));
-  return [resource, employee, h('div.grid', section('History', history.length ? h('ol.steps.history', history) : 'No changes recorded.'),
+  const managers = changes.flatMap(({values = {}}) => (values[ENTERPRISE + ':manager'] || []).map(manager => manager?.value));
+  const names = await getNames([id, ...managers, ...changes.flatMap(change => [change.id, change.member])].filter(Boolean));
+  const steps = timelineSteps(changes).map(step => timelineStep(id, step, names));
+  return [resource, employee, names[id], h('div.grid', section('History', steps.length ? h('ol.steps.history', steps) : 'No changes recorded.'),
     section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
   h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
 }
 async function showEmployee(id) {
-  const [resource, employee, ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
+  const [resource, employee, , ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
   if (!employee) return ['Not found', 'No employee has this ID.', link('All employees', 'people')];
-  const managerName = manager && (manager.displayName || (employee.manager ? `employee ${employee.manager}` : 'not provisioned yet'));
-  return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id}`], h('div.grid', section('Employee', pairs([
-    ['Active', valueText(employee.active)], ['E-mail', employee.email], ['Designation', employee.designation],
-    ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
-    ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
-    ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
-  section('Custom fields', setup.fields.length ? pairs(setup.fields.map(field => [field.display_name,
-    valueText(employee.custom_fields[field.link_name]) || h('span.dim', 'no value')])) : 'None', h('p'), h('h2', 'Groups'),
-  resource?.groups ? h('ul', resource.groups.map(group => h('li', link(group.display, 'groups', group.value)))) : 'None')), ...sections];
+  const managerName = manager && (manager.displayName || (await getNames([manager.value]))[manager.value]?.name || 'not provisioned yet');
+  return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id} `, statePill({...employee, left: !resource})],
+    h('div.grid', section('Employee', pairs([['E-mail', employee.email], ['Designation', employee.designation],
+      ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
+      ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
+      ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
+    section('Custom fields', setup.fields.length ? pairs(setup.fields.map(field => [field.display_name,
+      valueText(employee.custom_fields[field.link_name]) || h('span.dim', 'no value')])) : 'None', h('p'), h('h2', 'Groups'),
+    resource?.groups ? h('ul', resource.groups.map(group => h('li', link(group.display, 'groups', group.value)))) : 'None')), ...sections];
 }
 async function showGroup(id) {
-  const [resource, , ...sections] = await resourceDetails('Groups', id);
-  return [resource?.displayName || 'Deleted group', link('Groups', 'groups'), h('p'), h('h2', 'Members'), ...await resourceList('Users',
-    notice('No members', 'Assign people to this group in Entra ID.'), `groups.value eq ${JSON.stringify(id)}`), ...sections];
+  const [resource, , {members = 0} = {}, ...sections] = await resourceDetails('Groups', id);
+  return [resource?.displayName || 'Deleted group', [link('Groups', 'groups'), ` / ${members} members`], h('h2', 'Members'),
+    ...await sortedList(MEMBER_COLUMNS, STATES.slice(0, 3), parameters => readMembers(parameters, id),
+      notice('No members', 'Assign people to this group in Entra ID.')), ...sections];
 }
 
 // -- Sign-in and navigation --
