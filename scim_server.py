@@ -2806,17 +2806,22 @@ class Session:
             yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
 
     def names(self, ids: Sequence[str]) -> dict[str, Resource]:
-        # Return type, name and number of members of users and groups, by id. A user has the name
-        # of its employee, also after it was deleted.
+        # Return type, name, number of members and, of users, activity of users and groups, by id.
+        # A user has the name of its employee, also after it was deleted.
         rows = self._among(
-            "SELECT id, type, record, members FROM (SELECT user_id AS id, 'User' AS type, record, "
-            "0 AS members FROM employee UNION ALL SELECT id, type, body, member_count FROM resource "
+            "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active FROM "
+            "employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
             "WHERE type = 'Group') AS named WHERE id IN",
             ids,
         )
         return {
-            id: {"type": type, "name": body.get("displayName") or body["name"], "members": members}
-            for id, type, text, members in rows
+            id: {
+                "type": type,
+                "name": body.get("displayName") or body["name"],
+                "members": members,
+                "active": bool(active),
+            }
+            for id, type, text, members, active in rows
             for body in [from_json(text)]
         }
 
@@ -6693,6 +6698,8 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
     return plain_response(
         {
             "tenant": tenant.name,
+            "paused": tenant.paused,
+            "max_deactivations": tenant.max_deactivations,
             "url": call.base_url,
             "token_url": token_url(call.base_url),
             "steps": steps,
@@ -8266,7 +8273,7 @@ input, select, button { font: inherit; color: inherit; border: 1px solid var(--d
 button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
 .primary:hover:enabled { background: var(--pressed) } h3 { font-size: 15px; margin: 18px 0 4px } h3 + .dim { margin: 0 }
 section > .copy, section > button + .dim { margin: 4px 0 10px } section > .dim:has(+ .copy) { margin: 0 } h2 + h3 { margin-top: 0 }
-ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px }
+ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px } .people { max-height: 96px; overflow: auto; margin: 6px 0 }
 .small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
 [aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
 .log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) }
@@ -8335,8 +8342,11 @@ const table = (heads, body) => h('div.scroll', h('table', h('thead', h('tr', hea
 const headCells = titles => titles.map(title => h('th', {scope: 'col'}, title));
 const row = (titles, cells, selector = 'tr') => h(selector, cells.map((cell, index) =>
   h('td', {'data-label': titles[index]}, cell instanceof Element ? cell : h('span', cell))));
-// Names, and numbers of members, of users and groups by id: {'5b0c': {type: 'Group', name: 'Crew', members: 3}}.
-const getNames = async ids => ids.length ? get('/console/api/names', {ids: [...new Set(ids)].join()}) : {};
+// Users and groups by id: {'5b0c': {type: 'Group', name: 'Crew', members: 3, active: true}}.
+async function getNames(ids) {
+  const parts = [...new Set(ids)].reduce((all, id, index) => (index % 100 ? all.at(-1).push(id) : all.push([id]), all), []);
+  return Object.assign({}, ...await Promise.all(parts.map(part => get('/console/api/names', {ids: part.join()}))));
+}
 // Text of a value that changed; an id of names becomes the name.
 function changedText(value, names) {
   if (Array.isArray(value)) return value.map(item => changedText(item, names)).join(', ');
@@ -8349,7 +8359,7 @@ const changeList = (attributes, values, names = {}) => attributes.map(path => {
   return h('p.dim', before === undefined ? name : [name + ': ', before && [h('del', before), ' → '], h('ins', after || 'no value')]);
 });
 const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
-  onclick: ({target}) => { navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
+  onclick: async ({target}) => { await navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
 
 // -- The address: #/view/id?name=value has all that a view shows, so that a link, Back and reload restore it --
 const viewPath = () => location.hash.split('?')[0];
@@ -8632,7 +8642,8 @@ function stepTitle(id, changes, names) {
 function timelineStep(id, changes, names) {
   const [{at, token}] = changes, isOfEmployee = change => change.kind.startsWith('employee.');
   const source = changes.find(change => !isOfEmployee(change)) || changes[0], employee = changes.find(isOfEmployee);
-  const fields = employee && employee !== source ? employee.attributes.filter(name => !source.attributes.includes(name)) : [];
+  const shown = source.attributes.map(path => nameList([path])), isUpdate = employee && employee !== source && source.kind !== 'user.created';
+  const fields = isUpdate ? employee.attributes.filter(name => !shown.includes(name) && name !== 'custom_fields') : [];
   return h('li', h('div', h('b', stepTitle(id, changes, names)), h('span.dim', ' ', time(at), token && ` by “${token}”`),
     changeList(source.attributes, source.values || {}, names), fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
 }
@@ -8654,7 +8665,7 @@ async function showEmployee(id) {
   return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id} `, statePill({...employee, left: !resource})],
     h('div.grid', section('Employee', pairs([['E-mail', employee.email], ['Designation', employee.designation],
       ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
-      ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
+      ['Roles', employee.roles?.join(', ')], ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
       ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
     section('Custom fields', setup.fields.length ? pairs(setup.fields.map(field => [field.display_name,
       valueText(employee.custom_fields[field.link_name]) || h('span.dim', 'no value')])) : 'None', h('p'), h('h2', 'Groups'),
@@ -8672,6 +8683,23 @@ const SECTIONS = {log: ['Log', showLog], setup: ['Set-up', showSetup], people: [
   groups: ['Groups', showGroups, showGroup]};
 const expiryNotes = tokens => tokens.filter(({expired, days_left}) => !expired && days_left < 30).map(({kind, name, expires}) =>
   h('p.note.warn', `The ${kind} “${name}” expires on ${date(expires)}. Make a new secret with “token” and enter it in Entra ID.`));
+// The people who are still active because max_deactivations held back a call of the last day: [[id, name]].
+async function heldBack() {
+  if (!setup.max_deactivations) return [];
+  const calls = await getLog({text: '"kind":"guard"', count: 1000}), since = Date.now() - 24 * 3600 * 1000;
+  const people = new Map(calls.filter(({status, at}) => status === 429 && Date.parse(at) > since).map(({subject, name}) => [subject, name]));
+  const names = await getNames([...people.keys()]);
+  return [...people].filter(([id]) => names[id]?.active);
+}
+async function banners() {  // above every view
+  const held = await heldBack(), people = held.map(([id, name], index) => [index > 0 && ', ', link(name, 'people', id)]);
+  return [setup.paused && h('div.note.bad', h('b', 'This tenant is paused. '), 'It can be read, but every write is refused with 503. ' +
+    'Remove “paused” from its configuration; Entra ID then repeats the calls.'),
+  held.length && h('div.note.bad', h('b', `${held.length} deactivations are held back. `), `More than ${setup.max_deactivations} people would ` +
+    'have become inactive within an hour (max_deactivations). Still active: ', h('p.people', {tabIndex: 0}, people),
+  'Is it intended? Raise max_deactivations; Entra ID repeats the calls. If not, check who is assigned in Entra ID.'),
+  ...expiryNotes(setup.tokens)];
+}
 const alertBox = text => h('div.bad', {role: 'alert'}, h('p.note', text));
 function signIn(...messages) {
   delete sessionStorage.token; setup = null; view.abort();
@@ -8686,12 +8714,13 @@ async function show(event) {
   if (!sessionStorage.token) return signIn();
   const [title, lead, ...content] = await Promise.resolve(setup || getSetup()).then(() => (id && showDetails || showAll)(id))
     .catch(error => ['Something went wrong', error.message, h('button', {onclick: show}, 'Try again')]);
+  const notes = setup ? await banners().catch(() => []) : [];
   if (signal.aborted) return;
   header.hidden = false; document.title = `${title} – SCIM console`; tenantName.textContent = setup?.tenant || '';
   nav.replaceChildren(...Object.entries(SECTIONS).map(([path, [text]]) =>
     h('a', {href: '#/' + path, ...path === current && {ariaCurrent: 'page'}}, text)));
   const heading = h('h1', {tabIndex: -1}, title);
-  main.replaceChildren(...expiryNotes(setup?.tokens || []), heading, h('p.lead', lead), ...content.filter(Boolean));
+  main.replaceChildren(...notes.filter(Boolean), heading, h('p.lead', lead), ...content.filter(Boolean));
   if (event?.type === 'hashchange' && shownPath !== viewPath()) { scrollTo(0, 0); heading.focus(); }
   shownPath = viewPath();
 }

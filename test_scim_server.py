@@ -8603,12 +8603,13 @@ def test_the_console_knows_the_names_behind_ids(scim: Scim, console: Scim) -> No
     crew, empty = scim.group("Crew", ada)["id"], scim.group("Empty")["id"]
     names = {"ids": f"{ada},{crew},{empty},unknown"}
     assert console.get("/console/api/names", **names) == {
-        ada: {"type": "User", "name": "Ada Byron", "members": 0},
-        crew: {"type": "Group", "name": "Crew", "members": 1},
-        empty: {"type": "Group", "name": "Empty", "members": 0},
+        ada: {"type": "User", "name": "Ada Byron", "members": 0, "active": True},
+        crew: {"type": "Group", "name": "Crew", "members": 1, "active": True},
+        empty: {"type": "Group", "name": "Empty", "members": 0, "active": True},
     }
     scim.call("DELETE", f"/Users/{ada}")
-    assert console.get("/console/api/names", ids=ada)[ada]["name"] == "Ada Byron"
+    former = console.get("/console/api/names", ids=ada)[ada]
+    assert (former["name"], former["active"]) == ("Ada Byron", False)
 
 
 # -- 16. Application -------------------------------------------------------------------------------

@@ -38,8 +38,7 @@ FLAGS = [
     "--disable-sync",
 ]
 
-# Returns the elements whose text has a contrast below 4.5 to its background (WCAG 2.2 AA).
-LOW_CONTRAST = """
+CONTRAST = """
 const rgb = color => color.match(/[\\d.]+/g).map(Number);
 const linear = channel => channel <= .04045 ? channel / 12.92 : ((channel + .055) / 1.055) ** 2.4;
 const luminance = color => color.slice(0, 3).map(channel => linear(channel / 255))
@@ -51,12 +50,20 @@ const contrast = node => {
   const colors = [rgb(getComputedStyle(node).color), background(node)];
   const [lighter, darker] = colors.map(luminance).sort((a, b) => b - a);
   return (lighter + .05) / (darker + .05); };
+"""
+# Returns whether the pointer is over a button, and the contrast of its text.
+HOVERED = CONTRAST + "return [arguments[0].matches(':hover'), contrast(arguments[0])];"
+# Returns the elements whose text has a contrast below 4.5 to its background (WCAG 2.2 AA).
+LOW_CONTRAST = (
+    CONTRAST
+    + """
 const hasText = node =>
   [...node.childNodes].some(child => child.nodeType === 3 && child.data.trim());
 return [...document.querySelectorAll('body *')]
   .filter(node => node.checkVisibility() && !node.disabled && hasText(node) && contrast(node) < 4.5)
   .map(node => node.outerHTML.slice(0, 120));
 """
+)
 # Returns the cumulative layout shift of the page, without the shifts that follow an input.
 LAYOUT_SHIFT = """
 return new Promise(resolve => {
@@ -153,6 +160,12 @@ class Browser:
         """Press keys one after the other in the focused element."""
         actions = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
         self.do("actions", actions=[{"type": "key", "id": "keyboard", "actions": actions}])
+
+    def hover(self, element: Any) -> None:
+        """Move the pointer over an element."""
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        move = {"type": "pointerMove", "x": 0, "y": 0, "origin": element}
+        self.do("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
 
     def emulate(self, width: int, theme: str) -> None:
         """Set the window's width and the colour theme, with reduced motion."""
@@ -271,6 +284,16 @@ def take_screenshot(browser: Browser, name: str, screenshots: Path | None) -> No
         (screenshots / f"{name}.png").write_bytes(base64.b64decode(image))
 
 
+def check_buttons(browser: Browser, where: str) -> None:
+    """The text of each button is readable while the pointer is over it."""
+    visible = "[...document.querySelectorAll('button')].filter(button => button.checkVisibility())"
+    for button in browser.run(f"return {visible}.filter(button => !button.disabled)"):
+        browser.hover(button)
+        is_hovered, contrast = browser.run(HOVERED, button)
+        text = browser.run("return arguments[0].outerHTML", button)
+        assert is_hovered and contrast >= 4.5, f"{where}: {contrast} of {text}"
+
+
 def check_empty(browser: Browser, link: str, screenshots: Path | None) -> None:
     """Without calls every view says what to do next, and Test Connection marks no step as done."""
     browser.emulate(1600, "light")
@@ -290,13 +313,16 @@ def check_empty(browser: Browser, link: str, screenshots: Path | None) -> None:
             open_steps = "return document.querySelectorAll('.steps > li:not(.ok)').length"
             assert browser.run(open_steps) == 5
             page = browser.run("return document.querySelector('main').innerText")
-            assert "/oauth2/token" in page and "client entra-1" in page, page
+            assert "/oauth2/token" in page and "None yet" not in page, page
         banner = browser.run("return document.querySelector('main > .note.warn').innerText")
         assert "The client “entra-1” expires on" in banner, banner
         take_screenshot(browser, f"empty-{view}", screenshots)
     browser.run("document.querySelector('header button').click()")
     wait_for_view(browser, "SCIM console")
     take_screenshot(browser, "sign-in", screenshots)
+    for theme in ("light", "dark"):
+        browser.emulate(1600, theme)
+        check_buttons(browser, f"sign-in in {theme}")
 
 
 def check_sign_in(browser: Browser, link: str, base: str) -> None:
@@ -335,7 +361,7 @@ def check_problem(browser: Browser, user_id: str) -> None:
     wait_for_view(browser, XSS)
     assert browser.run("return location.hash") == f"#/people/{user_id}"
     page = browser.run("return document.body.innerText")
-    assert page.count(XSS) > 5 and "Member added" in page, page
+    assert page.count(XSS) > 5 and "Added to Night Crew" in page, page
 
 
 def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | None) -> None:
@@ -359,6 +385,8 @@ def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | N
                 browser.do("url", url=f"{base}/#/{view}")
                 browser.do("refresh")
                 wait_for_view(browser, title)
+                if width == 1600:
+                    check_buttons(browser, f"{view} in {theme}")
                 if view == "log":
                     browser.run("document.querySelector('.log details.bad').open = true")
                 take_screenshot(
@@ -379,7 +407,7 @@ def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | N
 
 def check_addresses(browser: Browser, base: str) -> None:
     """The address has what a view shows: a link opens it, Back and reload restore it."""
-    browser.do("url", url=f"{base}/#/people?text=ada&sort=title&order=descending")
+    browser.do("url", url=f"{base}/#/people?text=ada&sort=designation&order=descending")
     browser.do("refresh")
     wait_for_view(browser, "Employees")
     browser.wait_for("document.querySelector('[type=search]').value === 'ada'")
@@ -391,9 +419,9 @@ def check_addresses(browser: Browser, base: str) -> None:
     browser.run("document.querySelector('[type=search]').select()")
     browser.press(*"noor")
     browser.wait_for("location.hash.includes('text=noor')")
-    browser.run("document.querySelector('select').value = 'false'")
+    browser.run("document.querySelector('select').value = 'inactive'")
     browser.run("document.querySelector('select').dispatchEvent(new Event('change'))")
-    browser.wait_for(f"location.hash.includes('state=false') && {rows} === 1")
+    browser.wait_for(f"location.hash.includes('state=inactive') && {rows} === 1")
     browser.run("history.back()")
     browser.wait_for(f"{rows} === 5 && document.querySelector('select').value === ''")
     browser.run("history.forward()")
@@ -401,6 +429,99 @@ def check_addresses(browser: Browser, base: str) -> None:
     for path in ("constructor", "%"):
         browser.run("location.hash = arguments[0]", f"#/{path}")
         wait_for_view(browser, "Provisioning log")
+
+
+def check_people(browser: Browser, base: str, token: str) -> None:
+    """Employees who left are listed and searched; a person's history has names, old and new values."""
+
+    def scim(method: str, path: str, body: Any = None) -> Any:
+        return send(method, f"{base}/scim/v2{path}", body, token)
+
+    users = scim("GET", "/Users?count=3")["Resources"]
+    ada, noor, tomas = (user["id"] for user in users)
+    scim("DELETE", f"/Users/{ada}")
+    for path, value in (("title", "Chief"), (f"{ENTERPRISE}:manager", tomas)):
+        operation = {"op": "replace", "path": path, "value": value}
+        scim("PATCH", f"/Users/{noor}", {"Operations": [operation]})
+    # Options of the address, text of the first row, number of rows.
+    for options, text, count in (
+        ("state=left", "Left", 1),
+        ("text=ada.0&state=left", "Ada Lovelace", 1),
+        ("text=lifts&state=inactive", "Lars Holm", 4),
+        ("text=C-29", "Ines Duarte", 1),
+        ("sort=custom_fields.badge_number&order=descending", "Ines Duarte", 25),
+        ("page=26", "Noor Haddad", 6),
+    ):
+        browser.do("url", url=f"{base}/#/people?{options}")
+        browser.wait_for(
+            "document.querySelectorAll('tbody tr').length === arguments[1] && "
+            "document.querySelector('tbody tr').innerText.includes(arguments[0])",
+            text,
+            count,
+        )
+    browser.do("url", url=f"{base}/#/people/{noor}")
+    wait_for_view(browser, "Noor Haddad")
+    history = browser.run("return document.querySelector('.history').innerText")
+    assert "title: Lift Inspector → Chief" in history, history
+    assert "manager: Tomas Wirth" in history and "Added to Night Crew" in history, history
+    browser.do("url", url=f"{base}/#/people/{ada}")
+    browser.wait_for("document.querySelector('.lead')?.innerText.includes('Left')")
+    assert "Deleted. The employee remains." in browser.run("return document.body.innerText")
+    browser.do("url", url=f"{base}/#/groups")
+    browser.wait_for("document.querySelector('tbody tr')?.cells[1].innerText === '3'")
+
+
+def check_setup(browser: Browser, base: str) -> None:
+    """The set-up has both ways to sign in, warns beside the URL, and copies what is to be entered."""
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    browser.devtools("Browser.grantPermissions", permissions=permissions)
+    browser.do("url", url=f"{base}/#/setup")
+    wait_for_view(browser, "Set-up")
+    page = browser.run("return document.querySelector('main').innerText")
+    for text in (
+        "OAuth2 client credentials grant",
+        "Bearer authentication",
+        "This URL will not work. Entra ID needs https",
+        "Entra ID cannot reach 127.0.0.1",
+        "tests the way from this browser",
+        "every 40 minutes",
+        "Sync only assigned users and groups",
+        "Provision on demand",
+        "People who exist already",
+    ):
+        assert text in page, text
+    for text in ("Not([IsSoftDeleted])", f"{base}/scim/v2?aadOptscim062020", "title"):
+        script = "document.querySelector(`[aria-label=${JSON.stringify(arguments[0])}]`).click()"
+        browser.run(script, f"Copy {text}")
+        read = "navigator.clipboard.readText().then(copied => copied === arguments[0])"
+        browser.wait_for(read, text)
+
+
+def check_guard(browser: Browser, base: str, token: str, file: Path) -> None:
+    """Deactivations that are held back are shown in red with the people, and so is a pause."""
+    document = json.loads(file.read_text())
+
+    def show_with(option: str, value: Any) -> str:
+        # Change an option of the tenant; return the banner that every view has then.
+        document["tenants"][0][option] = value
+        file.write_text(json.dumps(document))
+        while send("GET", f"{base}/console/api/setup", token=token)[option] != value:
+            time.sleep(0.05)
+        for user in users:
+            send("PATCH", f"{base}/scim/v2/Users/{user['id']}", off, token)
+        browser.do("url", url=f"{base}/#/log")
+        browser.do("refresh")
+        text = browser.wait_for("document.querySelector('main > .note.bad')?.innerText")
+        assert (elements := browser.run(LOW_CONTRAST)) == [], elements
+        return str(text)
+
+    off = {"Operations": [{"op": "replace", "path": "active", "value": False}]}
+    query = "filter=active+eq+true+and+displayName+eq+%22Mei+Tanaka%22&count=3"
+    users = send("GET", f"{base}/scim/v2/Users?{query}", token=token)["Resources"]
+    banner = show_with("max_deactivations", 1)
+    assert "deactivations are held back" in banner, banner
+    assert banner.count("Mei Tanaka") in (2, 3), banner
+    assert "This tenant is paused" in show_with("paused", True)
 
 
 def check_live(browser: Browser, base: str, token: str) -> None:
@@ -461,7 +582,10 @@ def main() -> None:
             check_problem(browser, user_id)
             check_views(browser, base, user_id, screenshots)
             check_addresses(browser, base)
+            check_people(browser, base, token)
+            check_setup(browser, base)
             check_live(browser, base, token)
+            check_guard(browser, base, token, Path(folder, "config.json"))
             check_browser_log(browser, base)
             check_unknown_token(browser)
             print("the console passed all checks, in both themes and widths")
