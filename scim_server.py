@@ -24,7 +24,7 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
               3 Filters, paths    text becomes a tree; matches() evaluates it in Python
               4 Resources         accept() lets a body in, project() lets a resource out
               5 PATCH             operations on a resource: all of them, or none
-              6 Queries           the filter tree as SQL
+              6 Queries           the tables, and the filter tree as SQL
               7 Databases         connections and transactions; errors become StoreError
               8 Store             one tenant's tables: sessions, transactions, backup
               9 Employees         the Facilio employee made from a user
@@ -95,7 +95,6 @@ import urllib.error
 import urllib.request
 import uuid
 import weakref
-from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -1690,12 +1689,57 @@ def pruned(value: Json) -> Json:
 # ----------------------------------------------------------------------------
 # 6. Queries                                                   RFC 7644 §3.4.2
 #
-# The filter tree as SQL: walks along the index, conditions on one row, the two halves of
-# a sorted query, positions. At the end, the other rows that a store returns: employees
-# and changes.
+# The tables. The filter tree as SQL: walks along the index, conditions on one row, the two
+# halves of a sorted query, positions. At the end, the other rows that a store returns:
+# employees and changes.
 # Uses chapters 1 to 4. Text and parameters only: no connection, no HTTP.
 # ----------------------------------------------------------------------------
 
+FORMAT = 8  # of these tables, with what ADD_TO_FORMAT_7 adds
+TABLES = """
+    CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,    -- of a table
+        last INTEGER NOT NULL) WITHOUT ROWID;    -- the last number given out to a row
+    CREATE TABLE IF NOT EXISTS tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS resource (seq INTEGER PRIMARY KEY, type TEXT NOT NULL,
+        id TEXT NOT NULL UNIQUE, body TEXT NOT NULL,  -- JSON without schemas, id, meta and members
+        hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
+        revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
+        member_count INTEGER NOT NULL);
+    CREATE INDEX resource_type ON resource (type, seq);
+    CREATE TABLE IF NOT EXISTS value (path INTEGER NOT NULL,     -- path_number()
+        key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
+        rest TEXT NOT NULL,           -- what follows the first KEY_LENGTH characters of the key
+        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
+    CREATE TABLE IF NOT EXISTS member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
+        display TEXT, display_key TEXT,          -- as its client sent it, and the whole key
+        PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
+    CREATE INDEX member_groups ON member (member_seq, group_seq);
+    CREATE TABLE IF NOT EXISTS employee (id INTEGER PRIMARY KEY,
+        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one if it was deleted
+        provisioned INTEGER NOT NULL, -- 0 when that user was deleted
+        external_id TEXT NOT NULL, user_name TEXT NOT NULL,      -- the userName as its key
+        active INTEGER NOT NULL, manager_id TEXT NOT NULL,       -- the manager's SCIM id, or ''
+        changed TEXT NOT NULL, record TEXT NOT NULL);            -- JSON
+    CREATE INDEX employee_external_id ON employee (substr(external_id, 1, 400), provisioned);
+    CREATE INDEX employee_user_name ON employee (substr(user_name, 1, 400), provisioned);
+    CREATE INDEX employee_manager ON employee (substr(manager_id, 1, 400)) WHERE manager_id <> '';
+    CREATE TABLE IF NOT EXISTS change (seq INTEGER PRIMARY KEY, at TEXT NOT NULL,
+        kind TEXT NOT NULL, id TEXT NOT NULL,    -- of the user or group, or the employee's number
+        member TEXT NOT NULL,         -- of a membership
+        token TEXT NOT NULL, attributes TEXT NOT NULL);          -- JSON, names
+    CREATE INDEX change_id ON change (id);
+    CREATE INDEX change_member ON change (member) WHERE member <> '';
+    CREATE TABLE IF NOT EXISTS request (seq INTEGER PRIMARY KEY, level INTEGER NOT NULL,
+        subject TEXT NOT NULL, entry TEXT NOT NULL);    -- id of the user or group or '', JSON
+    INSERT INTO number VALUES ('resource', 0), ('employee', 0), ('change', 0), ('request', 0)"""
+# fmt: off
+TABLE_KEYS = {  # the first columns of each table
+    "setting": "name", "number": "name", "tally": "type", "resource": "seq", "employee": "id",
+    "value": "path, key, seq, element", "member": "group_seq, member_seq", "change": "seq",
+    "request": "seq",
+}
+# fmt: on
 KEY_LENGTH = 400  # characters of a key in the index, the rest is beside it: PostgreSQL has a limit
 Sql = tuple[str, list[Any]]  # a text and its parameters, in order
 
@@ -2090,7 +2134,7 @@ NewChange = tuple[str, str, str, Differences]
 # A Database is where one tenant's tables are: an SQLite file, or a schema in PostgreSQL. It
 # has pools of Links: a Link is a connection that runs SQL in transactions and savepoints.
 # The only chapter that names a database module; what an engine raises becomes a StoreError.
-# Uses chapters 1, 2 and 6. Knows no table of chapter 8, and of HTTP only status numbers.
+# Uses chapters 1, 2 and 6. Knows tables of older files only, and of HTTP only status numbers.
 # ----------------------------------------------------------------------------
 
 BUSY_SECONDS = 5  # how long a write waits for another process, and a reader for a connection
@@ -2126,21 +2170,20 @@ class Uncertain(StoreError):
     effect = "the change may be stored or not, read it"
 
 
-class Link(ABC):
+class Link:
     """A connection to a database.
 
     run takes a statement and its values, one for each ?, and returns a cursor; run_many takes a
     statement and rows of values. Both are used in a block of transaction() or snapshot() only:
-    what the engine raises leaves the block as a StoreError.
+    what the engine raises leaves the block as a StoreError, as it leaves one of errors().
     """
 
     place: str  # which database it is, for messages
     schema = ""  # that of the tenant, for an engine that keeps several in a database
     run: Callable[..., Any]
     run_many: Callable[..., Any]
+    errors: Callable[[], AbstractContextManager[None]]
     _connection: Any  # of the engine's module
-    SNAPSHOT = "BEGIN"
-    VERSION, SET_VERSION = "PRAGMA user_version", "PRAGMA user_version = {}"
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
@@ -2162,7 +2205,7 @@ class Link(ABC):
         # Let a block see one commit, whatever is written meanwhile.
         with self.errors():
             try:
-                self.run(self.SNAPSHOT)
+                self.run("BEGIN")
                 yield
             finally:
                 if self.in_transaction:
@@ -2190,17 +2233,10 @@ class Link(ABC):
 
     @property
     def version(self) -> int:  # the format of the tables, 0 if there are none
-        return int(self.run(self.VERSION).fetchone()[0])
-
-    def set_version(self, version: int) -> None:
-        self.run(self.SET_VERSION.format(version))
+        return int(self.run("PRAGMA user_version").fetchone()[0])
 
     def close(self) -> None:
         self._connection.close()
-
-    @abstractmethod
-    def errors(self) -> AbstractContextManager[None]:
-        """Return a context in which each error of the engine becomes a StoreError."""
 
 
 class Pool:
@@ -2253,12 +2289,10 @@ class Database:
     thread mostly waits meanwhile.
     """
 
-    location: str
-    place: str
     is_quick = is_remote = False
-    QUESTION = "SELECT 1 FROM sqlite_master"  # that every database can answer
-    writers: Pool
-    readers: Pool | None
+
+    def __init__(self, location: str, place: str, writers: Pool, readers: Pool | None) -> None:
+        self.location, self.place, self.writers, self.readers = location, place, writers, readers
 
     def schema_of(self, tenant: str) -> str:
         # Return the schema of a tenant, which is created if it does not exist.
@@ -2267,7 +2301,7 @@ class Database:
     def check(self) -> None:
         # Raise StoreError if the database does not answer.
         with (self.readers or self.writers).link() as link, link.errors():
-            link.run(self.QUESTION)
+            link.run("SELECT 1 FROM sqlite_master")
 
     def verify(self, pages: bool = False) -> bool:
         """Raise Damaged if the database is not in its place any more.
@@ -2297,7 +2331,7 @@ WRITER_PRAGMAS = (
     "temp_store = MEMORY",  # otherwise each savepoint creates and removes a file
     *DURABLE,
 )
-# Scripts for files of formats 1 to 6, before and after the tables of chapter 8 are made. The first
+# Scripts for files of formats 1 to 6, before and after the tables of chapter 6 are made. The first
 # formats had fewer tables. The index had the path as text, and entries of complex attributes: after
 # their path, "." or ":" follows in others. Formats 1 to 5 had other keys of text that is not ASCII;
 # a former userName is known by its key only.
@@ -2406,7 +2440,7 @@ class SqliteDatabase(Database):
     """
 
     def __init__(self, path: str, must_exist: bool = False) -> None:
-        self.location, self.place, self.is_quick = path, path, path != ":memory:"
+        self.is_quick = path != ":memory:"
         try:
             if must_exist and not os.path.getsize(path):  # which raises if there is none
                 raise FileNotFoundError("it is empty")
@@ -2419,8 +2453,12 @@ class SqliteDatabase(Database):
                 f"{path}: cannot be opened for writing ({error}); "
                 "choose a directory that this user may write to"
             ) from error
-        self.writers = Pool(self._open_writer, 1)
-        self.readers = Pool(self._open_reader, READERS) if self.is_quick else None
+        super().__init__(
+            path,
+            path,
+            Pool(self._open_writer, 1),
+            Pool(self._open_reader, READERS) if self.is_quick else None,
+        )
 
     def _open_reader(self) -> Link:
         self.verify()  # a new link must not lead to another file
@@ -2466,8 +2504,6 @@ class SqliteDatabase(Database):
 # COMMITTED: a statement sees what the last holder of the lock has committed.
 
 OLDEST_POSTGRES = 14
-# The states of a connection, as libpq has them.
-NO_TRANSACTION, IN_TRANSACTION, IN_FAILED_TRANSACTION = 0, 2, 3
 POSTGRES_READERS, POSTGRES_WRITERS = 8, 4  # maximum of connections of a process to a database
 SCHEMAS_PER_LINK = 256  # the server keeps some 100 kB for each schema that a connection has used
 POSTGRES_DEFAULTS = {  # of the connection; the URL may change them
@@ -2487,7 +2523,11 @@ POSTGRES_SETTINGS = {  # of the session
 }
 # fmt: off
 POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for the schema
-    (r"^DELETE FROM (?=\w+$)", "TRUNCATE TABLE "),
+    (r"^BEGIN$",                "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"),
+    (r"^PRAGMA user_version$",  "SELECT version FROM state"),
+    (r"^PRAGMA user_version =", "UPDATE state SET version ="),
+    (r" FROM sqlite_master$",   ""),
+    (r"^DELETE FROM (?=\w+$)",  "TRUNCATE TABLE "),
     (r"\b(FROM|JOIN|INTO|UPDATE|TABLE|TABLE IF NOT EXISTS) ([a-z_]+)\b(?![.(])", r'\1 "@".\2'),
     (r"\b(INDEX (?:IF NOT EXISTS )?\w+ ON) ",                            r'\1 "@".'),
     (r"\bINTEGER\b",      "BIGINT"),
@@ -2506,17 +2546,10 @@ MAKE_SCHEMA = """
             CREATE SCHEMA "@";
         END IF;
         IF to_regclass('"@".state') IS NULL THEN
-            CREATE TABLE "@".state (version BIGINT NOT NULL, ticket TEXT NOT NULL);
+            CREATE TABLE "@".state (version bigint NOT NULL, ticket text NOT NULL);
             INSERT INTO "@".state VALUES (0, '');
         END IF;
     END $$"""
-BEGIN_WRITING = """
-    BEGIN ISOLATION LEVEL READ COMMITTED;
-    UPDATE "@".state SET ticket = gen_random_uuid()::text
-        RETURNING ticket, pg_current_xact_id()::text"""
-STATUS_OF = """
-    SELECT CASE WHEN id < pg_snapshot_xmax(pg_current_snapshot()) THEN pg_xact_status(id) END
-    FROM (SELECT $1::text::xid8 AS id) AS lost"""
 # What helps, by the SQLSTATE or its class; "" is a lost connection. Other errors are mistakes.
 REMEDIES = {
     "25006": "it only reads: name the primary in the URL, or all servers and "
@@ -2558,15 +2591,13 @@ def to_postgres(sql: str) -> tuple[str, bool | None]:
         sql = re.sub(pattern, replacement, sql)
     numbers = itertools.count(1)
     sql = re.sub(r"\?", lambda mark: f"${next(numbers)}", sql)
-    # How many rows a range or a sort reads depends on the values.
-    return sql, False if re.search(r"\b(key|rest)\)? [<>]|strpos|BY missing", sql) else None
+    # How many rows a range or a sort reads depends on the values. Several statements in one text,
+    # which save round trips, cannot be prepared.
+    return sql, False if re.search(r"\b(key|rest)\)? [<>]|strpos|BY missing|;", sql) else None
 
 
 class PostgresLink(Link):
     """A connection to a PostgreSQL database, for one tenant's schema at a time."""
-
-    SNAPSHOT = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
-    VERSION, SET_VERSION = "SELECT version FROM state", "UPDATE state SET version = {}"
 
     def __init__(self, url: str) -> None:
         driver = psycopg()
@@ -2576,7 +2607,7 @@ class PostgresLink(Link):
         address = re.sub("prepared_statements=false&?", "", url)
         try:
             options = POSTGRES_DEFAULTS | driver.conninfo.conninfo_to_dict(address)
-            settings = [f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items()]
+            settings = (f"-c {name}={value}" for name, value in POSTGRES_SETTINGS.items())
             # pgbouncer refuses a blank at the end.
             options["options"] = " ".join([*settings, options.get("options", "")]).rstrip()
             self._connection = driver.connect(
@@ -2600,8 +2631,7 @@ class PostgresLink(Link):
 
     def run(self, sql: str, values: Sequence[Any] = ()) -> Any:
         text, prepare = to_postgres(sql)
-        text = text.replace("@", self.schema)
-        return self._connection.execute(text, values, prepare=prepare)
+        return self._connection.execute(text.replace("@", self.schema), values, prepare=prepare)
 
     def run_many(self, sql: str, rows: Iterable[Sequence[Any]]) -> None:
         text, _ = to_postgres(sql)
@@ -2609,8 +2639,7 @@ class PostgresLink(Link):
             self._connection.cursor().executemany(text.replace("@", self.schema), rows)
 
     def load(self, table: str, rows: Sequence[Sequence[Any]]) -> None:
-        command = f'COPY "{self.schema}".{table} FROM STDIN'
-        with self._connection.cursor() as cursor, cursor.copy(command) as copy:
+        with self._connection.cursor().copy(f'COPY "{self.schema}".{table} FROM STDIN') as copy:
             for row in rows:
                 copy.write_row(row)
 
@@ -2623,17 +2652,24 @@ class PostgresLink(Link):
             remedy = REMEDIES.get(state) or REMEDIES.get(state[:2])
             if not remedy or not (state or isinstance(error, psycopg().OperationalError)):
                 raise
-            reason, remedy = reason_of(error), remedy.format(self._connection.info)
-            text = f"{self.place}: cannot be used ({reason}); {remedy}"
-            raise StoreError(text, reason, 507 if state == "53100" else 503) from error
+            reason = reason_of(error)
+            raise StoreError(
+                f"{self.place}: cannot be used ({reason}); {remedy.format(self._connection.info)}",
+                reason,
+                507 if state == "53100" else 503,
+            ) from error
 
     def begin(self) -> None:
-        cursor = self.run_script(BEGIN_WRITING)
+        cursor = self.run(
+            "BEGIN ISOLATION LEVEL READ COMMITTED; "
+            "UPDATE state SET ticket = gen_random_uuid()::text "
+            "RETURNING ticket, pg_current_xact_id()::text"
+        )
         cursor.nextset()
         self._ticket = cursor.fetchone()
 
     def commit(self) -> None:
-        if self._connection.info.transaction_status != IN_TRANSACTION:
+        if self._connection.info.transaction_status.name != "INTRANS":
             raise StoreError(EARLIER_STEP)  # COMMIT would be a ROLLBACK without an error
         try:
             self.run("COMMIT")
@@ -2649,7 +2685,11 @@ class PostgresLink(Link):
                 link.schema = self.schema
                 # This waits until the server has ended the transaction.
                 [(latest,)] = link.run("SELECT ticket FROM state FOR UPDATE")
-                [(status,)] = link.run(STATUS_OF, [transaction])
+                [(status,)] = link.run(
+                    "SELECT CASE WHEN id < pg_snapshot_xmax(pg_current_snapshot()) THEN "
+                    "pg_xact_status(id) END FROM (SELECT ?::text::xid8 AS id) AS lost",
+                    [transaction],
+                )
                 if latest == ticket or status != "committed":
                     return bool(latest == ticket)
                 # Another process has written since. After a crash the server may give the number
@@ -2660,7 +2700,7 @@ class PostgresLink(Link):
 
     @property
     def in_transaction(self) -> bool:
-        return self._connection.info.transaction_status in (IN_TRANSACTION, IN_FAILED_TRANSACTION)
+        return self._connection.info.transaction_status.name in ("INTRANS", "INERROR")
 
     @property
     def is_usable(self) -> bool:
@@ -2671,30 +2711,29 @@ class PostgresLink(Link):
                 self._connection.pgconn.consume_input()
         except psycopg().OperationalError:
             return False
-        is_idle = self._connection.info.transaction_status == NO_TRANSACTION
-        return is_idle and len(self._schemas) < SCHEMAS_PER_LINK
-
-    def run_script(self, sql: str) -> Any:
-        # Run statements without values in one round trip.
-        return self._connection.execute(sql.replace("@", self.schema), prepare=False)
+        status = self._connection.info.transaction_status.name
+        return status == "IDLE" and len(self._schemas) < SCHEMAS_PER_LINK
 
 
 class PostgresDatabase(Database):
     """A PostgreSQL database with a schema for each tenant; they share its connections."""
 
-    is_remote, QUESTION = True, "SELECT 1"
+    is_remote = True
 
     def __init__(self, url: str) -> None:
-        self.location, self.place = url, place_of(url)
-        self.writers = Pool(partial(PostgresLink, url), POSTGRES_WRITERS)
-        self.readers = Pool(partial(PostgresLink, url), POSTGRES_READERS)
+        super().__init__(
+            url,
+            place_of(url),
+            Pool(partial(PostgresLink, url), POSTGRES_WRITERS),
+            Pool(partial(PostgresLink, url), POSTGRES_READERS),
+        )
 
     def schema_of(self, tenant: str) -> str:
         schema = f"t_{tenant.lower()}"
         if not re.fullmatch("[a-z0-9_-]{3,63}", schema):  # PostgreSQL would cut a longer one
             schema = f"t_{hashlib.sha256(schema.encode()).hexdigest()[:40]}"
         with self.writers.link(schema) as link, link.errors():
-            cast(PostgresLink, link).run_script(MAKE_SCHEMA)
+            link.run(MAKE_SCHEMA)
         return schema
 
 
@@ -2705,87 +2744,25 @@ def is_postgres(location: str) -> bool:
 Location = str | os.PathLike[str] | Database  # a path, a URL, or a database that stores share
 
 
-def database_at(location: str, must_exist: bool) -> Database:
-    # Return the database at a URL or a path.
-    if is_postgres(location):
-        return PostgresDatabase(location)
-    return SqliteDatabase(location, must_exist)
-
-
 # ----------------------------------------------------------------------------
 # 8. Store
 #
-# One tenant's resources, memberships, employees and changes in a database.
+# One tenant's resources, memberships, employees and changes in the tables of chapter 6.
 # Uses chapters 1 to 7. Knows nothing of HTTP.
 # ----------------------------------------------------------------------------
 
-FORMAT = 8  # of these tables, with what ADD_TO_FORMAT_7 adds
-TABLES = """
-    CREATE TABLE IF NOT EXISTS setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS number (name TEXT PRIMARY KEY,    -- of a table
-        last INTEGER NOT NULL) WITHOUT ROWID;    -- the last number given out to a row
-    CREATE TABLE IF NOT EXISTS tally (type TEXT PRIMARY KEY, count INTEGER NOT NULL) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS resource (seq INTEGER PRIMARY KEY, type TEXT NOT NULL,
-        id TEXT NOT NULL UNIQUE, body TEXT NOT NULL,  -- JSON without schemas, id, meta and members
-        hidden TEXT NOT NULL,         -- JSON: values of custom fields that are not configured now
-        revision INTEGER NOT NULL, created TEXT NOT NULL, modified TEXT NOT NULL,
-        member_count INTEGER NOT NULL);
-    CREATE INDEX resource_type ON resource (type, seq);
-    CREATE TABLE IF NOT EXISTS value (path INTEGER NOT NULL,     -- path_number()
-        key TEXT NOT NULL, seq INTEGER NOT NULL, element INTEGER NOT NULL,
-        rest TEXT NOT NULL,           -- what follows the first KEY_LENGTH characters of the key
-        PRIMARY KEY (path, key, seq, element)) WITHOUT ROWID;
-    CREATE TABLE IF NOT EXISTS member (group_seq INTEGER NOT NULL, member_seq INTEGER NOT NULL,
-        display TEXT, display_key TEXT,          -- as its client sent it, and the whole key
-        PRIMARY KEY (group_seq, member_seq)) WITHOUT ROWID;
-    CREATE INDEX member_groups ON member (member_seq, group_seq);
-    CREATE TABLE IF NOT EXISTS employee (id INTEGER PRIMARY KEY,
-        user_id TEXT NOT NULL UNIQUE, -- of the SCIM user, the last one if it was deleted
-        provisioned INTEGER NOT NULL, -- 0 when that user was deleted
-        external_id TEXT NOT NULL, user_name TEXT NOT NULL,      -- the userName as its key
-        active INTEGER NOT NULL, manager_id TEXT NOT NULL,       -- the manager's SCIM id, or ''
-        changed TEXT NOT NULL, record TEXT NOT NULL);            -- JSON
-    CREATE INDEX employee_external_id ON employee (substr(external_id, 1, 400), provisioned);
-    CREATE INDEX employee_user_name ON employee (substr(user_name, 1, 400), provisioned);
-    CREATE INDEX employee_manager ON employee (substr(manager_id, 1, 400)) WHERE manager_id <> '';
-    CREATE TABLE IF NOT EXISTS change (seq INTEGER PRIMARY KEY, at TEXT NOT NULL,
-        kind TEXT NOT NULL, id TEXT NOT NULL,    -- of the user or group, or the employee's number
-        member TEXT NOT NULL,         -- of a membership
-        token TEXT NOT NULL, attributes TEXT NOT NULL);          -- JSON, names
-    CREATE INDEX change_id ON change (id);
-    CREATE INDEX change_member ON change (member) WHERE member <> '';
-    CREATE TABLE IF NOT EXISTS request (seq INTEGER PRIMARY KEY, level INTEGER NOT NULL,
-        subject TEXT NOT NULL, entry TEXT NOT NULL);    -- id of the user or group or '', JSON
-    INSERT INTO number VALUES ('resource', 0), ('employee', 0), ('change', 0), ('request', 0)"""
-# fmt: off
-TABLE_KEYS = {  # the first columns of each table
-    "setting": "name", "number": "name", "tally": "type", "resource": "seq", "employee": "id",
-    "value": "path, key, seq, element", "member": "group_seq, member_seq", "change": "seq",
-    "request": "seq",
-}
-# fmt: on
 POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other processes
 MANY = 500  # values in one statement, rows of a step of a copy
 COUNT = """INSERT INTO tally VALUES (?, ?) ON CONFLICT (type)
     DO UPDATE SET count = tally.count + excluded.count"""
-PUT_RESOURCE = """INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq)
-    DO UPDATE SET body = excluded.body, hidden = excluded.hidden, revision = excluded.revision,
-        modified = excluded.modified, member_count = excluded.member_count"""
-PUT_EMPLOYEE = """INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id)
-    DO UPDATE SET user_id = excluded.user_id, provisioned = excluded.provisioned,
-        external_id = excluded.external_id, user_name = excluded.user_name,
-        active = excluded.active, manager_id = excluded.manager_id,
-        changed = excluded.changed, record = excluded.record"""
-PUT_MEMBER = """INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq)
-    DO UPDATE SET display = excluded.display, display_key = excluded.display_key"""
 
 
 class Session:
     """What one transaction reads and writes; made by Store.reading() and Store.writing()."""
 
     def __init__(self, link: Link) -> None:
-        self.run, self.run_many, self.load, self._time = link.run, link.run_many, link.load, ""
-        self._newest: str | None = None  # the time of the newest change
+        self.run, self.run_many, self.load = link.run, link.run_many, link.load
+        self._time = self._newest = ""  # of the changes made here, of the newest one before
 
     # -- Resources --
 
@@ -2802,8 +2779,9 @@ class Session:
         remaining = list(values)
         for start in range(0, len(remaining), MANY):
             batch = remaining[start : start + MANY]
-            marks = ", ".join("?" * len(batch))
-            yield from self.run(f"{sql} ({marks})", [*parameters, *batch]).fetchall()
+            yield from self.run(
+                f"{sql} ({', '.join('?' * len(batch))})", [*parameters, *batch]
+            ).fetchall()
 
     def names(self, ids: Sequence[str]) -> dict[str, Resource]:
         # Return type, name, number of members and, of users, activity of users and groups, by id.
@@ -2827,18 +2805,23 @@ class Session:
 
     def with_custom_fields(self) -> list[StoredResource]:
         # Return the resources that have values of custom fields, or hide some.
-        sql = "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'"
-        return [StoredResource(*columns) for columns in self.run(sql, [FACILIO])]
+        return [
+            StoredResource(*columns)
+            for columns in self.run(
+                "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'", [FACILIO]
+            )
+        ]
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         # Return whether a resource of a type, other than number seq, has a key at a path.
         same, values = compare_keys("=", key)
-        rows = self.run(
-            "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
-            f"WHERE path = ? AND {same} AND type = ? AND resource.seq <> ? LIMIT 1",
-            [path_number(path), *values, type, seq],
+        return bool(
+            self.run(
+                "SELECT 1 FROM value JOIN resource ON resource.seq = value.seq "
+                f"WHERE path = ? AND {same} AND type = ? AND resource.seq <> ? LIMIT 1",
+                [path_number(path), *values, type, seq],
+            ).fetchall()
         )
-        return bool(rows.fetchall())
 
     def save(self, row: StoredResource, before: set[Entry], after: set[Entry]) -> None:
         # Store a resource and the differences in its index entries; a new one gets its seq.
@@ -2846,7 +2829,13 @@ class Session:
             row.seq = self.next_number("resource")
             self.run(COUNT, [row.type, 1])
         content = [row.body, row.hidden, row.revision, row.created, row.modified, row.member_count]
-        self.run(PUT_RESOURCE, [row.seq, row.type, row.id, *content])
+        self.run(
+            "INSERT INTO resource VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (seq) "
+            "DO UPDATE SET body = excluded.body, hidden = excluded.hidden, "
+            "revision = excluded.revision, modified = excluded.modified, "
+            "member_count = excluded.member_count",
+            [row.seq, row.type, row.id, *content],
+        )
         self.update_index(row.seq, before, after)
 
     def delete(self, row: StoredResource, entries: set[Entry]) -> None:
@@ -2863,8 +2852,9 @@ class Session:
             ]
             for entries in (before - after, after - before)
         )
-        same = "path = ? AND key = ? AND seq = ? AND element = ? AND rest = ?"
-        self.run_many(f"DELETE FROM value WHERE {same}", lost)
+        self.run_many(
+            "DELETE FROM value WHERE (path, key, seq, element, rest) = (?, ?, ?, ?, ?)", lost
+        )
         self.run_many("INSERT INTO value VALUES (?, ?, ?, ?, ?)", new)
 
     def total(self, filters: Filters) -> int:
@@ -2910,8 +2900,9 @@ class Session:
         ]
 
     def membership_count(self, matches: Sequence[tuple[int, str, StoredResource]]) -> int:
-        seqs = [row.seq for *_, row in matches]
-        counts = self._among("SELECT count(*) FROM member WHERE member_seq IN", seqs)
+        counts = self._among(
+            "SELECT count(*) FROM member WHERE member_seq IN", (row.seq for *_, row in matches)
+        )
         return sum(count for (count,) in counts)
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
@@ -2923,9 +2914,14 @@ class Session:
             seqs,
         )
         for seq, _, id, body in sorted(rows):
-            name = from_json(body)["displayName"]
-            group = {"value": id, "$ref": f"/Groups/{id}", "display": name, "type": "direct"}
-            groups[seq].append(group)
+            groups[seq].append(
+                {
+                    "value": id,
+                    "$ref": f"/Groups/{id}",
+                    "display": from_json(body)["displayName"],
+                    "type": "direct",
+                }
+            )
         return groups
 
     def add_members(
@@ -2936,7 +2932,8 @@ class Session:
         # must not lose the others, because Okta does not repeat a push that failed.
         seqs = self.seqs_of(members)
         self.run_many(
-            PUT_MEMBER,
+            "INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq) "
+            "DO UPDATE SET display = excluded.display, display_key = excluded.display_key",
             [
                 (group_seq, seqs[id], text, None if text is None else display.key(text))
                 for id, text in members.items()
@@ -2955,7 +2952,14 @@ class Session:
 
     def put_employee(self, row: EmployeeRow) -> int:
         id = row.id or self.next_number("employee")
-        self.run(PUT_EMPLOYEE, [id, *row[1:-2], to_json(row.record)])
+        self.run(
+            "INSERT INTO employee VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (id) "
+            "DO UPDATE SET user_id = excluded.user_id, provisioned = excluded.provisioned, "
+            "external_id = excluded.external_id, user_name = excluded.user_name, "
+            "active = excluded.active, manager_id = excluded.manager_id, "
+            "changed = excluded.changed, record = excluded.record",
+            [id, *row[1:-2], to_json(row.record)],
+        )
         return id
 
     def employee_of(self, user_id: str) -> EmployeeRow | None:
@@ -2972,16 +2976,16 @@ class Session:
             "ORDER BY CASE external_id WHEN '' THEN 1 WHEN ? THEN 0 ELSE 1 END, id DESC LIMIT 1",
             [external_id[:400], external_id, user_name[:400], user_name, external_id, external_id],
         )
-        return rows[0] if rows else None
+        return next(iter(rows), None)
 
     def employees(
         self, after: int, last: int, count: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
         # Return at most count employees with ids after one and up to another; since is a key.
-        states = [0, 1] if active is None else [int(active)] * 2
         return self._employees(
-            "id > ? AND id <= ? AND active IN (?, ?) AND changed >= ? ORDER BY id LIMIT ?",
-            [after, last, *states, since, count],
+            "id > ? AND id <= ? AND active = coalesce(?, active) AND changed >= ? "
+            "ORDER BY id LIMIT ?",
+            [after, last, active, since, count],
         )
 
     def find_employees(
@@ -3005,23 +3009,20 @@ class Session:
         )
 
     def _employees(self, condition: str, values: Sequence[Any]) -> list[EmployeeRow]:
-        rows = self.run(
-            "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = employee.manager_id) "
-            f"AS manager FROM employee WHERE {condition}",
-            values,
-        )
         return [
             EmployeeRow(*[*columns, from_json(record), manager])
-            for *columns, record, manager in rows
+            for *columns, record, manager in self.run(
+                "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = "
+                f"employee.manager_id) AS manager FROM employee WHERE {condition}",
+                values,
+            )
         ]
 
     # -- Changes --
 
     def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
         # Append rows to the change feed; drop those beyond the newest keep, or before a time.
-        first = self.next_number("change", len(changes))
-        rows = [(seq, *change) for seq, change in enumerate(changes, first)]
-        self.run_many("INSERT INTO change VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self._append("change", changes)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
             "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
@@ -3080,49 +3081,46 @@ class Session:
         # Return the time of all changes in this session: now, but never before earlier ones.
         # If the clock goes back it stands still, so that readers who ask for what has changed
         # since a time miss nothing. The clocks of two machines differ, too.
-        if not self._time:
-            if not self._newest:
-                self.moved_to()
-            self._time = max(now, self._newest or "")
+        self._time = self._time or max(now, self._newest)
         return self._time
 
     def moved_to(self) -> str:
         # Return where the content was moved to, or "".
         # The same round trip reads what time_of_write() needs.
         moved, self._newest = self.run(
-            "SELECT (SELECT value FROM setting WHERE name = 'moved to'), "
-            "(SELECT at FROM change ORDER BY seq DESC LIMIT 1)"
+            "SELECT coalesce((SELECT value FROM setting WHERE name = 'moved to'), ''), "
+            "coalesce((SELECT at FROM change ORDER BY seq DESC LIMIT 1), '')"
         ).fetchone()
-        return moved or ""
+        return str(moved)
 
     # -- The provisioning log --
 
     def note_requests(self, rows: Iterable[tuple[int, str, Json]], keep: int) -> None:
         # Append entries, each preceded by its level and subject, and keep the newest.
-        entries = [
-            (level, subject, to_json(entry).encode("utf-8", "replace").decode())
-            for level, subject, entry in rows
-        ]
-        first = self.next_number("request", len(entries))
-        numbered = [(seq, *entry) for seq, entry in enumerate(entries, first)]
-        self.run_many("INSERT INTO request VALUES (?, ?, ?, ?)", numbered)
+        self._append(
+            "request",
+            [
+                (level, subject, to_json(entry).encode("utf-8", "replace").decode())
+                for level, subject, entry in rows
+            ],
+        )
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
     def requests(
         self, after: int, before: int, count: int, level: int, subject: str, text: str
     ) -> list[Json]:
         # Return entries between two numbers with a minimum level, newest first.
-        sql = (
-            "SELECT seq, level, subject, entry FROM request WHERE seq > ? AND seq < ? AND level >= "
-            "? AND ? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT ?"
-        )
         text = text.encode().lower().decode()  # ASCII letters only, as SQL's lower() does
         return [
             {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
             for seq, level, subject, entry in self.run(
-                sql, [after, before, level, subject, text, count]
+                "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
+                "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT ?",
+                [after, before, level, subject, text, count],
             )
         ]
+
+    # -- Whole tables, numbers and settings --
 
     def batches(self, table: str) -> Iterator[list[Any]]:
         # Yield the rows of a table in the order of its key, some at a time.
@@ -3133,12 +3131,16 @@ class Session:
             yield rows
             after, values = f"({key}) > ({', '.join('?' * size)})", rows[-1][:size]
 
-    # -- Settings --
+    def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
+        # Insert rows, each preceded by its number; at least one.
+        first = self.next_number(table, len(rows))
+        self.load(table, [(number, *row) for number, row in enumerate(rows, first)])
 
     def next_number(self, table: str, count: int = 1) -> int:
         # Give out numbers of a table's rows: return the first of count.
-        sql = "UPDATE number SET last = last + ? WHERE name = ? RETURNING last"
-        [[last]] = self.run(sql, [count, table]).fetchall()
+        [[last]] = self.run(
+            "UPDATE number SET last = last + ? WHERE name = ? RETURNING last", [count, table]
+        ).fetchall()
         return int(last) - count + 1
 
     def numbers(self) -> dict[str, int]:
@@ -3149,23 +3151,27 @@ class Session:
         # After a restore, reuse no number and end the feed for all its readers (410).
         last = {name: max(seq, numbers.get(name, 0)) for name, seq in self.numbers().items()}
         last["change"] += 1  # also for readers that had read all changes
-        rows = [(seq, name) for name, seq in last.items()]
-        self.run_many("UPDATE number SET last = ? WHERE name = ?", rows)
+        self.run_many(
+            "UPDATE number SET last = ? WHERE name = ?", [(seq, name) for name, seq in last.items()]
+        )
         self.set_setting("feed_start", str(last["change"]))
 
     def setting(self, name: str) -> str:
-        row = self.run("SELECT value FROM setting WHERE name = ?", [name]).fetchone()
-        return row[0] if row else ""
+        sql = "SELECT coalesce((SELECT value FROM setting WHERE name = ?), '')"
+        return str(self.run(sql, [name]).fetchone()[0])
 
     def set_setting(self, name: str, value: str) -> None:
-        put = "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = ?"
-        self.run(put, [name, value, value])
+        self.run(
+            "INSERT INTO setting VALUES (?, ?) ON CONFLICT (name) "
+            "DO UPDATE SET value = excluded.value",
+            [name, value],
+        )
 
 
 def migrate(link: Link) -> None:
     # Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
     with link.transaction():
-        version, session = link.version, Session(link)
+        version = link.version
         if version > FORMAT:
             raise StoreError(
                 f"{link.place}: written by a newer scim_server (format {version}, "
@@ -3174,10 +3180,10 @@ def migrate(link: Link) -> None:
         if version < FORMAT:
             scripts = [SET_ASIDE, TABLES, COPY_OLDER] if version else [TABLES]
             for statement in ";".join([*scripts * (version < 7), ADD_TO_FORMAT_7]).split(";"):
-                session.run(statement)
+                link.run(statement)
             if 0 < version < 6:
-                renew_index(session)
-            link.set_version(FORMAT)
+                renew_index(Session(link))
+            link.run(f"PRAGMA user_version = {FORMAT}")
 
 
 def renew_index(session: Session) -> None:
@@ -3201,9 +3207,13 @@ class Store:
 
     def __init__(self, location: Location, tenant: str = "", must_exist: bool = False) -> None:
         self._is_shared = isinstance(location, Database)
-        if not isinstance(location, Database):
-            location = database_at(os.fspath(location), must_exist)
-        self.database = location
+        self.database = (
+            location
+            if isinstance(location, Database)
+            else PostgresDatabase(str(location))
+            if is_postgres(str(location))
+            else SqliteDatabase(os.fspath(location), must_exist)
+        )
         self._writing = threading.RLock()
         self._link: Link | None = None  # that of the outermost block of writing()
         self._written, self._interrupted = threading.Condition(), False
@@ -3224,25 +3234,28 @@ class Store:
         If the engine rolls back the whole transaction in it, all later steps and the commit fail.
         StoreError if the content was moved, except for a copy that replaces it.
         """
-        with self._writing:
-            if self._link:
-                if not self._link.in_transaction:
-                    raise StoreError(EARLIER_STEP)  # the engine has ended the transaction
-                with self._link.transaction():
-                    yield Session(self._link)
-                return
-            self.database.verify()
-            with self.database.writers.link(self.schema) as link:
-                self._link = link
-                try:
-                    with link.transaction():
-                        session = Session(link)
-                        if (moved := session.moved_to()) and not is_copy:
-                            reason = "the data was moved"
-                            raise StoreError(f"{self.place}: {reason} to {moved}", reason)
-                        yield session
-                finally:
-                    self._link = None
+        with self._writing, self._writer() as link, link.transaction():
+            session = Session(link)
+            if (moved := session.moved_to()) and not is_copy:
+                raise StoreError(
+                    f"{self.place}: the data was moved to {moved}", "the data was moved"
+                )
+            yield session
+
+    @contextmanager
+    def _writer(self) -> Iterator[Link]:
+        # Lend the link that the outermost block of writing() takes from the database.
+        if self._link:
+            if not self._link.in_transaction:
+                raise StoreError(EARLIER_STEP)  # the engine has ended the transaction
+            yield self._link
+            return
+        self.database.verify()
+        try:
+            with self.database.writers.link(self.schema) as self._link:
+                yield self._link
+        finally:
+            self._link = None
         with self._written:
             self._written.notify_all()
 
@@ -3313,98 +3326,16 @@ def copy_rows(
     source: Session, target: Session, report: Callable[[str], None] = lambda text: None
 ) -> None:
     # Replace the rows of all tables by those of another database, and compare; StoreError.
-
-    def copied(table: str) -> Iterator[list[Any]]:
+    for table in TABLE_KEYS:
+        target.run(f"DELETE FROM {table}")
         count = 0
         for rows in source.batches(table):
             target.load(table, rows)
             count += len(rows)
             report(f"{table}: {count} rows")
-            yield rows
-
-    for table in TABLE_KEYS:
-        target.run(f"DELETE FROM {table}")
-        if fingerprint(copied(table)) != fingerprint(target.batches(table)):
+        pairs = itertools.zip_longest(source.batches(table), target.batches(table))
+        if any(rows != copies for rows, copies in pairs):
             raise StoreError(f"{table}: the rows of the copy differ")
-
-
-def fingerprint(batches: Iterable[list[Any]]) -> tuple[int, str]:
-    # Return the number of rows and a hash of them, the same on all engines.
-    count, content = 0, hashlib.sha256()
-    for rows in batches:
-        count += len(rows)
-        content.update(repr(rows).encode())
-    return count, content.hexdigest()
-
-
-# -- Restoring a backup ----------------------------------------------------------
-
-
-def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
-    """Give a tenant's database the content of a backup, all or nothing, while no server uses it.
-
-    A damaged database is moved aside to *.damaged-NOW; returns the new name, "" if it was sound.
-    StoreError for a file that is no backup of the tenant, and for a database that is in use.
-    """
-    with closing(SqliteLink("")) as restored:  # a temporary file
-        copy_backup(backup, restored, tenant)
-        if is_postgres(path):
-            with closing(Store(path, tenant)) as store, store.writing(is_copy=True) as session:
-                numbers = session.numbers()
-                copy_rows(Session(restored), session)
-                session.continue_numbering(numbers)
-            return ""
-        try:
-            try:
-                replace_content(path, restored)
-                return ""
-            except Damaged:
-                with suppress(StoreError), closing(SqliteLink(path)) as damaged, damaged.snapshot():
-                    # Often its numbers can still be read.
-                    Session(restored).continue_numbering(Session(damaged).numbers())
-                # The damaged database stays in its place until there is a better one.
-                replace_content(f"{path}.restored", restored)
-                for file in filter(os.path.exists, (path, f"{path}-wal")):
-                    os.replace(file, f"{file}.damaged-{now}")
-                os.replace(f"{path}.restored", path)
-                return f"{path}.damaged-{now}"
-        except (OSError, StoreError) as error:
-            raise StoreError(
-                f"{path}: cannot be replaced ({error}); stop the server that uses it"
-            ) from error
-
-
-def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
-    # Copy a tenant's backup to another database, in the format of this version; StoreError.
-    # Without immutable=1, SQLite opens no database in a directory where it may not write.
-    mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
-    address = f"{Path(backup).resolve().as_uri()}?{mode}"
-    try:
-        with closing(SqliteLink(address, uri=True)) as source, target.errors():
-            source.copy_to(target)
-            if not target.version:
-                raise StoreError("not made by scim_server")
-            owner = Session(target).setting("tenant")
-        target.check_pages()
-        migrate(target)
-    except StoreError as error:
-        raise StoreError(
-            f"{backup}: cannot be restored ({error.reason}); choose another one"
-        ) from error
-    if owner not in ("", tenant):
-        raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
-
-
-def replace_content(path: str, restored: SqliteLink) -> None:
-    # Replace the content of a database in one commit; no number is given out again.
-    Path(path).touch(0o600)
-    # Nothing can be read in this mode while another process has the database open.
-    with closing(SqliteLink(path, ["locking_mode = EXCLUSIVE"], timeout=0)) as target:
-        target.check_pages()
-        migrate(target)
-        with restored.transaction(), target.snapshot():
-            Session(restored).continue_numbering(Session(target).numbers())
-        restored.copy_to(target)
 
 
 # ----------------------------------------------------------------------------
@@ -3992,7 +3923,7 @@ class Directory:
         with self.store.reading() as session:
             row = session.employee_of(id)
             changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
-        return next(self.employees(id=row.id), None) if row else None, changes
+        return to_employee(row) if row else None, changes
 
     def follow(self, after: int = 0, wait: bool = True) -> Iterator[Change]:
         """Yield the changes after a number, then each new one until the store is interrupted.
@@ -4193,8 +4124,9 @@ class Directory:
         check_member_changes(len(removed) + len(differing))
         session.remove_members(row.seq, removed)
         written = session.add_members(row.seq, differing, members.by_name["display"])
-        kinds = dict.fromkeys(removed, "removed")
-        kinds |= {id: "updated" if id in old else "added" for id in written}
+        kinds = dict.fromkeys(removed, "removed") | {
+            id: "updated" if id in old else "added" for id in written
+        }
         self._log(session, [(f"member.{kind}", row.id, id, {}) for id, kind in kinds.items()])
         return sum(id not in old for id in written) - len(removed), bool(kinds)
 
@@ -4217,8 +4149,7 @@ class Directory:
     def _check_deactivations(self, session: Session, user: Resource) -> None:
         # Raise ScimError 429 if an hour has had as many deactivations as it may.
         number, now, hour = self.max_deactivations, self.clock(), timedelta(hours=1)
-        at = session.nth_deactivation(number, time_text(now - hour)) if number else None
-        if at:
+        if number and (at := session.nth_deactivation(number, time_text(now - hour))):
             end = datetime.fromisoformat(at.replace("Z", "+00:00")) + hour
             raise ScimError(
                 429,
@@ -4253,9 +4184,7 @@ class Directory:
     # -- What was stored under another configuration, or by an older version --
 
     def _adopt_custom_fields(self, session: Session) -> None:
-        configured = to_json(
-            [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
-        )
+        configured = to_json([[item.link_name, item.type.lower()] for item in self.custom_fields])
         if session.setting("custom_fields") != configured:
             for row in session.with_custom_fields():
                 self._with_current_fields(row, session)
@@ -9148,6 +9077,73 @@ def back_up(options: argparse.Namespace) -> None:
     with closing(existing_store(*chosen_tenant(options))) as store:
         store.backup(options.file)
     print(f"tenant {options.tenant}: {store.place} copied to {options.file}")
+
+
+def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
+    """Give a tenant's database the content of a backup, all or nothing, while no server uses it.
+
+    A damaged database is moved aside to *.damaged-NOW; returns the new name, "" if it was sound.
+    StoreError for a file that is no backup of the tenant, and for a database that is in use.
+    """
+    with closing(SqliteLink("")) as restored:  # a temporary file
+        copy_backup(backup, restored, tenant)
+        if is_postgres(path):
+            with closing(Store(path, tenant)) as store, store.writing(is_copy=True) as session:
+                numbers = session.numbers()
+                copy_rows(Session(restored), session)
+                session.continue_numbering(numbers)
+            return ""
+        try:
+            try:
+                replace_content(path, restored)
+                return ""
+            except Damaged:
+                with suppress(StoreError), closing(SqliteLink(path)) as damaged, damaged.snapshot():
+                    # Often its numbers can still be read.
+                    Session(restored).continue_numbering(Session(damaged).numbers())
+                # The damaged database stays in its place until there is a better one.
+                replace_content(f"{path}.restored", restored)
+                for file in filter(os.path.exists, (path, f"{path}-wal")):
+                    os.replace(file, f"{file}.damaged-{now}")
+                os.replace(f"{path}.restored", path)
+                return f"{path}.damaged-{now}"
+        except (OSError, StoreError) as error:
+            raise StoreError(
+                f"{path}: cannot be replaced ({error}); stop the server that uses it"
+            ) from error
+
+
+def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
+    # Copy a tenant's backup to another database, in the format of this version; StoreError.
+    # Without immutable=1, SQLite opens no database in a directory where it may not write.
+    mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
+    address = f"{Path(backup).resolve().as_uri()}?{mode}"
+    try:
+        with closing(SqliteLink(address, uri=True)) as source, target.errors():
+            source.copy_to(target)
+            if not target.version:
+                raise StoreError("not made by scim_server")
+            owner = Session(target).setting("tenant")
+        target.check_pages()
+        migrate(target)
+    except StoreError as error:
+        raise StoreError(
+            f"{backup}: cannot be restored ({error.reason}); choose another one"
+        ) from error
+    if owner not in ("", tenant):
+        raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
+
+
+def replace_content(path: str, restored: SqliteLink) -> None:
+    # Replace the content of a database in one commit; no number is given out again.
+    Path(path).touch(0o600)
+    # Nothing can be read in this mode while another process has the database open.
+    with closing(SqliteLink(path, ["locking_mode = EXCLUSIVE"], timeout=0)) as target:
+        target.check_pages()
+        migrate(target)
+        with restored.transaction(), target.snapshot():
+            Session(restored).continue_numbering(Session(target).numbers())
+        restored.copy_to(target)
 
 
 def restore(options: argparse.Namespace) -> None:
