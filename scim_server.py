@@ -3771,8 +3771,9 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
-            row = self._save(session, row, before, resource, replaces_members=True)
-            return self._resource(session, row)
+            return self._resource(
+                session, self._save(session, row, before, resource, replaces_members=True)
+            )
 
     def patch(
         self,
@@ -9123,15 +9124,14 @@ def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
             source.copy_to(target)
             if not target.version:
                 raise StoreError("not made by scim_server")
-            owner = Session(target).setting("tenant")
+            if (owner := Session(target).setting("tenant")) not in ("", tenant):
+                raise StoreError(f"a backup of tenant {owner}, not of {tenant}")
         target.check_pages()
         migrate(target)
     except StoreError as error:
         raise StoreError(
             f"{backup}: cannot be restored ({error.reason}); choose another one"
         ) from error
-    if owner not in ("", tenant):
-        raise StoreError(f"{backup}: is a backup of tenant {owner}, not of {tenant}")
 
 
 def replace_content(path: str, restored: SqliteLink) -> None:
