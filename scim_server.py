@@ -3132,9 +3132,10 @@ class Session:
             after, values = f"({key}) > ({', '.join('?' * size)})", rows[-1][:size]
 
     def _append(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        # Insert rows, each preceded by its number; at least one.
-        first = self.next_number(table, len(rows))
-        self.load(table, [(number, *row) for number, row in enumerate(rows, first)])
+        # Insert rows, each preceded by its number.
+        if rows:
+            first = self.next_number(table, len(rows))
+            self.load(table, [(number, *row) for number, row in enumerate(rows, first)])
 
     def next_number(self, table: str, count: int = 1) -> int:
         # Give out numbers of a table's rows: return the first of count.

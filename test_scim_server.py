@@ -2982,6 +2982,11 @@ class TestStore:
             assert [future.result(20) for future in waiting] == [False, False]
             assert pool.submit(store.wait, 60).result(20) is False
 
+    def test_a_batch_without_log_entries_writes_none(self, store: scim_server.Store) -> None:
+        with store.writing() as session:
+            session.note_requests([], 9)
+            assert session.requests(0, 99, 9, 0, "", "") == []
+
     def test_interrupted_store_reads_and_writes(self, store: scim_server.Store) -> None:
         store.interrupt()
         with store.writing() as session:
