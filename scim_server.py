@@ -1348,12 +1348,15 @@ def merge_runs(operations: Iterable[Operation]) -> Iterator[Operation]:
     ):
         steps = list(run)
         if is_list and len(steps) > 1:
-            sent = (step.sent if isinstance(step.sent, list) else [step.sent] for step in steps)
             yield Operation(
                 op,
                 path,
                 [value for step in steps for value in step.value],
-                list(itertools.chain.from_iterable(sent)),
+                [
+                    value
+                    for step in steps
+                    for value in (step.sent if isinstance(step.sent, list) else [step.sent])
+                ],
             )
         else:
             yield from steps
@@ -1583,10 +1586,9 @@ def without_values(attribute: Attribute, values: list[Json], removed: list[Json]
     removed_keys = {identity_key(attribute, value) for value in removed} - {frozenset()}
     # Most removed values have the same sub-attributes, so that few parts of a value are looked up.
     name_sets = {frozenset(name for name, _ in key) for key in removed_keys}
-    keys = (identity_key(attribute, value) for value in values)
     return [
         value
-        for value, key in zip(values, keys, strict=True)
+        for value, key in ((value, identity_key(attribute, value)) for value in values)
         if removed_keys.isdisjoint(
             frozenset(part for part in key if part[0] in names) for names in name_sets
         )
@@ -1677,13 +1679,17 @@ def equal_terms(filter: Filter) -> Resource:
 
 def pruned(value: Json) -> Json:
     # Return a JSON value without its empty objects and lists, which removals leave.
-    if isinstance(value, dict):
-        return {
-            name: inner for name, item in value.items() if (inner := pruned(item)) not in ({}, [])
-        }
-    if isinstance(value, list):
-        return [item for item in map(pruned, value) if item != {}]
-    return value
+    match value:
+        case dict():
+            return {
+                name: inner
+                for name, item in value.items()
+                if (inner := pruned(item)) not in ({}, [])
+            }
+        case list():
+            return [item for item in map(pruned, value) if item != {}]
+        case _:
+            return value
 
 
 # ----------------------------------------------------------------------------
@@ -1781,15 +1787,12 @@ ORDER = ("ORDER BY missing, key, seq", "ORDER BY missing DESC, key DESC, seq DES
 OPERATOR_SIGNS = {"eq": "=", "gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pr": ">"}
 NO_SET = 4  # the breadth of a filter whose matches are not a set of index entries
 Filters = Mapping[str, Filter]  # by the types of the resources that they select
-Queries = Mapping[str, tuple[Filter, Selection]]  # likewise, with what is shown of them
 TYPE = Attribute("resourceType", canonical_values=("User", "Group"), path="meta.resourceType")
-# A condition is on one row: a resource, or an entry in the brackets of a value path. By the name
-# of the row: the columns that identify it, and the name of the entries that are compared with it.
-ROWS = {"resource": (("seq",), "entry"), "entry": (("seq", "element"), "probe")}
 
 
 def compile_filter(filter: Filter, row: str = "resource") -> Sql:
-    # Return a filter as an SQL condition on one row.
+    # Return a filter as an SQL condition on one row: a resource or, in the brackets of a value
+    # path, an entry of the index.
     match filter:
         case And(filters):
             return join_sql(" AND ", [compile_filter(inner, row) for inner in filters], "1 = 1")
@@ -1801,7 +1804,10 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
         case Compare((_, attribute), "eq", key) if attribute.index == TYPE.index:
             return "(resource.type = ?)", [key]
         case ValuePath() | Compare():
-            columns, alias = ROWS[row]
+            # The columns that identify the row, and the name of the entries compared with it.
+            columns, alias = (
+                (("seq",), "entry") if row == "resource" else (("seq", "element"), "probe")
+            )
             (entries, parameters), is_lookup = compile_entries(filter, alias)
             of_row, of_entry = (
                 ", ".join(f"{name}.{column}" for column in columns) for name in (row, alias)
@@ -1867,8 +1873,11 @@ def entries_of(attribute: Attribute, alias: str = "entry") -> Sql:
     # Return what follows FROM to read an attribute's index entries; conditions can be appended.
     if derived := DERIVED_ENTRIES.get(attribute.index):
         return f"(SELECT {derived}) AS {alias} WHERE 1 = 1", []
-    paths = [("path = ?", [path_number(simple.index)]) for simple in simple_attributes(attribute)]
-    condition, parameters = join_sql(" OR ", paths, "1 = 0")
+    condition, parameters = join_sql(
+        " OR ",
+        [("path = ?", [path_number(simple.index)]) for simple in simple_attributes(attribute)],
+        "1 = 0",
+    )
     return f"value AS {alias} WHERE {condition}", parameters
 
 
@@ -1892,14 +1901,14 @@ def compile_source(filter: Filter) -> tuple[Sql, str]:
     if not term:
         return (f"resource WHERE {condition}", parameters), "resource"
     (rows, values), in_order = compile_set(term)
-    values = values + parameters
     if in_order:
         # CROSS JOIN keeps SQLite from reading the resources first.
         source = f"({rows}) AS entry CROSS JOIN resource WHERE resource.seq = entry.seq"
-        return (f"{source} AND {condition}", values), "entry"
-    # A plain column would have SQLite use the index of types, then sort the resources.
-    condition = condition.replace("resource.type =", "resource.type || '' =")
-    return (f"resource WHERE resource.seq IN ({rows}) AND {condition}", values), "resource"
+    else:
+        # A plain column would have SQLite use the index of types, then sort the resources.
+        condition = condition.replace("resource.type =", "resource.type || '' =")
+        source = f"resource WHERE resource.seq IN ({rows})"
+    return (f"{source} AND {condition}", values + parameters), "entry" if in_order else "resource"
 
 
 def compile_set(filter: Filter) -> tuple[Sql, bool]:
@@ -2009,13 +2018,12 @@ def compile_page(filter: Filter, sorting: Sorting | None, window: Window) -> Sql
     # The positions come first, so that the bodies of skipped resources are not read.
     columns = "resource.seq" if sorting or window.offset else "resource.*"
     positions, parameters = compile_positions(filter, sorting, window, descending, columns)
-    sql = f"{positions} LIMIT ? OFFSET ?"
-    if columns == "resource.seq":
-        sql = (
-            f"SELECT missing, key, resource.* FROM ({sql}) AS page JOIN resource USING (seq) "
-            f"{ORDER[descending]}"
-        )
-    return sql, [*parameters, window.count + 1, window.offset]
+    page = f"{positions} LIMIT ? OFFSET ?"
+    sql = f"SELECT missing, key, resource.* FROM ({page}) AS page JOIN resource USING (seq) "
+    return (
+        page if columns == "resource.*" else sql + ORDER[descending],
+        [*parameters, window.count + 1, window.offset],
+    )
 
 
 def compile_positions(
@@ -3736,7 +3744,11 @@ class Directory:
         )
 
     def search(
-        self, queries: Queries, sorting: Sorting | None, window: Window, base_url: str = ""
+        self,
+        queries: Mapping[str, tuple[Filter, Selection]],
+        sorting: Sorting | None,
+        window: Window,
+        base_url: str = "",
     ) -> Page:
         """Return a window on the matches of several types, each with a filter (RFC 7644 §3.4.2.1).
 
