@@ -4732,8 +4732,7 @@ def file_signature(*files: str) -> FileSignature:
 # Uses chapters 1 to 11. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
-RETRY_SECONDS = 5  # a tenant whose database failed is opened again after this time
-RETRY = {"Retry-After": str(RETRY_SECONDS)}
+RETRY = {"Retry-After": "5"}  # seconds; a tenant whose database failed is opened again meanwhile
 
 # -- Requests, responses and calls --
 
@@ -5532,7 +5531,8 @@ def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
 
 
 def list_resources(call: Call) -> Response:
-    # Answer GET /Users, GET /Groups and GET /: filter, sort, page (RFC 7644 §3.4.2).
+    # Answer GET /Users, GET /Groups and GET /: filter, sort and page (RFC 7644 §3.4.2), by index or
+    # by cursor (RFC 9865). An empty cursor gives the first page.
     text, types = call.parameters.get("filter"), call.resource_types
     queries = {
         resource_type.name: (
@@ -5541,21 +5541,24 @@ def list_resources(call: Call) -> Response:
         )
         for resource_type in types
     }
-    search = partial(
-        call.directory.search,
+    if (cursor := call.parameters.get("cursor")) is not None and "startindex" in call.parameters:
+        raise invalid_value("startIndex: not together with cursor")
+    total, after, backward = read_cursor(call, cursor) if cursor else (0, None, False)
+    start_index = call.integer("startIndex", 1, 1)
+    error = "invalidValue" if cursor is None else "invalidCount"
+    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, error)
+    window = Window(count, start_index - 1, after, backward, MAX_PAGE)
+    page = call.directory.search(
         queries,
         parse_sorting(call.parameters, types),
-        base_url=call.base_url if call.request.encoded else "",
+        window,
+        call.base_url if call.request.encoded else "",
     )
-    if "cursor" in call.parameters:
-        return list_by_cursor(call, search)
-    start_index = call.integer("startIndex", 1, 1)
-    page = search(
-        Window(call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT), start_index - 1, size=MAX_PAGE)
+    total = total if page.total_results is None else page.total_results
+    place = (
+        {"startIndex": start_index} if cursor is None else page_cursors(call, total, window, page)
     )
-    return list_response(
-        map(call.projected, page.resources), page.total_results or 0, startIndex=start_index
-    )
+    return list_response(map(call.projected, page.resources), total, **place)
 
 
 def search_resources(call: Call) -> Response:
@@ -5595,32 +5598,23 @@ def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) 
     )
 
 
-def list_by_cursor(call: Call, search: Callable[[Window], Page]) -> Response:
-    # Answer a query that pages by cursor (RFC 9865); an empty cursor gives the first page.
-    if "startindex" in call.parameters:
-        raise invalid_value("startIndex: not together with cursor")
-    total, after, backward = read_cursor(call) if call.parameters["cursor"] else (0, None, False)
-    count = call.integer("count", DEFAULT_COUNT, 0, MAX_COUNT, "invalidCount")
-    page = search(Window(count, 0, after, backward, MAX_PAGE))
-    total = total if page.total_results is None else page.total_results
-    issued = int(call.directory.clock().timestamp())
-    # A cursor holds all that the next page needs, and a signature: the server keeps nothing, and a
-    # cursor of another tenant or query is not accepted. There is always a page in the direction
-    # that we came from; in the other, page.more tells.
-    cursors = {
+def page_cursors(call: Call, total: int, window: Window, page: Page) -> dict[str, str]:
+    # Return the cursors of the next and the previous page. A cursor holds all that its page needs,
+    # and a signature: the server keeps nothing, and one of another tenant or query is refused.
+    # There is always a page in the direction that we came from; in the other, page.more tells.
+    issued, backward = int(call.directory.clock().timestamp()), window.backward
+    return {
         name: sealed_cursor(call, to_json([total, name == "previousCursor", issued, *position]))
         for name, position in (
             ("nextCursor", page.last if backward or page.more else None),
-            ("previousCursor", page.first if (page.more if backward else after) else None),
+            ("previousCursor", page.first if (page.more if backward else window.after) else None),
         )
         if position
     }
-    return list_response(map(call.projected, page.resources), total, **cursors)
 
 
-def read_cursor(call: Call) -> tuple[int, Position, bool]:
+def read_cursor(call: Call, text: str) -> tuple[int, Position, bool]:
     # Return the total, position and direction of a cursor; ScimError 400 if it is not usable.
-    text = call.parameters["cursor"]
     content = decoded(text, SIGNATURE_LENGTH)
     if not content or not is_same(text, sealed_cursor(call, content)):
         raise ScimError(
@@ -5650,8 +5644,6 @@ def sealed_cursor(call: Call, content: str) -> str:
 
 # "bulkId:x" stands for the id of what the POST with the bulkId x creates (RFC 7644 §3.7.2).
 BULK_ID = re.compile(r"\AbulkId:(\S+)\Z")
-BULK_TARGET = re.compile(r"(POST /(Users|Groups)/|(PUT|PATCH|DELETE) /(Users|Groups)/[^/]+)")
-BULK_ID_TERM = re.compile(r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")')  # in brackets of a path
 MAX_CYCLE = 128 * 1024  # characters of operations that need each other, and share a transaction
 SECONDS_PER_COMMIT = 1  # after which a Bulk commits, so that other writers have their turn
 IdOf = Callable[[str], str | None]  # the id for a bulkId, or None
@@ -5760,7 +5752,11 @@ def path_with_ids(
     name = re.sub(r"(?s)\[.*\]", "", path[:MAX_FILTER_LENGTH]).strip()
     attributes = resolve(name, resource_type) or (resource_type.root,)
     if any(map(holds_id, attributes)):
-        path = BULK_ID_TERM.sub(lambda term: f"{term[1]}{id_of(term[2])}", path)
+        path = re.sub(
+            r'((?i:value\s+eq\s+"))bulkId:([^\s"]+)(?=")',  # in the brackets
+            lambda term: f"{term[1]}{id_of(term[2])}",
+            path,
+        )
     return path, with_ids(value, attributes[-1], id_of)
 
 
@@ -5875,7 +5871,10 @@ class Bulk:
         method, path = operation.method, f"/{operation.endpoint}/{operation.id}"
         for is_valid, detail in (
             (
-                BULK_TARGET.fullmatch(f"{method} {path}"),
+                re.fullmatch(
+                    r"(POST /(Users|Groups)/|(PUT|PATCH|DELETE) /(Users|Groups)/[^/]+)",
+                    f"{method} {path}",
+                ),
                 (
                     "method and path: expected POST with a path such as /Users, or PUT, PATCH or "
                     f"DELETE with one such as /Users/2819, got {quoted(method)} and {quoted(path)}"
