@@ -5067,15 +5067,16 @@ def check_texts(value: Json, path: str = "", depth: int = 0) -> None:
     # Raise ValueError for JSON that is too deep, or has text that databases refuse.
     if depth > MAX_DEPTH:
         raise ValueError(f"{path[:80]}: nested deeper than {MAX_DEPTH}")
-    if isinstance(value, str) and UNSTORABLE.search(value):
-        raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
-    if isinstance(value, dict):
-        for name, item in value.items():
-            check_texts(name, path, depth)
-            check_texts(item, f"{path}.{name}" if path else name, depth + 1)
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            check_texts(item, f"{path}[{number}]", depth + 1)
+    match value:
+        case str() if UNSTORABLE.search(value):
+            raise ValueError(f"{path or 'it'}: text with NUL or half a surrogate pair")
+        case dict():
+            for name, item in value.items():
+                check_texts(name, path, depth)
+                check_texts(item, f"{path}.{name}" if path else name, depth + 1)
+        case list():
+            for number, item in enumerate(value):
+                check_texts(item, f"{path}[{number}]", depth + 1)
 
 
 def not_json(word: str) -> Json:
@@ -5708,32 +5709,35 @@ def holds_id(attribute: Attribute) -> bool:
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
     # Return an attribute's value with ids in place of bulkIds; one without id is left out.
-    if isinstance(value, str) and holds_id(attribute) and (reference := BULK_ID.match(value)):
-        return id_of(reference[1])
-    if isinstance(value, list):
-        return [
-            new
-            for item in value
-            if (new := with_ids(item, attribute, id_of)) is not None or item is None
-        ]
-    if isinstance(value, dict):
-        members = {
-            name: with_ids(item, sub, id_of)
-            if (sub := attribute.by_name.get(name.lower()))
-            else item
-            for name, item in value.items()
-        }
-        lost = list(members.values()).count(None) > list(value.values()).count(None)
-        return None if lost and holds_id(attribute) else members
+    match value:
+        case str() if holds_id(attribute) and (reference := BULK_ID.match(value)):
+            return id_of(reference[1])
+        case list():
+            return [
+                new
+                for item in value
+                if (new := with_ids(item, attribute, id_of)) is not None or item is None
+            ]
+        case dict():
+            members = {
+                name: with_ids(item, sub, id_of)
+                if (sub := attribute.by_name.get(name.lower()))
+                else item
+                for name, item in value.items()
+            }
+            lost = list(members.values()).count(None) > list(value.values()).count(None)
+            return None if lost and holds_id(attribute) else members
     return value
 
 
 def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
     # Return the body of a PATCH, or a part of it, with ids in place of bulkIds.
-    if isinstance(body, list):
-        return [patch_with_ids(item, resource_type, id_of) for item in body]
     if not isinstance(body, dict):
-        return body
+        return (
+            [patch_with_ids(item, resource_type, id_of) for item in body]
+            if isinstance(body, list)
+            else body
+        )
     members = lowercase_keys(body)
     path, value = members.get("path"), members.get("value")
     if "operations" in members:
@@ -7655,10 +7659,11 @@ class Watcher:
         seconds = 0 if self._returned else SWEEP_SECONDS if self.events else PAUSE_SECONDS
         ready = [key.data for key, _ in self._selector.select(seconds)]
         for peer in ready:
-            if isinstance(peer, Connection):
-                self.guarded(self._on_event, peer)
-            elif peer is None:
-                self._wakeup.recv(RECEIVE_OCTETS)
+            match peer:
+                case Connection():
+                    self.guarded(self._on_event, peer)
+                case None:
+                    self._wakeup.recv(RECEIVE_OCTETS)
         for _ in range(len(self._returned)):
             if (connection := self._returned.popleft()) in self.connections:
                 self.guarded(self._go_on, connection)
@@ -7791,9 +7796,6 @@ class Watcher:
 
     def _parse(self, connection: Connection) -> None:
         # Parse what has arrived, and execute or refuse the request that it is.
-        if connection.state == IDLE:
-            connection.started = time.perf_counter()
-            connection.allow(HEAD_SECONDS)
         connection.state = READING
         connection.reader = connection.reader or self.read_request(connection)
         try:
@@ -7946,6 +7948,8 @@ class HttpServer(Watcher):
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
         connection.then, connection.request, connection.line = KEEP, None, b""
+        connection.started = time.perf_counter()
+        connection.allow(HEAD_SECONDS)
         connection.line = yield from read_request_line(connection.buffer)
         head = yield from read_head(connection.buffer, connection.line)
         connection.request = request = self.build_request(head, connection.client)
