@@ -4970,8 +4970,9 @@ def decoded(text: str, start: int = 0) -> str:
     # Return what base64 stands for, in the alphabet for URLs too, from an octet on; "" if it is
     # malformed. A sealed text is only to be trusted if sealed() makes it again of its content.
     with suppress(ValueError):
-        octets = base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)
-        return octets[start:].decode()
+        return base64.b64decode(text + "=" * (-len(text) % 4), b"-_", validate=True)[
+            start:
+        ].decode()
     return ""
 
 
@@ -5636,9 +5637,11 @@ def read_cursor(call: Call, text: str) -> tuple[int, Position, bool]:
 
 def sealed_cursor(call: Call, content: str) -> str:
     # What is the same for all pages of one query is signed too.
-    terms = [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")]
-    query = to_json([[type.name for type in call.resource_types], terms])
-    return sealed(call.directory.cursor_key, content, query)
+    query = (
+        [type.name for type in call.resource_types],
+        [call.parameters.get(name, "") for name in ("filter", "sortby", "sortorder")],
+    )
+    return sealed(call.directory.cursor_key, content, to_json(query))
 
 
 # -- Bulk ------------------------------------------------------------------------
