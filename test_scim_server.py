@@ -11688,8 +11688,11 @@ def test_check_asks_a_server_whether_it_is_ready(
     for url in (server.url, server.url.removesuffix("/scim/v2") + "/"):
         assert scim_server.main(["check", "--ready", url]) == 0
         assert capsys.readouterr().out == "ready\n"
-    failure = scim_server.StoreError("gone")
-    monkeypatch.setitem(server.application.directories, "acme", failure)
+
+    def fail(database: scim_server.Database) -> None:
+        raise scim_server.StoreError("gone")
+
+    monkeypatch.setattr(scim_server.Database, "check", fail)
     assert scim_server.main(["check", "--ready", server.url]) == 1
     assert "503" in capsys.readouterr().out
 
