@@ -2097,22 +2097,17 @@ SORT_ORDERS = {"ascending": "ASC NULLS FIRST", "descending": "DESC NULLS LAST"} 
 
 def compile_employees(state: str, text: str, names: Iterable[str]) -> Sql:
     # Return the condition that employees are in a state and have a text in a value, in any case.
-    # names are those of all fields. A record is JSON: where it may have the text in a name, or in
-    # true or false, these are removed before it is searched.
-    words = [f'"{name.lower()}":' for name in names] + [":true", ":false"]
     # lower() changes ASCII letters only: "ö" is searched as "Ö" too, as names begin.
-    forms = {form.encode().lower().decode() for form in (text.lower(), text.upper(), text.title())}
-    has_text = "instr(lower(user_name || ' ' || external_id), ?) > 0 OR instr({}, ?) > 0"
-    alternatives: list[Sql] = [
-        (
-            has_text.format(
-                "replace(" * len(removed) + "lower(record)" + ", ?, '')" * len(removed)
-            ),
-            [form, *removed, literal],
-        )
-        for form, literal in [(form, to_json(form)[1:-1]) for form in forms if form]
-        for removed in [[word for word in words if literal in word]]
-    ]
+    forms = {
+        to_json(form.encode().lower().decode())[1:-1]
+        for form in filter(None, (text.lower(), text.upper(), text.title()))
+    }
+    # A record is JSON: what may have the text but is no value is removed before it is searched.
+    others = [*(f'"{name.lower()}":' for name in names), ":true", ":false"]
+    removed = [other for other in others if any(form in other for form in forms)]
+    values = "replace(" * len(removed) + "lower(record)" + ", ?, '')" * len(removed)
+    sql = f"instr(lower(user_name || ' ' || external_id), ?) > 0 OR instr({values}, ?) > 0"
+    alternatives = [(sql, [form, *removed, form]) for form in forms]
     sql, parameters = join_sql(" OR ", alternatives, "1 = 1")
     return f"{EMPLOYEE_STATES[state]} AND {sql}", parameters
 
@@ -6679,20 +6674,24 @@ def get_mapping(call: Call) -> Response:
 
 def find_employees(call: Call) -> Response:
     # Answer GET /console/api/employees: a page of those in a state that have a text, sorted.
-    # This reads all employees: it takes one or two seconds for 300 000.
-    custom_fields = [f"custom_fields.{name}" for name in call.directory.link_names]
-    fields, text = [*EMPLOYEE_SOURCES, *custom_fields], call.parameters.get("text", "").strip()
+    # This reads all employees: it takes about two seconds for 300 000.
+    link_names, text = call.directory.link_names, call.parameters.get("text", "").strip()
     if UNSTORABLE.search(text):
         raise invalid_value("text: no text has a NUL")
-    names = ["custom_fields", *EMPLOYEE_SOURCES, *call.directory.link_names]
-    condition = compile_employees(call.choice("state", list(EMPLOYEE_STATES)), text, names)
-    sorting = call.choice("sortBy", fields), call.choice("sortOrder", list(SORT_ORDERS))
-    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
-    window = Window(count, call.integer("startIndex", 1, 1) - 1)
+    state = call.choice("state", list(EMPLOYEE_STATES))
+    condition = compile_employees(state, text, ["custom_fields", *EMPLOYEE_SOURCES, *link_names])
+    window = Window(
+        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("startIndex", 1, 1) - 1
+    )
     with call.directory.store.reading() as session:
-        total, rows = session.find_employees(condition, *sorting, window)
-    people = [{**asdict(to_employee(row)), "left": not row.provisioned} for row in rows]
-    return plain_response({"total": total, "employees": people})
+        total, rows = session.find_employees(
+            condition,
+            call.choice("sortBy", [*EMPLOYEE_SOURCES, *map("custom_fields.{}".format, link_names)]),
+            call.choice("sortOrder", list(SORT_ORDERS)),
+            window,
+        )
+    employees = [{**asdict(to_employee(row)), "left": not row.provisioned} for row in rows]
+    return plain_response({"total": total, "employees": employees})
 
 
 def get_names(call: Call) -> Response:
