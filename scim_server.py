@@ -3110,18 +3110,18 @@ class Session:
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
     def requests(
-        self, after: int, before: int, count: int, level: int, subject: str, text: str
-    ) -> list[Json]:
-        # Return entries between two numbers with a minimum level, newest first.
+        self, after: int = 0, before: int = 0, level: int = 0, subject: str = "", text: str = ""
+    ) -> Iterator[Json]:
+        # Yield entries between two numbers (0: the end) with a minimum level, newest first.
+        sql = (
+            "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
+            "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT 100"
+        )
         text = text.encode().lower().decode()  # ASCII letters only, as SQL's lower() does
-        return [
-            {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
-            for seq, level, subject, entry in self.run(
-                "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
-                "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT ?",
-                [after, before, level, subject, text, count],
-            )
-        ]
+        values, before = [level, subject, text], before or 2**62
+        while rows := self.run(sql, [after, before, *values]).fetchall():
+            for before, row_level, about, entry in rows:
+                yield {"seq": before, "level": row_level, "subject": about, **from_json(entry)}
 
     # -- Whole tables, numbers and settings --
 
@@ -3689,7 +3689,7 @@ class Directory:
     def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes.
 
-        It remembers the differences that it has made to a user or group, as the feed keeps them.
+        It remembers the differences that it has made to a user or group.
         """
         view = Directory.__new__(Directory)
         vars(view).update(vars(self), token=token, differences={})
@@ -3905,14 +3905,20 @@ class Directory:
         level: int = 0,
         subject: str = "",
         text: str = "",
+        matches: Callable[[Json], bool] | None = None,
         wait: float = 0,
     ) -> list[Json]:
         """Return entries of the provisioning log, newest first; wait seconds if there is none.
 
-        before 0 is the end; level 1 is warnings and refusals, 2 refusals; each entry contains text.
+        before 0 is the end; level 1 is warnings and refusals, 2 refusals; each entry contains text
+        and matches.
         """
         return self._read(
-            lambda session: session.requests(after, before or 2**62, count, level, subject, text),
+            lambda session: list(
+                itertools.islice(
+                    filter(matches, session.requests(after, before, level, subject, text)), count
+                )
+            ),
             wait,
         )
 
@@ -4145,7 +4151,7 @@ class Directory:
         # {} as before or after: the resource is new or deleted.
         root, kind = self.resource_types[row.type].root, change_kind(before, after)
         pairs = differences(values_by_path(root, before), values_by_path(root, after))
-        self.differences = self._kept(pairs)
+        self.differences = pairs
         changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", row.id, "", pairs)]
         if row.type == "User":
             changes += update_employee(
@@ -4175,12 +4181,12 @@ class Directory:
         if changes:
             now = self._now(session)
             rows = [
-                (now, kind, id, member, self.token, to_json([*pairs]), to_json(self._kept(pairs)))
+                (now, kind, id, member, self.token, to_json([*pairs]), to_json(self.kept(pairs)))
                 for kind, id, member, pairs in changes
             ]
             session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
 
-    def _kept(self, pairs: Differences) -> Differences:
+    def kept(self, pairs: Differences) -> Differences:
         return {
             name: pair
             for name, pair in pairs.items()
@@ -5994,136 +6000,178 @@ OBJECT_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECA
 VERBS = {"GET": "Read", "POST": "Create", "PUT": "Replace", "PATCH": "Update", "DELETE": "Delete"}
 Reason = tuple[str, ...]  # why a call failed or gets a warning: a key of EXPLANATIONS, and parts
 Sent = tuple[str, str, Json]  # what a client wrote: "add" except in a PATCH, path, value
-# By key: the kind of trouble, the names of the reason's parts, and the sentence and the remedy that
-# show them. The part "value" may be a secret.
+# By key, the most severe first: the kind of trouble; the names of the reason's parts; the cause and
+# the rest of the sentence that explains it; the remedy. Calls are grouped by their cause, which
+# shows what differs from person to person in quotes or not at all. "value" may be a secret.
 EXPLANATIONS = {
-    "expired": (
-        "authentication",
-        "token expires",
-        "The token “{token}” expired on {expires}; a call from {client} was refused.",
-        "If later calls fail too, make another secret with `token`, and enter it in Entra.",
-    ),
-    "malformed": (
-        "authentication",
-        "token mistake",
-        "A call from {client} was refused: the secret of “{token}” was sent {mistake}.",
-        "Enter the secret alone, as `token` printed it, in the field of Entra that it is for.",
-    ),
-    "read-only": (
-        "authentication",
-        "token",
-        "A call from {client} tried to write with “{token}”, which may only read.",
-        'Enter the secret of an entry that does not have "access": "read".',
+    "failed": (
+        "connection",
+        "detail",
+        "The server failed",
+        ": {detail}.",
+        "Entra retries automatically; the server's log says why it failed.",
     ),
     "guard": (
         "guard",
         "number",
-        "An hour may have {number} deactivations, and has had them; this person stays active.",
+        "A limit of deactivations is reached",
+        ". An hour may have {number} deactivations, and has had them; this person stays active.",
         "Is it intended? Then raise max_deactivations. If not, check who is assigned in Entra.",
     ),
     "paused": (
-        "guard",
+        "connection",
         "",
-        "The tenant is paused: it can be read, but nothing is changed.",
+        "The tenant is paused",
+        ": it can be read, but nothing is changed.",
         "Remove paused from the tenant in the configuration. Entra repeats the call later.",
     ),
     "path": (
         "connection",
-        "path base",
-        "The call went to {path}, which does not exist.",
+        "url base",
+        "A call went to a path that does not exist",
+        ": {url}.",
         "The Tenant URL must end in {base}, exactly once, with nothing after it.",
     ),
     "body": (
         "connection",
         "problem",
-        "The body is not JSON: {problem}.",
+        "The body of a call is not JSON",
+        ": {problem}.",
         "Check whether a proxy in front of the server changes or truncates requests.",
     ),
-    "failed": (
-        "connection",
-        "detail",
-        "The server failed: {detail}.",
-        "Entra retries automatically; the server's log says why it failed.",
+    "expired": (
+        "authentication",
+        "token expires",
+        "The token “{token}” expired on {expires}",
+        "; a call from {client} was refused.",
+        "If later calls fail too, make another secret with `token`, and enter it in Entra.",
+    ),
+    "malformed": (
+        "authentication",
+        "token mistake",
+        "The secret of “{token}” was sent {mistake}",
+        "; a call from {client} was refused.",
+        "Enter the secret alone, as `token` printed it, in the field of Entra that it is for.",
+    ),
+    "read-only": (
+        "authentication",
+        "token",
+        "A call tried to write with “{token}”, which may only read",
+        "; it came from {client}.",
+        'Enter the secret of an entry that does not have "access": "read".',
     ),
     "link_name": (
         "mapping",
         "name link_names",
-        "No custom field has the link name “{name}”{hint}",
+        "No custom field has the link name “{name}”",
+        "{hint}",
         "Correct the name in Entra's attribute list for customappsso; there are {link_names}.",
     ),
     "integer": (
         "mapping",
         "path value",
-        "The field “{path}” takes a whole number, but {value} was sent.",
+        "The field “{path}” takes a whole number",
+        ", but {value} was sent.",
         "Map it from an attribute that contains only digits, or make the custom field a String.",
     ),
     "boolean": (
         "mapping",
         "path value",
-        "The field “{path}” takes true or false, but {value} was sent.",
+        "The field “{path}” takes true or false",
+        ", but {value} was sent.",
         "Use an expression that returns true or false; for active it is Not([IsSoftDeleted]).",
     ),
     "type": (
         "mapping",
         "path expected value",
-        "The attribute “{path}” takes {expected}, but {value} was sent.",
+        "The attribute “{path}” takes {expected}",
+        ", but {value} was sent.",
         "Map it from another attribute.",
     ),
     "required": (
         "mapping",
         "path",
-        "“{path}” was sent without a value.",
+        "“{path}” was sent without a value",
+        ".",
         "Map it from an attribute that every account has; for userName that is userPrincipalName.",
     ),
     "taken": (
         "mapping",
         "path value type",
-        "Another {type} already has the {path} {value}.",
+        "Another {type} already has the {path}",
+        " {value}.",
         "Change one of the two in Entra; if they are the same, match by {path} (precedence 1).",
     ),
     "gone": (
         "mapping",
         "type value",
-        "Entra refers to a {type} that no longer exists here.",
+        "A {type} to which Entra refers no longer exists here",
+        ".",
         "Choose “Restart provisioning” in Entra; it looks up every account again.",
-    ),
-    "active": (
-        "mapping",
-        "value",
-        "active was sent as the text {value}: its mapping still uses Switch(…).",
-        "Map Not([IsSoftDeleted]) to active, and append ?aadOptscim062020 to the Tenant URL.",
-    ),
-    "emails": (
-        "mapping",
-        "value name",
-        "The work e-mail {value} is not the userName {name}.",
-        'Map userPrincipalName to emails[type eq "work"].value.',
-    ),
-    "externalId": (
-        "mapping",
-        "value",
-        "externalId is {value}, which is not an objectId.",
-        "Map objectId to externalId, so that a person who is renamed stays the same employee.",
-    ),
-    "shared": (
-        "mapping",
-        "value name other",
-        "{name} has the externalId {value} of the active user {other}. They are two employees.",
-        "If they are one person, deactivate {other}; if not, map objectId to externalId.",
-    ),
-    "members": (
-        "mapping",
-        "ids",
-        "No user or group has the id {ids}; these members were ignored.",
-        "Assign these people to the application too, so that Entra creates them before the group.",
     ),
     "refused": (
         "mapping",
         "detail",
-        "The call was refused: {detail}.",
+        "The call was refused: {detail}",
+        ".",
         "Compare the mapping in Entra with the table on the Set-up page.",
     ),
+    "active": (
+        "mapping",
+        "value",
+        "The expression for active is still Switch(…)",
+        ": it sent the text {value}.",
+        "Map Not([IsSoftDeleted]) to active, and append ?aadOptscim062020 to the Tenant URL.",
+    ),
+    "shared": (
+        "mapping",
+        "value name other other_id",
+        "Two active users have the same externalId",
+        ": {name} and {other} have {value}. They are two employees.",
+        "If they are one person, deactivate one of them; if not, map objectId to externalId.",
+    ),
+    "externalId": (
+        "mapping",
+        "value",
+        "The externalId is not an objectId",
+        ": it is {value}.",
+        "Map objectId to externalId, so that a person who is renamed stays the same employee.",
+    ),
+    "members": (
+        "mapping",
+        "ids",
+        "Members that were not provisioned are ignored",
+        ": no user or group has the id {ids}.",
+        "Assign these people to the application too, so that Entra creates them before the group.",
+    ),
+    "emails": (
+        "mapping",
+        "value name",
+        "The work e-mail is not the userName",
+        ": it is {value}, not {name}.",
+        'Map userPrincipalName to emails[type eq "work"].value.',
+    ),
+    "deleted": (
+        "deletion",  # no problem, and no cause of one
+        "type at",
+        "",
+        "The {type} was deleted on {at}; this call changed nothing.",
+        "Nothing. If such calls go on for days, choose “Restart provisioning” in Entra.",
+    ),
 }
+SEVERITY = list(EXPLANATIONS)
+# What a person's later call must send correctly to solve a problem that names no path.
+CORRECTED_BY = {
+    "link_name": [FACILIO],
+    "active": ["active"],
+    "shared": ["externalId", "active"],
+    "externalId": ["externalId"],
+    "members": ["members"],
+    "emails": ["emails", "userName"],
+    "guard": ["active"],
+}
+MAX_CAUSES = 50  # of open problems in an answer
+CAUSE_CALLS = KEEP_LOG  # the newest calls, in which causes are searched
 # fmt: off
 STEPS = (  # of the set-up: key, operation in the log, title, how to get there
     ("lookup", "Look up user",    "A person is looked up",
@@ -6241,6 +6289,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
         call.body if isinstance(call.body, dict) else {},
         row.attributes if row else {},
         employee.record if employee else {},
+        {name: old for name, (old, _) in item.differences.items()},  # of a deletion
         {"name": literal[1]} if literal else {},
     )
     return next(
@@ -6288,10 +6337,8 @@ def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
                 and row.created <= time_text(item.instant)
                 and row.attributes.get("active")
             ):
-                yield (
-                    "shared",
-                    *map(quoted, (text, user.get("userName"), row.attributes["userName"])),
-                )
+                names = user.get("userName"), row.attributes["userName"]
+                yield "shared", *map(quoted, (text, *names)), row.id
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -6331,9 +6378,11 @@ def redacted(value: Json) -> Json:
 
 
 def explain(reason: Reason, item: LogItem) -> Json:
-    # Return the kind of a trouble, the sentence that explains it, and the remedy.
-    kind, names, text, remedy = EXPLANATIONS[reason[0]]
+    # Return the kind of a trouble, the sentence that explains it with its cause, the remedy, and
+    # which attributes of whom are corrected by a later call that solves it.
+    kind, names, cause, rest, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
+    paths = [parts["path"]] if "path" in parts else CORRECTED_BY.get(reason[0], [])
     if item.may_show_secret:
         parts = {name: without_quotes(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
@@ -6344,7 +6393,14 @@ def explain(reason: Reason, item: LogItem) -> Json:
         "hint": f": did you mean “{links[similar[0]]}”?" if similar else ".",
         "client": item.call.request.client,
     }
-    return {"kind": kind, "text": text.format(**parts), "remedy": remedy.format(**parts)}
+    return {
+        "kind": kind,
+        "text": (cause + rest).format(**parts),
+        "remedy": remedy.format(**parts),
+        "cause": cause.format(**{name: without_quotes(part) for name, part in parts.items()}),
+        "attributes": [corrected_by(path)[0] for path in paths],
+        "other": parts.get("other_id", ""),
+    }
 
 
 # -- Entries -------------------------------------------------------------------------
@@ -6364,20 +6420,29 @@ def attributes_of(item: LogItem) -> list[str]:
     return list(dict.fromkeys(path for _, path, _ in item.sent))
 
 
-def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
-    # Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry.
-    call, response, refused = item.call, item.response, item.response.status >= 400
-    detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
-    detail = without_quotes(detail) if item.may_show_secret else detail
+def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Reason]:
+    # Return why a call failed or gets warnings, the most severe first.
+    response, type = item.response, item.call.route.type
     # The detail explains an error without a reason.
     reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
-    warnings = (
-        (*user_warnings(item), *shared_id_warnings(session, item))
-        if call.route.type == "User"
-        else member_warnings(session, item)
-    )
-    reasons = [reason] if refused else list(dict.fromkeys(warnings))
+    for change in session.changes_about(id, 0, MAX_COUNT) if reason[0] == "gone" else ():
+        if change.kind in ("user.deleted", "group.deleted"):
+            reason = "deleted", type, f"{change.at[:10]} {change.at[11:16]} UTC"
+    if response.status >= 400:
+        return [reason]
+    of_user = (*user_warnings(item), *shared_id_warnings(session, item)) if type == "User" else ()
+    reasons = {*of_user, *member_warnings(session, item)}
+    return sorted(reasons, key=lambda reason: (SEVERITY.index(reason[0]), reason))
+
+
+def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
+    # Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry.
+    call, response, query = item.call, item.response, item.call.request.query
+    refused = response.status >= 400
+    detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
+    detail = without_quotes(detail) if item.may_show_secret else detail
     id = item.resource.get("id") or (call.id if call.route.type else "")
+    reasons = reasons_of(session, item, id, detail)
     entry = {
         "at": time_text(item.instant),
         "token": item.caller.credential.name,
@@ -6389,15 +6454,65 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "milliseconds": round(item.seconds * 1000, 1),
         "method": call.request.method,
         "path": call.request.path[:500],
+        "query": REDACTED if SECRET.search(unquote(query)) else query[:2000],
         "client": call.request.client,
         "attributes": attributes_of(item)[:50],
-        "values": redacted(item.differences),
+        "values": redacted(call.directory.kept(item.differences)),
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
     }
     if item.caller.tenant.log_bodies and call.body is not None:
         entry["body"] = redacted(call.body)
-    return 2 if refused else int(bool(reasons)), id, entry
+    return 2 if refused and reasons[0][0] != "deleted" else int(bool(reasons)), id, entry
+
+
+@lru_cache
+def corrected_by(path: str) -> tuple[str, str]:
+    # Return the attribute that a path belongs to and its extension, "" for none, in lower case.
+    urn, _, name = path.partition("[")[0].lower().rpartition(":")
+    return f"{urn}:{name.partition('.')[0]}".lstrip(":"), urn
+
+
+def open_causes(entries: Iterable[Json]) -> list[Json]:
+    """Return the causes of the problems that no later call has solved, the most severe first.
+
+    The entries come newest first. A problem is solved when its attribute is sent correctly for the
+    same person, or the person is deleted. One that concerns no attribute is solved by a call with
+    the same method; one that concerns no person by a call with the same token or client.
+    """
+    corrected, open_calls = set[tuple[str, str]](), defaultdict[str, list[Json]](list)
+    for entry in entries:
+        person, wrong = entry["subject"] or entry["name"], set[str]()
+        for note in entry["notes"]:
+            names = set(note.get("attributes") or [entry["method"]])
+            wrong |= names
+            of_person = note["kind"] in ("mapping", "guard")
+            whose = {person, note.get("other")} if of_person else {entry["token"], entry["client"]}
+            solved_by = itertools.product(whose - {""}, names | {"DELETE"})
+            if note.get("cause") and corrected.isdisjoint(solved_by):
+                facts = {"level": entry["level"], "at": entry["at"]}
+                subject = {entry["type"]: person} if of_person else {}
+                open_calls[note["cause"]].append({**note, **facts, **subject})
+        if entry["level"] < 2:
+            names = {entry["method"], *itertools.chain(*map(corrected_by, entry["attributes"]))}
+            corrected.update(
+                itertools.product([entry["subject"], entry["name"]], names - wrong),
+                itertools.product([entry["token"], entry["client"]], [entry["method"]]),
+            )
+    causes = [
+        {
+            **calls[0],
+            "level": max(call["level"] for call in calls),
+            "calls": len(calls),
+            "people": len({call.get("User") for call in calls} - {None, ""}),
+            "groups": len({call.get("Group") for call in calls} - {None, ""}),
+            "first": calls[-1]["at"],
+            "last": calls[0]["at"],
+        }
+        for calls in open_calls.values()
+    ]
+    order = operator.itemgetter("level", "people", "groups", "calls")
+    return sorted(causes, key=order, reverse=True)[:MAX_CAUSES]
 
 
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
@@ -6421,12 +6536,12 @@ def write_log(store: Store, items: Sequence[LogItem]) -> None:
 class BackgroundWriter:
     """A queue whose items a daemon thread passes to write, those of a pause of seconds together.
 
-    add() never blocks: when limit items are queued, it drops further ones, counts them in lost and
-    returns False. write must not raise.
+    add() never blocks: when limit items are queued, it drops further ones and returns False. write
+    must not raise.
     """
 
     def __init__(self, write: Callable[[list[Any]], None], pause: float, limit: int) -> None:
-        self._write, self._pause, self._limit, self.lost = write, pause, limit, 0
+        self._write, self._pause, self._limit = write, pause, limit
         self._items, self._closing = queue.SimpleQueue[Any](), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -6434,7 +6549,6 @@ class BackgroundWriter:
     def add(self, item: Any) -> bool:
         if fits := self._items.qsize() < self._limit:
             self._items.put(item)
-        self.lost += not fits
         return fits
 
     def close(self, seconds: float = 5) -> None:
@@ -6458,6 +6572,8 @@ class ProvisioningLog(BackgroundWriter):
     def __init__(self, usage: Usage) -> None:
         super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
         self.usage = usage
+        # By tenant: successful look-ups left out under load, and calls that should be in the log.
+        self.skipped, self.missing = Counter[str](), Counter[str]()
         self.unknown_token_calls, self.unknown_token_since = 0, ""
 
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
@@ -6474,7 +6590,7 @@ class ProvisioningLog(BackgroundWriter):
         if not caller or is_console or isinstance(directory := caller.directory, StoreError):
             return  # there is no log
         if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
-            self.lost += logged
+            self.skipped[caller.tenant.name] += logged
             return
         # The headers hold the secret.
         call.request, call.directory = request._replace(headers={}, caller=None), directory
@@ -6493,15 +6609,18 @@ class ProvisioningLog(BackgroundWriter):
         item.octets += len(to_json(item.response.body))
         if self.add(item):
             self.usage.take((item.caller.tenant.name, 0, item.octets))
+        else:
+            self.missing[item.caller.tenant.name] += 1
 
     def _store(self, batch: list[LogItem]) -> None:
         for store in dict.fromkeys(item.call.directory.store for item in batch):
             items = [item for item in batch if item.call.directory.store is store]
+            tenant = items[0].caller.tenant.name
             try:
                 write_log(store, items)
             except Exception:  # noqa: BLE001  a failing log must not stop provisioning
-                self.lost += len(items)
-            self.usage.take((items[0].caller.tenant.name, 0, -sum(item.octets for item in items)))
+                self.missing[tenant] += len(items)
+            self.usage.take((tenant, 0, -sum(item.octets for item in items)))
 
 
 # ----------------------------------------------------------------------------
@@ -6601,10 +6720,30 @@ def entra_mapping(directory: Directory) -> Iterator[list[str]]:
         yield [source, target, types.get(type, "String"), change]
 
 
+# Whether an entry of the log matches a parameter. A word of an action or name begins with the text,
+# so that "activate" does not match "Deactivate user"; times are texts with milliseconds.
+LOG_FILTERS: dict[str, Callable[[str, Json], bool]] = {
+    "status": lambda text, entry: str(entry["status"]).startswith(text),
+    "action": lambda text, entry: f" {text}".lower() in f" {entry['operation']}".lower(),
+    "person": lambda text, entry: f" {text}".lower() in f" {entry['name']}".lower(),
+    "token": lambda text, entry: entry["token"] == text,
+    "cause": lambda text, entry: any(note.get("cause") == text for note in entry["notes"]),
+    "from": lambda time, entry: entry["at"][:23] >= time,
+    "to": lambda time, entry: entry["at"][:23] <= time,
+}
+LOG_TIMES = [Attribute(name, "dateTime").with_paths() for name in ("from", "to")]
+
+
 def get_log(log: ProvisioningLog, call: Call) -> Response:
     subject, text = (call.parameters.get(name, "") for name in ("subject", "text"))
     if UNSTORABLE.search(subject + text):
         raise invalid_value("subject, text: no text has a NUL")
+    filters = {
+        name: value for name, value in call.parameters.items() if name in LOG_FILTERS and value
+    }
+    for bound in LOG_TIMES:
+        if bound.name in filters:
+            filters[bound.name] = bound.key(bound.convert(filters[bound.name]))[:23]
     read = partial(
         call.directory.requests,
         call.integer("after", 0),
@@ -6613,8 +6752,15 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
         call.integer("level", 0),
         subject,
         text,
+        lambda entry: all(LOG_FILTERS[name](value, entry) for name, value in filters.items()),
     )
-    return plain_response({"entries": long_poll(log.usage, call, read), "lost": log.lost})
+    return plain_response({"entries": long_poll(log.usage, call, read)})
+
+
+def get_causes(call: Call) -> Response:
+    with call.directory.store.reading() as session:
+        entries = itertools.islice(session.requests(), CAUSE_CALLS)
+        return plain_response({"causes": open_causes(entries)})
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
@@ -6641,16 +6787,16 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
         ]
     return plain_response(
         {
+            "version": __version__,
             "tenant": tenant.name,
             "paused": tenant.paused,
             "max_deactivations": tenant.max_deactivations,
             "url": call.base_url,
             "token_url": token_url(call.base_url),
             "steps": steps,
-            "lost": log.lost,
+            "left_out": [log.skipped[tenant.name], log.missing[tenant.name]],
             "tokens": tokens,
             "last": directory.requests(count=1),
-            "refused": directory.requests(text='"status":401'),
             "strangers": log.unknown_token_calls,
             "strange_since": log.unknown_token_since,
             "mapping": list(entra_mapping(directory)),
@@ -6914,7 +7060,7 @@ class Tenants:
     ) -> Caller | None:
         # How often the clock is read must not depend on how a request arrives, for running().
         if credential.expires and not refusal and credential.expired(self._clock()):
-            refusal = "expired", credential.name, time_text(credential.expires)[:16]
+            refusal = "expired", credential.name, f"{credential.expires:%Y-%m-%d %H:%M} UTC"
         directory = self.directories.get(tenant.name)  # None: it was removed at this moment
         return Caller(tenant, credential, directory, refusal) if directory else None
 
@@ -7103,6 +7249,7 @@ class Application(Tenants):
             # The console's reads are not part of the provisioning, and not in its log.
             ("GET",    "/console/api/{type}",            BEARER,   READ,  list_resources),
             ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
+            ("GET",    "/console/api/causes",            BEARER,   SLOW,  get_causes),
             ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
             ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
             ("GET",    "/console/api/employees",         BEARER,   READ,  find_employees),
@@ -8200,11 +8347,11 @@ CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta na
 .bad { --tone: var(--bad); --tint: var(--bad-bg) } .pill, .note, .ok .mark, .change { background: var(--tint) }
 * { box-sizing: border-box } html { overflow-y: scroll } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
 body { margin: 0; background: var(--bg); color: var(--text); font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
-h1 { font-size: 24px; line-height: 1.25; margin: 0 0 4px; outline: none } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 0 0 12px }
+h1 { font-size: 22px; line-height: 1.25; margin: 0 0 4px } h1:focus, main:focus { outline: none } h2 { font-size: 16px; margin: 0 0 10px } p { margin: 0 0 12px }
 a { color: var(--link) } code, pre { font: 13px/1.5 ui-monospace, monospace } ol, ul { list-style: none; margin: 0; padding: 0 }
 .dim, .live, .lead, summary time, dt, header span { color: var(--dim) } .dim, .live, .pill, .small, summary time { font-size: 13px }
 header { background: var(--card); border-bottom: 1px solid var(--line) } header span { font-weight: 400; margin-right: 14px }
-header > div, main { max-width: 1280px; margin: 0 auto; padding: 0 20px } main { padding-top: 28px; padding-bottom: 80px }
+header > div, main { max-width: 1440px; margin: 0 auto; padding: 0 20px } main { padding-top: 18px; padding-bottom: 80px }
 header > div, nav, .bar, .copy, label { display: flex; align-items: center; gap: 10px } header > div, .bar { flex-wrap: wrap }
 nav { flex: 1 } nav a { padding: 16px 10px 13px; border-bottom: 3px solid transparent; color: var(--dim); text-decoration: none }
 nav a:hover, nav [aria-current] { color: var(--text) } nav [aria-current] { border-color: var(--accent) }
@@ -8213,7 +8360,7 @@ section, .card { padding: 18px 20px } .empty { text-align: center; padding: 48px
 form > * { margin-bottom: 12px } form button, [type=search], [type=password] { width: 100% } .health h2, .problem { color: var(--tone) }
 .grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0 }
 .grid > *, .health p, .note p, .steps p, dd { margin: 0 } .health h2::before { content: "●"; margin-right: 7px }
-.copy { justify-content: space-between } .bar { margin: 0 0 14px; min-height: 38px }
+.copy { justify-content: space-between } .bar { margin: 0 0 10px; min-height: 38px }
 .bar [type=search] { flex: 1 1 220px; max-width: 420px } .copy code { user-select: all }
 input, select, button { font: inherit; color: inherit; border: 1px solid var(--dim); border-radius: 7px; background: var(--card);
   padding: 7px 12px; min-height: 38px } [type=checkbox] { min-height: 0; width: 18px; height: 18px; accent-color: var(--accent) }
@@ -8224,11 +8371,20 @@ section > .copy, section > button + .dim { margin: 4px 0 10px } section > .dim:h
 ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px } .people { max-height: 96px; overflow: auto; margin: 6px 0 }
 .small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
 [aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
-.log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) }
-.live { margin-left: auto; min-width: 8em; text-align: end } .more { padding: 4px 18px 18px }
-summary { display: grid; grid-template-columns: 4.6em minmax(0, 1fr) auto; gap: 2px 14px; padding: 10px 18px; align-items: baseline;
-  cursor: pointer } summary:hover { background: var(--hover) } summary:focus-visible { outline-offset: -3px }
-summary::-webkit-details-marker, [open] .problem, .log:empty { display: none } .problem { grid-column: 2 / -1; font-size: 14px }
+.log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) } .log:empty, .log [open] .brief { display: none }
+.live { margin-left: auto; min-width: 8em; text-align: end } .more { padding: 4px 18px 18px } .more .bar { margin: 14px 0 0 }
+summary { cursor: pointer } summary:hover { background: var(--hover) } summary:focus-visible { outline-offset: -3px }
+summary::-webkit-details-marker { display: none } .brief { font-size: 14px; color: var(--tone, var(--dim)) } .ok .brief { color: var(--dim) }
+.log summary { display: grid; grid-template-columns: 4.6em minmax(0, 4fr) minmax(0, 6fr) 6em; gap: 0 14px; padding: 4px 18px;
+  align-items: baseline } .log summary time { grid-column: 4; text-align: end } .log details:not([open]) summary > :not(time) { white-space: nowrap;
+  overflow: hidden; text-overflow: ellipsis } .day { padding: 4px 18px; background: var(--bg); font-size: 13px; font-weight: 600 }
+.causes { padding: 8px 20px; margin: 0 0 12px; position: relative } .causes summary { font-weight: 600; padding: 2px 0 } .causes.all li { display: flex }
+.causes li { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 3px 0; align-items: baseline } .causes li:nth-child(n+4) { display: none }
+.causes p { margin: 0; flex: 1 1 300px; font-size: 14px } .causes a { color: var(--tone); font-weight: 600 }
+.causes > button { position: absolute; top: 6px; right: 20px }
+.filters { display: none; flex-wrap: wrap; gap: 8px } .filters.shown { display: flex } .bar + .filters { margin: -4px 0 12px }
+.filters > *, .filters label > * { font-size: 14px; min-height: 32px; padding: 3px 8px } .filters label { padding: 0 } [size] { width: 11em }
+.skip { position: absolute; top: -60px } .skip:focus { top: 4px; left: 4px; background: var(--card); padding: 8px 12px; z-index: 1 }
 .note { border-radius: 8px; padding: 12px 16px; margin: 6px 0 12px }
 .pill { color: var(--tone); border-radius: 20px; padding: 0 9px; white-space: nowrap }
 .note .dim::first-letter, .history b::first-letter { text-transform: uppercase } .history b, .pill { display: inline-block }
@@ -8240,15 +8396,20 @@ pre { margin: 10px 0 0; padding: 14px; background: var(--bg); border-radius: 8px
 table { border-collapse: collapse; width: 100%; overflow-wrap: break-word } .list table { overflow-wrap: anywhere }
 th, td { text-align: left; padding: 9px 14px 9px 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-shadow: -20px 0 var(--tint), 20px 0 var(--tint) }
+@media (min-width: 1000px) { .filters { display: flex } .toggle { display: none } h1, .lead { display: inline-block; margin-right: 14px } }
 @media (max-width: 640px) { header > div { padding: 8px 14px 0 } main { padding: 18px 14px 80px } header b, .live { flex: 1 }
   nav { order: 3; flex: 1 0 100%; gap: 0 } nav a { padding: 10px 8px 8px } section, .card, .more { padding: 14px }
-  .more { padding-top: 2px } summary { grid-template-columns: 4.4em minmax(0, 1fr); padding: 10px 14px } summary time { grid-column: 2 }
+  .more { padding-top: 2px } .log summary { grid-template-columns: 4.4em minmax(0, 1fr) auto; padding: 6px 14px; gap: 0 8px }
+  .log summary > :nth-child(2) { grid-column: 2 / -1 } .log summary > .brief { grid-area: 2 / 2 }
+  .log summary time { grid-area: 2 / 3; line-height: 21px } .log summary .brief:empty + time { grid-area: 2 / 2; text-align: start }
+  .lead { font-size: 14px; margin: 0 0 8px } .causes { padding: 4px 14px } .causes > button { right: 14px }
+  .bar { gap: 8px } .bar [type=search] { flex-basis: 120px } .live { min-width: 0 } .filters > *, .filters label > * { flex: 1 1 8em }
   .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex } table { overflow-wrap: anywhere }
   tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
   td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
   td:has(> span:empty) { display: none } }
 </style>
-<header hidden><div><b>SCIM console <span></span></b><nav aria-label="Sections"></nav>
+<header hidden><a class="skip" href="#/">Skip to the content</a><div><b>SCIM console <span></span></b><nav aria-label="Sections"></nav>
 <button class="small">Sign out</button></div></header><main></main>
 <form class="card" hidden><h1>SCIM console</h1><p class="lead">Sign in with a Secret Token of the tenant. It may be one with read access.
  It stays in this tab. The console changes nothing.</p><label for="token">Secret Token</label>
@@ -8273,12 +8434,22 @@ function h(selector, ...children) {
 }
 // link('Ada', 'people', id) leads to a view; an object after the path has options of the view: link('All', 'log', {text: 'Ada'}).
 function link(text, ...path) {
-  const options = typeof path.at(-1) === 'object' ? '?' + new URLSearchParams(path.pop()) : '';
-  return h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/') + options}, text || path.at(-1));
+  const options = typeof path.at(-1) === 'object' ? Object.entries(path.pop()).filter(([, value]) => value) : [];
+  const query = options.length ? '?' + new URLSearchParams(options) : '';
+  return h('a', {href: ['#', ...path.map(encodeURIComponent)].join('/') + query}, text || path.at(-1));
 }
-const date = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'medium'});
-const time = at => h('time', {dateTime: at}, date(at));
+const date = at => new Date(at).toLocaleString('en-GB', {dateStyle: 'medium', timeStyle: 'long'});  // with the time zone
+const day = at => new Date(at).toLocaleDateString('en-GB', {weekday: 'long', day: 'numeric', month: 'long', year: 'numeric'});
+const UNITS = [['day', 86400], ['hour', 3600], ['minute', 60], ['second', 1]];
+function ago(at) {  // '5min ago', or the date of what is older than a month
+  const seconds = Math.max(1, (Date.now() - new Date(at)) / 1000), [unit, size] = UNITS.find(([, length]) => seconds >= length);
+  return seconds > 30 * 86400 ? new Date(at).toLocaleDateString('en-GB', {dateStyle: 'medium'}) :
+    new Intl.RelativeTimeFormat('en', {style: 'narrow'}).format(-Math.floor(seconds / size), unit);
+}
+const time = at => h('time', {dateTime: at, title: date(at)}, ago(at));
+setInterval(() => document.querySelectorAll('time').forEach(element => { element.textContent = ago(element.dateTime); }), 30000);
 const valueText = value => value === true ? 'Yes' : value === false ? 'No' : String(value ?? '');
+const plural = (number, one, many = one + 's') => `${number.toLocaleString('en')} ${number === 1 ? one : many}`;
 const nameList = names => names.join(', ').replace(/urn:\S+:(facilio|enterprise):2.0:User:/g, '');
 const pill = (good, text, sign = '!') => h('span.pill.' + (good ? 'ok' : 'warn'), `${good ? '✓' : sign} ${text}`);
 const json = value => h('pre', {tabIndex: 0}, JSON.stringify(value, null, 2));
@@ -8306,8 +8477,17 @@ const changeList = (attributes, values, names = {}) => attributes.map(path => {
   const [before, after] = (values[path] || []).map(value => changedText(value, names)), name = nameList([path]);
   return h('p.dim', before === undefined ? name : [name + ': ', before && [h('del', before), ' → '], h('ins', after || 'no value')]);
 });
-const copyable = text => h('div.copy', h('code', text), h('button.small', {ariaLabel: 'Copy ' + text, hidden: !navigator.clipboard,
-  onclick: async ({target}) => { await navigator.clipboard.writeText(text); target.textContent = 'Copied'; }}, 'Copy'));
+const valueChanges = values => Object.entries(values).map(([path, pair]) =>
+  `${nameList([path])}: ${pair.map(value => changedText(value, {}) || '–').join(' → ')}`);
+// A button that copies a text; a page that came over HTTP has no clipboard, so it shows the text.
+const copyButton = (title, text, label = title) => h('button.small', {ariaLabel: label, onclick: ({target}) => {
+  if (navigator.clipboard) { navigator.clipboard.writeText(text()); target.textContent = 'Copied'; }
+  else target.parentElement.append(h('pre', {tabIndex: 0}, text())); }}, title);
+const copyable = text => h('div.copy', h('code', text), navigator.clipboard && copyButton('Copy', () => text, 'Copy ' + text));
+function download(name, ...parts) {
+  const href = URL.createObjectURL(new Blob(parts));
+  h('a', {download: name, href}).click(); setTimeout(URL.revokeObjectURL, 1000, href);
+}
 
 // -- The address: #/view/id?name=value has all that a view shows, so that a link, Back and reload restore it --
 const viewPath = () => location.hash.split('?')[0];
@@ -8320,9 +8500,13 @@ function remember(changes, isStep = true) {
   const hash = viewPath() + (all.size ? '?' + all : '');
   if (hash !== location.hash) history[isStep ? 'pushState' : 'replaceState'](null, '', hash);
 }
+// Return a select of [value, text] pairs.
+const choice = (title, values) => h('select', {ariaLabel: title}, values.map(([value, text = value]) => h('option', {value}, text)));
 // Return a field whose value is an option of the view; a change leads to the first page.
 function filterField(name, field, load, isStep = true) {
-  field.value = option(name);
+  const value = option(name);
+  if (field.options && ![...field.options].some(item => item.value === value)) field.append(h('option', {value}, value));
+  field.value = value;
   field.onchange = () => { remember({[name]: field.value, page: '', open: ''}, isStep); return load(); };
   return field;
 }
@@ -8344,8 +8528,7 @@ async function request(path, signal) {
 const get = async (path, parameters) => (await request(path + '?' + new URLSearchParams(parameters), view.signal)).json();
 const getLog = async parameters => (await get('/console/api/log', parameters)).entries;
 const getSetup = async () => { setup = await get('/console/api/setup'); };
-const downloadMapping = async () => h('a', {download: 'mapping.csv',
-  href: URL.createObjectURL(await (await request('/console/api/mapping')).blob())}).click();
+const downloadMapping = async () => download('mapping.csv', await (await request('/console/api/mapping')).blob());
 // Long polls while the view is open; each failure doubles the pause.
 async function followLog(status, refresh) {
   const {signal} = view;
@@ -8354,7 +8537,7 @@ async function followLog(status, refresh) {
       status.textContent ||= 'Live';
       const [newest] = await getLog({after, wait: 25, count: 100});
       status.textContent = 'Live'; pause = 1000;
-      if (newest) { after = newest.seq; await refresh(); }
+      if (newest) { after = newest.seq; await refresh(); await new Promise(resolve => setTimeout(resolve, 1000)); }
     } catch (error) {
       if (signal.aborted) return;
       status.textContent = `Connection lost, retrying in ${pause / 1000} s`;
@@ -8362,57 +8545,135 @@ async function followLog(status, refresh) {
     }
 }
 
-// -- The log --
+// -- The log: causes of open problems, filters, calls --
+const ACTIONS = ['Create user', 'Update user', 'Replace user', 'Activate user', 'Deactivate user', 'Delete user', 'Look up user',
+  'Create group', 'Update group', 'Replace group', 'Delete group', 'Look up group', 'List', 'Read', 'Call'];
+const FILTERS = ['text', 'level', 'status', 'action', 'person', 'token', 'from', 'to', 'cause', 'subject'];
+const logFilters = () => Object.fromEntries([...options()].filter(([name, value]) => value && FILTERS.includes(name)));
+// The fields 'from' and 'to' show the local time; the address and the server have UTC.
+function timeField(title, name, load) {
+  const field = h('input', {type: 'datetime-local'}), start = new Date(option(name));
+  if (+start) field.value = new Date(start - start.getTimezoneOffset() * 60000).toISOString().slice(0, 16);
+  field.onchange = () => {
+    remember({[name]: field.value && new Date(field.value).toISOString(), page: '', open: ''}); return load(); };
+  return h('label', title, field);
+}
+function filterFields(load) {
+  const field = (name, element) => filterField(name, element, load), tokens = [...new Set(setup.tokens.map(({name}) => name))];
+  return [field('level', choice('Outcome', [['', 'All outcomes'], ['1', 'Problems'], ['2', 'Errors']])),
+    field('status', choice('Status', [['', 'All statuses'], ...[200, 201, 204, 400, 401, 403, 404, 409, 412, 429, 500, 503].map(code => [code])])),
+    field('action', choice('Action', [['', 'All actions'], ['member', 'Change members'], ...ACTIONS.map(action => [action])])),
+    field('person', h('input', {size: 16, placeholder: 'Person or group', ariaLabel: 'Person or group'})),
+    field('token', choice('Token or client', [['', 'All tokens'], ...tokens.map(name => [name])])),
+    timeField('From', 'from', load), timeField('To', 'to', load)];
+}
+function causeItem({cause, remedy, kind, level, people, groups, calls, first, last}) {
+  const who = [people && plural(people, 'person', 'people'), groups && plural(groups, 'group')].filter(Boolean).join(' and ');
+  const sentence = cause.replace(/^[A-Z](?=[a-z ])/, letter => letter.toLowerCase());
+  return h('li.' + LEVELS[level][0], link(`${who || plural(calls, 'call')}: ${sentence}`, 'log', {cause}), h('p', remedy),
+    h('span.dim', plural(calls, 'call'), ', ', time(first), calls > 1 && [' to ', time(last)]));
+}
+function causeCard(causes) {
+  const {strangers, strange_since} = setup, number = causes.length, card = h('details.card.causes', {open: innerWidth > 640},
+    h('summary', number ? `Open problems: ${number}` : 'Calls with an unknown token'), h('ol', causes.map(causeItem)));
+  if (number > 3) card.append(h('button.small', {onclick: ({target}) => { card.classList.add('all'); target.remove(); }}, `Show all ${number}`));
+  if (strangers) card.append(h('p.dim', `${plural(strangers, 'call')} to this server had a token of no tenant since `, time(strange_since),
+    '; they are counted for all tenants together. If Entra reports 401, enter the Secret Token again.'));
+  return number || strangers ? card : setup.last.length ? h('p.brief.ok', '✓ No open problems.') : '';
+}
+// What the filters without a field select, with a link that removes them.
+const chips = () => [['cause', 'Problem'], ['subject', 'ID']].filter(([name]) => option(name)).map(([name, title]) =>
+  h('p', `${title}: ${option(name)} `, link('Show all', 'log', {...logFilters(), [name]: ''})));
+
+// -- A call --
+// The plainest form of a call for a shell; the secret is a variable of the shell.
+function curlCommand({method, path, query, body}) {
+  const quoted = text => `'${text.replaceAll("'", `'\\''`)}'`, hasBody = ['POST', 'PUT', 'PATCH'].includes(method);
+  return [`curl --globoff -X ${method} ${quoted(setup.url.replace(/\/scim\/v2$/, '') + path + (query ? '?' + query : ''))}`,
+    '-H "Authorization: Bearer $SECRET_TOKEN"', hasBody && "-H 'Content-Type: application/scim+json'",
+    hasBody && (body ? '-d ' + quoted(JSON.stringify(body)) : '-d @body.json')].filter(Boolean).join(' \\\n  ') +
+    (hasBody && !body ? '  # the log keeps bodies if "log": {"bodies": true} is configured' : '');
+}
+// A call without what may be about a person: names, values, ids, addresses. What is not known to be harmless is left out.
+const WORDS = /^(|scim|v2|Users|Groups|Me|Bulk|Schemas|ResourceTypes|ServiceProviderConfig|\.search|oauth2|token)$/i;
+const harmlessPath = path => /^[\w:.$-]+(\[type eq "\w+"\](\.\w+)?)?$/.test(path) ? path : '…';
+const harmlessQuery = query => [...new URLSearchParams(query)].map(([name, value]) => name === 'filter' ?
+  `filter=${value.match(/^(id|userName|externalId|displayName|active|emails|members)\b[\w.]* (eq|ne|co|sw|ew|pr)\b/)?.[0] || ''} …` :
+  /^(attributes|excludedAttributes|startIndex|count|cursor|sortBy|sortOrder|aadOptscim\d+)$/.test(name) ? name + '=…' : '…').join('&');
+const supportText = call => [['Server', `scim_server ${setup.version}`], ['Time', call.at], ['Action', `${call.method} ${call.type || 'call'}`],
+  ['Path', call.path.split('/').map(part => WORDS.test(part) ? part : '…').join('/')], ['Query', harmlessQuery(call.query)],
+  ['Status', call.status], ['Attributes', call.attributes.map(harmlessPath).join(', ')],
+  ...call.notes.flatMap(note => [['Problem', note.cause || note.kind], ['Remedy', note.cause && note.remedy]]),
+  ['Duration', `${call.milliseconds} ms`], ['Request ID', call.id]]
+  .filter(([, value]) => value).map(([name, value]) => `${name}: ${value}`).join('\n');
 function logEntry(call) {
-  const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type];
-  return h('li', h('details.' + level, h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`),
-    h('span', call.operation, ' ', h('b', call.name)), time(call.at), call.notes[0] && h('span.problem', call.notes[0].text)),
+  const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type], seq = String(call.seq);
+  const values = call.values || {};
+  const brief = call.notes[0]?.text || call.method !== 'POST' && valueChanges(values).join(', ');
+  const address = {page: call.seq + 1, open: seq};
+  return h('li', h('details.' + level, {id: 'call-' + seq, ontoggle: ({target}) => {
+    if (target.open || option('open') === seq) remember({open: target.open && seq}, false); }},
+  h('summary', h('span.pill', {title: meaning}, `${sign} ${call.status}`), h('span', call.operation, ' ', h('b', call.name)),
+    h('span.brief', brief), time(call.at)),
   h('div.more', call.notes.map(note => h('div.note', h('p.dim', note.kind), h('p', note.text),
     h('p', h('b', 'What to do: '), note.remedy))),
-  pairs([[call.type, path && call.subject && link(call.name, path, call.subject)], ['Attributes', nameList(call.attributes)],
-    ['Error', call.detail], ['Request', h('code', `${call.method} ${call.path}`)],
-    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`], ['Duration', `${call.milliseconds} ms`],
-    ['Request ID', call.id]]), call.body && json(call.body))));
+  pairs([[call.type, path && call.subject && [link(call.name, path, call.subject), ' · ', link('all calls', 'log', {subject: call.subject})]],
+    ['Changed', ...changeList(Object.keys(values), values)], ['Attributes', nameList(call.attributes)],
+    ['Error', call.detail], ['Request', h('code', `${call.method} ${call.path}${call.query ? '?' + call.query : ''}`)],
+    ['Token', `${call.token}, from ${call.client || 'an unknown address'}`],
+    ['Time', `${date(call.at)}, in ${call.milliseconds} ms`], ['Request ID', call.id]]), call.body && json(call.body),
+  h('div.bar', copyButton('Copy link', () => link('', 'log', address).href), copyButton('Copy as curl', () => curlCommand(call)),
+    copyButton('Copy for support', () => supportText(call), 'Copy for support: without personal data')))));
 }
-function healthCards(problems) {  // problems: the newest log entries with a note
-  const {last: [lastCall], refused, strangers} = setup, unused = lastCall ? setup.fields.filter(({people}) => !people) : [];
-  const recent = kind => problems.filter(call => call.seq > lastCall.seq - 100 && call.notes.some(note => note.kind === kind));
-  const [failure] = recent('connection'), mapping = recent('mapping');
-  const card = (level, title, ...text) => h('div.card.health.' + level, h('h2', title), h('p', text));
-  return h('div.grid', card(!lastCall || failure ? 'warn' : 'ok', 'Connection', lastCall ?
-    `Last call on ${date(lastCall.at)} with the token “${lastCall.token}”. ` :
-    ['No calls yet. Enter the ', link('Tenant URL', 'setup'), ' in Entra ID.'],
-  failure && `${failure.notes[0].text} ${failure.notes[0].remedy}`, setup.lost && ` Calls missing from the log: ${setup.lost}.`),
-  card(refused.length || strangers ? 'warn' : 'ok', 'Authentication', refused.length ?
-    `Calls refused since ${date(refused.at(-1).at)}: ${refused.length}. ${refused[0].notes[0].text} ` :
-    !strangers && 'No calls were refused.',
-  strangers && `Calls with an unknown token since ${date(setup.strange_since)}: ${strangers}.`),
-  card(mapping.length ? LEVELS[mapping[0].level][0] : unused.length ? 'warn' : 'ok', 'Attribute mapping', mapping.length ?
-    `${mapping.length} of the last 100 calls had problems. ${mapping[0].notes[0].text} ` : lastCall ? 'No problems. ' : 'No calls yet. ',
-  unused.length && [link('Custom fields', 'setup'), ` no one has a value for: ${unused.map(field => field.display_name).join(', ')}.`]));
+const dayBreaks = calls => calls.flatMap((call, index) => [index && day(calls[index - 1].at) === day(call.at) ? '' :
+  h('li.day', day(call.at)), logEntry(call)]);
+
+// -- Export: all calls that the filters select --
+const CSV_COLUMNS = {time: 'at', action: 'operation', name: 'name', status: 'status', level: 'level', problem: 'notes', attributes: 'attributes',
+  token: 'token', client: 'client', method: 'method', path: 'path', query: 'query', milliseconds: 'milliseconds', 'request id': 'id'};
+const cellText = value => Array.isArray(value) ? value.map(item => item.text || item).join('; ') : String(value ?? '');
+// A spreadsheet would run a cell that looks like a formula; an apostrophe makes it text.
+const csvCell = value => `"${cellText(value).replace(/^[=+@\t\r＝＋－＠-]/, "'$&").replaceAll('"', '""')}"`;
+async function exportCalls(format) {
+  const calls = [];
+  for (let before = 0, page; !page || page.length === 1000; before = page.at(-1)?.seq)
+    calls.push(...page = await getLog({...logFilters(), before, count: 1000}));
+  download('log.' + format, format === 'json' ? JSON.stringify(calls, null, 1) : [Object.keys(CSV_COLUMNS), ...calls.map(call =>
+    Object.values(CSV_COLUMNS).map(name => call[name]))].map(cells => cells.map(csvCell).join(',') + '\r\n').join(''));
 }
 async function showLog() {
-  const search = searchField('Search names, attributes, errors', load);
-  const problemsOnly = h('input', {type: 'checkbox', checked: option('level') > 0,
-    onchange: () => { remember({level: +problemsOnly.checked, page: '', open: ''}); return load(); }});
-  const list = h('div'), cards = h('div'), status = h('span', {role: 'status'});
+  const search = searchField('Search names, attributes, errors', load), status = h('span', {role: 'status'});
+  const list = h('div'), causes = h('div'), lead = h('span'), footer = h('div.bar'), filters = h('div.filters', filterFields(load),
+    h('button', {onclick: () => exportCalls('csv'), title: 'All calls that the filters select'}, 'CSV'),
+    h('button', {onclick: () => exportCalls('json'), title: 'All calls that the filters select'}, 'JSON'));
+  const toggle = h('button.toggle', {ariaExpanded: 'false',
+    onclick: () => { toggle.ariaExpanded = String(filters.classList.toggle('shown')); }}, 'Filters');
   const showNew = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
-  const showOlder = h('button', {onclick: async () => list.firstChild.append(...entries(await getCalls(oldest)))}, 'Show older calls');
-  const getCalls = before => getLog({before, count: 50, level: +problemsOnly.checked, text: search.value});
-  const entries = calls => { oldest = calls.at(-1)?.seq; showOlder.hidden = calls.length < 50; return calls.map(logEntry); };
-  let loads = 0, oldest;
+  const getCalls = before => getLog({...logFilters(), before, count: 50});
+  let loads = 0, causesAt = 0;
   async function load() {
-    const number = ++loads, [calls, problems] = await Promise.all([getCalls(0), getLog({level: 1}), getSetup()]);
+    const number = ++loads, open = option('open'), page = option('page') || 0;
+    const areCausesDue = Date.now() - causesAt > 10000;  // the server reads the whole log for them
+    const [calls, answer] = await Promise.all([getCalls(page), areCausesDue && get('/console/api/causes'), getSetup()]);
     if (number < loads) return;  // a newer search started
-    showNew.hidden = true; cards.replaceChildren(healthCards(problems));
-    list.replaceChildren(h('ol.log', entries(calls)), calls.length ? '' : problemsOnly.checked || search.value ?
-      notice('No matching calls', 'Clear the search or show all calls.') :
+    if (open && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
+    showNew.hidden = true; toggle.textContent = `Filters${Object.keys(logFilters()).length ? ` (${Object.keys(logFilters()).length})` : ''}`;
+    if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer.causes)); }
+    const [lastCall] = setup.last, [skipped, missing] = setup.left_out;
+    lead.replaceChildren(...lastCall ? ['Last call ', time(lastCall.at), ` with “${lastCall.token}”.`] :
+      ['The calls of identity providers, their outcome, and how to fix what failed.']);
+    list.replaceChildren(...chips(), h('ol.log', dayBreaks(calls)), calls.length ? '' : Object.keys(logFilters()).length ?
+      notice('No matching calls', 'Change the filters, or ', link('show all calls', 'log'), '.') :
       notice('No calls yet', 'Calls from Entra ID appear here, with their outcome. See ', link('Set-up', 'setup'),
         ' for what to enter there.'));
+    footer.replaceChildren(...[calls.length === 50 && link('Older calls', 'log', {...logFilters(), page: calls.at(-1).seq}),
+      page && link('Newest calls', 'log', logFilters()), skipped && h('span.dim', `${plural(skipped, 'successful look-up')} not kept`),
+      missing && h('span.dim', `${plural(missing, 'call')} missing`)].filter(Boolean));
+    const opened = open && list.querySelector('#call-' + CSS.escape(open));
+    if (opened) { opened.open = true; requestAnimationFrame(() => opened.scrollIntoView({block: 'nearest'})); }
   }
-  await load(); followLog(status, () => scrollY < 200 && !list.querySelector('[open]') ? load() : showNew.hidden = false);
-  return ['Provisioning log', 'The calls of identity providers, their outcome, and how to fix what failed.', cards,
-    h('div.bar', search, h('label', problemsOnly, 'Problems only'), h('span.live', showNew, ' ', status)), list, showOlder];
+  await load(); followLog(status, () => scrollY < 200 && !option('page') && !list.querySelector('[open]') ? load() : showNew.hidden = false);
+  return ['Provisioning log', lead, causes, h('div.bar', search, toggle, h('span.live', showNew, ' ', status)), filters, list, footer];
 }
 
 // -- Set-up --
@@ -8680,6 +8941,16 @@ function route(event) {
   return show(event);
 }
 signOutButton.onclick = () => signIn();
+header.querySelector('.skip').onclick = event => { event.preventDefault(); main.tabIndex = -1; main.focus(); };
+// '/' leads to the search, the arrow keys go through the rows of a list.
+addEventListener('keydown', event => {
+  const {key, target} = event, search = main.querySelector('[type=search]'), isTyping = target.matches('input, select, textarea');
+  if (event.ctrlKey || event.altKey || event.metaKey || (isTyping && target !== search)) return;
+  const rows = [...main.querySelectorAll('.log summary, tbody tr :first-child a')], place = rows.indexOf(target);
+  const isInList = place >= 0 || target === search, [up, down] = [key === 'ArrowUp', key === 'ArrowDown'];
+  const next = key === '/' && !isTyping ? search : isInList && down ? rows[place + 1] : isInList && up ? rows[place - 1] || search : null;
+  if (next) { event.preventDefault(); next.focus(); }
+});
 addEventListener('unhandledrejection', event => {  // an error of a button or a search; ignored if its view is gone
   event.preventDefault();
   if (!view.signal.aborted && event.reason.name !== 'AbortError') main.prepend(alertBox(event.reason.message));

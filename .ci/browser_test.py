@@ -73,7 +73,12 @@ return new Promise(resolve => {
     .observe({type: 'layout-shift', buffered: true});
   setTimeout(() => resolve(sum), 0); });
 """
-ENTER, TAB = "\ue007", "\ue004"
+# Returns the top of the first row of the log, its height and the number of rows in the window.
+LOG_ROWS = """
+const rows = [...document.querySelectorAll('.log summary')].map(row => row.getBoundingClientRect());
+return [rows[0].top, rows[0].height, rows.filter(row => row.bottom <= innerHeight).length];
+"""
+ENTER, TAB, DOWN, UP = "\ue007", "\ue004", "\ue015", "\ue013"
 
 
 def send(method: str, url: str, body: Any = None, token: str = "") -> Any:
@@ -167,12 +172,12 @@ class Browser:
         move = {"type": "pointerMove", "x": 0, "y": 0, "origin": element}
         self.do("actions", actions=[{"type": "pointer", "id": "mouse", "actions": [move]}])
 
-    def emulate(self, width: int, theme: str) -> None:
-        """Set the window's width and the colour theme, with reduced motion."""
+    def emulate(self, width: int, theme: str, height: int = 900) -> None:
+        """Set the size of the window and the colour theme, with reduced motion."""
         self.devtools(
             "Emulation.setDeviceMetricsOverride",
             width=width,
-            height=900,
+            height=height,
             deviceScaleFactor=1,
             mobile=False,
         )
@@ -269,6 +274,18 @@ def wait_for_view(browser: Browser, text: str) -> None:
     browser.wait_for("document.querySelector('main h1')?.innerText === arguments[0]", text)
 
 
+def open_view(browser: Browser, base: str, fragment: str, title: str) -> None:
+    """Load a view of the page anew and wait until it shows its title."""
+    browser.do("url", url=f"{base}/#/{fragment}")
+    browser.do("refresh")
+    wait_for_view(browser, title)
+
+
+def text_of(browser: Browser, selector: str) -> str:
+    """Return the visible text of an element."""
+    return str(browser.run("return document.querySelector(arguments[0]).innerText", selector))
+
+
 def take_screenshot(browser: Browser, name: str, screenshots: Path | None) -> None:
     """Save a screenshot of the whole page if there is a directory for it."""
     if screenshots:
@@ -335,13 +352,13 @@ def check_sign_in(browser: Browser, link: str, base: str) -> None:
     assert browser.run("return sessionStorage.length") == 0
     browser.press(*link.partition("#token=")[2], ENTER)
     wait_for_view(browser, "Provisioning log")
-    # The checkbox can be reached by keyboard, and its focus is visible.
+    # A filter can be reached by keyboard, and its focus is visible.
     for _ in range(30):
         browser.press(TAB)
-        if browser.run("return document.activeElement.type") == "checkbox":
+        if browser.run("return document.activeElement.ariaLabel") == "Outcome":
             break
     assert browser.run("return document.activeElement.matches(':focus-visible')")
-    browser.press(" ")
+    browser.press("P")
     browser.wait_for(
         "document.querySelectorAll('.log > li').length && "
         "!document.querySelector('.log details.ok')"
@@ -357,7 +374,7 @@ def check_problem(browser: Browser, user_id: str) -> None:
     )
     assert "did you mean “costcode”?" in text and "What to do:" in text, text
     assert "takes a whole number" in browser.run("return document.body.innerText")
-    browser.run("[...document.querySelectorAll('.log details.bad a')].at(-1).click()")
+    browser.run("document.querySelector('.log details.bad a[href*=people]').click()")
     wait_for_view(browser, XSS)
     assert browser.run("return location.hash") == f"#/people/{user_id}"
     page = browser.run("return document.body.innerText")
@@ -385,6 +402,8 @@ def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | N
                 browser.do("url", url=f"{base}/#/{view}")
                 browser.do("refresh")
                 wait_for_view(browser, title)
+                where = f"{view} at {width} in {theme}"
+                assert (shift := browser.run(LAYOUT_SHIFT)) < 0.1, f"{where}: shifts by {shift}"
                 if width == 1600:
                     check_buttons(browser, f"{view} in {theme}")
                 if view == "log":
@@ -395,14 +414,115 @@ def check_views(browser: Browser, base: str, user_id: str, screenshots: Path | N
                     screenshots,
                 )
                 browser.emulate(width, theme)
-                where = f"{view} at {width} in {theme}"
                 page_width = browser.run("return document.documentElement.scrollWidth")
                 assert page_width <= width, f"{where}: {page_width} pixels wide"
                 assert (elements := browser.run(LOW_CONTRAST)) == [], f"{where}: {elements}"
-                assert (shift := browser.run(LAYOUT_SHIFT)) < 0.1, f"{where}: shifts by {shift}"
                 assert not browser.run(
                     "return window.pwned || document.querySelector('main img')"
                 ), where
+
+
+def check_log(browser: Browser, base: str, width: int, theme: str) -> None:
+    """The log shows enough rows; open problems come first, and each of them selects its calls."""
+    browser.emulate(width, theme, 640 if width < 640 else 1000)
+    open_view(browser, base, "log", "Provisioning log")
+    top, height, rows = browser.run(LOG_ROWS)
+    if width < 640:
+        assert top + height < 640 and height < 60, f"the first row is at {top}, {height} high"
+        browser.run("document.querySelector('.causes').open = true")
+        browser.run("document.querySelector('.toggle').click()")
+    else:
+        assert rows >= 16, f"{rows} rows at 1600 x 1000"
+    low_contrast = browser.run(LOW_CONTRAST)
+    assert low_contrast == [], low_contrast
+    title = browser.run("return document.querySelector('.log time').title")
+    assert re.search(r"\d:\d\d:\d\d (UTC|GMT|[A-Z]+T)", title), title
+    assert browser.run("return document.querySelectorAll('.log > .day').length") == 1
+    assert "1 person: the expression for active is still Switch(…)" in text_of(browser, ".causes")
+    browser.run(
+        "[...document.querySelectorAll('.causes a')]"
+        ".find(link => link.innerText.includes('expression for active')).click()"
+    )
+    browser.wait_for("document.querySelectorAll('.log details').length === 1")
+    assert "Deactivate user" in text_of(browser, ".log") and "Problem:" in text_of(browser, "main")
+    page_width = browser.run("return document.documentElement.scrollWidth")
+    assert page_width <= width, f"{page_width} pixels wide at {width}"
+
+
+def check_call(browser: Browser, base: str) -> None:
+    """A call has its changes; it can be copied as link, as curl and without personal data."""
+    browser.emulate(1600, "light")
+    open_view(browser, base, "log?action=update&level=0&status=200", "Provisioning log")
+    browser.wait_for("document.querySelectorAll('.log details').length === 1")
+    assert f"title: {XSS} → Chief" in text_of(browser, ".log")
+    browser.run("navigator.clipboard.writeText = text => { window.copied = text; }")
+    browser.run("document.querySelector('.log summary').click()")
+    browser.wait_for("location.hash.includes('open=')")
+
+    def copied(title: str) -> str:
+        script = (
+            "[...document.querySelectorAll('.log button')]"
+            ".find(button => button.innerText === arguments[0]).click(); return window.copied"
+        )
+        return str(browser.run(script, title))
+
+    link, curl, support = map(copied, ("Copy link", "Copy as curl", "Copy for support"))
+    assert curl.startswith("curl --globoff -X PATCH 'http") and '"Authorization: Bearer $' in curl
+    assert "sample-secret" not in curl and "-d @body.json" in curl, curl
+    assert "Path: /scim/v2/Users/…" in support and "Attributes: title" in support, support
+    names = (XSS, "Chief", "127.0.0.1", curl.split("/Users/")[1][:36])
+    assert not any(name in support for name in names), support
+    browser.do("url", url=link)
+    browser.do("refresh")
+    browser.wait_for("document.querySelector('.log [open]')")
+    assert "title:" in text_of(browser, ".log [open]")
+
+
+def check_export(browser: Browser, base: str) -> None:
+    """The calls that the filters select are exported as CSV and JSON."""
+    open_view(browser, base, "log?level=1", "Provisioning log")
+    browser.run(
+        "URL.createObjectURL = blob => { window.file = blob.text(); return '#/log?level=1'; }"
+    )
+    for format in ("CSV", "JSON"):
+        browser.run("delete window.file")
+        browser.run(
+            "[...document.querySelectorAll('.filters button')]"
+            ".find(button => button.innerText === arguments[0]).click()",
+            format,
+        )
+        browser.wait_for("window.file")
+        text = browser.run("return window.file")
+        if format == "CSV":
+            header, *lines = text.split("\r\n")[:-1]
+            assert header.startswith('"time","action","name"') and len(lines) == 5, text
+        else:
+            assert len(json.loads(text)) == 5, text
+
+
+def check_keyboard(browser: Browser, base: str) -> None:
+    """The skip link comes first, / leads to the search, and arrow keys go through the rows."""
+    open_view(browser, base, "log", "Provisioning log")
+    browser.press(TAB)
+    assert browser.run("return document.activeElement.className") == "skip"
+    browser.press(ENTER)
+    assert browser.run("return document.activeElement.localName") == "main"
+    browser.press("/")
+    assert browser.run("return document.activeElement.type") == "search"
+    browser.press(DOWN, DOWN)
+    row = "return [...document.querySelectorAll('.log summary')].indexOf(document.activeElement)"
+    assert browser.run(row) == 1
+    browser.press(UP, ENTER)
+    assert browser.run(row) == 0
+    browser.wait_for("location.hash.includes('open=')")
+    browser.press(UP, *"costcoed")
+    browser.wait_for("document.querySelectorAll('.log details').length === 1")
+    browser.run("location.hash = '#/people'")
+    wait_for_view(browser, "Employees")
+    outline = "return getComputedStyle(document.activeElement).outlineStyle"
+    assert browser.run(outline) == "none"  # the heading has the focus, and no ring
+    browser.press("/", DOWN, ENTER)
+    browser.wait_for("location.hash.startsWith('#/people/')")
 
 
 def check_addresses(browser: Browser, base: str) -> None:
@@ -581,6 +701,12 @@ def main() -> None:
             check_sign_in(browser, link, base)
             check_problem(browser, user_id)
             check_views(browser, base, user_id, screenshots)
+            for width in (360, 1600):
+                for theme in ("light", "dark"):
+                    check_log(browser, base, width, theme)
+            check_call(browser, base)
+            check_export(browser, base)
+            check_keyboard(browser, base)
             check_addresses(browser, base)
             check_people(browser, base, token)
             check_setup(browser, base)
