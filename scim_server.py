@@ -3110,20 +3110,25 @@ class Session:
         self.run("DELETE FROM request WHERE seq <= (SELECT max(seq) FROM request) - ?", [keep])
 
     def requests(
-        self, after: int = 0, before: int = 0, level: int = 0, subject: str = "", text: str = ""
+        self,
+        after: int = 0,
+        before: int = 2**62,
+        level: int = 0,
+        subject: str = "",
+        text: str = "",
     ) -> Iterator[Json]:
-        # Yield entries between two numbers (0: the end) with a minimum level, newest first.
-        sql = (
-            "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
-            "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT 100"
-        )
+        # Yield entries between two numbers with a minimum level, newest first.
         text = text.encode().lower().decode()  # ASCII letters only, as SQL's lower() does
-        values, before = [level, subject, text], before or 2**62
-        while rows := self.run(sql, [after, before, *values]).fetchall():
-            for before, row_level, about, entry in rows:
-                yield {"seq": before, "level": row_level, "subject": about, **from_json(entry)}
-
-    # -- Whole tables, numbers and settings --
+        while rows := self.run(
+            "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
+            "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT 100",
+            [after, before, level, subject, text],
+        ).fetchall():
+            yield from (
+                {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
+                for seq, level, subject, entry in rows
+            )
+            before = rows[-1][0]
 
     def batches(self, table: str) -> Iterator[list[Any]]:
         # Yield the rows of a table in the order of its key, some at a time.
@@ -3916,7 +3921,8 @@ class Directory:
         return self._read(
             lambda session: list(
                 itertools.islice(
-                    filter(matches, session.requests(after, before, level, subject, text)), count
+                    filter(matches, session.requests(after, before or 2**62, level, subject, text)),
+                    count,
                 )
             ),
             wait,
@@ -6171,7 +6177,6 @@ CORRECTED_BY = {
     "guard": ["active"],
 }
 MAX_CAUSES = 50  # of open problems in an answer
-CAUSE_CALLS = KEEP_LOG  # the newest calls, in which causes are searched
 # fmt: off
 STEPS = (  # of the set-up: key, operation in the log, title, how to get there
     ("lookup", "Look up user",    "A person is looked up",
@@ -6382,7 +6387,6 @@ def explain(reason: Reason, item: LogItem) -> Json:
     # which attributes of whom are corrected by a later call that solves it.
     kind, names, cause, rest, remedy = EXPLANATIONS[reason[0]]
     parts = dict(zip(names.split(), reason[1:], strict=True))
-    paths = [parts["path"]] if "path" in parts else CORRECTED_BY.get(reason[0], [])
     if item.may_show_secret:
         parts = {name: without_quotes(part) for name, part in parts.items()} | {"value": REDACTED}
     # A custom field is known by its link name; the full stop of a detail is that of our sentence.
@@ -6398,7 +6402,10 @@ def explain(reason: Reason, item: LogItem) -> Json:
         "text": (cause + rest).format(**parts),
         "remedy": remedy.format(**parts),
         "cause": cause.format(**{name: without_quotes(part) for name, part in parts.items()}),
-        "attributes": [corrected_by(path)[0] for path in paths],
+        "attributes": [
+            corrected_by(path)[0]
+            for path in CORRECTED_BY.get(reason[0], reason[1 : 1 + names.startswith("path")])
+        ],
         "other": parts.get("other_id", ""),
     }
 
@@ -6422,13 +6429,13 @@ def attributes_of(item: LogItem) -> list[str]:
 
 def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Reason]:
     # Return why a call failed or gets warnings, the most severe first.
-    response, type = item.response, item.call.route.type
+    status, type = item.response.status, item.call.route.type
     # The detail explains an error without a reason.
-    reason = response.reason or ("failed" if response.status >= 500 else "refused", detail)
+    reason = item.response.reason or ("failed" if status >= 500 else "refused", detail)
     for change in session.changes_about(id, 0, MAX_COUNT) if reason[0] == "gone" else ():
         if change.kind in ("user.deleted", "group.deleted"):
             reason = "deleted", type, f"{change.at[:10]} {change.at[11:16]} UTC"
-    if response.status >= 400:
+    if status >= 400:
         return [reason]
     of_user = (*user_warnings(item), *shared_id_warnings(session, item)) if type == "User" else ()
     reasons = {*of_user, *member_warnings(session, item)}
@@ -6437,8 +6444,7 @@ def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Re
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     # Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry.
-    call, response, query = item.call, item.response, item.call.request.query
-    refused = response.status >= 400
+    call, response, refused = item.call, item.response, item.response.status >= 400
     detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
     detail = without_quotes(detail) if item.may_show_secret else detail
     id = item.resource.get("id") or (call.id if call.route.type else "")
@@ -6454,7 +6460,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "milliseconds": round(item.seconds * 1000, 1),
         "method": call.request.method,
         "path": call.request.path[:500],
-        "query": REDACTED if SECRET.search(unquote(query)) else query[:2000],
+        "query": "" if SECRET.search(unquote(call.request.query)) else call.request.query[:2000],
         "client": call.request.client,
         "attributes": attributes_of(item)[:50],
         "values": redacted(call.directory.kept(item.differences)),
@@ -6490,9 +6496,8 @@ def open_causes(entries: Iterable[Json]) -> list[Json]:
             whose = {person, note.get("other")} if of_person else {entry["token"], entry["client"]}
             solved_by = itertools.product(whose - {""}, names | {"DELETE"})
             if note.get("cause") and corrected.isdisjoint(solved_by):
-                facts = {"level": entry["level"], "at": entry["at"]}
-                subject = {entry["type"]: person} if of_person else {}
-                open_calls[note["cause"]].append({**note, **facts, **subject})
+                facts = {"level": entry["level"], "at": entry["at"], "who": person * of_person}
+                open_calls[note["cause"]].append(note | facts | {"type": entry["type"]})
         if entry["level"] < 2:
             names = {entry["method"], *itertools.chain(*map(corrected_by, entry["attributes"]))}
             corrected.update(
@@ -6504,15 +6509,15 @@ def open_causes(entries: Iterable[Json]) -> list[Json]:
             **calls[0],
             "level": max(call["level"] for call in calls),
             "calls": len(calls),
-            "people": len({call.get("User") for call in calls} - {None, ""}),
-            "groups": len({call.get("Group") for call in calls} - {None, ""}),
+            "people": len({call["who"] for call in calls if call["type"] == "User"} - {""}),
+            "groups": len({call["who"] for call in calls if call["type"] == "Group"} - {""}),
             "first": calls[-1]["at"],
             "last": calls[0]["at"],
         }
         for calls in open_calls.values()
     ]
-    order = operator.itemgetter("level", "people", "groups", "calls")
-    return sorted(causes, key=order, reverse=True)[:MAX_CAUSES]
+    by_severity = operator.itemgetter("level", "people", "groups", "calls")
+    return sorted(causes, key=by_severity, reverse=True)[:MAX_CAUSES]
 
 
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
@@ -6574,22 +6579,26 @@ class ProvisioningLog(BackgroundWriter):
         self.usage = usage
         # By tenant: successful look-ups left out under load, and calls that should be in the log.
         self.skipped, self.missing = Counter[str](), Counter[str]()
-        self.unknown_token_calls, self.unknown_token_since = 0, ""
+        self.unknown_token: dict[str, Any] = {"calls": 0}  # and "since"
 
     def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
         # Queue a call for its tenant's log, or count it if no tenant has its token.
-        request, caller = call.request, call.caller
+        request, caller, label, status = (
+            call.request,
+            call.caller,
+            call.route.label,
+            response.status,
+        )
         # A path that does not exist has no label.
-        is_failure = call.route.label == TOKEN_PATH and response.status >= 400
-        is_failure |= not call.route.label and response.status == 404
+        is_failure = (label == TOKEN_PATH and status >= 400) or (not label and status == 404)
         logged = request.path.startswith(BASE_PATH) or is_failure
-        if not caller and logged and response.status == 401:
-            self.unknown_token_calls += 1
-            self.unknown_token_since = self.unknown_token_since or time_text(clock())
-        is_console = call.route.label.startswith("/console/")  # it does not show a token's use
+        if not caller and logged and status == 401:
+            self.unknown_token["calls"] += 1
+            self.unknown_token.setdefault("since", time_text(clock()))
+        is_console = label.startswith("/console/")  # it does not show a token's use
         if not caller or is_console or isinstance(directory := caller.directory, StoreError):
             return  # there is no log
-        if request.method == "GET" and response.status < 300 and self._items.qsize() >= LOG_READS:
+        if request.method == "GET" and status < 300 and self._items.qsize() >= LOG_READS:
             self.skipped[caller.tenant.name] += logged
             return
         # The headers hold the secret.
@@ -6731,7 +6740,7 @@ LOG_FILTERS: dict[str, Callable[[str, Json], bool]] = {
     "from": lambda time, entry: entry["at"][:23] >= time,
     "to": lambda time, entry: entry["at"][:23] <= time,
 }
-LOG_TIMES = [Attribute(name, "dateTime").with_paths() for name in ("from", "to")]
+LOG_TIMES = {name: Attribute(name, "dateTime").with_paths() for name in ("from", "to")}
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
@@ -6739,11 +6748,10 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
     if UNSTORABLE.search(subject + text):
         raise invalid_value("subject, text: no text has a NUL")
     filters = {
-        name: value for name, value in call.parameters.items() if name in LOG_FILTERS and value
+        name: bound.key(bound.convert(value))[:23] if (bound := LOG_TIMES.get(name)) else value
+        for name, value in call.parameters.items()
+        if name in LOG_FILTERS and value
     }
-    for bound in LOG_TIMES:
-        if bound.name in filters:
-            filters[bound.name] = bound.key(bound.convert(filters[bound.name]))[:23]
     read = partial(
         call.directory.requests,
         call.integer("after", 0),
@@ -6757,10 +6765,11 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
     return plain_response({"entries": long_poll(log.usage, call, read)})
 
 
-def get_causes(call: Call) -> Response:
+def get_causes(log: ProvisioningLog, call: Call) -> Response:
+    # Answer GET /console/api/causes; a call with an unknown token may be any tenant's.
     with call.directory.store.reading() as session:
-        entries = itertools.islice(session.requests(), CAUSE_CALLS)
-        return plain_response({"causes": open_causes(entries)})
+        causes = open_causes(itertools.islice(session.requests(), KEEP_LOG))
+    return plain_response({"causes": causes, "unknown_token": log.unknown_token})
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
@@ -6797,8 +6806,6 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
             "left_out": [log.skipped[tenant.name], log.missing[tenant.name]],
             "tokens": tokens,
             "last": directory.requests(count=1),
-            "strangers": log.unknown_token_calls,
-            "strange_since": log.unknown_token_since,
             "mapping": list(entra_mapping(directory)),
             "fields": [
                 {
@@ -7217,7 +7224,7 @@ class Application(Tenants):
         # Methods, path, who may call, lane, operation.
         health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
         bulk = partial(run_bulk, self._perform, self._finish)
-        log, setup = partial(get_log, self.log), partial(get_setup, self.log)
+        log, setup, causes = (partial(get, self.log) for get in (get_log, get_setup, get_causes))
         changes = partial(list_changes, self.usage)
         # fmt: off
         rows: list[RouteRow] = [
@@ -7249,7 +7256,7 @@ class Application(Tenants):
             # The console's reads are not part of the provisioning, and not in its log.
             ("GET",    "/console/api/{type}",            BEARER,   READ,  list_resources),
             ("GET",    "/console/api/log",               BEARER,   SLOW,  log),
-            ("GET",    "/console/api/causes",            BEARER,   SLOW,  get_causes),
+            ("GET",    "/console/api/causes",            BEARER,   SLOW,  causes),
             ("GET",    "/console/api/setup",             BEARER,   READ,  setup),
             ("GET",    "/console/api/mapping",           BEARER,   READ,  get_mapping),
             ("GET",    "/console/api/employees",         BEARER,   READ,  find_employees),
@@ -8573,13 +8580,13 @@ function causeItem({cause, remedy, kind, level, people, groups, calls, first, la
   return h('li.' + LEVELS[level][0], link(`${who || plural(calls, 'call')}: ${sentence}`, 'log', {cause}), h('p', remedy),
     h('span.dim', plural(calls, 'call'), ', ', time(first), calls > 1 && [' to ', time(last)]));
 }
-function causeCard(causes) {
-  const {strangers, strange_since} = setup, number = causes.length, card = h('details.card.causes', {open: innerWidth > 640},
+function causeCard({causes, unknown_token: unknown}) {
+  const number = causes.length, card = h('details.card.causes', {open: innerWidth > 640},
     h('summary', number ? `Open problems: ${number}` : 'Calls with an unknown token'), h('ol', causes.map(causeItem)));
   if (number > 3) card.append(h('button.small', {onclick: ({target}) => { card.classList.add('all'); target.remove(); }}, `Show all ${number}`));
-  if (strangers) card.append(h('p.dim', `${plural(strangers, 'call')} to this server had a token of no tenant since `, time(strange_since),
+  if (unknown.calls) card.append(h('p.dim', `${plural(unknown.calls, 'call')} to this server had a token of no tenant since `, time(unknown.since),
     '; they are counted for all tenants together. If Entra reports 401, enter the Secret Token again.'));
-  return number || strangers ? card : setup.last.length ? h('p.brief.ok', '✓ No open problems.') : '';
+  return number || unknown.calls ? card : setup.last.length ? h('p.brief.ok', '✓ No open problems.') : '';
 }
 // What the filters without a field select, with a link that removes them.
 const chips = () => [['cause', 'Problem'], ['subject', 'ID']].filter(([name]) => option(name)).map(([name, title]) =>
@@ -8658,7 +8665,7 @@ async function showLog() {
     if (number < loads) return;  // a newer search started
     if (open && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
     showNew.hidden = true; toggle.textContent = `Filters${Object.keys(logFilters()).length ? ` (${Object.keys(logFilters()).length})` : ''}`;
-    if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer.causes)); }
+    if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer)); }
     const [lastCall] = setup.last, [skipped, missing] = setup.left_out;
     lead.replaceChildren(...lastCall ? ['Last call ', time(lastCall.at), ` with “${lastCall.token}”.`] :
       ['The calls of identity providers, their outcome, and how to fix what failed.']);

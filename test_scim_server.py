@@ -8396,8 +8396,8 @@ def test_calls_with_an_unknown_token_are_counted_for_all(engine: str) -> None:
             assert_error(Scim(server.url, secret).call("GET", "/Users"), 401)
         logged(console_of(server, "new-secret"), 1)
         for secret in ("new-secret", "globex-secret"):
-            setup = console_of(server, secret).get("/console/api/setup")
-            assert setup["strangers"] == 2 and setup["strange_since"]
+            unknown = console_of(server, secret).get("/console/api/causes")["unknown_token"]
+            assert unknown["calls"] == 2 and unknown["since"]
 
 
 def test_the_log_survives_a_restart_and_keeps_its_last_entries(engine: str) -> None:
