@@ -32,7 +32,7 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              11 Configuration     tenants, tokens and clients, custom fields
              12 Messages          Request, Response, Call, credentials, bodies, errors, HTTP/1.1
              13 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             14 Provisioning log  what each call did, and what to do if it failed
+             14 Provisioning log  what each call did, open problems and their remedies
              15 Other endpoints   employees, changes, the console's API, metrics
              16 Application       tenants, routes, handle(Request) -> Response
              17 Test aids         injected faults, the journal of requests
@@ -5983,8 +5983,8 @@ def run_bulk(
 # ----------------------------------------------------------------------------
 # 14. Provisioning log
 #
-# What each call did, warnings about it, and what to do when it failed. A thread in
-# the background writes it.
+# What each call did, warnings about it, what to do when it failed, and the causes of
+# problems that are still open. A thread in the background writes it.
 # Uses chapters 1 to 13. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -6165,7 +6165,6 @@ EXPLANATIONS = {
         "Nothing. If such calls go on for days, choose “Restart provisioning” in Entra.",
     ),
 }
-SEVERITY = list(EXPLANATIONS)
 # What a person's later call must send correctly to solve a problem that names no path.
 CORRECTED_BY = {
     "link_name": [FACILIO],
@@ -6437,9 +6436,12 @@ def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Re
             reason = "deleted", type, f"{change.at[:10]} {change.at[11:16]} UTC"
     if status >= 400:
         return [reason]
-    of_user = (*user_warnings(item), *shared_id_warnings(session, item)) if type == "User" else ()
-    reasons = {*of_user, *member_warnings(session, item)}
-    return sorted(reasons, key=lambda reason: (SEVERITY.index(reason[0]), reason))
+    warnings = (
+        (*user_warnings(item), *shared_id_warnings(session, item))
+        if type == "User"
+        else member_warnings(session, item)
+    )
+    return sorted(set(warnings), key=lambda reason: (list(EXPLANATIONS).index(reason[0]), reason))
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
@@ -8366,7 +8368,7 @@ section, .card, .log { background: var(--card); border: 1px solid var(--line); b
 section, .card { padding: 18px 20px } .empty { text-align: center; padding: 48px 20px } form.card { max-width: 420px; margin: 10vh auto }
 form > * { margin-bottom: 12px } form button, [type=search], [type=password] { width: 100% } .health h2, .problem { color: var(--tone) }
 .grid { display: grid; gap: 18px; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); margin: 18px 0 }
-.grid > *, .health p, .note p, .steps p, dd { margin: 0 } .health h2::before { content: "●"; margin-right: 7px }
+.grid > *, .health p, .note p, .steps p, dd, dd p { margin: 0 } .health h2::before { content: "●"; margin-right: 7px }
 .copy { justify-content: space-between } .bar { margin: 0 0 10px; min-height: 38px }
 .bar [type=search] { flex: 1 1 220px; max-width: 420px } .copy code { user-select: all }
 input, select, button { font: inherit; color: inherit; border: 1px solid var(--dim); border-radius: 7px; background: var(--card);
@@ -8408,7 +8410,7 @@ th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-sh
   nav { order: 3; flex: 1 0 100%; gap: 0 } nav a { padding: 10px 8px 8px } section, .card, .more { padding: 14px }
   .more { padding-top: 2px } .log summary { grid-template-columns: 4.4em minmax(0, 1fr) auto; padding: 6px 14px; gap: 0 8px }
   .log summary > :nth-child(2) { grid-column: 2 / -1 } .log summary > .brief { grid-area: 2 / 2 }
-  .log summary time { grid-area: 2 / 3; line-height: 21px } .log summary .brief:empty + time { grid-area: 2 / 2; text-align: start }
+  .log summary time { grid-area: 2 / 3; line-height: 21px } .brief:empty + time, .log [open] time { grid-area: 2 / 2; text-align: start }
   .lead { font-size: 14px; margin: 0 0 8px } .causes { padding: 4px 14px } .causes > button { right: 14px }
   .bar { gap: 8px } .bar [type=search] { flex-basis: 120px } .live { min-width: 0 } .filters > *, .filters label > * { flex: 1 1 8em }
   .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex } table { overflow-wrap: anywhere }
@@ -8589,7 +8591,7 @@ function causeCard({causes, unknown_token: unknown}) {
   return number || unknown.calls ? card : setup.last.length ? h('p.brief.ok', '✓ No open problems.') : '';
 }
 // What the filters without a field select, with a link that removes them.
-const chips = () => [['cause', 'Problem'], ['subject', 'ID']].filter(([name]) => option(name)).map(([name, title]) =>
+const otherFilters = () => [['cause', 'Problem'], ['subject', 'ID']].filter(([name]) => option(name)).map(([name, title]) =>
   h('p', `${title}: ${option(name)} `, link('Show all', 'log', {...logFilters(), [name]: ''})));
 
 // -- A call --
@@ -8612,7 +8614,7 @@ const supportText = call => [['Server', `scim_server ${setup.version}`], ['Time'
   ['Status', call.status], ['Attributes', call.attributes.map(harmlessPath).join(', ')],
   ...call.notes.flatMap(note => [['Problem', note.cause || note.kind], ['Remedy', note.cause && note.remedy]]),
   ['Duration', `${call.milliseconds} ms`], ['Request ID', call.id]]
-  .filter(([, value]) => value).map(([name, value]) => `${name}: ${value}`).join('\n');
+  .filter(([, value]) => value).map(([name, value]) => `${name}: ${value}`).join('\n').replace(/[^\s"“”]+@[^\s"“”]+/g, '…');
 function logEntry(call) {
   const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type], seq = String(call.seq);
   const values = call.values || {};
@@ -8656,7 +8658,7 @@ async function showLog() {
   const toggle = h('button.toggle', {ariaExpanded: 'false',
     onclick: () => { toggle.ariaExpanded = String(filters.classList.toggle('shown')); }}, 'Filters');
   const showNew = h('button.small', {hidden: true, onclick: load}, 'Show new calls');
-  const getCalls = before => getLog({...logFilters(), before, count: 50});
+  const clear = h('a', {href: '#/log'}, 'Clear'), getCalls = before => getLog({...logFilters(), before, count: 50});
   let loads = 0, causesAt = 0;
   async function load() {
     const number = ++loads, open = option('open'), page = option('page') || 0;
@@ -8664,12 +8666,13 @@ async function showLog() {
     const [calls, answer] = await Promise.all([getCalls(page), areCausesDue && get('/console/api/causes'), getSetup()]);
     if (number < loads) return;  // a newer search started
     if (open && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
-    showNew.hidden = true; toggle.textContent = `Filters${Object.keys(logFilters()).length ? ` (${Object.keys(logFilters()).length})` : ''}`;
+    const active = Object.keys(logFilters()).length;
+    showNew.hidden = true; clear.hidden = !active; toggle.textContent = `Filters${active ? ` (${active})` : ''}`;
     if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer)); }
     const [lastCall] = setup.last, [skipped, missing] = setup.left_out;
     lead.replaceChildren(...lastCall ? ['Last call ', time(lastCall.at), ` with “${lastCall.token}”.`] :
       ['The calls of identity providers, their outcome, and how to fix what failed.']);
-    list.replaceChildren(...chips(), h('ol.log', dayBreaks(calls)), calls.length ? '' : Object.keys(logFilters()).length ?
+    list.replaceChildren(...otherFilters(), h('ol.log', dayBreaks(calls)), calls.length ? '' : active ?
       notice('No matching calls', 'Change the filters, or ', link('show all calls', 'log'), '.') :
       notice('No calls yet', 'Calls from Entra ID appear here, with their outcome. See ', link('Set-up', 'setup'),
         ' for what to enter there.'));
@@ -8680,7 +8683,7 @@ async function showLog() {
     if (opened) { opened.open = true; requestAnimationFrame(() => opened.scrollIntoView({block: 'nearest'})); }
   }
   await load(); followLog(status, () => scrollY < 200 && !option('page') && !list.querySelector('[open]') ? load() : showNew.hidden = false);
-  return ['Provisioning log', lead, causes, h('div.bar', search, toggle, h('span.live', showNew, ' ', status)), filters, list, footer];
+  return ['Provisioning log', lead, causes, h('div.bar', search, toggle, clear, h('span.live', showNew, ' ', status)), filters, list, footer];
 }
 
 // -- Set-up --

@@ -8169,6 +8169,20 @@ def test_a_cause_has_its_remedy_and_times(scim: Scim, console: Scim) -> None:
     assert cause["remedy"].startswith("Map Not([IsSoftDeleted]) to active")
 
 
+def test_notes_of_an_older_version_have_no_cause(
+    scim: Scim, server: scim_server.ScimServer, console: Scim
+) -> None:
+    scim.user("ada", active="False")
+    [entry] = logged(console, 1)
+    for name in ("cause", "attributes", "other"):
+        del entry["notes"][0][name]
+    with server.directory("acme").store.writing() as session:
+        session.run("DELETE FROM request")
+        session.note_requests([(1, "", entry)], keep=9)
+    assert causes_of(console) == []
+    assert console.get("/console/api/log", cause=SWITCH)["entries"] == []
+
+
 def test_a_cause_and_its_remedy_name_nobody() -> None:
     personal = {"value", "other", "other_id", "ids", "client", "url", "problem", "type_name"}
     for key, (_, names, cause, _, remedy) in scim_server.EXPLANATIONS.items():

@@ -466,6 +466,14 @@ def check_call(browser: Browser, base: str) -> None:
         )
         return str(browser.run(script, title))
 
+    texts = browser.run("""
+        return get('/console/api/log', {count: 1000})
+          .then(({entries}) => entries.map(supportText).join('\\n') + entries.map(curlCommand))""")
+    support_text, _, curl_text = texts.partition("curl ")
+    personal = [XSS, "Ada", "Lovelace", "bw.example", "127.0.0.1", "5b0c7f7e", "Night Crew"]
+    assert support_text.count("Status: ") > 30
+    assert not [text for text in personal if text in support_text], support_text
+    assert "sample-secret" not in curl_text and curl_text.count("Bearer $SECRET_TOKEN") > 30
     link, curl, support = map(copied, ("Copy link", "Copy as curl", "Copy for support"))
     assert curl.startswith("curl --globoff -X PATCH 'http") and '"Authorization: Bearer $' in curl
     assert "sample-secret" not in curl and "-d @body.json" in curl, curl
