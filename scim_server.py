@@ -8665,7 +8665,7 @@ async function showLog() {
     const areCausesDue = Date.now() - causesAt > 10000;  // the server reads the whole log for them
     const [calls, answer] = await Promise.all([getCalls(page), areCausesDue && get('/console/api/causes'), getSetup()]);
     if (number < loads) return;  // a newer search started
-    if (open && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
+    if (+open > 0 && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
     const active = Object.keys(logFilters()).length;
     showNew.hidden = true; clear.hidden = !active; toggle.textContent = `Filters${active ? ` (${active})` : ''}`;
     if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer)); }

@@ -554,7 +554,7 @@ def check_addresses(browser: Browser, base: str) -> None:
     browser.wait_for(f"{rows} === 5 && document.querySelector('select').value === ''")
     browser.run("history.forward()")
     browser.wait_for(f"{rows} === 1 && document.querySelector('[type=search]').value === 'noor'")
-    for path in ("constructor", "%"):
+    for path in ("constructor", "%", "log?open=x"):
         browser.run("location.hash = arguments[0]", f"#/{path}")
         wait_for_view(browser, "Provisioning log")
 
