@@ -4851,11 +4851,14 @@ class Call:
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
 
-    def choice(self, name: str, choices: Sequence[str]) -> str:
+    def choice(self, name: str, *choices: str) -> str:
         # Return a parameter that is one of some words, by default the first; ScimError 400.
-        if (text := self.parameters.get(name.lower()) or choices[0]) not in choices:
-            raise invalid_value(f"{name}: expected {' or '.join(choices)}, got {quoted(text)}")
-        return text
+        text = self.parameters.get(name.lower(), "").strip() or choices[0]
+        words = {word.lower(): word for word in choices}
+        if text.lower() not in words:
+            expected = " or ".join(filter(None, choices))
+            raise invalid_value(f"{name}: expected {expected}, got {quoted(text)}")
+        return words[text.lower()]
 
     def projected(self, resource: Resource | Encoded) -> Json:
         if isinstance(resource, Encoded):
@@ -5542,13 +5545,13 @@ def refuse_me(call: Call) -> Response:  # RFC 7644 §3.11
 def list_resources(call: Call) -> Response:
     # Answer GET /Users, GET /Groups and GET /: filter, sort and page (RFC 7644 §3.4.2), by index or
     # by cursor (RFC 9865). An empty cursor gives the first page.
-    text, types = call.parameters.get("filter"), call.resource_types
+    text = call.parameters.get("filter")
     queries = {
         resource_type.name: (
             EVERYTHING if text is None else parse_filter(text, resource_type),
             call.selection(resource_type),
         )
-        for resource_type in types
+        for resource_type in call.resource_types
     }
     if (cursor := call.parameters.get("cursor")) is not None and "startindex" in call.parameters:
         raise invalid_value("startIndex: not together with cursor")
@@ -5559,7 +5562,7 @@ def list_resources(call: Call) -> Response:
     window = Window(count, start_index - 1, after, backward, MAX_PAGE)
     page = call.directory.search(
         queries,
-        parse_sorting(call.parameters, types),
+        parse_sorting(call),
         window,
         call.base_url if call.request.encoded else "",
     )
@@ -5590,21 +5593,17 @@ def search_resources(call: Call) -> Response:
     return list_resources(call)
 
 
-def parse_sorting(parameters: Mapping[str, str], types: Iterable[ResourceType]) -> Sorting | None:
+def parse_sorting(call: Call) -> Sorting | None:
     # Return how to sort; an unknown attribute is ignored (RFC 7644 §3.4.2.3).
-    order = parameters.get("sortorder", "").strip().lower() or "ascending"
-    if order not in ("ascending", "descending"):
-        raise invalid_value(f"sortOrder: expected ascending or descending, got {quoted(order)}")
-    name = parameters.get("sortby", "").strip()
-    target = next(filter(None, (resolve(name, type) for type in types)), None) if name else None
+    descending = call.choice("sortOrder", "ascending", "descending") == "descending"
+    name = call.parameters.get("sortby", "").strip()
+    target = next(filter(None, (resolve(name, type) for type in call.resource_types if name)), None)
     if target and (value_attribute := target[-1].value_attribute):
         target = (*target, value_attribute)
     if target and target[-1].computed:
         raise invalid_value(f"sortBy: {name} is computed for each answer; it cannot sort")
     # A complex attribute without a value has no order either.
-    return (
-        Sorting(target, order == "descending") if target and target[-1].type != "complex" else None
-    )
+    return Sorting(target, descending) if target and target[-1].type != "complex" else None
 
 
 def page_cursors(call: Call, total: int, window: Window, page: Page) -> dict[str, str]:
@@ -6646,8 +6645,7 @@ class ProvisioningLog(BackgroundWriter):
 
 def list_employees(call: Call) -> Response:
     # Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV.
-    if (active := call.parameters.get("active", "").lower()) not in ("", "true", "false"):
-        raise invalid_value(f"active: expected true or false, got {quoted(active)}")
+    active = call.choice("active", "", "true", "false")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     employees, size, more = list[Employee](), 0, False
     for employee in call.directory.employees(
@@ -6833,7 +6831,7 @@ def find_employees(call: Call) -> Response:
     link_names, text = call.directory.link_names, call.parameters.get("text", "").strip()
     if UNSTORABLE.search(text):
         raise invalid_value("text: no text has a NUL")
-    state = call.choice("state", list(EMPLOYEE_STATES))
+    state = call.choice("state", *EMPLOYEE_STATES)
     condition = compile_employees(state, text, ["custom_fields", *EMPLOYEE_SOURCES, *link_names])
     window = Window(
         call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("startIndex", 1, 1) - 1
@@ -6841,8 +6839,8 @@ def find_employees(call: Call) -> Response:
     with call.directory.store.reading() as session:
         total, rows = session.find_employees(
             condition,
-            call.choice("sortBy", [*EMPLOYEE_SOURCES, *map("custom_fields.{}".format, link_names)]),
-            call.choice("sortOrder", list(SORT_ORDERS)),
+            call.choice("sortBy", *EMPLOYEE_SOURCES, *map("custom_fields.{}".format, link_names)),
+            call.choice("sortOrder", *SORT_ORDERS),
             window,
         )
     employees = [{**asdict(to_employee(row)), "left": not row.provisioned} for row in rows]
