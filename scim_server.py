@@ -4851,6 +4851,12 @@ class Call:
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
 
+    def text(self, name: str) -> str:
+        # Return a parameter that a database takes; ScimError 400.
+        if UNSTORABLE.search(text := self.parameters.get(name.lower(), "").strip()):
+            raise invalid_value(f"{name}: no text has a NUL")
+        return text
+
     def choice(self, name: str, *choices: str) -> str:
         # Return a parameter that is one of some words, by default the first; ScimError 400.
         text = self.parameters.get(name.lower(), "").strip() or choices[0]
@@ -6744,9 +6750,6 @@ LOG_TIMES = {name: Attribute(name, "dateTime").with_paths() for name in ("from",
 
 
 def get_log(log: ProvisioningLog, call: Call) -> Response:
-    subject, text = (call.parameters.get(name, "") for name in ("subject", "text"))
-    if UNSTORABLE.search(subject + text):
-        raise invalid_value("subject, text: no text has a NUL")
     filters = {
         name: bound.key(bound.convert(value))[:23] if (bound := LOG_TIMES.get(name)) else value
         for name, value in call.parameters.items()
@@ -6758,17 +6761,19 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
         call.integer("before", 0),
         call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT),
         call.integer("level", 0),
-        subject,
-        text,
+        call.text("subject"),
+        call.text("text"),
         lambda entry: all(LOG_FILTERS[name](value, entry) for name, value in filters.items()),
     )
     return plain_response({"entries": long_poll(log.usage, call, read)})
 
 
 def get_causes(log: ProvisioningLog, call: Call) -> Response:
-    # Answer GET /console/api/causes; a call with an unknown token may be any tenant's.
+    # Answer GET /console/api/causes: those of all calls, or of those about a user or group. A call
+    # with an unknown token may be any tenant's.
     with call.directory.store.reading() as session:
-        causes = open_causes(itertools.islice(session.requests(), KEEP_LOG))
+        entries = session.requests(subject=call.text("subject"))
+        causes = open_causes(itertools.islice(entries, KEEP_LOG))
     return plain_response({"causes": causes, "unknown_token": log.unknown_token})
 
 
@@ -6828,11 +6833,12 @@ def get_mapping(call: Call) -> Response:
 def find_employees(call: Call) -> Response:
     # Answer GET /console/api/employees: a page of those in a state that have a text, sorted.
     # This reads all employees: it takes about two seconds for 300 000.
-    link_names, text = call.directory.link_names, call.parameters.get("text", "").strip()
-    if UNSTORABLE.search(text):
-        raise invalid_value("text: no text has a NUL")
-    state = call.choice("state", *EMPLOYEE_STATES)
-    condition = compile_employees(state, text, ["custom_fields", *EMPLOYEE_SOURCES, *link_names])
+    link_names = call.directory.link_names
+    condition = compile_employees(
+        call.choice("state", *EMPLOYEE_STATES),
+        call.text("text"),
+        ["custom_fields", *EMPLOYEE_SOURCES, *link_names],
+    )
     window = Window(
         call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("startIndex", 1, 1) - 1
     )
@@ -6850,7 +6856,7 @@ def find_employees(call: Call) -> Response:
 def get_names(call: Call) -> Response:
     # Answer GET /console/api/names: the names of users and groups, by id.
     with call.directory.store.reading() as session:
-        return plain_response(session.names(call.parameters.get("ids", "").split(",")))
+        return plain_response(session.names(call.text("ids").split(",")))
 
 
 def get_history(call: Call) -> Response:
@@ -8487,8 +8493,8 @@ const changeList = (attributes, values, names = {}) => attributes.map(path => {
 const valueChanges = values => Object.entries(values).map(([path, pair]) =>
   `${nameList([path])}: ${pair.map(value => changedText(value, {}) || '–').join(' → ')}`);
 // A button that copies a text; a page that came over HTTP has no clipboard, so it shows the text.
-const copyButton = (title, text, label = title) => h('button.small', {ariaLabel: label, onclick: ({target}) => {
-  if (navigator.clipboard) { navigator.clipboard.writeText(text()); target.textContent = 'Copied'; }
+const copyButton = (title, text, label = title) => h('button.small', {ariaLabel: label, onclick: async ({target}) => {
+  if (navigator.clipboard) { await navigator.clipboard.writeText(text()); target.textContent = 'Copied'; }
   else target.parentElement.append(h('pre', {tabIndex: 0}, text())); }}, title);
 const copyable = text => h('div.copy', h('code', text), navigator.clipboard && copyButton('Copy', () => text, 'Copy ' + text));
 function download(name, ...parts) {
@@ -8862,25 +8868,28 @@ function timelineStep(id, changes, names) {
   const shown = source.attributes.map(path => nameList([path])), isUpdate = employee && employee !== source && source.kind !== 'user.created';
   const fields = isUpdate ? employee.attributes.filter(name => !shown.includes(name) && name !== 'custom_fields') : [];
   return h('li', h('div', h('b', stepTitle(id, changes, names)), h('span.dim', ' ', time(at), token && ` by “${token}”`),
-    changeList(source.attributes, source.values || {}, names), fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
+    source.kind.endsWith('.deleted') ? '' : changeList(source.attributes, source.values || {}, names), fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
 }
-async function resourceDetails(endpoint, id) {  // resource, employee (of a user), sections of the page
-  const [{Resources: [resource]}, {changes, employee}, calls] = await Promise.all([
+const problemNote = ({level, text, remedy, calls, last}) => h('div.note.' + LEVELS[level][0], h('p', text), h('p', h('b', 'What to do: '), remedy),
+  h('p', `${plural(calls, 'call')}, the last `, time(last)));
+async function resourceDetails(endpoint, id) {  // resource, employee (of a user), what is known by name, open problems, sections
+  const [{Resources: [resource]}, {changes, employee}, calls, {causes}] = await Promise.all([
     get('/console/api/' + endpoint, {filter: `id eq ${JSON.stringify(id)}`, excludedAttributes: 'members'}),
-    get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20})]);
+    get('/console/api/history/' + encodeURIComponent(id)), getLog({subject: id, count: 20}), get('/console/api/causes', {subject: id})]);
   const managers = changes.flatMap(({values = {}}) => (values[ENTERPRISE + ':manager'] || []).map(manager => manager?.value));
   const names = await getNames([id, ...managers, ...changes.flatMap(change => [change.id, change.member])].filter(Boolean));
   const steps = timelineSteps(changes).map(step => timelineStep(id, step, names));
-  return [resource, employee, names[id], h('div.grid', section('History', steps.length ? h('ol.steps.history', steps) : 'No changes recorded.'),
-    section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
-  h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
+  return [resource, employee, names[id], causes.map(problemNote),
+    h('div.grid', section('History', steps.length ? h('ol.steps.history', steps) : 'No changes recorded.'),
+      section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
+    h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
 }
 async function showEmployee(id) {
-  const [resource, employee, , ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
+  const [resource, employee, , problems, ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
   if (!employee) return ['Not found', 'No employee has this ID.', link('All employees', 'people')];
   const managerName = manager && (manager.displayName || (await getNames([manager.value]))[manager.value]?.name || 'not provisioned yet');
   return [employee.name, [link('Employees', 'people'), ` / employee ${employee.id} `, statePill({...employee, left: !resource})],
-    h('div.grid', section('Employee', pairs([['E-mail', employee.email], ['Designation', employee.designation],
+    ...problems, h('div.grid', section('Employee', pairs([['E-mail', employee.email], ['Designation', employee.designation],
       ['Department', employee.department], ['Phone', employee.phone], ['Mobile', employee.mobile], ['Employee no.', employee.employeeNumber],
       ['Roles', employee.roles?.join(', ')], ['Manager', manager && link(managerName, 'people', manager.value)], ['Language', employee.language],
       ['Changed', time(employee.changed)], ['External ID', employee.external_id]])),
@@ -8889,8 +8898,8 @@ async function showEmployee(id) {
     resource?.groups ? h('ul', resource.groups.map(group => h('li', link(group.display, 'groups', group.value)))) : 'None')), ...sections];
 }
 async function showGroup(id) {
-  const [resource, , {members = 0} = {}, ...sections] = await resourceDetails('Groups', id);
-  return [resource?.displayName || 'Deleted group', [link('Groups', 'groups'), ` / ${members} members`], h('h2', 'Members'),
+  const [resource, , {members = 0} = {}, problems, ...sections] = await resourceDetails('Groups', id);
+  return [resource?.displayName || 'Deleted group', [link('Groups', 'groups'), ` / ${plural(members, 'member')}`], ...problems, h('h2', 'Members'),
     ...await sortedList(MEMBER_COLUMNS, STATES.slice(0, 3), parameters => readMembers(parameters, id),
       notice('No members', 'Assign people to this group in Entra ID.')), ...sections];
 }

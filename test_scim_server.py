@@ -8783,10 +8783,22 @@ def test_the_console_lists_searches_and_sorts_all_employees(scim: Scim, console:
     assert console.get("/console/api/employees", count=1)["total"] == 4
 
 
-@pytest.mark.parametrize("name", ["state", "sortBy", "sortOrder", "text"])
-def test_a_wrong_parameter_of_the_list_of_employees_is_named(console: Scim, name: str) -> None:
-    answer = console.call("GET", f"/console/api/employees?{name}=x%00")
+@pytest.mark.parametrize("name", ["state", "sortBy", "sortOrder", "text", "ids", "subject"])
+def test_a_wrong_parameter_of_the_console_is_named(console: Scim, name: str) -> None:
+    path = {"ids": "names", "subject": "causes"}.get(name, "employees")
+    answer = console.call("GET", f"/console/api/{path}?{name}=x%00")
     assert_error(answer, 400, "invalidValue", name)
+
+
+def test_the_open_problems_of_one_person_are_listed(scim: Scim, console: Scim) -> None:
+    ada, bo = scim.user("ada", active="True")["id"], scim.user("bo", active="True")["id"]
+    logged(console, 2)
+    [cause] = console.get("/console/api/causes", subject=ada)["causes"]
+    assert "Switch(…)" in cause["cause"] and cause["people"] == 1
+    scim.patch(f"/Users/{ada}", put("active", True))
+    logged(console, 3)
+    assert console.get("/console/api/causes", subject=ada)["causes"] == []
+    assert console.get("/console/api/causes", subject=bo)["causes"][0]["people"] == 1
 
 
 def test_the_console_knows_the_names_behind_ids(scim: Scim, console: Scim) -> None:

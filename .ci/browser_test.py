@@ -568,7 +568,8 @@ def check_people(browser: Browser, base: str, token: str) -> None:
     users = scim("GET", "/Users?count=3")["Resources"]
     ada, noor, tomas = (user["id"] for user in users)
     scim("DELETE", f"/Users/{ada}")
-    for path, value in (("title", "Chief"), (f"{ENTERPRISE}:manager", tomas)):
+    badge = f"{FACILIO}:badge_number"
+    for path, value in (("title", "Chief"), (f"{ENTERPRISE}:manager", tomas), (badge, "A7")):
         operation = {"op": "replace", "path": path, "value": value}
         scim("PATCH", f"/Users/{noor}", {"Operations": [operation]})
     # Options of the address, text of the first row, number of rows.
@@ -589,14 +590,19 @@ def check_people(browser: Browser, base: str, token: str) -> None:
         )
     browser.do("url", url=f"{base}/#/people/{noor}")
     wait_for_view(browser, "Noor Haddad")
-    history = browser.run("return document.querySelector('.history').innerText")
+    problem = text_of(browser, "main h1 ~ .note.bad")
+    assert '“badge_number” takes a whole number, but "A7" was sent' in problem, problem
+    history = text_of(browser, ".history")
     assert "title: Lift Inspector → Chief" in history, history
     assert "manager: Tomas Wirth" in history and "Added to Night Crew" in history, history
     browser.do("url", url=f"{base}/#/people/{ada}")
     browser.wait_for("document.querySelector('.lead')?.innerText.includes('Left')")
     assert "Deleted. The employee remains." in browser.run("return document.body.innerText")
     browser.do("url", url=f"{base}/#/groups")
-    browser.wait_for("document.querySelector('tbody tr')?.cells[1].innerText === '3'")
+    browser.wait_for(
+        "document.querySelector('main').innerText.includes('Night Crew') && "
+        "document.querySelector('tbody tr:last-child')?.cells[1].innerText === '3'"
+    )
 
 
 def check_setup(browser: Browser, base: str) -> None:
@@ -716,9 +722,9 @@ def main() -> None:
             check_export(browser, base)
             check_keyboard(browser, base)
             check_addresses(browser, base)
+            check_live(browser, base, token)
             check_people(browser, base, token)
             check_setup(browser, base)
-            check_live(browser, base, token)
             check_guard(browser, base, token, Path(folder, "config.json"))
             check_browser_log(browser, base)
             check_unknown_token(browser)
