@@ -77,6 +77,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import operator
 import os
 import queue
@@ -90,7 +91,6 @@ import ssl
 import sys
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.request
 import uuid
@@ -112,7 +112,7 @@ from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, NamedTuple, TextIO, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
 
@@ -162,6 +162,8 @@ __all__ = [  # the public interface; everything else may change
 UTC = timezone.utc  # Python 3.10 has no datetime.UTC
 Json = Any  # what json.loads returns
 Resource = dict[str, Any]
+# What happens, and each request. A program that embeds this file decides where that is written.
+LOG, ACCESS_LOG = logging.getLogger("scim_server"), logging.getLogger("scim_server.access")
 
 
 class ScimError(Exception):
@@ -3946,35 +3948,57 @@ class Directory:
             changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
         return to_employee(row) if row else None, changes
 
-    def follow(self, after: int = 0, wait: bool = True) -> Iterator[Change]:
-        """Yield the changes after a number, then each new one until the store is interrupted.
+    def follow(
+        self, after: int = 0, wait: bool = True, kind: str = "employee."
+    ) -> Iterator[Change]:
+        """Yield the changes after a number whose kind begins so, then each new one.
 
-        Without wait it ends with the newest change. Raises ScimError 410 as changes() does.
+        A consumer that stores seq after each change, and starts again with follow(seq), misses
+        none. If the feed no longer has the next ones, it gets a change of the kind employee.current
+        for every employee, active or not: seq is 0 until the last of them, and 0 starts with
+        everything again. This ends with the store, or without wait after the newest change. With
+        wait, a StoreError is logged, and reading is tried again.
         """
-        seconds = MAX_WAIT if wait else 0
-        while (changes := self.changes(after, seconds)) or (wait and self.store.wait(0)):
-            yield from changes
-            after = changes[-1].seq if changes else after
+        while True:
+            try:
+                changes, after = self._next_changes(after, MAX_WAIT if wait else 0)
+            except StoreError:
+                if not wait:
+                    raise
+                changes = ()
+                if self.store.wait(POLL_SECONDS):  # the file may be locked for a while
+                    LOG.exception("the changes cannot be read, trying again")
+            yield from (change for change in changes if change.kind.startswith(kind))
+            if not changes and not (wait and self.store.wait(0)):
+                return
+
+    def _next_changes(self, after: int, wait: float) -> tuple[Iterable[Change], int]:
+        # Return changes as follow() yields them, and the number of the newest one.
+        try:
+            changes = self.changes(after, wait)
+            return changes, changes[-1].seq if changes else after
+        except ScimError:  # 410
+            _, last = self._read(Session.change_bounds)  # before the employees are read
+        times = {employee.id: employee.changed for employee in self.employees()}
+        final = max(times, default=0)
+        return (
+            Change(last * (id == final), at, "employee.current", str(id), "", "", [], {})
+            for id, at in times.items()
+        ), last
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; return the thread.
 
-        Exceptions of the callback are printed, then ignored. The thread ends with the store.
+        The changes are those of follow() and of every kind. Exceptions of the callback are logged,
+        then ignored. The thread ends with the store.
         """
 
         def run(after: int) -> None:
-            while self.store.wait(0):
+            for change in self.follow(after, kind=""):
                 try:
-                    # If the callback was slow, the feed may no longer have the next changes.
-                    first, last = self._read(Session.change_bounds)
-                    after = min(max(after, first), last)
-                    for change in self.follow(after):
-                        after = change.seq
-                        callback(change)
-                except Exception as error:  # noqa: BLE001  code of others
-                    # After a StoreError it pauses: the file may be locked for a while.
-                    if not isinstance(error, StoreError) or self.store.wait(POLL_SECONDS):
-                        traceback.print_exc()
+                    callback(change)
+                except Exception:
+                    LOG.exception("a callback of on_change() failed")
 
         thread = threading.Thread(
             target=run, args=[self._read(Session.change_bounds)[1]], daemon=True
@@ -4262,10 +4286,13 @@ class Directory:
 
 
 class ConfigError(Exception):
-    """An unusable configuration; problems has a line for each mistake, its JSON path first."""
+    """An unusable configuration; problems has a line for each mistake, its JSON path first.
 
-    def __init__(self, problems: list[str]) -> None:
-        super().__init__("\n".join(problems))
+    source is its file, or "document" for one that a program passed.
+    """
+
+    def __init__(self, problems: list[str], source: str) -> None:
+        super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
         self.problems = problems
 
 
@@ -4453,14 +4480,11 @@ class Config:
     keep_changes: int = setting(POSITIVE, KEEP_CHANGES, key="changes.keep", live=True)
     keep_days: int = setting(DAYS, KEEP_DAYS, key="changes.days", live=True)
     console: bool = setting(FLAG, True)
+    source: str = setting(None, "document", live=True)  # its file, for error messages
 
     @property
     def credentials(self) -> list[tuple[Tenant, Token]]:
         return [(tenant, item) for tenant in self.tenants for item in tenant.credentials]
-
-    def __post_init__(self) -> None:
-        if self.reuse_port and self.data_dir == ":memory:" and not self.database:
-            raise ConfigError(["reuse_port: needs a data_dir on disk, which processes can share"])
 
 
 # The settings of each kind of object, by their paths in JSON.
@@ -4492,9 +4516,10 @@ SETTINGS: dict[type, dict[str, Any]] = {
 class ConfigReader:
     """Converts JSON values by rules and collects a problem, path first, for every mistake.
 
-    Relative paths of files start in folder.
+    source is the file or "document". Relative paths of files start in folder.
     """
 
+    source: str = "document"
     folder: str = ""
     # Where each unique value stands, by the path of the list in which no other may be the same
     # ("" for the whole file), its key, and the value itself.
@@ -4505,7 +4530,7 @@ class ConfigReader:
         # Return a JSON value as its rule converts it; ConfigError with every mistake.
         converted = self.read(path, value, rule)
         if self.problems:
-            raise ConfigError(self.problems)
+            raise ConfigError(self.problems, self.source)
         return converted
 
     def read(self, path: str, value: Json, rule: Rule) -> Any:
@@ -4525,7 +4550,7 @@ class ConfigReader:
                 return converted
         # A wrong value near a token or client may be a secret, and is not repeated.
         excerpt = "" if re.search("token|client", path) else f", got {quoted(value)}"
-        self.problems.append(f"{path or 'the file'}: expected {expected}{excerpt}")
+        self.problems.append(f"{path and path + ': '}expected {expected}{excerpt}")
         return None
 
     def require_unique(self, path: str, list_path: str, key: str, value: str) -> None:
@@ -4601,12 +4626,16 @@ def is_loopback(host: str) -> bool:
     return host in ("localhost", "::1") or host.startswith("127.")
 
 
-def check_credentials(config: Config, has_hook: bool = False) -> None:
-    """Raise ConfigError if nobody can call a tenant, or everybody can.
+def check_config(config: Config, has_hook: bool = False) -> None:
+    """Raise ConfigError if nobody can call a tenant, or everybody can, or settings do not fit.
 
     A tenant needs no credentials if a hook authenticates its callers.
     """
-    problems = [
+    is_kept = config.data_dir != ":memory:" or config.database
+    problems = ["reuse_port: needs a data_dir on disk, which processes can share"] * bool(
+        config.reuse_port and not is_kept
+    )
+    problems += [
         f"tenants[{number}].tokens: is missing; a tenant needs tokens or clients"
         for number, tenant in enumerate(config.tenants)
         if not (tenant.credentials or has_hook)
@@ -4618,7 +4647,7 @@ def check_credentials(config: Config, has_hook: bool = False) -> None:
         if credential.sha256 in PUBLISHED and not is_loopback(config.host)
     ]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(problems, config.source)
 
 
 def expiry_warnings(config: Config, now: datetime) -> list[str]:
@@ -4657,13 +4686,15 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
 
 def load_config(path: str | os.PathLike[str]) -> Config:
     """Return the configuration in a JSON file; its relative paths start beside it. ConfigError."""
+    source, folder = os.fspath(path), str(Path(path).resolve().parent)
     try:
         document = json.loads(Path(path).read_text("utf-8-sig"), object_pairs_hook=unique_names)
     except OSError as error:
-        raise ConfigError([f"cannot be read ({error}); name a file with --config"]) from error
+        raise ConfigError([f"cannot be read ({error.strerror})"], source) from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError([f"is not valid JSON: {error}"]) from error
-    return cast(Config, ConfigReader(str(Path(path).resolve().parent)).result("", document, Config))
+        raise ConfigError([f"is not valid JSON: {error}"], source) from error
+    config: Config = ConfigReader(source, folder).result("", document, Config)
+    return replace(config, source=source)
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -4678,25 +4709,19 @@ def unique_names(pairs: list[tuple[str, Json]]) -> Json:
 Source = Config | Mapping[str, Json] | str | os.PathLike[str] | None
 
 
-def to_config(source: Source) -> Config:
+def to_config(source: Source, port: int | None = None) -> Config:
     """Return the configuration that a program names: a Config, a file, a document, or None.
 
     None stands for the demo tenant. A document is for a program that embeds the server: without
-    its own settings, data stays in memory, the port is a free one and there is no access log.
-    Raises ConfigError.
+    its own settings, data stays in memory and the port is a free one. A port replaces that of the
+    configuration. Raises ConfigError.
     """
-    if isinstance(source, Config):
-        return source
     if source is None or isinstance(source, Mapping):
-        return parse_config(
-            {
-                "listen": "127.0.0.1:0",
-                "data_dir": ":memory:",
-                "access_log": "off",
-                **(DEMO if source is None else source),
-            }
-        )
-    return load_config(source)
+        defaults = {"listen": "127.0.0.1:0", "data_dir": ":memory:"}
+        config = parse_config({**defaults, **(DEMO if source is None else source)})
+    else:
+        config = source if isinstance(source, Config) else load_config(source)
+    return config if port is None else replace(config, port=port)
 
 
 def store_location(config: Config, tenant: Tenant) -> str:
@@ -4712,8 +4737,7 @@ def make_data_dir(config: Config) -> None:
             os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{config.data_dir}: cannot be created ({error.strerror}); "
-            "choose another directory with --data-dir"
+            f"{config.data_dir}: cannot be created ({error.strerror}); choose another data_dir"
         ) from error
 
 
@@ -5128,21 +5152,17 @@ def plain_response(body: Json, type: str = "application/json", **headers: str) -
     return Response(200, body, {"Content-Type": type, **headers})
 
 
-def log_line(text: str) -> None:
-    print(f"scim_server: {text}", file=sys.stderr, flush=True)
-
-
-log_line_once = lru_cache(10_000)(log_line)
+warn_once = lru_cache(10_000)(LOG.warning)
 
 
 def error_response(error: Exception, path: str = "") -> Response:
-    """Return the answer to a request that failed; print an error that the client did not cause.
+    """Return the answer to a request that failed; log an error that the client did not cause.
 
     It is a SCIM error, or at the path of access tokens an error of RFC 6749 §5.2.
     """
     if not isinstance(error, ScimError):
-        with suppress(OSError, ValueError):  # standard error may be closed
-            traceback.print_exception(error)
+        with suppress(Exception):  # a handler that fails must not stop the answer
+            LOG.error("a request failed", exc_info=error)
         error = (
             ScimError(
                 error.status,
@@ -5205,7 +5225,7 @@ def read_request_line(buffer: bytearray) -> Reading:
     while len(buffer) < 2:
         yield False
     if buffer.startswith(b"\x16\x03"):  # a TLS handshake (RFC 8446 §5.1)
-        log_line_once("a client sent TLS to a port for http; configure tls, or use http:// there")
+        warn_once("a client sent TLS to a port for http; configure tls, or use http:// there")
         raise ScimError(400, "", "this port is for http://, not for https://")
     limits = (MAX_REQUEST_LINE, 414, f"the request line is longer than {MAX_REQUEST_LINE} octets")
     line = yield from read_until(buffer, b"\n", *limits)
@@ -6951,7 +6971,7 @@ class Tenants:
 
         A tenant that is served already keeps its store.
         """
-        check_credentials(config, has_hook=self._authenticate is not None)
+        check_config(config, has_hook=self._authenticate is not None)
         make_data_dir(config)
         with self._configuring:
             before = self.directories
@@ -6981,9 +7001,11 @@ class Tenants:
         return self.directory(tenant.name)
 
     def remove_tenant(self, name: str) -> None:
+        # Serve a tenant no more, and keep its data; KeyError for a name that no tenant has.
         with self._configuring:
-            others = tuple(tenant for tenant in self.config.tenants if tenant.name != name)
-            self.configure(replace(self.config, tenants=others))
+            others = {**self.tenants}
+            del others[name]
+            self.configure(replace(self.config, tenants=tuple(others.values())))
 
     def directory(self, name: str) -> Directory:
         # Return the directory of a tenant; KeyError, or StoreError if it cannot be used.
@@ -7138,7 +7160,7 @@ class Tenants:
             # Without the traceback, whose variables would live on.
             self.directories[name] = Damaged(str(error), error.reason)
             directory.store.close()  # so that the file can be replaced
-            log_line(f"tenant {name} is not served, the others are: {error}")
+            LOG.error("tenant %s is not served, the others are: %s", name, error)
 
     @staticmethod
     def _watch(reference: weakref.ref[Tenants], closing: threading.Event) -> None:
@@ -7220,9 +7242,9 @@ class Application(Tenants):
         super().__init__(config, authenticate, clock, new_id)
         self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
         self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
-        self._closing = threading.Event()
+        self.closing = threading.Event()
         threading.Thread(
-            target=self._watch, args=(weakref.ref(self), self._closing), daemon=True
+            target=self._watch, args=(weakref.ref(self), self.closing), daemon=True
         ).start()
         self._routes = route_table(self._rows(page if config.console else ""))
 
@@ -7279,12 +7301,13 @@ class Application(Tenants):
 
     def close(self) -> None:
         """Write the logs and close the stores; the application cannot be used afterwards."""
-        self._closing.set()
+        self.closing.set()
         self.log.close()
-        for directory in self.available:
-            directory.store.close()
-        for database in self._databases.values():
-            database.close()
+        with self._configuring:  # the configuration may be reloaded at this moment
+            for directory in self.available:
+                directory.store.close()
+            for database in self._databases.values():
+                database.close()
 
     # -- Requests --
 
@@ -7679,7 +7702,7 @@ class Connection:
 
     def _refuse_plain_text(self) -> None:
         # Answer a client that speaks http to a port for https, past the TLS that failed.
-        log_line_once("a client sent http to a port for https; use https:// there")
+        warn_once("a client sent http to a port for https; use https:// there")
         detail = b"this port is for https://, not for http://\n"
         head = f"HTTP/1.1 400 Bad Request\r\nContent-Length: {len(detail)}\r\nConnection: close"
         with suppress(OSError):
@@ -7716,12 +7739,16 @@ class Connection:
 
 def listen(config: Config) -> socket.socket:
     # Return a socket that listens where a configuration says; port 0 picks a free one. OSError.
-    listener = socket.create_server(
-        (config.host, config.port),
-        family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
-        backlog=128,
-        reuse_port=config.reuse_port,
-    )
+    try:
+        listener = socket.create_server(
+            (config.host, config.port),
+            family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
+            backlog=128,
+            reuse_port=config.reuse_port,
+        )
+    except (OSError, ValueError) as error:  # ValueError: the platform has no reuse_port
+        reason = getattr(error, "strerror", "") or error
+        raise OSError(f"listen: {config.host}:{config.port} cannot be used: {reason}") from error
     listener.setblocking(False)
     # Its connections inherit this: an answer is not held back until the one before has arrived.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -7749,6 +7776,9 @@ class Watcher:
     execute: Callable[[Connection, Request], None]
     # Answer a request that cannot be read, and close the connection after it.
     refuse: Callable[[Connection, ScimError], None]
+    # End long polls; close what the answers needed.
+    interrupt: Callable[[], None]
+    close: Callable[[], None]
 
     def __init__(self, config: Config, listener: socket.socket | None, usage: Usage) -> None:
         self.config, self.usage = config, usage
@@ -7758,16 +7788,46 @@ class Watcher:
         self.server_address = self.socket.getsockname()
         self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
-        self.started, self.stopping, self.stopped = False, threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None  # that watches
+        self.stopping, self.stopped = threading.Event(), threading.Event()
         self._lock = threading.Lock()  # for giving a connection back
         self._returned: deque[Connection] = deque()  # to go on with
         self._swept = 0.0  # when deadlines were checked last
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
 
+    def start(self) -> None:
+        """Serve in a thread of its own until stop(); RuntimeError if this is not the first time."""
+        self._begin(threading.Thread(target=self._run)).start()
+
     def serve_forever(self) -> None:
+        """Serve in this thread until stop(); RuntimeError if this is not the first time."""
+        self._begin(threading.current_thread())
+        self._run()
+
+    def stop(self) -> None:
+        """Accept nothing more, end long polls, wait for the other requests, close everything.
+
+        Any thread may call this, even before start() and again. In the thread that serves, such as
+        in a signal handler, it does not wait.
+        """
+        self.interrupt()
+        self.stopping.set()
+        with suppress(RuntimeError):  # it serves, or has stopped
+            self.serve_forever()  # which only closes
+        self._wake()
+        if self.thread is not threading.current_thread():
+            self.stopped.wait()
+
+    def _begin(self, thread: threading.Thread) -> threading.Thread:
+        with self._lock:
+            if self.thread:
+                raise RuntimeError("this server was started or stopped already; make another one")
+            self.thread = thread
+        return thread
+
+    def _run(self) -> None:
         # Watch all connections until stopping is set, and then until all requests are answered.
-        self.started = True
         self._alarm.setblocking(False)
         with self._selector, self._wakeup, self._alarm:
             self._selector.register(self._wakeup, selectors.EVENT_READ)
@@ -7787,6 +7847,7 @@ class Watcher:
                     self._close(connection)
             for connection in list(self.connections):
                 self._close(connection)
+        self.close()
         self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
@@ -7808,7 +7869,7 @@ class Watcher:
         try:
             action(connection, *more)
         except Exception as error:  # noqa: BLE001
-            error_response(error)  # prints it
+            error_response(error)  # logs it
             connection.then, connection.unsent = CLOSE, memoryview(b"")
             self.give_back(connection)
 
@@ -7867,7 +7928,7 @@ class Watcher:
             try:
                 self.tls = tls_context(*files)
             except OSError as error:
-                log_line(f"{error}; keeping the previous certificate")
+                LOG.error("%s; keeping the previous certificate", error)
 
     def _evict(self) -> bool:
         # Close the connection whose last good token is oldest; return False if all are busy.
@@ -7994,23 +8055,35 @@ http_date = lru_cache(2)(partial(formatdate, usegmt=True))  # the Date field of 
 
 # -- The access log --
 
+TRACEPARENT = re.compile(  # of W3C's Trace Context
+    "(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}"
+)
 
-def request_writer(style: str, stream: TextIO) -> BackgroundWriter:
-    # Return a writer of requests as lines of a style: text, json or off.
 
-    def text(line: dict[str, Any]) -> str:
-        line["time"] = time_text(datetime.fromtimestamp(line["time"], UTC))
-        if style == "json":
-            return json.dumps(line)
-        return " ".join(str(value) or "-" for value in line.values())
+def log_requests(style: str, lines: Iterable[dict[str, Any]]) -> None:
+    """Log requests: a record's message is a line in a style, text or json.
 
-    def write(lines: list[dict[str, Any]]) -> None:
-        with suppress(OSError, ValueError):  # the stream is broken or closed
-            stream.write("".join(f"{text(line)}\n" for line in lines))
-            stream.flush()
-
-    # Lines wait for others for 50 ms; at most 10 000 of them wait for a slow stream.
-    return BackgroundWriter(write, pause=0.05, limit=0 if style == "off" else 10_000)
+    The parts of the line are attributes of the record, for the formatters of other programs.
+    """
+    for line in lines:
+        created = line["time"]
+        line["time"] = time_text(datetime.fromtimestamp(created, UTC))
+        parts = {
+            name: value
+            for name, value in line.items()
+            if value or name not in ("reason", "traceparent")
+        }
+        words = [str(parts[name]) or "-" for name in parts if name != "traceparent"]
+        record = {
+            "name": ACCESS_LOG.name,
+            "levelno": logging.INFO,
+            "levelname": "INFO",
+            "msg": json.dumps(parts) if style == "json" else " ".join(words),
+            "created": created,
+            "msecs": created % 1 * 1000,
+        }
+        with suppress(Exception):  # a handler that fails must not stop the others
+            ACCESS_LOG.handle(logging.makeLogRecord(record | line))
 
 
 # -- Lanes --
@@ -8074,11 +8147,14 @@ class HttpServer(Watcher):
 
     def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
         super().__init__(application.config, listener, application.usage)
-        self.application = application
+        self.application, self.interrupt = application, application.interrupt
         self.url = url_of(self.config, self.server_address[1])
         self.faults: list[Fault] = []
         self.exchanges: deque[Exchange] | None = None
-        self.log = request_writer(self.config.access_log, sys.stderr)
+        # Handlers write to a file or elsewhere, which may take its time. Lines wait for others for
+        # 50 ms, and at most 10 000 of them wait for a slow handler.
+        write = partial(log_requests, self.config.access_log)
+        self.log = BackgroundWriter(write, pause=0.05, limit=10_000)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
         self._turn = threading.Lock()
         self._threads = ThreadPoolExecutor(self.config.max_connections, "asks or waits")
@@ -8092,14 +8168,8 @@ class HttpServer(Watcher):
             SLOW: lambda *arguments: self._threads.submit(self.guarded, self._answer, *arguments),
         }
 
-    def stop(self) -> None:
-        """Accept nothing more, end long polls, wait for the other requests, close everything."""
-        self.application.interrupt()
-        self.stopping.set()
-        if not self.started:  # then this only closes the sockets
-            self.serve_forever()
-        self._wake()
-        self.stopped.wait()
+    def close(self) -> None:
+        """Write the logs and close the stores, after the last answer."""
         self._lanes.clear()  # which ends their idle threads
         self._threads.shutdown(wait=False)
         self.log.close(1)
@@ -8241,26 +8311,31 @@ class HttpServer(Watcher):
             connection.since = time.monotonic()
         connection.hold("", 0)  # before the client can send its next request on another connection
         connection.send(octets + body[: len(body) // 2 if cut else None])
-        # The client reads meanwhile. Its next request on this connection finds the counts. The log
-        # has no secret, no value of a resource, and nothing that ends a line.
-        method = request.method if request.method in METHODS else "other"
-        refused = response.status in (401, 403) and response.reason
-        seconds = time.perf_counter() - connection.started
-        self.application.metrics.add(method, response, seconds)
-        self.log.add(
-            {
-                "time": time.time(),
-                "tenant": response.tenant,
-                "method": method,
-                "route": response.route,
-                "status": response.status,
-                "milliseconds": round(seconds * 1000, 1),
-                "bytes": len(body),
-                "id": request.id,
-                **({"reason": refused[0].split()[0]} if refused else {}),
-            }
-        )
+        # The client reads meanwhile. Its next request on this connection finds the counts.
+        self._note(request, response, time.perf_counter() - connection.started, len(body))
         self.give_back(connection)
+
+    def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
+        # Count a request and log it, without a secret, a value of a resource, or what ends a line.
+        method = request.method if request.method in METHODS else "other"
+        self.application.metrics.add(method, response, seconds)
+        if self.config.access_log != "off" and ACCESS_LOG.isEnabledFor(logging.INFO):
+            refused = response.status in (401, 403) and response.reason
+            trace = request.headers.get("traceparent", "")
+            self.log.add(
+                {
+                    "time": time.time(),
+                    "tenant": response.tenant,
+                    "method": method,
+                    "route": response.route,
+                    "status": response.status,
+                    "milliseconds": round(seconds * 1000, 1),
+                    "bytes": octets,
+                    "id": request.id,
+                    "reason": refused[0].split()[0] if refused else "",
+                    "traceparent": trace if TRACEPARENT.fullmatch(trace) else "",
+                }
+            )
 
     def _exchange(self, request: Request, response: Response) -> Exchange:
         # Return a request and its answer without secrets.
@@ -8989,10 +9064,11 @@ addEventListener('hashchange', route); route();
 class ScimServer(HttpServer):
     """A server as an object: a configuration, its tenants and the console at an address.
 
-    config is a Config, its file, its document, or None for a demo tenant in memory. port replaces
-    the port of the configuration; 0 picks a free one. listener is a socket to accept from instead.
-    authenticate, clock and new_id are those of Application. Call start() or serve_forever(), and
-    then stop(). Raises ConfigError, OSError, and StoreError if no tenant can be served.
+    config is a Config, its file, its document, or None for a demo tenant in memory. A file is read
+    again when it changes. port replaces the port of the configuration; 0 picks a free one. listener
+    is a socket to accept from instead. authenticate, clock and new_id are those of Application.
+    Call start() or serve_forever(), and then stop(). Raises ConfigError, OSError, and StoreError if
+    no tenant can be served.
     """
 
     def __init__(
@@ -9005,8 +9081,8 @@ class ScimServer(HttpServer):
         clock: Clock = utc_now,
         new_id: Callable[[], str] = random_id,
     ) -> None:
-        settings = to_config(config)
-        settings = settings if port is None else replace(settings, port=port)
+        signature, load = signature_of(config), partial(to_config, config, port)
+        settings = load()
         with ExitStack() as stack:  # which closes what is open if the rest fails
             listener = stack.enter_context(listener or listen(settings))
             application = Application(settings, authenticate, clock, new_id, CONSOLE_PAGE)
@@ -9015,13 +9091,10 @@ class ScimServer(HttpServer):
                 application.directory(settings.tenants[0].name)  # raises the StoreError
             super().__init__(application, listener)
             stack.pop_all()
-        self.token, self.client = application.token, application.client
         self.directory = application.directory
-
-    def start(self) -> None:
-        """Serve in a thread of its own until stop()."""
-        self.started = True
-        threading.Thread(target=self.serve_forever).start()
+        self.token, self.client = application.token, application.client
+        warn_about_setup(application)
+        follow_file(application, config, load, signature)
 
 
 @contextmanager
@@ -9063,54 +9136,60 @@ def wsgi(
     The arguments are those of running(). A configuration file is reloaded when it changes. Call
     this in each process: neither open database files nor threads survive a fork.
     """
-    file = os.fspath(config) if isinstance(config, (str, os.PathLike)) else ""
-    signature = file_signature(file)  # before the file is read
-    application = Application(to_config(config), authenticate, page=CONSOLE_PAGE)
-    if file:
-        threading.Thread(
-            target=follow_file,
-            args=(weakref.ref(application), file, partial(load_config, file), signature),
-            daemon=True,
-        ).start()
+    signature, load = signature_of(config), partial(to_config, config)
+    application = Application(load(), authenticate, page=CONSOLE_PAGE)
+    follow_file(application, config, load, signature)
     return WsgiApplication(application)
 
 
 # -- Reloading the configuration -----------------------------------------------------
 
 
+def signature_of(source: Source) -> FileSignature:
+    # Return the signature of a configuration file; call this before the file is read.
+    return file_signature(os.fspath(source)) if isinstance(source, (str, os.PathLike)) else []
+
+
 def follow_file(
-    reference: weakref.ref[Application],
-    file: str,
+    application: Application,
+    source: Source,
     load: Callable[[], Config],
     signature: FileSignature,
 ) -> None:
-    """Reload the configuration within a second after its file no longer has the signature.
+    """Reload a configuration file within a second after it no longer has the signature.
 
-    This is for a daemon thread. It ends when nothing else refers to the application.
+    A daemon thread does this, until the application is closed or nothing else refers to it.
     """
-    while application := reference():
-        for line in expiry_warnings(application.config, utc_now()):
-            log_line_once(line)
-        if (latest := file_signature(file)) != signature:
-            signature[:] = latest
-            log_line(f"{file or 'the built-in demo'}: {reload_config(application, load)}")
-        del application
-        time.sleep(1)
+    reference, closing = weakref.ref(application), application.closing
+
+    def run() -> None:
+        while not closing.is_set() and (application := reference()):
+            for line in expiry_warnings(application.config, utc_now()):
+                warn_once(line)
+            if (latest := signature_of(source)) != signature:
+                signature[:] = latest
+                reload_config(application, load, source)
+            del application
+            closing.wait(1)
+
+    if isinstance(source, (str, os.PathLike)):
+        threading.Thread(target=run, daemon=True).start()
 
 
 def warn_about_setup(application: Application) -> None:
     for name, error in application.failures.items():
-        log_line(f"tenant {name} is not served, the others are: {error}")
+        LOG.error("tenant %s is not served, the others are: %s", name, error)
     config = application.config
     if not (is_loopback(config.host) or config.tls or config.trusted_proxies):
-        log_line(
-            f"warning: {config.host} is reachable from other machines and tokens are sent "
-            "unencrypted; configure tls, or trusted_proxies for a proxy that provides it"
+        LOG.warning(
+            "warning: %s is reachable from other machines and tokens are sent unencrypted; "
+            "configure tls, or trusted_proxies for a proxy that provides it",
+            config.host,
         )
 
 
-def reload_config(application: Application, load: Callable[[], Config]) -> str:
-    # Apply a changed configuration, keep the current one if it is invalid; return a log line.
+def reload_config(application: Application, load: Callable[[], Config], file: Source) -> None:
+    # Apply a changed configuration, or keep the current one if it is invalid.
     current = application.config
     fixed = [option for option in fields(Config) if not option.metadata["live"]]
     try:
@@ -9119,16 +9198,17 @@ def reload_config(application: Application, load: Callable[[], Config]) -> str:
             replace(config, **{option.name: getattr(current, option.name) for option in fixed})
         )
     except (ConfigError, StoreError, OSError, ValueError) as error:
-        return "not loaded, keeping the previous configuration: " + str(error).replace("\n", "; ")
+        problems = "; ".join(getattr(error, "problems", [str(error)]))
+        LOG.error("%s: not loaded, keeping the previous configuration: %s", file, problems)
+        return
     warn_about_setup(application)
     pending = dict.fromkeys(
         option.metadata["key"] or option.name
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    return f"loaded, {len(config.tenants)} tenant(s)" + (
-        f"; take effect after a restart: {', '.join(pending)}" if pending else ""
-    )
+    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
+    LOG.info("%s: loaded, %d tenant(s)%s", file, len(config.tenants), later)
 
 
 # ----------------------------------------------------------------------------
@@ -9187,11 +9267,10 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
 
 def serve(options: argparse.Namespace) -> None:
     # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
-    file = chosen_file(options)
-    signature, config = file_signature(file), chosen_config(options)
-    config = fit_to_file_limit(config)
-    server = ScimServer(config, listener=open_listener(config))
-    warn_about_setup(server.application)
+    file, load = chosen_file(options), partial(chosen_config, options)
+    signature, config = file_signature(file), fit_to_file_limit(load())
+    server = ScimServer(config)
+    follow_file(server.application, file or None, load, signature)
 
     def stop(*_: object) -> None:
         # The alarm ends the process, whatever is running then; what is not committed is undone,
@@ -9200,17 +9279,19 @@ def serve(options: argparse.Namespace) -> None:
         # stop() waits for the loop in this thread, so it needs another one.
         threading.Thread(target=server.stop).start()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
-    if hasattr(signal, "SIGHUP"):
-        # A false signature makes the next check reload the file. An Event would not do: a
-        # second signal during its set() would wait for the lock that the first one holds.
-        signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
-    threading.Thread(
-        target=follow_file,
-        args=(weakref.ref(server.application), file, partial(chosen_config, options), signature),
-        daemon=True,
-    ).start()
+    def stop_at_exit() -> None:
+        threading.main_thread().join()
+        server.stop()
+
+    if threading.current_thread() is not threading.main_thread():  # which gets all signals
+        threading.Thread(target=stop_at_exit).start()
+    else:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        if hasattr(signal, "SIGHUP"):
+            # A false signature makes the next check reload the file. An Event would not do: a
+            # second signal during its set() would wait for the lock that the first one holds.
+            signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
     is_private = is_loopback(config.host) or sys.stdout.isatty()
     print(greeting(server.url, config if is_private else server.application.config), flush=True)
     server.serve_forever()
@@ -9226,21 +9307,11 @@ def fit_to_file_limit(config: Config) -> Config:
         # The others are for the tenants' files and their readers.
         room = limit - min(limit // 2, RESERVED_FILES + FILES_PER_TENANT * len(config.tenants))
         if 0 < room < config.max_connections:
-            log_line(f"max_connections: {room}, because only {limit} files may be open (ulimit -n)")
+            LOG.warning(
+                "max_connections: %d, because only %d files may be open (ulimit -n)", room, limit
+            )
             return replace(config, max_connections=room)
     return config
-
-
-def open_listener(config: Config) -> socket.socket:
-    try:
-        return listen(config)
-    except ValueError as error:
-        raise UsageError(f"reuse_port: not available on this platform ({error})") from error
-    except OSError as error:
-        raise UsageError(
-            f"{config.host}:{config.port}: cannot be used ({error.strerror}); "
-            "choose another address with --listen HOST:PORT"
-        ) from error
 
 
 def usable_secret(tenant: Tenant) -> str:
@@ -9354,7 +9425,7 @@ def check(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     if options.ready is not None:
         return check_ready(config, options.ready)
-    check_credentials(config)
+    check_config(config)
     if config.tls:
         tls_context(*config.tls)  # raises OSError for unusable files
     print(f"{chosen_file(options) or 'the built-in demo'}: no mistakes found")
@@ -9459,7 +9530,7 @@ def restore(options: argparse.Namespace) -> None:
         raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
     make_data_dir(config)
     if moved := restore_file(path, options.file, tenant.name, f"{utc_now():%Y%m%dT%H%M%S.%f}"):
-        log_line(f"{path}: damaged, moved to {moved}")
+        LOG.warning("%s: damaged, moved to %s", path, moved)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
 
 
@@ -9507,7 +9578,7 @@ def aligned(table: Iterable[Sequence[str]]) -> Iterator[str]:
 def show_changes(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
     with suppress(KeyboardInterrupt):
-        for change in directory.follow(options.after, options.follow):
+        for change in directory.follow(options.after, options.follow, kind=""):
             print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
 
 
@@ -9718,13 +9789,28 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+class LinePrinter(logging.Handler):
+    """Prints what is logged on standard error, which may be closed."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.name == ACCESS_LOG.name else "scim_server: "
+        with suppress(OSError, ValueError):
+            print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status, 2 for a problem that the user can solve."""
+    """Run the command line and return its exit status, 2 for a problem that the user can solve.
+
+    A server ends after SIGINT or SIGTERM. In another thread than the main one, it ends with the
+    main thread; use ScimServer to end it earlier.
+    """
     for stream in (sys.stdout, sys.stderr):
         # Names are in UTF-8, whatever the code page of a console, and lines end as CSV says.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace", newline="")
-    options = parse_options(arguments)
+    options, printer, level = parse_options(arguments), LinePrinter(), LOG.level
+    LOG.addHandler(printer)
+    LOG.setLevel(logging.INFO)
     try:
         status = options.run(options) or 0
         sys.stdout.flush()
@@ -9735,10 +9821,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (UsageError, StoreError, ScimError, OSError) as error:
-        log_line(str(error))
+        LOG.error("%s", error)
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:
-            log_line(f"{chosen_file(options)}: {line}")
+            LOG.error("%s: %s", chosen_file(options), line)
+    finally:
+        LOG.removeHandler(printer)
+        LOG.setLevel(level)
     return 2
 
 
