@@ -12,7 +12,7 @@ Run it        python scim_server.py               serve sample_config.json, or a
               python scim_server.py demo          play Entra ID against the running server
               python scim_server.py check         explain a configuration; also: init, token,
                                                   employees, changes, backup, restore, migrate
-Embed it      with running("config.json") as server: print(server.url)
+Embed it      server = ScimServer("config.json"); server.start()        and later: server.stop()
               application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
               Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
 Test with it  with running() as server:           an empty server in memory, on a free port
@@ -119,7 +119,7 @@ from urllib.parse import parse_qsl, quote, unquote, urlencode
 # ----------------------------------------------------------------------------
 # 1. Vocabulary                                          RFC 7643, RFC 7644 §3.12
 #
-# The names of the protocol, the limits of this server, and its error.
+# The names of the protocol, the limits of this server, its loggers and its error.
 # Uses no other chapter.
 # ----------------------------------------------------------------------------
 
@@ -4631,9 +4631,8 @@ def check_config(config: Config, has_hook: bool = False) -> None:
 
     A tenant needs no credentials if a hook authenticates its callers.
     """
-    is_kept = config.data_dir != ":memory:" or config.database
-    problems = ["reuse_port: needs a data_dir on disk, which processes can share"] * bool(
-        config.reuse_port and not is_kept
+    problems = ["reuse_port: needs a data_dir on disk, which processes can share"] * (
+        config.reuse_port and config.data_dir == ":memory:" and not config.database
     )
     problems += [
         f"tenants[{number}].tokens: is missing; a tenant needs tokens or clients"
@@ -7747,8 +7746,10 @@ def listen(config: Config) -> socket.socket:
             reuse_port=config.reuse_port,
         )
     except (OSError, ValueError) as error:  # ValueError: the platform has no reuse_port
-        reason = getattr(error, "strerror", "") or error
-        raise OSError(f"listen: {config.host}:{config.port} cannot be used: {reason}") from error
+        raise OSError(
+            f"listen: {config.host}:{config.port} cannot be used: "
+            f"{getattr(error, 'strerror', '') or error}"
+        ) from error
     listener.setblocking(False)
     # Its connections inherit this: an answer is not held back until the one before has arrived.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
@@ -7788,9 +7789,9 @@ class Watcher:
         self.server_address = self.socket.getsockname()
         self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
-        self.thread: threading.Thread | None = None  # that watches
+        self.thread: threading.Thread | None = None  # that watches, which only the first may
         self.stopping, self.stopped = threading.Event(), threading.Event()
-        self._lock = threading.Lock()  # for giving a connection back
+        self._lock, self._first = threading.Lock(), threading.Lock()  # to give back, to start once
         self._returned: deque[Connection] = deque()  # to go on with
         self._swept = 0.0  # when deadlines were checked last
         self._selector = selectors.DefaultSelector()
@@ -7820,10 +7821,9 @@ class Watcher:
             self.stopped.wait()
 
     def _begin(self, thread: threading.Thread) -> threading.Thread:
-        with self._lock:
-            if self.thread:
-                raise RuntimeError("this server was started or stopped already; make another one")
-            self.thread = thread
+        if not self._first.acquire(blocking=False):
+            raise RuntimeError("this server was started or stopped already; make another one")
+        self.thread = thread
         return thread
 
     def _run(self) -> None:
@@ -8068,19 +8068,16 @@ def log_requests(style: str, lines: Iterable[dict[str, Any]]) -> None:
     for line in lines:
         created = line["time"]
         line["time"] = time_text(datetime.fromtimestamp(created, UTC))
-        parts = {
-            name: value
-            for name, value in line.items()
-            if value or name not in ("reason", "traceparent")
-        }
-        words = [str(parts[name]) or "-" for name in parts if name != "traceparent"]
+        words = [str(value) or "-" for name, value in line.items() if name != "traceparent"]
         record = {
             "name": ACCESS_LOG.name,
             "levelno": logging.INFO,
             "levelname": "INFO",
-            "msg": json.dumps(parts) if style == "json" else " ".join(words),
+            "msg": json.dumps(line) if style == "json" else " ".join(words),
             "created": created,
             "msecs": created % 1 * 1000,
+            "reason": "",
+            "traceparent": "",
         }
         with suppress(Exception):  # a handler that fails must not stop the others
             ACCESS_LOG.handle(logging.makeLogRecord(record | line))
@@ -8153,8 +8150,7 @@ class HttpServer(Watcher):
         self.exchanges: deque[Exchange] | None = None
         # Handlers write to a file or elsewhere, which may take its time. Lines wait for others for
         # 50 ms, and at most 10 000 of them wait for a slow handler.
-        write = partial(log_requests, self.config.access_log)
-        self.log = BackgroundWriter(write, pause=0.05, limit=10_000)
+        self.log = BackgroundWriter(partial(log_requests, self.config.access_log), 0.05, 10_000)
         self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
         self._turn = threading.Lock()
         self._threads = ThreadPoolExecutor(self.config.max_connections, "asks or waits")
@@ -8332,8 +8328,8 @@ class HttpServer(Watcher):
                     "milliseconds": round(seconds * 1000, 1),
                     "bytes": octets,
                     "id": request.id,
-                    "reason": refused[0].split()[0] if refused else "",
-                    "traceparent": trace if TRACEPARENT.fullmatch(trace) else "",
+                    **({"reason": refused[0].split()[0]} if refused else {}),
+                    **({"traceparent": trace} if TRACEPARENT.fullmatch(trace) else {}),
                 }
             )
 
@@ -9091,8 +9087,8 @@ class ScimServer(HttpServer):
                 application.directory(settings.tenants[0].name)  # raises the StoreError
             super().__init__(application, listener)
             stack.pop_all()
-        self.directory = application.directory
         self.token, self.client = application.token, application.client
+        self.directory = application.directory
         warn_about_setup(application)
         follow_file(application, config, load, signature)
 
@@ -9163,14 +9159,13 @@ def follow_file(
     reference, closing = weakref.ref(application), application.closing
 
     def run() -> None:
-        while not closing.is_set() and (application := reference()):
+        while not closing.wait(1) and (application := reference()):
             for line in expiry_warnings(application.config, utc_now()):
                 warn_once(line)
             if (latest := signature_of(source)) != signature:
                 signature[:] = latest
                 reload_config(application, load, source)
             del application
-            closing.wait(1)
 
     if isinstance(source, (str, os.PathLike)):
         threading.Thread(target=run, daemon=True).start()
@@ -9198,8 +9193,11 @@ def reload_config(application: Application, load: Callable[[], Config], file: So
             replace(config, **{option.name: getattr(current, option.name) for option in fixed})
         )
     except (ConfigError, StoreError, OSError, ValueError) as error:
-        problems = "; ".join(getattr(error, "problems", [str(error)]))
-        LOG.error("%s: not loaded, keeping the previous configuration: %s", file, problems)
+        LOG.error(
+            "%s: not loaded, keeping the previous configuration: %s",
+            file,
+            "; ".join(getattr(error, "problems", [str(error)])),
+        )
         return
     warn_about_setup(application)
     pending = dict.fromkeys(
@@ -9207,8 +9205,12 @@ def reload_config(application: Application, load: Callable[[], Config], file: So
         for option in fixed
         if getattr(config, option.name) != getattr(current, option.name)
     )
-    later = f"; take effect after a restart: {', '.join(pending)}" if pending else ""
-    LOG.info("%s: loaded, %d tenant(s)%s", file, len(config.tenants), later)
+    LOG.info(
+        "%s: loaded, %d tenant(s)%s",
+        file,
+        len(config.tenants),
+        f"; take effect after a restart: {', '.join(pending)}" if pending else "",
+    )
 
 
 # ----------------------------------------------------------------------------
@@ -9793,8 +9795,8 @@ class LinePrinter(logging.Handler):
     """Prints what is logged on standard error, which may be closed."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        prefix = "" if record.name == ACCESS_LOG.name else "scim_server: "
         with suppress(OSError, ValueError):
+            prefix = "" if record.name == ACCESS_LOG.name else "scim_server: "
             print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)
 
 

@@ -12521,7 +12521,75 @@ def test_the_readme_shows_what_the_demo_leaves(first_screen: Any) -> None:
     assert len(rows) == 4 and all(" false " in row for row in rows)
 
 
-EXAMPLES = list(enumerate(blocks("python"), 1))
+CONSUMER = next(block for block in blocks("python") if "follow(" in block)
+
+CONSUMERS = [  # name, a program that runs permanently, what it knows: a row per employee
+    (
+        "Python",
+        [sys.executable, "-c", CONSUMER],
+        lambda folder: [
+            list(row)
+            for row in rows_of(
+                folder / "application.sqlite3", "SELECT id, name, active FROM person"
+            )
+        ],
+    ),
+    (
+        "curl",
+        ["sh", "-c", next(block for block in blocks("sh") if "mkdir -p people" in block)],
+        lambda folder: sorted(
+            [employee["id"], employee["name"], employee["active"]]
+            for employee in (json.loads(file.read_text()) for file in folder.glob("people/*"))
+        ),
+    ),
+]
+
+
+@each_row("program, known_to", CONSUMERS)
+def test_a_consumer_of_the_readme_misses_nobody_when_it_is_killed(
+    tmp_path: Path, program: list[str], known_to: Any
+) -> None:
+    if program[0] == "sh" and not shutil.which("curl"):
+        pytest.skip("there is no curl")
+
+    @contextmanager
+    def consumer() -> Iterator[None]:
+        running = subprocess.Popen(
+            [text.replace("127.0.0.1:8080", address) for text in program],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(HERE)},
+            start_new_session=True,
+        )
+        yield
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait()
+
+    def knows(*people: Any) -> bool:
+        with suppress(sqlite3.Error, ValueError):  # no table yet, or half a file
+            return {tuple(row) for row in known_to(tmp_path)} >= set(people)
+        return False
+
+    document = {**json.loads((HERE / "sample_config.json").read_text()), "changes": {"keep": 6}}
+    with serving(tmp_path / "scim-data", document) as server:
+        address = server.url.split("/")[2]
+        scim = Scim(server.url, "acme-sample-secret-token")
+        paths = [f"/Users/{scim.user(name)['id']}" for name in ("ada", "bob")]
+        with consumer():
+            wait_until(lambda: knows((1, "ada", True), (2, "bob", True)))
+        scim.call("DELETE", paths[0])
+        scim.patch(paths[1], put("displayName", 'Bob "}'))
+        for name in ("eve", "joe", "sue"):  # The feed forgets what happened to Ada and Bob.
+            scim.user(name)
+        with consumer():
+            wait_until(lambda: knows((1, "ada", False)))
+        with consumer():
+            names = [(2, 'Bob "}', True), (3, "eve", True), (4, "joe", True), (5, "sue", True)]
+            wait_until(lambda: knows((1, "ada", False), *names))
+            scim.patch(paths[1], put("active", False))
+            wait_until(lambda: knows((2, 'Bob "}', False)))
+
+
+EXAMPLES = [pair for pair in enumerate(blocks("python"), 1) if pair[1] != CONSUMER]
 
 
 @pytest.mark.parametrize(
