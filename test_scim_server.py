@@ -6280,7 +6280,7 @@ def test_credentials_of_nobody_or_everybody_are_refused(
 
 @each_row("config, has_hook", USABLE_CREDENTIALS)
 def test_usable_credentials_are_accepted(config: scim_server.Config, has_hook: bool) -> None:
-    scim_server.check_credentials(config, has_hook)
+    scim_server.check_config(config, has_hook)
 
 
 def test_the_secrets_of_the_sample_and_the_demo_are_the_published_ones() -> None:
@@ -11723,13 +11723,15 @@ def test_published_secrets_are_refused_beyond_loopback() -> None:
     assert_mistake(["everybody"], "--config", file, *arguments)
 
 
-def test_a_reload_does_not_bring_published_secrets_beyond_loopback(tmp_path: Path) -> None:
+def test_a_reload_does_not_bring_published_secrets_beyond_loopback(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     file = config_file(tmp_path, tenants=CONFIG["tenants"][:1])
     config = replace(scim_server.load_config(file), host="0.0.0.0")
     with closing(scim_server.Application(config)) as application:
         config_file(tmp_path, **scim_server.DEMO)
-        line = scim_server.reload_config(application, partial(scim_server.load_config, file))
-        assert line.startswith("not loaded") and "everybody" in line
+        scim_server.reload_config(application, partial(scim_server.load_config, file), file)
+        assert f"{file}: not loaded" in caplog.text and "everybody" in caplog.text
         assert list(application.tenants) == ["acme"]
 
 
