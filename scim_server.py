@@ -2792,8 +2792,8 @@ class Session:
         # Return type, name, number of members and, of users, activity of users and groups, by id.
         # A user has the name of its employee, also after it was deleted.
         rows = self._among(
-            "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active FROM "
-            "employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
+            "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active "
+            "FROM employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
             "WHERE type = 'Group') AS named WHERE id IN",
             ids,
         )
@@ -3786,9 +3786,8 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
-            return self._resource(
-                session, self._save(session, row, before, resource, replaces_members=True)
-            )
+            row = self._save(session, row, before, resource, replaces_members=True)
+            return self._resource(session, row)
 
     def patch(
         self,
