@@ -2094,7 +2094,6 @@ EMPLOYEE_STATES = {  # conditions on employees, in the console
     "inactive": "active = 0 AND provisioned = 1",
     "left": "provisioned = 0",  # there is no SCIM user any more
 }
-SORT_ORDERS = {"ascending": "ASC NULLS FIRST", "descending": "DESC NULLS LAST"}  # likewise
 
 
 def compile_employees(state: str, text: str, names: Iterable[str]) -> Sql:
@@ -2105,12 +2104,11 @@ def compile_employees(state: str, text: str, names: Iterable[str]) -> Sql:
         for form in filter(None, (text.lower(), text.upper(), text.title()))
     }
     # A record is JSON: what may have the text but is no value is removed before it is searched.
-    others = [*(f'"{name.lower()}":' for name in names), ":true", ":false"]
+    others = (*(f'"{name.lower()}":' for name in names), ":true", ":false")
     removed = [other for other in others if any(form in other for form in forms)]
     values = "replace(" * len(removed) + "lower(record)" + ", ?, '')" * len(removed)
     sql = f"instr(lower(user_name || ' ' || external_id), ?) > 0 OR instr({values}, ?) > 0"
-    alternatives = [(sql, [form, *removed, form]) for form in forms]
-    sql, parameters = join_sql(" OR ", alternatives, "1 = 1")
+    sql, parameters = join_sql(" OR ", [(sql, [form, *removed, form]) for form in forms], "1 = 1")
     return f"{EMPLOYEE_STATES[state]} AND {sql}", parameters
 
 
@@ -2791,11 +2789,10 @@ class Session:
     def names(self, ids: Sequence[str]) -> dict[str, Resource]:
         # Return type, name, number of members and, of users, activity of users and groups, by id.
         # A user has the name of its employee, also after it was deleted.
-        rows = self._among(
+        sql = (
             "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active "
             "FROM employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
-            "WHERE type = 'Group') AS named WHERE id IN",
-            ids,
+            "WHERE type = 'Group') AS named WHERE id IN"
         )
         return {
             id: {
@@ -2804,7 +2801,7 @@ class Session:
                 "members": members,
                 "active": bool(active),
             }
-            for id, type, text, members, active in rows
+            for id, type, text, members, active in self._among(sql, ids)
             for body in [from_json(text)]
         }
 
@@ -2994,14 +2991,14 @@ class Session:
         )
 
     def find_employees(
-        self, condition: Sql, field: str, order: str, window: Window
+        self, condition: Sql, field: str, descending: bool, window: Window
     ) -> tuple[int, list[EmployeeRow]]:
         # Return how many employees fulfil a condition, and a window on them, sorted by a field.
         (sql, values), path = condition, '$."' + field.replace(".", '"."') + '"'
         [[total]] = self.run(f"SELECT count(*) FROM employee WHERE {sql}", values).fetchall()
         ids = self.run(
             f"SELECT id FROM employee WHERE {sql} ORDER BY json_extract(record, ?) COLLATE NOCASE "
-            f"{SORT_ORDERS[order]}, id LIMIT ? OFFSET ?",
+            f"{'DESC NULLS LAST' if descending else 'ASC NULLS FIRST'}, id LIMIT ? OFFSET ?",
             [*values, path, window.count, window.offset],
         ).fetchall()
         return total, [row for id in ids for row in self._employees("id = ?", id)]
@@ -4884,8 +4881,9 @@ class Call:
         text = self.parameters.get(name.lower(), "").strip() or choices[0]
         words = {word.lower(): word for word in choices}
         if text.lower() not in words:
-            expected = " or ".join(filter(None, choices))
-            raise invalid_value(f"{name}: expected {expected}, got {quoted(text)}")
+            raise invalid_value(
+                f"{name}: expected {' or '.join(filter(None, words))}, got {quoted(text)}"
+            )
         return words[text.lower()]
 
     def projected(self, resource: Resource | Encoded) -> Json:
@@ -6667,6 +6665,10 @@ class ProvisioningLog(BackgroundWriter):
 # -- Employees and changes -----------------------------------------------------------
 
 
+def csv_response(table: Iterable[list[str]], **headers: str) -> Response:
+    return plain_response("".join(employee_csv(table)), "text/csv; charset=utf-8", **headers)
+
+
 def list_employees(call: Call) -> Response:
     # Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV.
     active = call.choice("active", "", "true", "false")
@@ -6684,11 +6686,10 @@ def list_employees(call: Call) -> Response:
         employees.append(employee)
     cursor = {"nextCursor": str(employees[-1].id)} if more else {}
     query = urlencode({**call.parameters, "cursor": cursor.get("nextCursor", "")})
-    url = f"{call.base_url.removesuffix(BASE_PATH)}/employees?{query}"
-    headers = {"Link": f'<{url}>; rel="next"'} if more else {}
+    base_url = call.base_url.removesuffix(BASE_PATH)
+    headers = {"Link": f'<{base_url}/employees?{query}>; rel="next"'} if more else {}
     if "text/csv" in call.request.headers.get("accept", ""):
-        lines = employee_csv(employee_table(employees, call.directory.link_names))
-        return plain_response("".join(lines), "text/csv; charset=utf-8", **headers)
+        return csv_response(employee_table(employees, call.directory.link_names), **headers)
     return plain_response({"employees": list(map(asdict, employees)), **cursor}, **headers)
 
 
@@ -6843,9 +6844,8 @@ def get_setup(log: ProvisioningLog, call: Call) -> Response:
 
 
 def get_mapping(call: Call) -> Response:
-    header = ["Entra ID source", "customappsso attribute", "type", "change"]
-    lines = employee_csv([header, *entra_mapping(call.directory)])
-    return plain_response("".join(lines), "text/csv; charset=utf-8")
+    titles = ["Entra ID source", "customappsso attribute", "type", "change"]
+    return csv_response([titles, *entra_mapping(call.directory)])
 
 
 def find_employees(call: Call) -> Response:
@@ -6857,18 +6857,22 @@ def find_employees(call: Call) -> Response:
         call.text("text"),
         ["custom_fields", *EMPLOYEE_SOURCES, *link_names],
     )
-    window = Window(
-        call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT), call.integer("startIndex", 1, 1) - 1
-    )
+    count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     with call.directory.store.reading() as session:
         total, rows = session.find_employees(
             condition,
             call.choice("sortBy", *EMPLOYEE_SOURCES, *map("custom_fields.{}".format, link_names)),
-            call.choice("sortOrder", *SORT_ORDERS),
-            window,
+            call.choice("sortOrder", "ascending", "descending") == "descending",
+            Window(count, call.integer("startIndex", 1, 1) - 1),
         )
-    employees = [{**asdict(to_employee(row)), "left": not row.provisioned} for row in rows]
-    return plain_response({"total": total, "employees": employees})
+    return plain_response(
+        {
+            "total": total,
+            "employees": [
+                {**asdict(to_employee(row)), "left": not row.provisioned} for row in rows
+            ],
+        }
+    )
 
 
 def get_names(call: Call) -> Response:
