@@ -8428,8 +8428,8 @@ CONSOLE_PAGE = r"""<!doctype html><html lang="en"><meta charset="utf-8"><meta na
   --accent: #2f5fd0; --pressed: #244cab; --link: #2450b8; --ok: #12683f; --ok-bg: #e4f3ea; --warn: #7a4b00; --warn-bg: #fcf1d8; --bad: #a3211b;
   --bad-bg: #fce9e7 }
 @media (prefers-color-scheme: dark) { :root { --bg: #10141b; --card: #181e27; --hover: #1f2732; --text: #e7ebf2; --dim: #a2aec0;
-  --line: #2b3341; --accent: #3a66cf; --pressed: #2f56b3; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f; --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a;
-  --bad-bg: #3a1b1b } }
+  --line: #2b3341; --accent: #3a66cf; --pressed: #2f56b3; --link: #93b4ff; --ok: #83dcab; --ok-bg: #15301f;
+  --warn: #f1c76c; --warn-bg: #332812; --bad: #ffa29a; --bad-bg: #3a1b1b } }
 .ok { --tone: var(--ok); --tint: var(--ok-bg) } .warn, .change { --tone: var(--warn); --tint: var(--warn-bg) }
 .bad { --tone: var(--bad); --tint: var(--bad-bg) } .pill, .note, .ok .mark, .change { background: var(--tint) }
 * { box-sizing: border-box } html { overflow-y: scroll } :focus-visible { outline: 2px solid var(--link); outline-offset: 2px }
@@ -8455,7 +8455,8 @@ input, select, button { font: inherit; color: inherit; border: 1px solid var(--d
 button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
 .primary:hover:enabled { background: var(--pressed) } h3 { font-size: 15px; margin: 18px 0 4px } h3 + .dim { margin: 0 }
 section > .copy, section > button + .dim { margin: 4px 0 10px } section > .dim:has(+ .copy) { margin: 0 } h2 + h3 { margin-top: 0 }
-ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px } .people { max-height: 96px; overflow: auto; margin: 6px 0 }
+ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px }
+.people { max-height: 96px; overflow: auto; margin: 6px 0 }
 .small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
 [aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
 .log { overflow: hidden } .log > li + li { border-top: 1px solid var(--line) } .log:empty, .log [open] .brief { display: none }
@@ -8491,8 +8492,8 @@ th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-sh
   .log summary time { grid-area: 2 / 3; line-height: 21px } .brief:empty + time, .log [open] time { grid-area: 2 / 2; text-align: start }
   .lead { font-size: 14px; margin: 0 0 8px } .causes { padding: 4px 14px } .causes > button { right: 14px }
   .bar { gap: 8px } .bar [type=search] { flex-basis: 120px } .live { min-width: 0 } .filters > *, .filters label > * { flex: 1 1 8em }
-  .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex } table { overflow-wrap: anywhere }
-  tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
+  .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex }
+  table { overflow-wrap: anywhere } tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
   td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
   td:has(> span:empty) { display: none } }
 </style>
@@ -8795,10 +8796,11 @@ function reachProblem(url) {
     .filter(Boolean).join(' ');
 }
 function credentialList(kind) {
+  const use = ({access, expired, expires, last_use}) => [access === 'read' && 'read-only; ', expired && h('span.pill.bad', '✕ expired'),
+    expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'];
   const credentials = setup.tokens.filter(credential => credential.kind === kind);
-  return credentials.length ? pairs(credentials.map(({name, access, expired, expires, last_use}) => [kind === 'client' ? copyable(name) : name,
-    access === 'read' && 'read-only; ', expired && h('span.pill.bad', '✕ expired'),
-    expires && ` ${expired ? '' : 'expires '}on ${date(expires)}; `, last_use ? `last used on ${date(last_use)}` : 'never used'])) : h('p', 'None yet.');
+  return credentials.length ? pairs(credentials.map(credential =>
+    [kind === 'client' ? copyable(credential.name) : credential.name, ...use(credential)])) : h('p', 'None yet.');
 }
 function connectionSection() {
   const output = h('div', {role: 'status'}), problem = reachProblem(setup.url);
@@ -8844,6 +8846,7 @@ const statePill = ({active, left}) => active ? pill(true, 'Active') : pill(false
 const employeeColumns = () => [['Name', 'name', employee => link(employee.name, 'people', employee.user_id)],
   ['E-mail', 'email', employee => mail(employee.email)], ['Designation', 'designation', employee => employee.designation],
   ['Department', 'department', employee => employee.department], ['No.', 'employeeNumber', employee => employee.employeeNumber],
+  ['Roles', '', employee => (employee.roles || []).join(', ')],
   ...setup.fields.map(({display_name, link_name}) => [display_name, 'custom_fields.' + link_name,
     employee => valueText(employee.custom_fields[link_name])]), ['State', '', statePill]];
 const mail = address => h('span', address.split(/(?=@)/).map(part => [h('wbr'), part]));  // it may break before the @
@@ -8942,7 +8945,8 @@ function timelineStep(id, changes, names) {
   const shown = source.attributes.map(path => nameList([path])), isUpdate = employee && employee !== source && source.kind !== 'user.created';
   const fields = isUpdate ? employee.attributes.filter(name => !shown.includes(name) && name !== 'custom_fields') : [];
   return h('li', h('div', h('b', stepTitle(id, changes, names)), h('span.dim', ' ', time(at), token && ` by “${token}”`),
-    source.kind.endsWith('.deleted') ? '' : changeList(source.attributes, source.values || {}, names), fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
+    source.kind.endsWith('.deleted') ? '' : changeList(source.attributes, source.values || {}, names),
+    fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
 }
 const problemNote = ({level, text, remedy, calls, last}) => h('div.note.' + LEVELS[level][0], h('p', text), h('p', h('b', 'What to do: '), remedy),
   h('p', `${plural(calls, 'call')}, the last `, time(last)));
@@ -8954,9 +8958,11 @@ async function resourceDetails(endpoint, id) {  // resource, employee (of a user
   const names = await getNames([id, ...managers, ...changes.flatMap(change => [change.id, change.member])].filter(Boolean));
   const steps = timelineSteps(changes).map(step => timelineStep(id, step, names));
   return [resource, employee, names[id], causes.map(problemNote),
-    h('div.grid', section('History', steps.length ? h('ol.steps.history', steps) : 'No changes recorded.'),
+    h('div.grid', section('History', steps.length ? h('ol.steps.history', steps) : 'No changes recorded.',
+      changes.length === 100 && h('p.dim', 'These are the newest 100 changes.')),
       section('SCIM resource', resource ? json(resource) : employee ? 'Deleted. The employee remains.' : 'Deleted.')),
-    h('h2', 'Calls'), calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
+    h('h2', 'Calls ', h('span.dim', link('all in the log', 'log', {subject: id}))),
+    calls.length ? h('ol.log', calls.map(logEntry)) : notice('No calls', 'The log has none about it.')];
 }
 async function showEmployee(id) {
   const [resource, employee, , problems, ...sections] = await resourceDetails('Users', id), manager = resource?.[ENTERPRISE]?.manager;
