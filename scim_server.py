@@ -15,9 +15,10 @@ Run it        python scim_server.py               serve sample_config.json, or a
 Embed it      server = ScimServer("config.json"); server.start()        and later: server.stop()
               application = wsgi("config.json")   for gunicorn, or under a prefix in Flask
               Directory(Store("one.sqlite3")).create("User", {"userName": "ada"})     without HTTP
-Test with it  with running() as server:           an empty server in memory, on a free port
-                  requests.get(f"{server.url}/Users", headers={
-                      "Authorization": f"Bearer {server.token('demo')}"})
+Test with it  with running() as server:           an empty server in memory, on a free port;
+                  server.token("demo")            server.url, faults, requests(), reset(), advance()
+              pytest -p scim_server               the same as the fixture scim
+              python scim_server.py --test        the same for other languages: /_test/
 
 Chapters      1 Vocabulary        schema URNs, limits, ScimError
               2 Schemas           Attribute, Schema, ResourceType: data that decides everything else
@@ -35,7 +36,7 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              14 Provisioning log  what each call did, open problems and their remedies
              15 Other endpoints   employees, changes, the console's API, metrics
              16 Application       tenants, routes, handle(Request) -> Response
-             17 Test aids         injected faults, the journal of requests
+             17 Test aids         injected faults, the journal of requests, the control API
              18 Connections       sockets, TLS, deadlines, the watching thread
              19 HTTP server       lanes for reads and writes, answers; WSGI
              20 Console           the page that shows why provisioning works or fails
@@ -52,6 +53,8 @@ Notation      resource   a canonical JSON object: {"schemas": [...], "id": "2819
               key        the form in which values compare: "bo" for the userName "Bo"
               entry      a row of the index, (path, key, element): ("emails.type", "work", 0)
               version    an ETag, as in meta.version: W/"3"; that of a file is its format
+
+PYTEST_DONT_REWRITE: this file is a plugin of pytest, which need not change its assertions.
 """
 
 from __future__ import annotations
@@ -81,6 +84,7 @@ import logging
 import operator
 import os
 import queue
+import random
 import re
 import secrets
 import selectors
@@ -111,7 +115,7 @@ from datetime import datetime, timedelta, timezone
 from email.utils import formatdate
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType, NoneType
+from types import MappingProxyType, ModuleType, NoneType, SimpleNamespace
 from typing import Any, Literal, NamedTuple, TypeVar, cast
 from unicodedata import normalize
 from urllib.parse import parse_qsl, quote, unquote, urlencode
@@ -3164,6 +3168,14 @@ class Session:
         )
         self.set_setting("feed_start", str(last["change"]))
 
+    def clear(self) -> None:
+        # Remove all rows but the name of the tenant; all numbers start again.
+        for table in TABLE_KEYS.keys() - {"number"}:
+            # The semicolon keeps PostgreSQL from TRUNCATE, which locks out readers.
+            rows = " WHERE name <> 'tenant'" if table == "setting" else ";"
+            self.run(f"DELETE FROM {table}{rows}")
+        self.run("UPDATE number SET last = 0")
+
     def setting(self, name: str) -> str:
         sql = "SELECT coalesce((SELECT value FROM setting WHERE name = ?), '')"
         return str(self.run(sql, [name]).fetchone()[0])
@@ -3637,6 +3649,11 @@ def random_id() -> str:
     return str(uuid.uuid4())
 
 
+def random_secret(purpose: str) -> str:
+    # Return 64 hexadecimal digits. A test may need the same ones each time: they depend on purpose.
+    return secrets.token_hex(32)
+
+
 class Directory:
     """One tenant's users, groups and employees, without any HTTP. Safe from several threads.
 
@@ -3659,8 +3676,10 @@ class Directory:
         keep_days: int = KEEP_DAYS,
         keep_values: bool = True,
         max_deactivations: int = 0,
+        new_secret: Callable[[str], str] = random_secret,
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
+        self._new_secret = new_secret
         self.keep, self.keep_days, self.keep_values = keep, keep_days, keep_values
         self.max_deactivations, self._polls = max_deactivations, threading.Semaphore(MAX_POLLS)
         self.differences: Differences = {}  # of the user or group that was written last
@@ -3668,11 +3687,7 @@ class Directory:
         self.resource_types = resource_types(self.custom_fields)
         self.link_names = [custom.link_name for custom in self.custom_fields]
         with store.writing() as session:
-            if not session.setting("cursor_key"):
-                session.set_setting("cursor_key", secrets.token_hex(32))
-            self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
-            self._adopt_custom_fields(session)
-            self._adopt_users(session)
+            self.prepare(session)
 
     @classmethod
     def as_stored(cls, store: Store) -> Directory:
@@ -4224,6 +4239,14 @@ class Directory:
 
     # -- What was stored under another configuration, or by an older version --
 
+    def prepare(self, session: Session) -> None:
+        # Bring the content of another configuration or version, or none, up to date.
+        if not session.setting("cursor_key"):
+            session.set_setting("cursor_key", self._new_secret("cursor key"))
+        self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
+        self._adopt_custom_fields(session)
+        self._adopt_users(session)
+
     def _adopt_custom_fields(self, session: Session) -> None:
         configured = to_json([[item.link_name, item.type.lower()] for item in self.custom_fields])
         if session.setting("custom_fields") != configured:
@@ -4523,8 +4546,13 @@ class ConfigReader:
     problems: list[str] = field(default_factory=list)
 
     def result(self, path: str, value: Json, rule: Rule) -> Any:
-        # Return a JSON value as its rule converts it; ConfigError with every mistake.
-        converted = self.read(path, value, rule)
+        # Return a JSON value as its rule converts it, an object with settings by key as a dict;
+        # ConfigError with every mistake.
+        converted = (
+            self._read_members(path, value, rule)
+            if isinstance(rule, dict)
+            else self.read(path, value, rule)
+        )
         if self.problems:
             raise ConfigError(self.problems, self.source)
         return converted
@@ -4539,7 +4567,7 @@ class ConfigReader:
         if isinstance(rule, type):
             return self._read_record(path, value, rule)
         convert, expected = rule
-        with suppress(AttributeError, OSError, TypeError, ValueError):
+        with suppress(AttributeError, OSError, OverflowError, TypeError, ValueError):
             if rule in (FILE, SECRET_FILE) and TEXT[0](value) and value != ":memory:":
                 value = os.path.join(self.folder, value)
             if (converted := convert(value)) is not None:
@@ -6604,7 +6632,7 @@ class ProvisioningLog(BackgroundWriter):
         self.skipped, self.missing = Counter[str](), Counter[str]()
         self.unknown_token: dict[str, Any] = {"calls": 0}  # and "since"
 
-    def note(self, call: Call, response: Response, clock: Clock, seconds: float) -> None:
+    def note(self, call: Call, response: Response, now: datetime, seconds: float) -> None:
         # Queue a call for its tenant's log, or count it if no tenant has its token.
         request, caller, label, status = (
             call.request,
@@ -6617,7 +6645,7 @@ class ProvisioningLog(BackgroundWriter):
         logged = request.path.startswith(BASE_PATH) or is_failure
         if not caller and logged and status == 401:
             self.unknown_token["calls"] += 1
-            self.unknown_token.setdefault("since", time_text(clock()))
+            self.unknown_token.setdefault("since", time_text(now))
         is_console = label.startswith("/console/")  # it does not show a token's use
         if not caller or is_console or isinstance(directory := caller.directory, StoreError):
             return  # there is no log
@@ -6626,7 +6654,7 @@ class ProvisioningLog(BackgroundWriter):
             return
         # The headers hold the secret.
         call.request, call.directory = request._replace(headers={}, caller=None), directory
-        self._queue(LogItem(call, caller, response, clock(), seconds, logged))
+        self._queue(LogItem(call, caller, response, now, seconds, logged))
 
     def _queue(self, item: LogItem) -> None:
         # Queue a call without a long body and without a list of several resources.
@@ -6960,11 +6988,13 @@ class Tenants:
         authenticate: Callable[[str], str | None] | None,
         clock: Clock,
         new_id: Callable[[], str],
+        new_secret: Callable[[str], str],
     ) -> None:
         self.directories: dict[str, Directory | StoreError] = {}
         self._databases: dict[str, PostgresDatabase] = {}  # by their URLs
-        self._authenticate, self._clock, self._new_id = authenticate, clock, new_id
-        self._temporary: list[tuple[str, Token]] = []  # by tenant; no configuration has them
+        self._authenticate, self._clock = authenticate, clock
+        self._new_id, self._new_secret = new_id, new_secret
+        self._temporary = set[tuple[str, Token]]()  # by tenant; no configuration has them
         self._configuring = threading.RLock()
         self.configure(config)
 
@@ -6983,7 +7013,7 @@ class Tenants:
             }
             self.tenants = {tenant.name: tenant.without_secrets() for tenant in config.tenants}
             self.config = replace(config, tenants=tuple(self.tenants.values()))
-            self._temporary = [pair for pair in self._temporary if pair[0] in self.tenants]
+            self._temporary = {pair for pair in self._temporary if pair[0] in self.tenants}
             self._index_credentials()
             used = {store_location(config, tenant) for tenant in config.tenants}
             unused = [self._databases.pop(url) for url in self._databases.keys() - used]
@@ -7035,9 +7065,9 @@ class Tenants:
 
     def token(self, name: str, kind: type[Token] = Token) -> str:
         # Return a new secret of a tenant, valid while the tenant is served; KeyError.
-        secret = secrets.token_urlsafe(32)
+        secret = self._new_secret(f"{kind.__name__} {name}")
         with self._configuring:
-            self._temporary.append((self.tenants[name].name, kind("made", digest(secret))))
+            self._temporary.add((self.tenants[name].name, kind("made", digest(secret))))
             self._index_credentials()
         return secret
 
@@ -7133,6 +7163,7 @@ class Tenants:
                 tenant.custom_fields,
                 self._clock,
                 self._new_id,
+                new_secret=lambda purpose: self._new_secret(f"{purpose} {tenant.name}"),
                 **options,
             )
             directory.claim(tenant.name)
@@ -7187,6 +7218,7 @@ class Tenants:
 
 # Who may call.
 ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "bearer", "nowhere"
+CONTROL = "control"
 # Lanes of the HTTP server: at once; with the reads one by one; of a network database several at a
 # time, look-ups and other reads; with the writes; one by one beside the writes; in its own thread.
 # fmt: off
@@ -7230,7 +7262,8 @@ class Application(Tenants):
     """All tenants of a configuration as one endpoint; the bearer token alone selects the tenant.
 
     authenticate is for a program that keeps tokens itself: it is asked about tokens that no tenant
-    has, and returns a tenant's name or None. page is the console, "" for none.
+    has, and returns a tenant's name or None. page is the console, "" for none. more_rows are routes
+    beside those of its own.
     """
 
     def __init__(
@@ -7240,21 +7273,23 @@ class Application(Tenants):
         clock: Clock = utc_now,
         new_id: Callable[[], str] = random_id,
         page: str = "",
+        new_secret: Callable[[str], str] = random_secret,
+        more_rows: Iterable[RouteRow] = (),
     ) -> None:
-        super().__init__(config, authenticate, clock, new_id)
+        super().__init__(config, authenticate, clock, new_id, new_secret)
         self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
         self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
         self.closing = threading.Event()
         threading.Thread(
             target=self._watch, args=(weakref.ref(self), self.closing), daemon=True
         ).start()
-        self._routes = route_table(self._rows(page if config.console else ""))
+        self._routes = route_table([*self._rows(page if config.console else ""), *more_rows])
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
         health, page_answer = plain_response("ok\n", "text/plain"), page_response(page)
         bulk = partial(run_bulk, self._perform, self._finish)
-        log, setup, causes = (partial(get, self.log) for get in (get_log, get_setup, get_causes))
+        log, setup, causes = map(self._with_log, (get_log, get_setup, get_causes))
         changes = partial(list_changes, self.usage)
         # fmt: off
         rows: list[RouteRow] = [
@@ -7296,10 +7331,22 @@ class Application(Tenants):
         # fmt: on
         return [row for row in rows if page or not re.fullmatch("/|/console/.*", row[1])]
 
+    def _with_log(self, get: Callable[[ProvisioningLog, Call], Response]) -> Operate:
+        return lambda call: get(self.log, call)  # which reset() replaces
+
     def interrupt(self) -> None:
         """End all long polls, permanently."""
         for directory in self.available:
             directory.store.interrupt()
+
+    def reset(self) -> None:
+        """Empty all tenants, as if their stores were new; all tokens stay valid. StoreError."""
+        self.log.close()  # writes what is on its way
+        for directory in map(self.directory, self.tenants):
+            with directory.store.writing() as session:
+                session.clear()
+                directory.prepare(session)
+        self.log = ProvisioningLog(self.usage)
 
     def close(self) -> None:
         """Write the logs and close the stores; the application cannot be used afterwards."""
@@ -7396,7 +7443,7 @@ class Application(Tenants):
         """Return how many octets the body of a request to a path may have."""
         route, _ = self._find_route(path)
         limit = MAX_BODY if route.access == BEARER else MAX_PUBLIC_BODY
-        return MAX_BULK_BODY if route.label == "/Bulk" else limit
+        return MAX_BULK_BODY if route.label == "/Bulk" or route.access == CONTROL else limit
 
     def _find_route(self, path: str) -> tuple[Route, str]:
         # Return the route of a path, literal ones first, and the id in the path.
@@ -7485,6 +7532,14 @@ class Application(Tenants):
         is_local = request.client in ("127.0.0.1", "::1") and not (
             {"forwarded", "x-forwarded-for"} & request.headers.keys()
         )
+        # A browser names the server whose page sends a request.
+        is_own = request.headers.get("origin") in (None, f"{request.scheme}://{request.host}")
+        if access == CONTROL and not (is_local and is_own):
+            raise ScimError(
+                403,
+                "",
+                f"{request.path} is for programs on this machine, not for proxies and other pages",
+            )
         if (
             access == OPERATOR
             and not is_local
@@ -7503,7 +7558,7 @@ class Application(Tenants):
         request, access, operations = call.request, call.route.access, call.route.operations
         if access == BEARER:
             self._checked(request, call.caller)
-        elif access in (PROBE, OPERATOR):
+        elif access in (PROBE, OPERATOR, CONTROL):
             self._admit_operator(request, access)
         if not operations:
             raise ScimError(
@@ -7556,7 +7611,7 @@ class Application(Tenants):
     def _finish(self, call: Call, response: Response, seconds: float) -> Response:
         # Note a call in the log of its tenant; name tenant and route in the answer, for other logs.
         with suppress(Exception):  # a failing log must not stop the answer
-            self.log.note(call, response, self._clock, seconds)
+            self.log.note(call, response, self._clock(), seconds)
         if response.status == 401:
             return response
         tenant = call.caller.tenant.name if call.caller and not call.caller.refusal else ""
@@ -7566,52 +7621,358 @@ class Application(Tenants):
 # ----------------------------------------------------------------------------
 # 17. Test aids
 #
-# For the test of a SCIM client: faults to inject, and the journal of what it sent.
-# Uses chapters 1, 12 and 16. Knows nothing of sockets.
+# For the test of a SCIM client: faults to inject, the journal of what it sent, the clock,
+# and the control API, by which tests in any language use all of this.
+# Uses chapters 1, 2, 9 to 12, 14 and 16. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
-MAX_EXCHANGES = 1_000  # that are kept for a test to inspect
+MAX_JOURNAL, CONTROL_PATH = 1_000, "/_test"  # requests that a test may inspect
+FIRST_TICK = datetime(2026, 1, 1, tzinfo=UTC)  # of a deterministic clock
+
+# -- Faults --------------------------------------------------------------------------
 
 
-class Exchange(NamedTuple):
-    """A request and its answer, for a test to inspect; secrets are left out."""
+def delay_range(value: Json) -> Json:
+    # Return the least and the most seconds of a delay that is a number or such a pair.
+    least, most = value if isinstance(value, (list, tuple)) else (value, value)
+    return (least, most) if 0 <= least <= most <= 3_600 else None
 
-    request: Request
-    response: Response
+
+# How a fault damages the body of an answer.
+# fmt: off
+DAMAGES: dict[str, Callable[[Response], Response]] = {
+    "":      lambda answer: answer,
+    "json":  lambda answer: answer._replace(body=body_text(answer.body)[:-1]),  # lacks its end
+    "empty": lambda answer: answer._replace(body=""),
+    "type":  lambda answer: answer._replace(
+        headers={**answer.headers, "Content-Type": "text/html"}),
+}
+ANY_TEXT = (lambda value: value if isinstance(value, str) else None, "text")
+COUNTER = (lambda value: value if type(value) is int and value >= 0 else None, "a whole number")
+# The members of a fault: their rules and defaults.
+FAULT: dict[str, Any] = {
+    # That of the answer instead, and the request is not executed. 401 is as for an expired token,
+    # 412 as for an ETag that is not current.
+    "status": setting((lambda value: value if COUNTER[0](value) in (0, *range(400, 600)) else None,
+                       "a status from 400 to 599"), 0),
+    # It lets `after` requests pass, then meets `times` (None: all), each with a probability. The
+    # seed makes that repeatable.
+    "times": setting((lambda value: {"times": value} if value is None or COUNTER[0](value)
+                      else None, "a whole number from 1 on, or null for always"), 1),
+    "after": setting(COUNTER, 0),
+    "probability": setting((lambda value: value if 0 < value <= 1 else None,
+                            "a number above 0, at most 1"), 1),
+    "seed": setting(COUNTER, 0),
+    # The requests that it is for; "" stands for all.
+    "method": setting(text_of("(?i:GET|HEAD|POST|PUT|PATCH|DELETE|OPTIONS)?",
+                              "a method such as PATCH", convert=str.upper), ""),
+    "path": setting(ANY_TEXT, ""),   # text that the path contains
+    "query": setting(ANY_TEXT, ""),  # text that the decoded query contains
+    "body": setting((lambda value: value if isinstance(value, str) or callable(value) else None,
+                     "text that the body contains"), ""),  # or a function of the Request
+    "tenant": setting(ANY_TEXT, ""),
+    # What it does besides.
+    "delay": setting((delay_range, "seconds up to 3600, or a pair of them"), (0, 0)),
+    "cut": setting(FLAG, False),   # close the connection in the middle of the answer's body
+    "drop": setting(FLAG, False),  # close it without any octet of an answer
+    "damage": setting((lambda value: value if value in DAMAGES else None,
+                       "json, empty or type"), ""),
+    "headers": setting((lambda value: {"headers": dict(value)} if all(
+        FIELD_LINE.fullmatch(f"{name}: {text}".encode()) for name, text in dict(value).items())
+        else None, "an object of header fields"), {}),  # those that the answer has, too
+}
+# fmt: on
 
 
-@dataclass
-class Fault:
-    """A fault to inject into the next matching requests, to test a client."""
+class Fault(SimpleNamespace):
+    """A fault that meets some requests: Fault(429, times=2, method="GET", path="/Users").
 
-    status: int = 0  # of the answer instead; 401 as for an expired token, 412 as for ETags
-    times: int = 1
-    method: str = ""  # any if empty
-    path: str = ""  # text that the path contains
-    delay: float = 0  # seconds
-    cut: bool = False  # close the connection in the middle of the answer's body
-    headers: Mapping[str, str] = field(default_factory=dict)
+    The arguments, which are also its attributes, are the members of FAULT. passed is how many
+    requests have matched, and fired how many it has met. ConfigError names a wrong argument.
+    """
 
-    def matches(self, request: Request) -> bool:
-        """Return whether this fault is for a request."""
-        return (
-            self.times > 0
-            and self.method.upper() in ("", request.method)
+    def __init__(self, status: int = 0, **members: Any) -> None:
+        members = ConfigReader().result("fault", {"status": status, **members}, FAULT)
+        super().__init__(**members, passed=0, fired=0)
+
+    def __getattr__(self, name: str) -> Any:
+        # Return the default of a member that was not given.
+        return FAULT[name].default if name in FAULT else object.__getattribute__(self, name)
+
+    def meets(self, request: Request) -> bool:
+        # Return whether this request meets the fault, and count it.
+        matches = bool(
+            self.fired != self.times
+            and self.method in ("", request.method)
+            and self.tenant in ("", request.tenant)
             and self.path in request.path
+            and self.query in unquote(request.query.replace("+", " "))
+            and (
+                self.body(request)
+                if callable(self.body)
+                else self.body in request.body.decode(errors="replace")
+            )
         )
+        self.passed += matches
+        meets = (
+            matches
+            and self.passed > self.after
+            and random.Random(f"{self.seed} {self.passed}").random() < self.probability
+        )
+        self.fired += meets
+        return meets
 
-    def response(self, request: Request) -> Response:
-        """Return the answer that the status means."""
-        detail = (
+    def answer(
+        self,
+        request: Request,
+        handle: Callable[[Request], Response],
+        wait: Callable[[float], object],
+    ) -> Response:
+        # Return the answer with its damage; handle executes the request, if no status is set.
+        wait(random.uniform(*self.delay))
+        answer = self._refusal(request) if self.status else handle(request)
+        answer = answer if answer.body is None else DAMAGES[self.damage](answer)
+        return answer._replace(headers={**answer.headers, **self.headers})
+
+    def _refusal(self, request: Request) -> Response:
+        error = ScimError(
+            self.status,
+            "",
             "If-Match: the version has changed; read the resource again"
             if self.status == 412
-            else "injected fault"
+            else "injected fault",
+            {"Retry-After": "1"} if self.status in (429, 503) else {},
         )
-        error = unauthorized(request) if self.status == 401 else ScimError(self.status, "", detail)
-        retry = {"Retry-After": "1"} if self.status in (429, 503) else {}
-        return error_response(error, request.path)._replace(
-            headers={**error.headers, **retry, **self.headers}
+        return error_response(unauthorized(request) if self.status == 401 else error, request.path)
+
+    def octets(self, head: bytes, body: bytes) -> bytes:
+        # Return what is sent of an answer. A cut leaves nothing of one without a body.
+        end = len(body) // 2 if self.cut else len(body)
+        return b"" if self.drop or (self.cut and not end) else head + body[:end]
+
+
+# -- The control of a server under test ----------------------------------------------
+
+
+class Exchange(SimpleNamespace):
+    """A request and the status of its answer, for a test to inspect; secrets are left out.
+
+    Attributes: method, path, query, headers (names in lower case), json (of the body, None if it is
+    none), status, tenant, and at, the time of the answer.
+    """
+
+
+class Control:
+    """What a test controls of a server: its content, clock, ids and secrets, faults, the journal.
+
+    The clock is one to start from. With deterministic, ids and secrets count up, and so does the
+    clock if none is given: it starts in 2026, and advances a millisecond each time it is read. The
+    journal keeps the newest requests, at most `keep`, and dropped counts the others. has_api adds
+    the control API to the server.
+    """
+
+    application: Application  # that of the server
+
+    def __init__(
+        self,
+        clock: Clock | None = None,
+        deterministic: bool = False,
+        keep: int = 0,
+        has_api: bool = False,
+    ) -> None:
+        self._deterministic, self._keep, self._lock = deterministic, keep, threading.Lock()
+        self._clock = clock or (
+            (lambda: FIRST_TICK + timedelta(milliseconds=next(self._counts["tick"])))
+            if deterministic
+            else utc_now
         )
+        self.faults: list[Fault] = []
+        self.restart()
+        self.rows = control_rows(self) if has_api else []
+
+    def restart(self) -> None:
+        # Start again with ids, secrets and the clock, without faults and with an empty journal.
+        self._counts = defaultdict[str, Iterator[int]](itertools.count)
+        self._offset, self._frozen = timedelta(), cast("datetime | None", None)
+        self.request_ids = map(
+            f"{self.new_secret('request ids')[:8]}-{{}}".format, itertools.count(1)
+        )
+        self.faults.clear()
+        self.forget_requests()
+
+    def reset(self) -> None:
+        """Empty all tenants, and restart; secrets that were issued stay valid. StoreError."""
+        self.restart()
+        self.application.reset()
+
+    # -- The clock, ids and secrets --
+
+    def now(self) -> datetime:
+        return self._frozen or self._clock() + self._offset
+
+    def new_id(self) -> str:
+        return (
+            str(uuid.UUID(int=next(self._counts["id"]) + 1)) if self._deterministic else random_id()
+        )
+
+    def new_secret(self, purpose: str) -> str:
+        return (
+            digest(f"{purpose} {next(self._counts[purpose])}")
+            if self._deterministic
+            else random_secret(purpose)
+        )
+
+    def adjust_clock(
+        self,
+        set: datetime | None = None,
+        advance: timedelta = timedelta(),
+        freeze: bool | None = None,
+    ) -> Json:
+        """Set the clock, advance it, stop it or let it go on; return {"now": …, "frozen": …}.
+
+        ScimError 400 for a time that is not in the years 1970 to 8999.
+        """
+        now = (set or self.now()) + advance
+        if not 1970 <= now.year < 9000:
+            raise invalid_value(f"clock: {now:%Y} is not in the years 1970 to 8999")
+        frozen = bool(self._frozen) if freeze is None else freeze
+        self._offset, self._frozen = now - self._clock(), now if frozen else None
+        return {"now": time_text(now), "frozen": frozen}
+
+    def advance(self, **duration: float) -> None:
+        """Advance the clock; the arguments are those of timedelta, such as days=1."""
+        self.adjust_clock(advance=timedelta(**duration))
+
+    # -- Faults and the journal --
+
+    def fault_for(self, request: Request) -> Fault | None:
+        # Return the first fault that a request meets; calls of the control API meet none.
+        with self._lock:
+            return next(
+                (
+                    fault
+                    for fault in self.faults
+                    if not request.path.startswith(CONTROL_PATH) and fault.meets(request)
+                ),
+                None,
+            )
+
+    def unspent(self) -> list[Fault]:
+        """Return the faults that no request has met."""
+        return [fault for fault in self.faults if not fault.fired]
+
+    def note(self, request: Request, response: Response, now: datetime) -> None:
+        # Append a request to the journal, without the secrets in its head.
+        if self._keep and not request.path.startswith(CONTROL_PATH):
+            json, is_secret = None, self.application.label_of(request.path) == TOKEN_PATH
+            with suppress(ScimError):  # it is malformed
+                json = None if is_secret else parse_body(request)
+            exchange = Exchange(
+                method=request.method,
+                path=request.path,
+                query=request.query,
+                headers={
+                    name: REDACTED if SECRET.search(name) else value
+                    for name, value in request.headers.items()
+                },
+                json=json,
+                status=response.status,
+                tenant=response.tenant,
+                at=time_text(now),
+            )
+            with self._lock:
+                self.dropped += len(self.journal) == self._keep
+                self.journal.append(exchange)
+
+    def requests(
+        self, method: str = "", path: str = "", status: int = 0, tenant: str = "", since: str = ""
+    ) -> list[Exchange]:
+        """Return the exchanges of the journal that match all conditions.
+
+        path is a text that the path contains, since a dateTime. A line in the log says how many the
+        journal has dropped.
+        """
+        if self.dropped:
+            LOG.warning("the journal has dropped %s earlier requests", self.dropped)
+        return [
+            item
+            for item in list(self.journal)
+            if method.upper() in ("", item.method)
+            and path in item.path
+            and status in (0, item.status)
+            and tenant in ("", item.tenant)
+            and date_time_key(item.at) >= (since and date_time_key(since))
+        ]
+
+    def forget_requests(self) -> None:
+        self.journal, self.dropped = deque[Exchange](maxlen=self._keep), 0
+
+
+# -- The control API: the same over HTTP ---------------------------------------------
+
+
+GROUP_SEED = (  # a member is a name or an id, alone or as the value of an object
+    lambda group: (
+        group
+        if all(
+            isinstance(item.get("value") if isinstance(item, dict) else item, str)
+            for item in list(group.get("members") or ())
+        )
+        else None
+    ),
+    "an object with members that are texts",
+)
+
+
+def operate(name: str, rules: dict[str, Any], act: Callable[..., Any], call: Call) -> Response:
+    # Answer a call of the control API: act() takes the members of the body, or of the URL's query.
+    document = call.json() if call.request.body else dict(call.parameters)
+    try:
+        return plain_response(act(**ConfigReader().result(name, document, rules)) or {})
+    except ConfigError as error:
+        raise invalid_value("; ".join(error.problems)) from None
+
+
+def control_rows(control: Control) -> list[RouteRow]:
+    # Return the routes of the control API.
+    # fmt: off
+    text = setting(ANY_TEXT, "")
+    tenant = (lambda name: name if name in control.application.tenants else None,
+              "the name of a tenant")
+    actions: tuple[tuple[str, str, Callable[..., Any], dict[str, Any]], ...] = (
+        ("POST",   "reset",    control.reset, {}),
+        ("POST",   "seed",     lambda tenant, **resources: {
+            "ids": control.application.directory(tenant).seed(resources)}, {
+            "tenant": setting(tenant), "Users": setting([LIST, OBJECT], ()),
+            "Groups": setting([LIST, GROUP_SEED], ())}),
+        ("POST",   "token",    lambda tenant: {
+            "token": control.application.token(tenant),
+            **dict(zip(("client_id", "client_secret"), control.application.client(tenant)))}, {
+            "tenant": setting(tenant)}),
+        ("GET",    "clock",    control.adjust_clock, {}),
+        ("POST",   "clock",    control.adjust_clock, {
+            "set": setting(TIME, None), "freeze": setting(FLAG, None),
+            "advance": setting((lambda value: timedelta(**value) if abs(timedelta(**value))
+                                < timedelta(36_525) else None,
+                                'less than a century, such as {"days": 1, "minutes": 30}'), None)}),
+        ("GET",    "faults",   lambda: {"faults": [
+            {**vars(item), "body": str(item.body)} for item in control.faults]}, {}),
+        ("POST",   "faults",   lambda **members: control.faults.append(Fault(**members)),
+         {**FAULT, "tenant": setting(tenant, "")}),
+        ("DELETE", "faults",   control.faults.clear, {}),
+        ("GET",    "requests", lambda **conditions: {
+            "requests": list(map(vars, control.requests(**conditions))),
+            "dropped": control.dropped}, {
+            **dict.fromkeys(("method", "path", "tenant"), text),
+            "status": setting((int, "a status such as 200"), 0),
+            "since": setting((lambda value: date_time_key(value) and value, TIME[1]), "")}),
+        ("DELETE", "requests", control.forget_requests, {}),
+    )
+    # fmt: on
+    return [
+        (method, f"{CONTROL_PATH}/{name}", CONTROL, SLOW, partial(operate, name, rules, act))
+        for method, name, act, rules in actions
+    ]
 
 
 # ----------------------------------------------------------------------------
@@ -8145,16 +8506,18 @@ class HttpServer(Watcher):
     transaction.
     """
 
-    def __init__(self, application: Application, listener: socket.socket | None = None) -> None:
+    def __init__(
+        self, application: Application, listener: socket.socket | None, control: Control
+    ) -> None:
         super().__init__(application.config, listener, application.usage)
-        self.application, self.interrupt = application, application.interrupt
-        self.url = url_of(self.config, self.server_address[1])
-        self.faults: list[Fault] = []
-        self.exchanges: deque[Exchange] | None = None
+        self.application, self.control = application, control
+        self.interrupt, self.url = (
+            application.interrupt,
+            url_of(self.config, self.server_address[1]),
+        )
         # Handlers write to a file or elsewhere, which may take its time. Lines wait for others for
         # 50 ms, and at most 10 000 of them wait for a slow handler.
         self.log = BackgroundWriter(partial(log_requests, self.config.access_log), 0.05, 10_000)
-        self._request_ids = map(f"{secrets.token_hex(4)}-{{}}".format, itertools.count(1))
         self._turn = threading.Lock()
         self._threads = ThreadPoolExecutor(self.config.max_connections, "asks or waits")
         self._lanes: dict[str, Callable[[Connection, Request], object]] = {
@@ -8230,37 +8593,31 @@ class HttpServer(Watcher):
             scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
             host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
         if not REQUEST_ID.fullmatch(id := headers.get("x-request-id", "")):
-            id = next(self._request_ids)
+            id = next(self.control.request_ids)
         return head._replace(scheme=scheme, host=host, client=client, id=id, encoded=True)
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
         # A fault may delay the requests that meet it. The others must not wait for them.
-        self._lanes[SLOW if self.faults else self.application.lane_of(request)](connection, request)
+        lane = SLOW if self.control.faults else self.application.lane_of(request)
+        self._lanes[lane](connection, request)
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
         # The answer to HEAD has no body, even if nothing but the method can be read.
         is_head = (connection.line or connection.buffer).startswith(b"HEAD ")
         request = connection.request or Request(
-            "HEAD" if is_head else "", "", id=next(self._request_ids)
+            "HEAD" if is_head else "", "", id=next(self.control.request_ids)
         )
         connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
-        self._send(
-            connection, request, error_response(error, self.application.label_of(request.path))
-        )
+        answer = error_response(error, self.application.label_of(request.path))
+        self._send(connection, request, answer, None)
 
     def _answer(self, connection: Connection, request: Request) -> None:
-        # Execute a request and send the answer; faults come first.
-        with self._lock:
-            if fault := next((fault for fault in self.faults if fault.matches(request)), None):
-                fault.times -= 1
-        if fault and fault.delay:
-            self.stopping.wait(fault.delay)
-        response = (
-            fault.response(request) if fault and fault.status else self.application.handle(request)
-        )
-        self._send(connection, request, response, cut=fault is not None and fault.cut)
+        # Execute a request and send the answer; it may meet a fault.
+        fault, handle = self.control.fault_for(request), self.application.handle
+        answer = fault.answer(request, handle, self.stopping.wait) if fault else handle(request)
+        self._send(connection, request, answer, fault)
 
     def _answer_each(self, reads: Batch) -> None:
         for connection, request in reads:
@@ -8276,7 +8633,7 @@ class HttpServer(Watcher):
     def _answer_writes(self, writes: Batch) -> None:
         responses = self.application.handle_all([request for _, request in writes])
         for (connection, request), response in zip(writes, responses, strict=True):
-            self.guarded(self._send, connection, request, response)
+            self.guarded(self._send, connection, request, response, None)
 
     def _next_writes(self, waiting: Batch) -> int:
         # Return how many writes may share a transaction. A long body is taken alone: it is parsed
@@ -8288,33 +8645,36 @@ class HttpServer(Watcher):
     # -- Answers --
 
     def _send(
-        self, connection: Connection, request: Request, response: Response, cut: bool = False
+        self, connection: Connection, request: Request, response: Response, fault: Fault | None
     ) -> None:
-        # Send an answer, half of its body if it is to be cut; note it; give the connection back.
-        if self.exchanges is not None:
-            self.exchanges.append(self._exchange(request, response))
+        # Send an answer, or what a fault leaves of it; note it; give the connection back.
+        now = self.control.now()
+        self.control.note(request, response, now)
         status, fields, body = to_http(response, request)
         if connection.then == KEEP and (
-            cut
+            (fault and (fault.cut or fault.drop))
             or self.stopping.is_set()
             or "close" in request.headers.get("connection", "").lower()
         ):
             connection.then = CLOSE
         fields += [
-            ("Date", http_date(int(time.time()))),
+            ("Date", http_date(int(now.timestamp()))),
             ("Connection", "keep-alive" if connection.then == KEEP else "close"),
         ]
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
-        octets = f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
+        head = f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
         if response.tenant and response.route:
             connection.since = time.monotonic()
         connection.hold("", 0)  # before the client can send its next request on another connection
-        connection.send(octets + body[: len(body) // 2 if cut else None])
+        connection.send(fault.octets(head, body) if fault else head + body)
         # The client reads meanwhile. Its next request on this connection finds the counts.
-        self._note(request, response, time.perf_counter() - connection.started, len(body))
+        seconds = time.perf_counter() - connection.started
+        self._note(request, response, now, seconds, len(body))
         self.give_back(connection)
 
-    def _note(self, request: Request, response: Response, seconds: float, octets: int) -> None:
+    def _note(
+        self, request: Request, response: Response, now: datetime, seconds: float, octets: int
+    ) -> None:
         # Count a request and log it, without a secret, a value of a resource, or what ends a line.
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
@@ -8323,7 +8683,7 @@ class HttpServer(Watcher):
             trace = request.headers.get("traceparent", "")
             self.log.add(
                 {
-                    "time": time.time(),
+                    "time": now.timestamp(),
                     "tenant": response.tenant,
                     "method": method,
                     "route": response.route,
@@ -8335,19 +8695,6 @@ class HttpServer(Watcher):
                     **({"traceparent": trace} if TRACEPARENT.fullmatch(trace) else {}),
                 }
             )
-
-    def _exchange(self, request: Request, response: Response) -> Exchange:
-        # Return a request and its answer without secrets.
-        headers = {
-            name: REDACTED if name == "authorization" else value
-            for name, value in request.headers.items()
-        }
-        is_secret = self.application.label_of(request.path) == TOKEN_PATH
-        parsed = isinstance(response.body, dict) and from_json(body_text(response.body))
-        return Exchange(
-            request._replace(headers=headers, body=b"" if is_secret else request.body),
-            response._replace(body=None if is_secret else parsed or response.body),
-        )
 
 
 # -- WSGI --
@@ -9071,9 +9418,9 @@ class ScimServer(HttpServer):
 
     config is a Config, its file, its document, or None for a demo tenant in memory. A file is read
     again when it changes. port replaces the port of the configuration; 0 picks a free one. listener
-    is a socket to accept from instead. authenticate, clock and new_id are those of Application.
-    Call start() or serve_forever(), and then stop(). Raises ConfigError, OSError, and StoreError if
-    no tenant can be served.
+    is a socket to accept from instead. authenticate is that of Application. control is for a server
+    under test, which has its methods. Call start() or serve_forever(), and then stop(). Raises
+    ConfigError, OSError, and StoreError if no tenant can be served.
     """
 
     def __init__(
@@ -9083,21 +9430,35 @@ class ScimServer(HttpServer):
         port: int | None = None,
         listener: socket.socket | None = None,
         authenticate: Callable[[str], str | None] | None = None,
-        clock: Clock = utc_now,
-        new_id: Callable[[], str] = random_id,
+        control: Control | None = None,
     ) -> None:
         signature, load = signature_of(config), partial(to_config, config, port)
-        settings = load()
+        settings, control = load(), control or Control()
         with ExitStack() as stack:  # which closes what is open if the rest fails
             listener = stack.enter_context(listener or listen(settings))
-            application = Application(settings, authenticate, clock, new_id, CONSOLE_PAGE)
+            if control.rows and not is_loopback(listener.getsockname()[0]):
+                problem = "listen: the control API is for an address of this machine alone"
+                raise ConfigError([problem], settings.source)
+            application = Application(
+                settings,
+                authenticate,
+                control.now,
+                control.new_id,
+                CONSOLE_PAGE,
+                control.new_secret,
+                control.rows,
+            )
+            control.application = application
             stack.callback(application.close)
             if not application.available:
                 application.directory(settings.tenants[0].name)  # raises the StoreError
-            super().__init__(application, listener)
+            super().__init__(application, listener, control)
             stack.pop_all()
+        self.root = self.url.removesuffix(BASE_PATH)
         self.token, self.client = application.token, application.client
-        self.directory = application.directory
+        self.directory, self.faults = application.directory, control.faults
+        self.requests, self.unspent = control.requests, control.unspent
+        self.reset, self.advance = control.reset, control.advance
         warn_about_setup(application)
         follow_file(application, config, load, signature)
 
@@ -9106,31 +9467,61 @@ class ScimServer(HttpServer):
 def running(
     config: Source = None,
     *,
+    port: int = 0,
     authenticate: Callable[[str], str | None] | None = None,
+    clock: Clock | None = None,
     deterministic: bool = False,
+    custom_fields: Sequence[CustomField] = (),
+    data_dir: str | os.PathLike[str] = "",
+    control_api: bool = False,
+    faults_must_fire: bool = False,
 ) -> Iterator[ScimServer]:
-    """Run a server on a free port during a with block; see its url, token() and directory().
+    """Run a server under test during a with block; see its url, token() and directory().
 
-    The arguments are those of ScimServer. With deterministic, ids count up and the clock advances a
-    millisecond each time it is read. Raises ConfigError, OSError, and StoreError if a tenant cannot
+    config, authenticate are those of ScimServer, clock and deterministic those of Control; port 0
+    is a free one. custom_fields are those of all tenants, in place of the configuration's, as
+    data_dir is. control_api adds /_test/. faults_must_fire raises AssertionError at the end for
+    faults that no request has met. Raises ConfigError, OSError, and StoreError if a tenant cannot
     be served.
     """
-    ids, ticks, start = itertools.count(1), itertools.count(), datetime(2026, 1, 1, tzinfo=UTC)
-    server = ScimServer(
-        config,
-        port=0,
-        authenticate=authenticate,
-        clock=(lambda: start + timedelta(milliseconds=next(ticks))) if deterministic else utc_now,
-        new_id=(lambda: str(uuid.UUID(int=next(ids)))) if deterministic else random_id,
-    )
-    server.exchanges = deque(maxlen=MAX_EXCHANGES)
+    control = Control(clock, deterministic, MAX_JOURNAL, control_api)
+    if custom_fields:
+        config = to_config(config)
+        tenants = (replace(item, custom_fields=tuple(custom_fields)) for item in config.tenants)
+        config = replace(config, tenants=tuple(tenants))
+    if data_dir:
+        config = replace(to_config(config), data_dir=os.fspath(data_dir))
+    server = ScimServer(config, port=port, authenticate=authenticate, control=control)
     try:
         for error in server.application.failures.values():
             raise error
         server.start()
         yield server
+        if faults_must_fire and (faults := server.unspent()):
+            raise AssertionError(f"no request met {', '.join(map(repr, faults))}")
     finally:
         server.stop()
+
+
+# -- The plugin of pytest: `pytest -p scim_server` -------------------------------------
+
+
+def server_factory() -> Iterator[Callable[..., ScimServer]]:
+    # Yield a function like running(), whose servers stop at the end.
+    with ExitStack() as stack:
+        yield lambda *arguments, **options: stack.enter_context(
+            running(*arguments, **{"faults_must_fire": True, **options})
+        )
+
+
+def pytest_configure(config: Any) -> None:
+    """Give pytest two fixtures: scim_server_factory, and scim, an empty server for each test."""
+    fixture, fixtures = importlib.import_module("pytest").fixture, ModuleType("fixtures")
+    vars(fixtures).update(
+        scim_server_factory=fixture(server_factory),
+        scim=fixture(lambda scim_server_factory: scim_server_factory()),
+    )
+    config.pluginmanager.register(fixtures, "fixtures of scim_server")
 
 
 def wsgi(
@@ -9254,6 +9645,13 @@ def chosen_config(options: argparse.Namespace) -> Config:
         if options.listen
         else {}
     )
+    if options.test:  # a reset must not empty what a configuration names
+        config = replace(
+            config,
+            data_dir=":memory:",
+            database="",
+            tenants=tuple(replace(tenant, database="") for tenant in config.tenants),
+        )
     return replace(config, data_dir=options.data_dir or config.data_dir, **listen)
 
 
@@ -9280,7 +9678,9 @@ def serve(options: argparse.Namespace) -> None:
     # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
     file, load = chosen_file(options), partial(chosen_config, options)
     signature, config = file_signature(file), fit_to_file_limit(load())
-    server = ScimServer(config)
+    is_test = bool(options.test)
+    control = Control(None, options.test == "deterministic", MAX_JOURNAL * is_test, is_test)
+    server = ScimServer(config, control=control)
     follow_file(server.application, file or None, load, signature)
 
     def stop(*_: object) -> None:
@@ -9304,7 +9704,11 @@ def serve(options: argparse.Namespace) -> None:
             # second signal during its set() would wait for the lock that the first one holds.
             signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
     is_private = is_loopback(config.host) or sys.stdout.isatty()
-    print(greeting(server.url, config if is_private else server.application.config), flush=True)
+    print(
+        greeting(server.url, config if is_private else server.application.config)
+        + f"\n\nControl API  {server.root}{CONTROL_PATH}" * is_test,
+        flush=True,
+    )
     server.serve_forever()
 
 
@@ -9733,6 +10137,9 @@ SERVE_OPTIONS: Options = {
                    ":memory: stores nothing on disk"},
     "--listen --port": {"metavar": "HOST:PORT", "dest": "listen",
                         "help": "address, or only the port; port 0 picks a free one"},
+    "--test": {"nargs": "?", "const": "live", "choices": ("live", "deterministic"),
+               "help": "for tests of a client: add the control API /_test/, and keep all data in "
+               "memory unless --data-dir is given; deterministic: ids, secrets and clock count up"},
     "--version": {"action": "version", "version": f"scim_server {__version__}"},
 }
 CONFIG, DATA_DIR = (
