@@ -2089,6 +2089,7 @@ class EmployeeRow(NamedTuple):
     changed: str
     record: Resource
     manager: int | None = None
+    groups: Sequence[Resource] = ()  # what the groups of the user have in their bodies
 
 
 NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
@@ -2131,8 +2132,8 @@ class Change:
 
 
 Differences = dict[str, list[Json]]  # the old and the new value by name, None for no value
-# What a write notes in the change feed: kind, id and member of a change, and what differs.
-NewChange = tuple[str, str, str, Differences]
+# What a write notes in the change feed: a kind of change, id and member of each, and what differs.
+NewChange = tuple[str, Sequence[tuple[str, str]], Differences]
 
 
 # ----------------------------------------------------------------------------
@@ -2542,6 +2543,8 @@ POSTGRES_SQL = (  # what PostgreSQL has in place of SQLite's words; @ stands for
     (r"('|END) AS key\b", r'\1 COLLATE "C" AS key'),  # a constant has no order of its own
     (r"\bWITHOUT ROWID\b", ""),
     (r"\binstr\(",        "strpos("),
+    (r"json_group_array\(", "json_agg("),
+    (r"value FROM json_each\(\?\)", "json_array_elements_text(?::json)"),
     (r"json_extract\(record, \?\) COLLATE NOCASE",  # the result is compared by its type
      "lower(jsonb_path_query_first(record::jsonb, ?::jsonpath)::text)::jsonb"),
 )
@@ -2762,6 +2765,11 @@ POLL_SECONDS = 0.5  # how often a waiting reader looks for commits of other proc
 MANY = 500  # values in one statement, rows of a step of a copy
 COUNT = """INSERT INTO tally VALUES (?, ?) ON CONFLICT (type)
     DO UPDATE SET count = tally.count + excluded.count"""
+# The bodies of the groups of an employee's user, except a group.
+OTHER_GROUPS = """(SELECT CAST(coalesce(json_group_array(crew.body), '[]') AS TEXT)
+    FROM member JOIN resource AS crew ON crew.seq = group_seq
+    WHERE group_seq <> ? AND member_seq =
+        (SELECT seq FROM resource WHERE id = CAST(user_id AS TEXT)))"""
 
 
 class Session:
@@ -2964,7 +2972,7 @@ class Session:
             "external_id = excluded.external_id, user_name = excluded.user_name, "
             "active = excluded.active, manager_id = excluded.manager_id, "
             "changed = excluded.changed, record = excluded.record",
-            [id, *row[1:-2], to_json(row.record)],
+            [id, *row[1:8], to_json(row.record)],
         )
         return id
 
@@ -3016,13 +3024,31 @@ class Session:
 
     def _employees(self, condition: str, values: Sequence[Any]) -> list[EmployeeRow]:
         return [
-            EmployeeRow(*[*columns, from_json(record), manager])
-            for *columns, record, manager in self.run(
+            EmployeeRow(
+                *[*columns, from_json(record), manager, [*map(from_json, from_json(bodies))]]
+            )
+            for *columns, record, manager, bodies in self.run(
                 "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = "
-                f"employee.manager_id) AS manager FROM employee WHERE {condition}",
-                values,
+                f"employee.manager_id) AS manager, {OTHER_GROUPS} FROM employee WHERE {condition}",
+                [0, *values],
             )
         ]
+
+    def change_employees(
+        self, group_seq: int, now: str, user_ids: Sequence[str] | None
+    ) -> Iterator[tuple[str, str]]:
+        # Note the time of a change for the employees in a group, all or those of some of its users.
+        # Yield the bodies of the other groups of each as JSON, and its number.
+        users = (
+            "SELECT value FROM json_each(?)"
+            if user_ids
+            else "SELECT id FROM member JOIN resource ON seq = member_seq WHERE group_seq = ?"
+        )
+        yield from self.run(
+            f"UPDATE employee SET changed = ? WHERE user_id IN ({users}) "
+            f"RETURNING {OTHER_GROUPS}, CAST(id AS TEXT)",
+            [now, to_json(user_ids) if user_ids else group_seq, group_seq],
+        )
 
     # -- Changes --
 
@@ -3404,6 +3430,7 @@ EMPLOYEE_SOURCES = {
 }
 # fmt: on
 USER_TYPE = resource_types(())["User"]
+name_key = lru_cache(4_096)(USER_TYPE.root.by_name["username"].key)  # of a group's name, too
 
 
 @dataclass(frozen=True)
@@ -3428,17 +3455,36 @@ class Employee:
     locale: str
     timezone: str
     manager: int | None  # the manager's employee id if known
+    groups: list[str]  # the names of those that the user is a direct member of, sorted
+    roles: list[str]  # what the configuration makes of these groups, sorted
     changed: str  # time of the last change, a dateTime in UTC
     custom_fields: dict[str, Json]  # values by link name
 
 
-def to_employee(row: EmployeeRow) -> Employee:
+GROUP_NAMES = ("displayName", "externalId")  # which give a group's members a role
+# Some groups, and the roles of the configuration by the keys of names and externalIds.
+GroupsAndRoles = tuple[Sequence[Resource], Mapping[str, str]]
+
+
+def fields_of_groups(groups: Sequence[Resource], roles: Mapping[str, str]) -> Resource:
+    # Return the fields of an employee that its groups decide, None for an empty one.
+    keys = {name_key(group.get(name, "")) for group in groups for name in GROUP_NAMES}
+    return {
+        "groups": sorted(group["displayName"] for group in groups) or None,
+        "roles": sorted({roles[key] for key in keys & roles.keys()}) or None,
+    }
+
+
+def to_employee(row: EmployeeRow, roles: Mapping[str, str]) -> Employee:
+    of_groups = fields_of_groups(row.groups, roles)
     return Employee(
         id=row.id,
         user_id=row.user_id,
         external_id=row.external_id,
         active=bool(row.active),
         manager=row.manager,
+        groups=of_groups["groups"] or [],
+        roles=of_groups["roles"] or [],
         changed=row.changed,
         **row.record,
     )
@@ -3490,19 +3536,16 @@ def change_kind(before: Resource, after: Resource) -> str:
     return {(True, False): "deactivated", (False, True): "reactivated"}.get(activity, "updated")
 
 
-def values_by_path(attribute: Attribute, resource: Resource) -> Resource:
-    # Return the values that a client may write, by path; those of an extension one by one.
-    values: Resource = {}
+def values_by_path(attribute: Attribute, resource: Resource) -> Iterator[tuple[str, Json]]:
+    # Yield the values that a client may write, with their paths; those of an extension one by one.
     for sub in attribute.sub_attributes:
         is_writable = sub.mutability == "readWrite" and sub.returned != "never"
         if sub.name in resource and is_writable and not sub.is_membership:
-            value = resource[sub.name]
-            values |= (
-                {f"{sub.path}:{name}": item for name, item in value.items()}
+            yield from (
+                [(f"{sub.path}:{name}", item) for name, item in resource[sub.name].items()]
                 if ":" in sub.name
-                else {sub.path: value}
+                else [(sub.path, resource[sub.name])]
             )
-    return values
 
 
 def differences(before: Resource, after: Resource) -> Differences:
@@ -3518,6 +3561,7 @@ def update_employee(
     user_id: str,
     user: Resource,
     now: str,
+    roles: Mapping[str, str],
     is_new: bool = True,
 ) -> list[NewChange]:
     """Make the employee of a user follow a write, and return the change if there is one.
@@ -3537,9 +3581,52 @@ def update_employee(
     id = session.put_employee(after._replace(changed=now))
     if before.user_id not in ("", user_id):  # a returning person keeps their reports
         session.reassign_reports(before.user_id, user_id)
-    old, new = compared_fields(before) if before.id else {}, compared_fields(after)
+    if before.user_id != user_id and (before.id or not is_new):  # it has the groups of another user
+        after = session.employee_of(user_id) or after
+    old, new = compared_fields(before, roles) if before.id else {}, compared_fields(after, roles)
     pairs = differences(old, new)
-    return [(f"employee.{change_kind(old, new)}", str(id), "", pairs)] if pairs else []
+    return [(f"employee.{change_kind(old, new)}", [(str(id), "")], pairs)] if pairs else []
+
+
+def changes_in_group(
+    session: Session,
+    group_seq: int,
+    now: str,
+    versions: Sequence[GroupsAndRoles],
+    user_ids: Sequence[str] | None = None,
+) -> list[NewChange]:
+    """Return the changes of the employees in a group, all or those of some of its users.
+
+    The two versions have the group, before and after. One without it says that users join or leave.
+    """
+    is_change = differences(*itertools.starmap(fields_of_groups, versions)) and user_ids != []
+    rows = sorted(session.change_employees(group_seq, now, user_ids)) if is_change else []
+    return [
+        ("employee.updated", [(id, "") for _, id in employees], pairs)
+        for bodies, employees in itertools.groupby(rows, operator.itemgetter(0))
+        for others in [[*map(from_json, from_json(bodies))]]
+        if (
+            pairs := differences(
+                *(fields_of_groups([*others, *groups], roles) for groups, roles in versions)
+            )
+        )
+    ]
+
+
+def check_deactivations(session: Session, number: int, now: datetime, name: str) -> None:
+    # Raise ScimError 429 if an hour has had this number of deactivations.
+    hour = timedelta(hours=1)
+    if at := session.nth_deactivation(number, time_text(now - hour)):
+        seconds = (datetime.fromisoformat(at.replace("Z", "+00:00")) + hour - now).total_seconds()
+        raise ScimError(
+            429,
+            "",
+            f"max_deactivations: {number} employees have become inactive within an hour; "
+            f"{quoted(name)} was not changed. If this is intended, raise or remove "
+            "max_deactivations in the configuration, which is loaded within a second",
+            {"Retry-After": str(int(seconds) + 1)},
+            ("guard", str(number)),
+        )
 
 
 def employee_columns(user_id: str, user: Resource) -> Resource:
@@ -3550,7 +3637,7 @@ def employee_columns(user_id: str, user: Resource) -> Resource:
         "user_id": user_id,
         "provisioned": True,
         "external_id": user.get("externalId", ""),
-        "user_name": USER_TYPE.root.by_name["username"].key(user["userName"]),
+        "user_name": name_key(user["userName"]),
         "manager_id": user.get(ENTERPRISE, {}).get("manager", {}).get("value", ""),
         "record": employee_record(user),
         # A new employee is active; if active was removed, the employee keeps its state.
@@ -3558,15 +3645,16 @@ def employee_columns(user_id: str, user: Resource) -> Resource:
     }
 
 
-def compared_fields(row: EmployeeRow) -> Resource:
+def compared_fields(row: EmployeeRow, roles: Mapping[str, str]) -> Resource:
     values = {
         **row.record,
+        **fields_of_groups(row.groups, roles),
         "active": bool(row.active),
         "external_id": row.external_id,
         "user_id": row.user_id,
         "manager": row.manager_id,
     }
-    return {name: value for name, value in values.items() if value not in ("", {})}
+    return {name: value for name, value in values.items() if value not in ("", {}, None)}
 
 
 # -- Table form ------------------------------------------------------------------
@@ -3578,7 +3666,7 @@ def employee_table(employees: Iterable[Employee], link_names: Sequence[str]) -> 
     yield columns + [f"custom_fields.{name}" if name in columns else name for name in link_names]
     for employee in employees:
         yield [
-            "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            "" if value in (None, []) else value if isinstance(value, str) else to_json(value)
             for value in (
                 *(getattr(employee, name) for name in columns),
                 *(employee.custom_fields.get(name) for name in link_names),
@@ -3663,7 +3751,8 @@ class Directory:
     for a precondition that fails. cursor_key is a secret of the store for signing cursors. keep is
     how many changes the feed holds, keep_days for how long, keep_values whether with old and new
     values. max_deactivations is how many employees may become inactive in an hour, 0 for any
-    number; the next one is 429. StoreError if the store fails.
+    number; the next one is 429. roles has the roles of employees by the displayName or externalId
+    of a group. StoreError if the store fails.
     """
 
     def __init__(
@@ -3677,6 +3766,7 @@ class Directory:
         keep_values: bool = True,
         max_deactivations: int = 0,
         new_secret: Callable[[str], str] = random_secret,
+        roles: Mapping[str, str] = {},
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
         self._new_secret = new_secret
@@ -3686,15 +3776,21 @@ class Directory:
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
         self.link_names = [custom.link_name for custom in self.custom_fields]
+        self.roles = {name_key(name): role for name, role in roles.items()}
         with store.writing() as session:
             self.prepare(session)
 
     @classmethod
     def as_stored(cls, store: Store) -> Directory:
-        """Return a directory with the custom fields that its server has stored. It may write."""
+        """Return a directory with the custom fields and roles that its server has stored.
+
+        It may write.
+        """
         with store.reading() as session:
-            custom_fields = json.loads(session.setting("custom_fields") or "[]")
-        return cls(store, tuple(CustomField(*pair) for pair in custom_fields))
+            custom_fields, roles = (
+                json.loads(session.setting(name) or "{}") for name in ("custom_fields", "roles")
+            )
+        return cls(store, tuple(CustomField(*pair) for pair in custom_fields), roles=roles)
 
     def claim(self, tenant: str) -> None:
         """Note whose store this is; StoreError if it is another tenant's."""
@@ -3842,15 +3938,21 @@ class Directory:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
             groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
             for group in [self._find(session, "Group", value) for value in groups if value != id]:
-                session.remove_members(group.seq, [id])
-                self._log(session, [("member.removed", group.id, id, {})])
+                former = group.attributes | {"members": [{"value": id}]}
+                self._save_members(session, group, former, group.attributes)
                 self._touch(session, group, group.attributes, group.member_count - 1)
             self._log(
                 session,
-                [("member.removed", id, item["value"], {}) for item in session.members(row.seq)],
+                [
+                    (
+                        "member.removed",
+                        [(id, item["value"]) for item in session.members(row.seq)],
+                        {},
+                    )
+                ],
             )
-            session.delete(row, row.entries(self._type(type)))
             self._record(session, row, before, {})
+            session.delete(row, row.entries(self._type(type)))
 
     def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
         """Create users and groups from {"Users": [body, …], "Groups": [body, …]}, or such a file.
@@ -3905,7 +4007,7 @@ class Directory:
                 since=since,
             )
         ):
-            yield from map(to_employee, rows)
+            yield from (to_employee(row, self.roles) for row in rows)
             after = rows[-1].id
 
     def changes(self, after: int = 0, wait: float = 0, count: int = MAX_COUNT) -> list[Change]:
@@ -3957,7 +4059,7 @@ class Directory:
         with self.store.reading() as session:
             row = session.employee_of(id)
             changes = session.changes_about(id, row.id if row else 0, DEFAULT_COUNT)
-        return to_employee(row) if row else None, changes
+        return to_employee(row, self.roles) if row else None, changes
 
     def follow(
         self, after: int = 0, wait: bool = True, kind: str = "employee."
@@ -4178,53 +4280,55 @@ class Directory:
         removed = sorted(old.keys() - new.keys())
         differing = dict(member for member in new.items() if member not in old.items())
         check_member_changes(len(removed) + len(differing))
+        versions: list[GroupsAndRoles] = [([stored(after)], self.roles), ([], self.roles)]
+        changes = changes_in_group(session, row.seq, self._now(session), versions, removed)
         session.remove_members(row.seq, removed)
         written = session.add_members(row.seq, differing, members.by_name["display"])
-        kinds = dict.fromkeys(removed, "removed") | {
-            id: "updated" if id in old else "added" for id in written
-        }
-        self._log(session, [(f"member.{kind}", row.id, id, {}) for id, kind in kinds.items()])
-        return sum(id not in old for id in written) - len(removed), bool(kinds)
+        added = [id for id in written if id not in old]
+        changes += changes_in_group(session, row.seq, self._now(session), versions[::-1], added)
+        kinds = {"removed": removed, "updated": sorted({*written} - {*added}), "added": added}
+        self._log(
+            session,
+            [
+                *((f"member.{kind}", [(row.id, id) for id in kinds[kind]], {}) for kind in kinds),
+                *changes,
+            ],
+        )
+        return len(added) - len(removed), bool(removed or written)
 
     def _record(
         self, session: Session, row: StoredResource, before: Resource, after: Resource
     ) -> None:
         # {} as before or after: the resource is new or deleted.
         root, kind = self.resource_types[row.type].root, change_kind(before, after)
-        pairs = differences(values_by_path(root, before), values_by_path(root, after))
+        pairs = differences(*(dict(values_by_path(root, version)) for version in (before, after)))
         self.differences = pairs
-        changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", row.id, "", pairs)]
+        changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", [(row.id, "")], pairs)]
         if row.type == "User":
             changes += update_employee(
-                session, row.id, after, self._now(session), is_new=not before
+                session, row.id, after, self._now(session), self.roles, is_new=not before
             )
-        if any(kind == "employee.deactivated" for kind, *_ in changes):
-            self._check_deactivations(session, before)
+        elif before:
+            changes += changes_in_group(
+                session,
+                row.seq,
+                self._now(session),
+                [([stored(it)] if it else [], self.roles) for it in (before, after)],
+            )
+        if any(kind == "employee.deactivated" for kind, *_ in changes) and self.max_deactivations:
+            check_deactivations(session, self.max_deactivations, self.clock(), before["userName"])
         self._log(session, changes)
-
-    def _check_deactivations(self, session: Session, user: Resource) -> None:
-        # Raise ScimError 429 if an hour has had as many deactivations as it may.
-        number, now, hour = self.max_deactivations, self.clock(), timedelta(hours=1)
-        if number and (at := session.nth_deactivation(number, time_text(now - hour))):
-            end = datetime.fromisoformat(at.replace("Z", "+00:00")) + hour
-            raise ScimError(
-                429,
-                "",
-                f"max_deactivations: {number} employees have become inactive within an hour; "
-                f"{quoted(user['userName'])} was not changed. If this is intended, raise or remove "
-                "max_deactivations in the configuration, which is loaded within a second",
-                {"Retry-After": str(int((end - now).total_seconds()) + 1)},
-                ("guard", str(number)),
-            )
 
     def _log(self, session: Session, changes: Sequence[NewChange]) -> None:
         # Append changes of one time to the feed, which is trimmed too.
-        if changes:
-            now = self._now(session)
-            rows = [
-                (now, kind, id, member, self.token, to_json([*pairs]), to_json(self.kept(pairs)))
-                for kind, id, member, pairs in changes
-            ]
+        now = self._now(session)
+        rows = [
+            (now, kind, id, member, self.token, *texts)
+            for kind, ids, pairs in changes
+            for texts in [(to_json([*pairs]), to_json(self.kept(pairs)))]
+            for id, member in ids
+        ]
+        if rows:
             session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
 
     def kept(self, pairs: Differences) -> Differences:
@@ -4244,15 +4348,33 @@ class Directory:
         if not session.setting("cursor_key"):
             session.set_setting("cursor_key", self._new_secret("cursor key"))
         self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
-        self._adopt_custom_fields(session)
-        self._adopt_users(session)
-
-    def _adopt_custom_fields(self, session: Session) -> None:
-        configured = to_json([[item.link_name, item.type.lower()] for item in self.custom_fields])
-        if session.setting("custom_fields") != configured:
+        current = {
+            "custom_fields": to_json(
+                [[it.link_name, it.type.lower()] for it in self.custom_fields]
+            ),
+            "roles": to_json(self.roles),
+            "employees": "made",
+        }
+        former = {name: session.setting(name) for name in current}
+        if former["custom_fields"] != current["custom_fields"]:
             for row in session.with_custom_fields():
                 self._with_current_fields(row, session)
-            session.set_setting("custom_fields", configured)
+        if former["roles"] != current["roles"]:
+            for *_, row in session.page({"Group": EVERYTHING}, None, Window(2**62))[0]:
+                roles = from_json(former["roles"] or "{}"), self.roles
+                versions = [([row.attributes], version) for version in roles]
+                self._log(session, changes_in_group(session, row.seq, self._now(session), versions))
+        if not former["employees"]:  # an older version stored users without them
+            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
+                self._log(
+                    session,
+                    update_employee(
+                        session, row.id, row.attributes, self._now(session), self.roles
+                    ),
+                )
+        for name, value in current.items():
+            if former[name] != value:
+                session.set_setting(name, value)
 
     def _with_current_fields(
         self, row: StoredResource, session: Session | None = None
@@ -4282,16 +4404,6 @@ class Directory:
             session.save(changed, entries, changed.entries(user_type))
             self._record(session, row, row.attributes, attributes)
         return changed
-
-    def _adopt_users(self, session: Session) -> None:
-        # An older version stored users without their employees.
-        if not session.setting("employees"):
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
-                self._log(
-                    session,
-                    update_employee(session, row.id, row.attributes, self._now(session)),
-                )
-            session.set_setting("employees", "made")
 
 
 # ----------------------------------------------------------------------------
@@ -4351,6 +4463,9 @@ FULL_LIST = (lambda value: value if isinstance(value, list) and value else None,
 FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false")
 POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
          "a whole number from 1 to 100000000")
+ROLES = (lambda value: tuple((name_key(name), role) for name, role in value.items())
+         if all(TEXT[0](text) for pair in value.items() for text in pair) else None,
+         'an object of texts such as {"Night Crew": "Technician"}')
 DATABASE = text_of(r"postgres(ql)?://\S+", "a URL such as postgresql://user@host/name")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")
@@ -4456,6 +4571,7 @@ class Tenant:
     log_values: bool = setting(FLAG, True, key="log.values")
     max_deactivations: int = setting(POSITIVE, 0)  # in an hour; 0 is any number
     paused: bool = setting(FLAG, False)
+    roles: tuple[tuple[str, str], ...] = setting(ROLES, ())  # by the names of groups, as keys
 
     @property
     def credentials(self) -> tuple[Token, ...]:
@@ -4801,13 +4917,21 @@ class Caller(NamedTuple):
 
     def check_write(self) -> None:
         # Raise ScimError 403 if the credential may only read, 503 if the tenant is paused.
-        name = self.credential.name
         if self.credential.access == "read":
-            detail = f'{name} has "access": "read": it may read, but not write'
-            raise ScimError(403, "", detail, reason=("read-only", name))
+            raise ScimError(
+                403,
+                "",
+                f'{self.credential.name} has "access": "read": it may read, but not write',
+                reason=("read-only", self.credential.name),
+            )
         if self.tenant.paused:
-            detail = f"tenant {self.tenant.name} is paused by its configuration; nothing is changed"
-            raise ScimError(503, "", detail, {"Retry-After": "60"}, ("paused",))
+            raise ScimError(
+                503,
+                "",
+                f"tenant {self.tenant.name} is paused by its configuration; nothing is changed",
+                {"Retry-After": "60"},
+                ("paused",),
+            )
 
 
 class Request(NamedTuple):
@@ -6897,7 +7021,8 @@ def find_employees(call: Call) -> Response:
         {
             "total": total,
             "employees": [
-                {**asdict(to_employee(row)), "left": not row.provisioned} for row in rows
+                {**asdict(to_employee(row, call.directory.roles)), "left": not row.provisioned}
+                for row in rows
             ],
         }
     )
@@ -7148,7 +7273,11 @@ class Tenants:
             "keep_values": tenant.log_values,
             "max_deactivations": tenant.max_deactivations,
         }
-        if isinstance(current, Directory) and current.custom_fields == tenant.custom_fields:
+        if (
+            isinstance(current, Directory)
+            and current.custom_fields == tenant.custom_fields
+            and current.roles == dict(tenant.roles)
+        ):
             vars(current).update(options)
             return current
         try:
@@ -7165,6 +7294,7 @@ class Tenants:
                 self._new_id,
                 new_secret=lambda purpose: self._new_secret(f"{purpose} {tenant.name}"),
                 **options,
+                roles=dict(tenant.roles),
             )
             directory.claim(tenant.name)
         except StoreError as error:

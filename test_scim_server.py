@@ -452,6 +452,9 @@ TOMAS = {
 }
 
 
+OFF = patch_body(put("active", False))
+
+
 def filled(operations: Any, **ids: str) -> Any:
     """Return operations with real ids in place of {id} and {boss}."""
     text = json.dumps(operations)
@@ -5382,6 +5385,148 @@ def test_the_external_id_counts_for_more_than_the_user_name(scim: Scim) -> None:
     assert [(one["id"], one["active"]) for one in employees(scim)] == [(1, True), (2, False)]
 
 
+# -- Groups and roles --
+
+CREW_ROLES = {"night crew": "Technician", "OID-2": "Inspector", "Both": "Technician"}
+# fmt: off
+GROUP_STEPS = [  # name, method, path, body, groups and roles of Ada afterwards
+    ("a group is created with her", "POST", "/Groups",
+     {"displayName": "Night Crew", "members": [{"value": "{ada}"}]}, ["Night Crew"], ["Technician"]),
+    ("a group with the same role", "POST", "/Groups",
+     {"displayName": "Both", "members": [{"value": "{ada}"}, {"value": "{bob}"}]},
+     ["Both", "Night Crew"], ["Technician"]),
+    ("an externalId gives a role", "POST", "/Groups", {"displayName": "Élan", "externalId": "oid-2"},
+     ["Both", "Night Crew"], ["Technician"]),
+    ("she is added", "PATCH", "/Groups/{Élan}", patch_body(add("members", [{"value": "{ada}"}])),
+     ["Both", "Night Crew", "Élan"], ["Inspector", "Technician"]),
+    ("an externalId is removed", "PATCH", "/Groups/{Élan}", patch_body(remove("externalId")),
+     ["Both", "Night Crew", "Élan"], ["Technician"]),
+    ("a group gets another name", "PATCH", "/Groups/{Both}", patch_body(put("displayName", "A")),
+     ["A", "Night Crew", "Élan"], ["Technician"]),
+    ("name and members change at once", "PUT", "/Groups/{Night Crew}",
+     {"displayName": "Day", "members": [{"value": "{ada}"}, {"value": "{bob}"}]},
+     ["A", "Day", "Élan"], []),
+    ("she is removed", "PATCH", "/Groups/{Both}", patch_body(remove("members", [{"value": "{ada}"}])),
+     ["Day", "Élan"], []),
+    ("Bulk renames a group", "POST", "/Bulk",
+     {"Operations": [{"method": "PATCH", "path": "/Groups/{Night Crew}",
+                      "data": patch_body(put("displayName", "NIGHT CREW"))}]},
+     ["NIGHT CREW", "Élan"], ["Technician"]),
+    ("a group is deleted", "DELETE", "/Groups/{Élan}", None, ["NIGHT CREW"], ["Technician"]),
+    ("she is deactivated", "PATCH", "/Users/{ada}", OFF, ["NIGHT CREW"], ["Technician"]),
+    ("she is deleted", "DELETE", "/Users/{ada}", None, [], []),
+]
+# fmt: on
+
+
+def groups_by_feed(rows: Any) -> dict[str, Any]:
+    """Return groups and roles by employee, as the changes have made them."""
+    state: dict[tuple[str, str], Any] = {}
+    for row in rows:
+        for name in {"groups", "roles"} & row["values"].keys():
+            old, new = row["values"][name]
+            assert state.get((row["id"], name)) == old != new, row
+            state[row["id"], name] = new
+    return {f"{id} {name}": value for (id, name), value in state.items() if value}
+
+
+def groups_by_record(scim: Scim) -> dict[str, Any]:
+    """Return groups and roles by employee, as the records have them."""
+    return {
+        f"{row['id']} {name}": row[name]
+        for row in employees(scim)
+        for name in ("groups", "roles")
+        if row[name]
+    }
+
+
+def test_an_employee_has_the_names_and_the_roles_of_its_groups(
+    server: scim_server.ScimServer, scim: Scim
+) -> None:
+    configure_acme(server, roles=CREW_ROLES)
+    ids = {"ada": scim.user("ada")["id"], "bob": scim.user("bob")["id"]}
+    for name, method, path, body, groups, roles in GROUP_STEPS:
+        time, before = changes(scim)[-1]["at"], employees(scim, "?id=1")[0]
+        for label, id in ids.items():
+            path = path.replace("{" + label + "}", id)
+        answer = scim.call(method, path, filled(body, **ids))
+        assert answer.status_code < 300, (name, answer.text)
+        if method == "POST" and "displayName" in answer.text:
+            ids[answer.json()["displayName"]] = answer.json()["id"]
+        [ada] = employees(scim, "?id=1")
+        assert (ada["groups"], ada["roles"]) == (groups, roles), name
+        if (before["groups"], before["roles"]) != (groups, roles):
+            assert ada["changed"] == changes(scim)[-1]["at"] and ada["changed"] >= time, name
+            assert ada["id"] in [row["id"] for row in employees(scim, f"?changed_since={time}")]
+        assert groups_by_feed(changes(scim)) == groups_by_record(scim), name
+
+
+def test_new_roles_of_the_configuration_change_the_employees(
+    server: scim_server.ScimServer, scim: Scim, open_store: Any
+) -> None:
+    crew = scim.user("ada")["id"], scim.user("bob")["id"]
+    scim.group("Night Crew", *crew)
+    scim.group("Day Crew", crew[0])
+    scim.group("Others", crew[1])
+    for roles, ada, bob in (
+        (
+            {"Night Crew": "Technician", "day crew": "Inspector"},
+            ["Inspector", "Technician"],
+            ["Technician"],
+        ),
+        ({"Night Crew": "Technician", "Day Crew": "Technician"}, ["Technician"], ["Technician"]),
+        ({"Day Crew": "Chief"}, ["Chief"], []),
+        ({}, [], []),
+    ):
+        last = changes(scim)[-1]["seq"]
+        configure_acme(server, roles=roles)
+        assert [row["roles"] for row in employees(scim)] == [ada, bob]
+        rows = changes(scim, f"after={last}")
+        assert rows and {row["kind"] for row in rows} == {"employee.updated"}
+        configure_acme(server, roles=roles)  # which changes nothing
+        assert changes(scim, f"after={rows[-1]['seq']}") == []
+    assert groups_by_record(scim) == {
+        "1 groups": ["Day Crew", "Night Crew"],
+        "2 groups": ["Night Crew", "Others"],
+    }
+
+
+def test_commands_know_the_roles_of_the_server(open_store: Any) -> None:
+    directory = scim_server.Directory(open_store(), roles={"Crew": "Technician"})
+    directory.seed(
+        {"Users": [{"userName": "ada"}], "Groups": [{"displayName": "Crew", "members": ["ada"]}]}
+    )
+    again = scim_server.Directory.as_stored(open_store())
+    [ada] = again.employees()
+    assert (ada.groups, ada.roles) == (["Crew"], ["Technician"])
+    header, row = scim_server.employee_table([ada], [])
+    texts = dict(zip(header, row, strict=True))
+    assert (texts["groups"], texts["roles"]) == ('["Crew"]', '["Technician"]')
+    assert len(again.changes()) == len(directory.changes()) == 5
+
+
+def test_a_returning_person_has_the_groups_of_the_new_user(scim: Scim) -> None:
+    old = scim.user("ada", externalId="1")["id"]
+    scim.group("Crew", old)
+    scim.patch(f"/Users/{old}", put("active", False))
+    new = scim.user("ada2", externalId="1")["id"]
+    assert groups_by_feed(changes(scim)) == groups_by_record(scim) == {}
+    scim.group("Day", new)
+    scim.patch(f"/Users/{new}", put("active", False))
+    scim.patch(f"/Users/{old}", put("active", True))
+    assert groups_by_record(scim) == {"1 groups": ["Crew"]}
+    assert groups_by_feed(changes(scim)) == groups_by_record(scim)
+
+
+def test_a_person_who_joins_a_group_changes_no_other_employee(scim: Scim) -> None:
+    ada, bob, cid = (scim.user(name)["id"] for name in ("ada", "bob", "cid"))
+    group = scim.group("Crew", ada, bob)["id"]
+    before = employees(scim)
+    scim.patch(f"/Groups/{group}", add("members", [{"value": cid}]))
+    assert employees(scim)[:2] == before[:2]
+    assert changes(scim)[-1]["values"] == {"groups": [None, ["Crew"]]}
+
+
 # -- 10. Directory ---------------------------------------------------------------------------------
 
 
@@ -5502,6 +5647,7 @@ def test_each_change_is_a_row_of_the_feed_in_commit_order(scim: Scim) -> None:
         ("employee.created", "1", ""),
         ("group.created", crew, ""),
         ("member.added", crew, ada),
+        ("employee.updated", "1", ""),
         ("user.updated", ada, ""),
         ("employee.updated", "1", ""),
         ("user.deactivated", ada, ""),
@@ -5509,22 +5655,28 @@ def test_each_change_is_a_row_of_the_feed_in_commit_order(scim: Scim) -> None:
         ("user.reactivated", ada, ""),
         ("employee.reactivated", "1", ""),
         ("group.updated", crew, ""),
+        ("employee.updated", "1", ""),
         ("member.removed", crew, ada),
+        ("employee.updated", "1", ""),
         ("user.deleted", ada, ""),
         ("employee.deactivated", "1", ""),
         ("group.deleted", crew, ""),
     ]
-    assert rows[4]["attributes"] == ["title", LOCKER]
-    assert rows[4]["values"] == {"title": ["Engineer", "Chief"], LOCKER: [None, 4]}
-    assert rows[5]["attributes"] == ["designation", "custom_fields"]
-    assert rows[5]["values"] == {
-        "designation": ["Engineer", "Chief"],
-        "custom_fields": [None, {"locker_no": 4}],
-    }
-    assert [row["values"]["active"] for row in rows[6:9]] == [[True, False]] * 2 + [[False, True]]
-    assert rows[10]["values"] == {"displayName": ["Crew", "Crew 2"]}
-    assert rows[12]["values"]["title"] == ["Chief", None]
-    assert rows[3]["values"] == rows[11]["values"] == {}
+    assert [(row["attributes"], row["values"]) for row in rows[3:7]] == [
+        ([], {}),
+        (["groups"], {"groups": [None, ["Crew"]]}),
+        (["title", LOCKER], {"title": ["Engineer", "Chief"], LOCKER: [None, 4]}),
+        (
+            ["designation", "custom_fields"],
+            {"designation": ["Engineer", "Chief"], "custom_fields": [None, {"locker_no": 4}]},
+        ),
+    ]
+    assert [row["values"]["active"] for row in rows[7:11]] == [[True, False]] * 2 + [
+        [False, True]
+    ] * 2
+    assert rows[11]["values"] == {"displayName": ["Crew", "Crew 2"]}
+    assert rows[12]["values"] == {"groups": [["Crew"], ["Crew 2"]]}
+    assert rows[15]["values"]["title"] == ["Chief", None]
     assert changes(scim, "after=13&count=1") == [rows[13]]
 
 
@@ -5831,9 +5983,6 @@ def two_views(engine: str) -> Iterator[Any]:
         yield old, new, ids
 
 
-OFF = patch_body(put("active", False))
-
-
 def test_deactivations_beyond_those_of_an_hour_are_429(engine: str) -> None:
     clock, tenant = ManualClock(), CONFIG["tenants"][0]
     document = {"tenants": [{**tenant, "max_deactivations": 2}]}
@@ -6129,6 +6278,9 @@ CONFIG_MISTAKES = [  # name, the wrong part of tenants[0], the path of the mista
     ("a text in place of a number", {"max_deactivations": "5"}, ".max_deactivations"),
     ("a negative number of deactivations", {"max_deactivations": -1}, ".max_deactivations"),
     ("a number in place of a boolean", {"paused": 1}, ".paused"),
+    ("roles that are a list", {"roles": ["Technician"]}, ".roles"),
+    ("a role that is no text", {"roles": {"Night Crew": 1}}, ".roles"),
+    ("a role without a name", {"roles": {"Night Crew": ""}}, ".roles"),
     ("an unknown member of log", {"log": {"colour": 1}}, ".log.colour"),
     ("a log that is no object", {"log": 5}, ".log"),
     ("a name with a dot", {"log.keep": 5}, ".log.keep"),
