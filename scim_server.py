@@ -4345,16 +4345,15 @@ class Directory:
 
     def prepare(self, session: Session) -> None:
         # Bring the content of another configuration or version, or none, up to date.
-        if not session.setting("cursor_key"):
-            session.set_setting("cursor_key", self._new_secret("cursor key"))
-        self.cursor_key = bytes.fromhex(session.setting("cursor_key"))
         current = {
+            "cursor_key": session.setting("cursor_key") or self._new_secret("cursor key"),
             "custom_fields": to_json(
                 [[it.link_name, it.type.lower()] for it in self.custom_fields]
             ),
             "roles": to_json(self.roles),
             "employees": "made",
         }
+        self.cursor_key = bytes.fromhex(current["cursor_key"])
         former = {name: session.setting(name) for name in current}
         if former["custom_fields"] != current["custom_fields"]:
             for row in session.with_custom_fields():
