@@ -8969,7 +8969,8 @@ th { white-space: nowrap } tbody tr:last-child td { border: 0 } .change { box-sh
   .lead { font-size: 14px; margin: 0 0 8px } .causes { padding: 4px 14px } .causes > button { right: 14px }
   .bar { gap: 8px } .bar [type=search] { flex-basis: 120px } .live { min-width: 0 } .filters > *, .filters label > * { flex: 1 1 8em }
   .scroll { margin: 0 -14px; padding: 0 14px } thead, .list td:first-child::before { display: none } .narrow { display: flex }
-  table { overflow-wrap: anywhere } tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) } td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
+  table { overflow-wrap: anywhere } tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line) }
+  td { display: flex; gap: 12px; border: 0; padding: 2px 0 }
   td::before { content: attr(data-label); flex: 0 0 104px; color: var(--dim) } td > :not(.pill) { min-width: 0; flex: 1 }
   td:has(> span:empty) { display: none } }
 </style>
@@ -9360,12 +9361,12 @@ async function sortedList(columns, states, read, ifEmpty) {
   const [previous, next] = [['Previous', -25], ['Next', 25]].map(([text, step]) =>
     h('button', {onclick: () => { remember({page: start + step}); return load(); }}, text));
   const sorting = () => ({sortBy: option('sort') || firstColumn, sortOrder: option('order') || 'ascending'});
-  const sort = path => {
-    const {sortBy, sortOrder} = sorting(), order = sortBy === path && sortOrder === 'ascending' ? 'descending' : '';
-    remember({sort: path, order, page: ''}); return load(); };
-  const heads = headCells(columns.map(([title, path]) => path ? h('button', {onclick: () => sort(path)}, title) : title));
-  const sortField = h('select', {onchange: () => sort(sortField.value)},  // where the heads have no room
-    columns.filter(([, path]) => path).map(([title, path]) => h('option', {value: path}, title)));
+  const sort = (path, order) => { remember({sort: path, order, page: ''}); return load(); };
+  const sortOrReverse = path => sort(path, sorting().sortBy === path && sorting().sortOrder === 'ascending' ? 'descending' : '');
+  const heads = headCells(columns.map(([title, path]) => path ? h('button', {onclick: () => sortOrReverse(path)}, title) : title));
+  const sortField = h('select', {onchange: () => sort(...sortField.value.split(' '))},  // where the heads have no room
+    columns.filter(([, path]) => path).flatMap(([title, path]) =>
+      [h('option', {value: path}, title + ' ↑'), h('option', {value: path + ' descending'}, title + ' ↓')]));
   const card = h('div.card.list', table(heads, body));
   async function load() {
     const number = ++loads, {sortBy, sortOrder} = sorting(), text = search.value.trim();
@@ -9377,7 +9378,7 @@ async function sortedList(columns, states, read, ifEmpty) {
     for (const [index, head] of heads.entries())  // a column without any value takes no room
       for (const cell of [head, ...[...body.rows].map(({cells}) => cells[index])])
         cell.hidden = head.ariaSort === 'none' && ![...body.rows].some(({cells}) => cells[index].textContent);
-    sortField.value = sortBy;
+    sortField.value = sortOrder === 'descending' ? sortBy + ' descending' : sortBy;
     card.hidden = !total;
     message.replaceChildren(total ? '' : state.value || text ? notice('No results', 'Change the search or show all.') : ifEmpty);
     range.textContent = total ? `${start}–${start + items.length - 1} of ${total}` : ''; previous.hidden = next.hidden = total <= 25;
