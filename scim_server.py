@@ -8945,7 +8945,7 @@ summary::-webkit-details-marker { display: none } .brief { font-size: 14px; colo
 .causes { padding: 8px 20px; margin: 0 0 12px; position: relative } .causes summary { font-weight: 600; padding: 2px 0 } .causes.all li { display: flex }
 .causes li { display: flex; flex-wrap: wrap; gap: 0 14px; padding: 3px 0; align-items: baseline } .causes li:nth-child(n+4) { display: none }
 .causes p { margin: 0; flex: 1 1 300px; font-size: 14px } .causes a { color: var(--tone); font-weight: 600 }
-.causes > button { position: absolute; top: 6px; right: 20px }
+.causes > button { position: absolute; top: 6px; right: 20px } .causes.all > button { display: none }
 .filters { display: none; flex-wrap: wrap; gap: 8px } .filters.shown { display: flex } .bar + .filters { margin: -4px 0 12px }
 .filters > *, .filters label > * { font-size: 14px; min-height: 32px; padding: 3px 8px } .filters label { padding: 0 } [size] { width: 11em }
 .skip { position: absolute; top: -60px } .skip:focus { top: 4px; left: 4px; background: var(--card); padding: 8px 12px; z-index: 1 }
@@ -9141,7 +9141,7 @@ function causeItem({cause, remedy, kind, level, people, groups, calls, first, la
 function causeCard({causes, unknown_token: unknown}) {
   const number = causes.length, card = h('details.card.causes', {open: innerWidth > 640},
     h('summary', number ? `Open problems: ${number}` : 'Calls with an unknown token'), h('ol', causes.map(causeItem)));
-  if (number > 3) card.append(h('button.small', {onclick: ({target}) => { card.classList.add('all'); target.remove(); }}, `Show all ${number}`));
+  if (number > 3) card.append(h('button.small', {onclick: () => card.classList.add('all')}, `Show all ${number}`));
   if (unknown.calls) card.append(h('p.dim', `${plural(unknown.calls, 'call')} to this server had a token of no tenant since `, time(unknown.since),
     '; they are counted for all tenants together. If Entra reports 401, enter the Secret Token again.'));
   return number || unknown.calls ? card : setup.last.length ? h('p.brief.ok', '✓ No open problems.') : '';
@@ -9224,7 +9224,11 @@ async function showLog() {
     if (+open > 0 && !page && !calls.some(({seq}) => String(seq) === open)) { remember({page: +open + 1}, false); return load(); }
     const active = Object.keys(logFilters()).length;
     showNew.hidden = true; clear.hidden = !active; toggle.textContent = `Filters${active ? ` (${active})` : ''}`;
-    if (answer) { causesAt = Date.now(); causes.replaceChildren(causeCard(answer)); }
+    if (answer && !causes.contains(document.activeElement)) {
+      const [old] = causes.children, card = causeCard(answer);
+      if (old?.open !== undefined && card) { card.open = old.open; card.className = old.className; }
+      causesAt = Date.now(); causes.replaceChildren(card);
+    }
     const [lastCall] = setup.last, [skipped, missing] = setup.left_out;
     lead.replaceChildren(...lastCall ? ['Last call ', time(lastCall.at), ` with “${lastCall.token}”.`] :
       ['The calls of identity providers, their outcome, and how to fix what failed.']);
@@ -9238,7 +9242,9 @@ async function showLog() {
     const opened = open && list.querySelector('#call-' + CSS.escape(open));
     if (opened) { opened.open = true; requestAnimationFrame(() => opened.scrollIntoView({block: 'nearest'})); }
   }
-  await load(); followLog(status, () => scrollY < 200 && !option('page') && !list.querySelector('[open]') ? load() : showNew.hidden = false);
+  await load();
+  const isRead = () => scrollY > 200 || option('page') || list.querySelector('[open]') || list.contains(document.activeElement);
+  followLog(status, () => isRead() ? showNew.hidden = false : load());
   return ['Provisioning log', lead, causes, h('div.bar', search, toggle, clear, h('span.live', showNew, ' ', status)), filters, list, footer];
 }
 
