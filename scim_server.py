@@ -5108,8 +5108,8 @@ class Route:
 
     @property
     def allow(self) -> dict[str, str]:
-        # The header field Allow; HEAD comes after the methods of the table.
-        return {"Allow": ", ".join([*sorted(self.operations, key="HEAD".__eq__), "OPTIONS"])}
+        # The header field Allow; HEAD and OPTIONS come after the methods of the table.
+        return {"Allow": ", ".join(sorted(self.operations, key="HEAD OPTIONS".find))}
 
 
 # -- Credentials: bearer tokens (RFC 6750), and clients that ask for them (RFC 6749) --
@@ -7130,7 +7130,7 @@ class Tenants:
         check_config(config, has_hook=self._authenticate is not None)
         make_data_dir(config)
         with self._configuring:
-            before = self.directories
+            before = {directory.store for directory in self.available}
             self.directories = {
                 tenant.name: self._open(config, tenant, is_needed=False)
                 for tenant in config.tenants
@@ -7139,14 +7139,15 @@ class Tenants:
             self.config = replace(config, tenants=tuple(self.tenants.values()))
             self._temporary = {pair for pair in self._temporary if pair[0] in self.tenants}
             self._index_credentials()
-            used = {store_location(config, tenant) for tenant in config.tenants}
-            unused = [self._databases.pop(url) for url in self._databases.keys() - used]
-        stores = {directory.store for directory in self.available}
-        for directory in before.values():
-            if isinstance(directory, Directory) and directory.store not in stores:
-                directory.store.close()
-        for database in unused:
-            database.close()
+            urls = self._databases.keys() - {
+                store_location(config, item) for item in config.tenants
+            }
+            unused: list[Store | Database] = [
+                *(before - {directory.store for directory in self.available}),
+                *map(self._databases.pop, urls),
+            ]
+        for item in unused:
+            item.close()
 
     def add_tenant(self, document: Json) -> Directory:
         # Add or replace a tenant, as in the configuration file; ConfigError, StoreError.
@@ -7203,9 +7204,10 @@ class Tenants:
         # Find credentials by the hash of their secret, or by the entry that is in access tokens.
         temporary = [(self.tenants[name], credential) for name, credential in self._temporary]
         pairs = [*self.config.credentials, *temporary]
-        self._credentials = {item.sha256: (tenant, item) for tenant, item in pairs}
-        self._credentials |= {
-            f"{tenant.name} {item.entry}": (tenant, item) for tenant, item in pairs
+        self._credentials = {
+            key: (tenant, item)
+            for tenant, item in pairs
+            for key in (item.sha256, f"{tenant.name} {item.entry}")
         }
 
     def known_caller(self, request: Request) -> Caller | None:
@@ -7238,7 +7240,7 @@ class Tenants:
         end, _, entry = decoded(text, SIGNATURE_LENGTH).partition(" ")
         pair = self._credentials.get(entry)
         caller = self._caller(*pair) if pair else None
-        # A database that is not open cannot verify it: then _directory_of() asks again.
+        # A database that is not open cannot verify it: then _answer() asks again.
         if not pair or not caller or isinstance(caller.directory, StoreError):
             return caller
         if not is_same(text, access_token(*pair, caller.directory, end)):
@@ -7368,11 +7370,6 @@ QUICK_QUERIES = {
 }
 
 
-def is_small(type: str, id: str, query: str) -> bool:
-    # Return whether a request for one resource, or a query, reads a few rows only.
-    return bool(id or QUICK_QUERIES[type].fullmatch(query))
-
-
 def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
     # Return routes by the segments of their paths; {type} stands for Users and for Groups.
     routes: dict[tuple[str, ...], Route] = {}
@@ -7382,7 +7379,8 @@ def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
             type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
             route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
             routes.setdefault(segments, route).operations.update(
-                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation))
+                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation)),
+                OPTIONS=(QUICK, lambda call: Response(204, headers=call.route.allow)),
             )
     return routes
 
@@ -7424,7 +7422,8 @@ class Application(Tenants):
         rows: list[RouteRow] = [
             ("GET",    "/healthz",                       PROBE,    QUICK, lambda call: health),
             ("GET",    "/readyz",                        PROBE,    READ,  self._get_readiness),
-            ("GET",    "/metrics",                       OPERATOR, READ,  self._get_metrics),
+            ("GET",    "/metrics",                       OPERATOR, READ,  lambda call:
+                self.metrics.answer(self.config, self._clock())),
             ("POST",   TOKEN_PATH,                       ANYONE,   READ,  self._grant_access),
             ("GET",    "/scim/v2",                       BEARER,   READ,  list_resources),
             ("GET",    "/scim/v2/ServiceProviderConfig", BEARER,   QUICK, get_documents),
@@ -7436,9 +7435,9 @@ class Application(Tenants):
             ("POST",   "/scim/v2/Bulk",                  BEARER,   BULK,  bulk),
             ("POST",   "/scim/v2/.search",               BEARER,   READ,  search_resources),
             ("POST",   "/scim/v2/{type}/.search",        BEARER,   READ,  search_resources),
-            ("GET",    "/scim/v2/{type}",                BEARER,   QUICK, list_resources),
+            ("GET",    "/scim/v2/{type}",                BEARER,   LOOKUP, list_resources),
             ("POST",   "/scim/v2/{type}",                BEARER,   WRITE, create_resource),
-            ("GET",    "/scim/v2/Users/{id}",            BEARER,   QUICK, get_resource),
+            ("GET",    "/scim/v2/Users/{id}",            BEARER,   LOOKUP, get_resource),
             ("GET",    "/scim/v2/Groups/{id}",           BEARER,   READ,  get_resource),
             ("PUT",    "/scim/v2/{type}/{id}",           BEARER,   WRITE, replace_resource),
             ("PATCH",  "/scim/v2/{type}/{id}",           BEARER,   WRITE, patch_resource),
@@ -7505,9 +7504,7 @@ class Application(Tenants):
         try:
             if not (caller := self.caller_of(requests[0])):
                 raise unauthorized(requests[0])
-            if isinstance(directory := caller.directory, StoreError):
-                return list(map(self.handle, requests))
-            with directory.store.writing():
+            with self._directory_of(caller).store.writing():
                 responses = list(map(self._answer, calls))
         except Exception as error:  # noqa: BLE001  a commit that fails undoes all of them
             # After an error such as a full disk nothing can be committed: that error is the cause.
@@ -7559,10 +7556,10 @@ class Application(Tenants):
         if lane == SLOW and "wait" not in unquote(request.query).lower():
             lane = READ
         database = directory.store.database
-        if lane == QUICK and route.type:
+        if lane == LOOKUP:
             # With a store in memory, readers wait for the writer.
             small = LOOKUP if database.is_remote else QUICK if database.is_quick else READ
-            lane = small if is_small(route.type, id, request.query) else READ
+            lane = small if id or QUICK_QUERIES[route.type].fullmatch(request.query) else READ
         return REMOTE if lane == READ and database.is_remote else lane
 
     def label_of(self, path: str) -> str:
@@ -7596,20 +7593,26 @@ class Application(Tenants):
                 call.caller = self.caller_of(request)
             self._check_head(call)
             if call.caller and access == BEARER:
-                call.directory = self._directory_of(request, call.caller)
-                call.caller = call.caller._replace(directory=call.directory)  # opened by now
-            return self._operate(call)
+                directory = self._directory_of(call.caller)
+                if isinstance(call.caller.directory, StoreError):
+                    # Only now that the database is open, an access token can be verified.
+                    caller = self.caller_of(request._replace(caller=None))
+                    call.request = request._replace(caller=caller or False)
+                    return self._answer(call)
+                call.directory = directory.on_behalf_of(call.caller.credential.name)
+                call.caller = call.caller._replace(directory=call.directory)
+            if request.query:
+                call.parameters = {
+                    name.lower(): value
+                    for name, value in parse_qsl(request.query, keep_blank_values=True)
+                }
+            _, operate = call.route.operations[request.method]
+            return operate(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             self._fail(call.caller.tenant.name if call.caller else "", error)
             return error_response(error, call.route.label)
 
-    def _checked(self, request: Request, caller: Caller | None) -> Caller:
-        # Return a caller, or raise ScimError 401 if no valid token allows the request.
-        if not caller or caller.refusal:
-            raise unauthorized(request, caller)
-        return caller
-
-    def _database_of(self, caller: Caller) -> Directory:
+    def _directory_of(self, caller: Caller) -> Directory:
         # Return the directory of a caller's tenant, opened if need be, or raise ScimError 503.
         try:
             return self.directory(caller.tenant.name)
@@ -7618,15 +7621,6 @@ class Application(Tenants):
             reason = f" ({error.reason})" if isinstance(error, Damaged) else ""
             detail = f"the tenant's database cannot be used{reason}; the server's log says why"
             raise ScimError(503, "", detail, RETRY) from None
-
-    def _directory_of(self, request: Request, caller: Caller) -> Directory:
-        # Return the caller's directory, in the name of its credential, or raise ScimError 401, 503.
-        directory = self._database_of(caller)
-        if isinstance(caller.directory, Directory):
-            return directory.on_behalf_of(caller.credential.name)
-        # Only now that the database is open, an access token can be verified.
-        again = self.caller_of(request._replace(caller=None))
-        return self._directory_of(request, self._checked(request, again))
 
     def _grant_access(self, call: Call) -> Response:
         # Answer POST /oauth2/token: an access token for a client (RFC 6749 §4.4).
@@ -7642,7 +7636,7 @@ class Application(Tenants):
                 reason=caller.refusal if caller else ("unknown",),
             )
         tenant, client, *_ = caller
-        directory, now = self._database_of(caller), self._clock()
+        directory, now = self._directory_of(caller), self._clock()
         seconds = min(ACCESS_SECONDS, int(client.time_left(now).total_seconds()))
         token = access_token(tenant, client, directory, str(now.timestamp() + seconds))
         answer = {"access_token": token, "token_type": "Bearer", "expires_in": seconds}
@@ -7685,9 +7679,9 @@ class Application(Tenants):
     def _check_head(self, call: Call) -> None:
         # Raise ScimError 401, 404, 405, 415 or 503 for a request that no body can make good.
         request, access, operations = call.request, call.route.access, call.route.operations
-        if access == BEARER:
-            self._checked(request, call.caller)
-        elif access in (PROBE, OPERATOR, CONTROL):
+        if access == BEARER and (not call.caller or call.caller.refusal):
+            raise unauthorized(request, call.caller)
+        if access in (PROBE, OPERATOR, CONTROL):
             self._admit_operator(request, access)
         if not operations:
             raise ScimError(
@@ -7697,7 +7691,7 @@ class Application(Tenants):
                 f"Users and Groups follow {BASE_PATH}",
                 reason=("path", request.path, BASE_PATH),
             )
-        if request.method not in (*operations, "OPTIONS"):
+        if request.method not in operations:
             allow = call.route.allow
             detail = f"{request.method} is not for {request.path}; it takes {allow['Allow']}"
             raise ScimError(405, "", detail, allow)
@@ -7710,31 +7704,16 @@ class Application(Tenants):
             )
         if isinstance(request.body, bytes):  # else it is an operation of a bulk request
             self.usage.check_memory(request.tenant)
-        lane, _ = operations.get(request.method, (QUICK, None))
+        lane, _ = operations[request.method]
         if lane in (WRITE, BULK) and call.caller:
             call.caller.check_write()
 
-    def _operate(self, call: Call) -> Response:
-        request = call.request
-        if request.method not in call.route.operations:
-            return Response(204, headers=call.route.allow)  # to OPTIONS
-        if request.query:
-            call.parameters = {
-                name.lower(): value
-                for name, value in parse_qsl(request.query, keep_blank_values=True)
-            }
-        return call.route.operations[request.method][1](call)
-
-    def _get_metrics(self, call: Call) -> Response:
-        return self.metrics.answer(self.config, self._clock())
-
     def _get_readiness(self, call: Call) -> Response:  # each file and each server answers
-        with suppress(StoreError, KeyError):  # KeyError: a tenant was removed at this moment
-            for error in self.failures.values():
-                raise error
+        with suppress(StoreError):
             for database in {directory.store.database for directory in self.available}:
                 database.check()
-            return plain_response("ready\n", "text/plain")
+            if not self.failures:
+                return plain_response("ready\n", "text/plain")
         return Response(503, "not ready\n", {"Content-Type": "text/plain", **RETRY})
 
     def _finish(self, call: Call, response: Response, seconds: float) -> Response:
