@@ -2434,6 +2434,13 @@ class SqliteLink(Link):
             self._connection.backup(target._connection)
 
 
+def make_file(path: str) -> None:
+    # Make a file if there is none, and its directory. It has personal data: it is for this user
+    # alone, as is the write-ahead log then.
+    Path(path).parent.mkdir(0o700, parents=True, exist_ok=True)
+    Path(path).touch(0o600)
+
+
 def file_id(path: str) -> int:
     # Return what tells a file from another one that has its name later; 0 for no file.
     with suppress(OSError):
@@ -2452,14 +2459,14 @@ class SqliteDatabase(Database):
         try:
             if must_exist and not os.path.getsize(path):  # which raises if there is none
                 raise FileNotFoundError("it is empty")
-            if self.is_quick:  # personal data: for this user alone, as is the WAL then
-                Path(path).touch(0o600)
+            if self.is_quick:
+                make_file(path)
             # Closing a database removes its WAL.
             self._must_check = must_exist or os.path.exists(f"{path}-wal")
         except OSError as error:
             raise StoreError(
                 f"{path}: cannot be opened for writing ({error}); "
-                "choose a directory that this user may write to"
+                "choose a data_dir that this user may write to"
             ) from error
         super().__init__(
             path,
@@ -3498,11 +3505,10 @@ EMPLOYEE_PATHS = {
 
 def employee_record(user: Resource) -> Resource:
     # Return the fields of an employee that are copied from a user, by their names in Employee.
-    record = {
+    return {
         name: next(filter(None, (joined_texts(paths, user) for paths in choices)), "")
         for name, choices in EMPLOYEE_PATHS.items()
-    }
-    return {**record, "custom_fields": dict(user.get(FACILIO, {}))}
+    } | {"custom_fields": dict(user.get(FACILIO, {}))}
 
 
 def joined_texts(paths: list[PatchPath], resource: Resource) -> str:
@@ -4810,10 +4816,10 @@ def parse_tenant(document: Json, others: Sequence[Tenant]) -> Tenant:
     exactly the same name.
     """
     name = document.get("name") if isinstance(document, dict) else None
-    rivals = [other for other in others if other.name != name]
     paths = {
         ("", key, value): f"tenant {other.name}"
-        for other in rivals
+        for other in others
+        if other.name != name
         for key, value in [
             ("name", other.name.lower()),
             *(("secret", credential.sha256) for credential in other.credentials),
@@ -4867,16 +4873,6 @@ def store_location(config: Config, tenant: Tenant) -> str:
     folder, file = config.data_dir, f"{tenant.name.lower()}.sqlite3"
     path = folder if folder == ":memory:" else os.path.join(folder, file)
     return tenant.database or config.database or path
-
-
-def make_data_dir(config: Config) -> None:
-    try:
-        if config.data_dir != ":memory:" and not config.database:
-            os.makedirs(config.data_dir, mode=0o700, exist_ok=True)
-    except OSError as error:
-        raise StoreError(
-            f"{config.data_dir}: cannot be created ({error.strerror}); choose another data_dir"
-        ) from error
 
 
 FileSignature = list[tuple[int, int]]
@@ -7128,7 +7124,6 @@ class Tenants:
         A tenant that is served already keeps its store.
         """
         check_config(config, has_hook=self._authenticate is not None)
-        make_data_dir(config)
         with self._configuring:
             before = {directory.store for directory in self.available}
             self.directories = {
@@ -7352,6 +7347,7 @@ ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "beare
 CONTROL = "control"
 # Lanes of the HTTP server: at once; with the reads one by one; of a network database several at a
 # time, look-ups and other reads; with the writes; one by one beside the writes; in its own thread.
+# The table has LOOKUP for a read that may be quick: then lane_of() decides.
 # fmt: off
 QUICK, READ, LOOKUP, REMOTE, WRITE, BULK, SLOW = (
     "quick", "read", "lookup", "remote", "write", "bulk", "slow")
@@ -7500,7 +7496,7 @@ class Application(Tenants):
         if len(requests) == 1:  # needs no savepoint
             return [self.handle(requests[0])]
         started, responses = time.perf_counter(), list[Response]()
-        calls = [Call(request, *self._find_route(request.path)) for request in requests]
+        calls = [Call(request, *self.find_route(request.path)) for request in requests]
         try:
             if not (caller := self.caller_of(requests[0])):
                 raise unauthorized(requests[0])
@@ -7536,7 +7532,7 @@ class Application(Tenants):
 
     def check_head(self, request: Request) -> None:
         """Raise ScimError 401, 404, 405, 415 or 503 if the head of a request decides on that."""
-        call = Call(request, *self._find_route(request.path), caller=self.known_caller(request))
+        call = Call(request, *self.find_route(request.path), caller=self.known_caller(request))
         try:
             self._check_head(call)
         except ScimError as error:
@@ -7545,7 +7541,7 @@ class Application(Tenants):
 
     def lane_of(self, request: Request) -> str:
         """Return the lane of a request; never waits."""
-        route, id = self._find_route(request.path)
+        route, id = self.find_route(request.path)
         lane, _ = route.operations.get(request.method, (QUICK, None))
         if route.access not in (BEARER, NOWHERE):
             return lane
@@ -7562,17 +7558,14 @@ class Application(Tenants):
             lane = small if id or QUICK_QUERIES[route.type].fullmatch(request.query) else READ
         return REMOTE if lane == READ and database.is_remote else lane
 
-    def label_of(self, path: str) -> str:
-        return self._find_route(path)[0].label
-
     def body_limit(self, path: str) -> int:
         """Return how many octets the body of a request to a path may have."""
-        route, _ = self._find_route(path)
+        route, _ = self.find_route(path)
         limit = MAX_BODY if route.access == BEARER else MAX_PUBLIC_BODY
         return MAX_BULK_BODY if route.label == "/Bulk" or route.access == CONTROL else limit
 
-    def _find_route(self, path: str) -> tuple[Route, str]:
-        # Return the route of a path, literal ones first, and the id in the path.
+    def find_route(self, path: str) -> tuple[Route, str]:
+        """Return the route of a path, literal ones first, and the id in the path."""
         segments = [unquote(part) if "%" in part else part for part in path.split("/") if part]
         if route := self._routes.get(tuple(segments)):
             return route, ""
@@ -7583,7 +7576,7 @@ class Application(Tenants):
         return Route("", BEARER if segments[:2] == ["scim", "v2"] else NOWHERE), ""
 
     def _perform(self, request: Request) -> Performed:
-        started, call = time.perf_counter(), Call(request, *self._find_route(request.path))
+        started, call = time.perf_counter(), Call(request, *self.find_route(request.path))
         return call, self._answer(call), time.perf_counter() - started
 
     def _answer(self, call: Call) -> Response:
@@ -7619,8 +7612,12 @@ class Application(Tenants):
         except (StoreError, KeyError) as error:  # KeyError: the tenant was removed at this moment
             # Another reason may name another tenant, or a path on this machine.
             reason = f" ({error.reason})" if isinstance(error, Damaged) else ""
-            detail = f"the tenant's database cannot be used{reason}; the server's log says why"
-            raise ScimError(503, "", detail, RETRY) from None
+            raise ScimError(
+                503,
+                "",
+                f"the tenant's database cannot be used{reason}; the server's log says why",
+                RETRY,
+            ) from None
 
     def _grant_access(self, call: Call) -> Response:
         # Answer POST /oauth2/token: an access token for a client (RFC 6749 §4.4).
@@ -7693,8 +7690,12 @@ class Application(Tenants):
             )
         if request.method not in operations:
             allow = call.route.allow
-            detail = f"{request.method} is not for {request.path}; it takes {allow['Allow']}"
-            raise ScimError(405, "", detail, allow)
+            raise ScimError(
+                405,
+                "",
+                f"{request.method} is not for {request.path}; it takes {allow['Allow']}",
+                allow,
+            )
         if (coding := request.headers.get("content-encoding", "identity").lower()) != "identity":
             raise ScimError(
                 415,
@@ -7972,7 +7973,7 @@ class Control:
     def note(self, request: Request, response: Response, now: datetime) -> None:
         # Append a request to the journal, without the secrets in its head.
         if self._keep and not request.path.startswith(CONTROL_PATH):
-            json, is_secret = None, self.application.label_of(request.path) == TOKEN_PATH
+            json, is_secret = None, self.application.find_route(request.path)[0].label == TOKEN_PATH
             with suppress(ScimError):  # it is malformed
                 json = None if is_secret else parse_body(request)
             exchange = Exchange(
@@ -8718,8 +8719,8 @@ class HttpServer(Watcher):
             "HEAD" if is_head else "", "", id=next(self.control.request_ids)
         )
         connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
-        answer = error_response(error, self.application.label_of(request.path))
-        self._send(connection, request, answer, None)
+        route, _ = self.application.find_route(request.path)
+        self._send(connection, request, error_response(error, route.label), None)
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; it may meet a fault.
@@ -8819,7 +8820,7 @@ class WsgiApplication:
         try:
             response = self.application.handle(request._replace(body=self._body(environ, request)))
         except ScimError as error:
-            response = error_response(error, self.application.label_of(request.path))
+            response = error_response(error, self.application.find_route(request.path)[0].label)
         status, fields, body = to_http(response, request)
         start_response(status, fields)
         return [body]
@@ -10043,7 +10044,7 @@ def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
 
 def replace_content(path: str, restored: SqliteLink) -> None:
     # Replace the content of a database in one commit; no number is given out again.
-    Path(path).touch(0o600)
+    make_file(path)
     # Nothing can be read in this mode while another process has the database open.
     with closing(SqliteLink(path, ["locking_mode = EXCLUSIVE"], timeout=0)) as target:
         target.check_pages()
@@ -10058,7 +10059,6 @@ def restore(options: argparse.Namespace) -> None:
     path = store_location(config, tenant)
     if path == ":memory:":
         raise StoreError("data_dir: :memory: keeps nothing, so there is nothing to restore to")
-    make_data_dir(config)
     if moved := restore_file(path, options.file, tenant.name, f"{utc_now():%Y%m%dT%H%M%S.%f}"):
         LOG.warning("%s: damaged, moved to %s", path, moved)
     print(f"tenant {tenant.name}: {path} is as {options.file} was")
@@ -10069,7 +10069,6 @@ def move(options: argparse.Namespace) -> None:
     is_url = is_postgres(options.to)
     place = {"database": options.to} if is_url else {"database": "", "data_dir": options.to}
     new_config = replace(config, **place)
-    make_data_dir(new_config)
     location = store_location(new_config, replace(tenant, database=""))
     with (
         closing(existing_store(config, tenant)) as source,

@@ -9188,7 +9188,6 @@ LOOKUPS = [  # name, the end of a target that starts with /scim/v2/, whether its
     ("a second filter with an escaped name",
      "Users?filter=userName+eq+%22a%22&%66ilter=title+co+%22b%22", False),
     ("a sorted page", "Users?filter=userName+eq+%22a%22&sortBy=title", False),
-    ("the path of a query by POST", "Users/.search", False),
     ("users by displayName", "Users?filter=displayName+eq+%22a%22", False),
     ("a count", "Users?count=999&filter=userName+eq+%22a%22", False),
     ("members excluded and then included",
@@ -9286,6 +9285,10 @@ def test_a_slow_hook_delays_no_other_and_no_body_is_read_before_it() -> None:
         assert known.recv(65536) == b"HTTP/1.1 100 Continue\r\n\r\n"
         known.sendall(b'{"userName": "ada"}')
         assert known.recv(65536).startswith(b"HTTP/1.1 201 ")
+
+
+def test_a_method_that_is_not_for_a_path_is_refused_at_once(server: scim_server.ScimServer) -> None:
+    assert lane(server.application, "GET", "/scim/v2/Users/.search") == scim_server.QUICK
 
 
 def test_look_ups_in_memory_are_not_quick() -> None:
