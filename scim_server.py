@@ -7406,7 +7406,12 @@ class Application(Tenants):
         threading.Thread(
             target=self._watch, args=(weakref.ref(self), self.closing), daemon=True
         ).start()
-        self._routes = route_table([*self._rows(page if config.console else ""), *more_rows])
+        has_console = page and config.console
+        self._routes = route_table(
+            row
+            for row in (*self._rows(page), *more_rows)
+            if has_console or not re.fullmatch("/|/console/.*", row[1])
+        )
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
@@ -7415,7 +7420,7 @@ class Application(Tenants):
         log, setup, causes = map(self._with_log, (get_log, get_setup, get_causes))
         changes = partial(list_changes, self.usage)
         # fmt: off
-        rows: list[RouteRow] = [
+        return [
             ("GET",    "/healthz",                       PROBE,    QUICK, lambda call: health),
             ("GET",    "/readyz",                        PROBE,    READ,  self._get_readiness),
             ("GET",    "/metrics",                       OPERATOR, READ,  lambda call:
@@ -7453,7 +7458,6 @@ class Application(Tenants):
             ("GET",    "/console/api/history/{id}",      BEARER,   READ,  get_history),
         ]
         # fmt: on
-        return [row for row in rows if page or not re.fullmatch("/|/console/.*", row[1])]
 
     def _with_log(self, get: Callable[[ProvisioningLog, Call], Response]) -> Operate:
         return lambda call: get(self.log, call)  # which reset() replaces
