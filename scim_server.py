@@ -7603,8 +7603,8 @@ class Application(Tenants):
                     name.lower(): value
                     for name, value in parse_qsl(request.query, keep_blank_values=True)
                 }
-            _, operate = call.route.operations[request.method]
-            return operate(call)
+            _, operation = call.route.operations[request.method]
+            return operation(call)
         except Exception as error:  # noqa: BLE001  a bug of ours must not cut the connection
             self._fail(call.caller.tenant.name if call.caller else "", error)
             return error_response(error, call.route.label)
