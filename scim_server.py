@@ -8915,7 +8915,7 @@ input, select, button { font: inherit; color: inherit; border: 1px solid var(--d
 button:hover:enabled { background: var(--hover) } .primary:enabled { background: var(--accent); border-color: var(--accent); color: #fff }
 .primary:hover:enabled { background: var(--pressed) } h3 { font-size: 15px; margin: 18px 0 4px } h3 + .dim { margin: 0 }
 section > .copy, section > button + .dim { margin: 4px 0 10px } section > .dim:has(+ .copy) { margin: 0 } h2 + h3 { margin-top: 0 }
-ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td:nth-child(2) { min-width: 150px }
+ins { color: var(--text); text-decoration: none } .narrow { display: none } .list td { min-width: 90px } .list td:nth-child(2) { min-width: 150px }
 .people { max-height: 96px; overflow: auto; margin: 6px 0 }
 .small { padding: 2px 10px; min-height: 28px } th button { border: 0; padding: 0; min-height: 24px; background: none; font: inherit }
 [aria-sort=ascending] button::after { content: " ↑" } [aria-sort=descending] button::after { content: " ↓" }
@@ -9158,7 +9158,7 @@ const supportText = call => [['Server', `scim_server ${setup.version}`], ['Time'
 function logEntry(call) {
   const [level, sign, meaning] = LEVELS[call.level], path = {User: 'people', Group: 'groups'}[call.type], seq = String(call.seq);
   const values = call.values || {};
-  const brief = call.notes[0]?.text || call.method !== 'POST' && valueChanges(values).join(', ');
+  const brief = call.notes[0]?.text || /^P(UT|ATCH)$/.test(call.method) && valueChanges(values).join(', ');
   const address = {page: call.seq + 1, open: seq};
   return h('li', h('details.' + level, {id: 'call-' + seq, ontoggle: ({target}) => {
     if (target.open || option('open') === seq) remember({open: target.open && seq}, false); }},
@@ -9385,35 +9385,44 @@ const showGroups = async () => ['Groups', 'The provisioned groups.', ...await so
   'No groups yet', 'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
 
 // -- One person, one group --
-// The changes of one write are one step of the timeline: those of a user and of its employee, those of several members.
+const isOfEmployee = ({kind}) => kind.startsWith('employee.');
+// The changes of one write are one step of the timeline: those of a user, of its employee and of memberships.
 function timelineSteps(changes) {
   const steps = new Map();
   for (const change of changes) {
-    const key = JSON.stringify([change.at, change.token, change.member && change.kind]);
+    const key = change.at + change.token;
     steps.set(key, [...steps.get(key) || [], change]);
   }
   return [...steps.values()];
 }
-// What happened to the user or group with an id.
-function stepTitle(id, changes, names) {
-  const [{kind, id: firstId, member}] = changes, kinds = changes.map(change => change.kind.split('.')), [[, verb]] = kinds;
-  if (!member) {
-    const isOneVerb = new Set(kinds.map(([, name]) => name)).size < 2 && kinds.some(([type]) => type !== 'employee');
-    return isOneVerb ? verb : kinds.reverse().map(pair => pair.join(' ')).join(', ');
-  }
-  const isGroup = firstId === id, others = changes.map(change => isGroup ? change.member : change.id);
+// 'members added: Ada, Bo' of the group with an id, 'added to Night Crew' of the person with an id.
+function membershipTitle(id, verb, changes, names) {
+  const isGroup = changes[0].id === id, others = changes.map(change => isGroup ? change.member : change.id);
   return [isGroup ? `members ${verb}: ` : {added: 'added to ', removed: 'removed from ', updated: 'shown differently in '}[verb],
     others.map((other, index) => [index > 0 && ', ', names[other] ?
       link(names[other].name, names[other].type === 'Group' ? 'groups' : 'people', other) : 'one that was deleted'])];
 }
+function stepTitle(id, changes, names) {
+  const own = changes.filter(({member}) => !member), isOfUser = !own.every(isOfEmployee), titles = [];
+  const kinds = own.map(({kind}) => kind).filter(kind => !isOfUser || kind !== 'employee.updated').reverse();
+  const verbs = new Set(kinds.map(kind => kind.split('.')[1]));
+  if (isOfUser && verbs.size === 1) titles.push(...verbs);
+  else if (isOfUser || own.length === changes.length) titles.push(kinds.join(', ').replaceAll('.', ' '));
+  for (const verb of ['added', 'removed', 'updated']) {
+    const memberships = changes.filter(({kind}) => kind === 'member.' + verb);
+    if (memberships.length) titles.push(membershipTitle(id, verb, memberships, names));
+  }
+  return titles.map((title, index) => [index > 0 && ', ', title]);
+}
 function timelineStep(id, changes, names) {
-  const [{at, token}] = changes, isOfEmployee = change => change.kind.startsWith('employee.');
-  const source = changes.find(change => !isOfEmployee(change)) || changes[0], employee = changes.find(isOfEmployee);
-  const shown = source.attributes.map(path => nameList([path])), isUpdate = employee && employee !== source && source.kind !== 'user.created';
-  const fields = isUpdate ? employee.attributes.filter(name => !shown.includes(name) && name !== 'custom_fields') : [];
+  const [{at, token}] = changes, own = changes.filter(({member}) => !member), employee = own.find(isOfEmployee);
+  const {kind = '', attributes = [], values = {}} = own.find(change => !isOfEmployee(change)) || employee || {};
+  const isMembership = own.length < changes.length, shown = attributes.filter(name => !isMembership || name !== 'groups');
+  const others = employee?.kind === kind || kind === 'user.created' ? [] : employee?.attributes.filter(name =>
+    !nameList(attributes).split(', ').includes(name) && !['custom_fields', 'groups'].includes(name)) || [];
   return h('li', h('div', h('b', stepTitle(id, changes, names)), h('span.dim', ' ', time(at), token && ` by “${token}”`),
-    source.kind.endsWith('.deleted') ? '' : changeList(source.attributes, source.values || {}, names),
-    fields.length && h('p.dim', 'Field of the employee: ' + fields.join(', '))));
+    kind.endsWith('.deleted') ? '' : changeList(shown, values, names),
+    others.length && h('p.dim', 'Field of the employee: ' + others.join(', '))));
 }
 const problemNote = ({level, text, remedy, calls, last}) => h('div.note.' + LEVELS[level][0], h('p', text), h('p', h('b', 'What to do: '), remedy),
   h('p', `${plural(calls, 'call')}, the last `, time(last)));

@@ -264,6 +264,7 @@ def configuration_file(folder: str) -> str:
     end = datetime.now(timezone.utc) + timedelta(days=5, hours=1)
     client = {"id": "entra-1", "secret": "client-secret", "expires": f"{end:%Y-%m-%dT%H:%M:%SZ}"}
     document["tenants"][0]["clients"] = [client]
+    document["tenants"][0]["roles"] = {f"Night Crew {XSS}": "Technician"}
     file = Path(folder, "config.json")
     file.write_text(json.dumps(document))
     return str(file)
@@ -600,6 +601,7 @@ def check_people(browser: Browser, base: str, token: str) -> None:
     history = text_of(browser, ".history")
     assert "title: Lift Inspector → Chief" in history, history
     assert "manager: Tomas Wirth" in history and "Added to Night Crew" in history, history
+    assert "roles: Technician" in history and "Technician" in text_of(browser, "section"), history
     browser.do("url", url=f"{base}/#/people/{ada}")
     browser.wait_for("document.querySelector('.lead')?.innerText.includes('Left')")
     assert "Deleted. The employee remains." in browser.run("return document.body.innerText")
