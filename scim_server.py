@@ -2409,8 +2409,8 @@ class SqliteLink(Link):
                     507 if "full" in str(error) else 503,
                 ) from error
             raise Damaged(
-                f"{self.place}: damaged ({error}); put a backup in its place: "
-                "python scim_server.py restore --tenant NAME FILE",
+                f"{self.place}: damaged ({error}); put a backup in its place: see the command "
+                "`python scim_server.py restore`",
                 f"{os.path.basename(self.place)} is damaged ({error}), restore a backup",
             ) from error
 
@@ -4098,11 +4098,10 @@ class Directory:
             return changes, changes[-1].seq if changes else after
         except ScimError:  # 410
             _, last = self._read(Session.change_bounds)  # before the employees are read
-        times = {employee.id: employee.changed for employee in self.employees()}
-        final = max(times, default=0)
+        employees = [(employee.id, employee.changed) for employee in self.employees()]
         return (
-            Change(last * (id == final), at, "employee.current", str(id), "", "", [], {})
-            for id, at in times.items()
+            Change(last * (id == employees[-1][0]), at, "employee.current", str(id), "", "", [], {})
+            for id, at in employees
         ), last
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
@@ -4837,8 +4836,9 @@ def load_config(path: str | os.PathLike[str]) -> Config:
         raise ConfigError([f"cannot be read ({error.strerror})"], source) from error
     except (ValueError, RecursionError) as error:
         raise ConfigError([f"is not valid JSON: {error}"], source) from error
-    config: Config = ConfigReader(source, folder).result("", document, Config)
-    return replace(config, source=source)
+    return replace(
+        cast(Config, ConfigReader(source, folder).result("", document, Config)), source=source
+    )
 
 
 def unique_names(pairs: list[tuple[str, Json]]) -> Json:
@@ -7155,9 +7155,8 @@ class Tenants:
     def remove_tenant(self, name: str) -> None:
         # Serve a tenant no more, and keep its data; KeyError for a name that no tenant has.
         with self._configuring:
-            others = {**self.tenants}
-            del others[name]
-            self.configure(replace(self.config, tenants=tuple(others.values())))
+            others = tuple(filter(partial(operator.ne, self.tenants[name]), self.config.tenants))
+            self.configure(replace(self.config, tenants=others))
 
     def directory(self, name: str) -> Directory:
         # Return the directory of a tenant; KeyError, or StoreError if it cannot be used.
@@ -8793,7 +8792,6 @@ class HttpServer(Watcher):
         self.application.metrics.add(method, response, seconds)
         if self.config.access_log != "off" and ACCESS_LOG.isEnabledFor(logging.INFO):
             refused = response.status in (401, 403) and response.reason
-            trace = request.headers.get("traceparent", "")
             self.log.add(
                 {
                     "time": now.timestamp(),
@@ -8805,7 +8803,11 @@ class HttpServer(Watcher):
                     "bytes": octets,
                     "id": request.id,
                     **({"reason": refused[0].split()[0]} if refused else {}),
-                    **({"traceparent": trace} if TRACEPARENT.fullmatch(trace) else {}),
+                    **(
+                        {"traceparent": trace[0]}
+                        if (trace := TRACEPARENT.fullmatch(request.headers.get("traceparent", "")))
+                        else {}
+                    ),
                 }
             )
 
@@ -10339,8 +10341,9 @@ class LinePrinter(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with suppress(OSError, ValueError):
-            prefix = "" if record.name == ACCESS_LOG.name else "scim_server: "
-            print(f"{prefix}{self.format(record)}", file=sys.stderr, flush=True)
+            sys.stderr.write(
+                f"{'scim_server: ' * (record.name != ACCESS_LOG.name)}{self.format(record)}\n"
+            )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
