@@ -9563,8 +9563,8 @@ class ScimServer(HttpServer):
         authenticate: Callable[[str], str | None] | None = None,
         control: Control | None = None,
     ) -> None:
-        signature, load = signature_of(config), partial(to_config, config, port)
-        settings, control = load(), control or Control()
+        signature, settings = signature_of(config), to_config(config, port)
+        control = control or Control()
         with ExitStack() as stack:  # which closes what is open if the rest fails
             listener = stack.enter_context(listener or listen(settings))
             if control.rows and not is_loopback(listener.getsockname()[0]):
@@ -9591,7 +9591,7 @@ class ScimServer(HttpServer):
         self.requests, self.unspent = control.requests, control.unspent
         self.reset, self.advance = control.reset, control.advance
         warn_about_setup(application)
-        follow_file(application, config, load, signature)
+        follow_file(application, config, partial(to_config, config, port), signature)
 
 
 @contextmanager
@@ -9807,8 +9807,8 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
 
 def serve(options: argparse.Namespace) -> None:
     # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
-    file, load = chosen_file(options), partial(chosen_config, options)
-    signature, config = file_signature(file), fit_to_file_limit(load())
+    file, load = chosen_file(options), partial(config_for_serving, options)
+    signature, config = file_signature(file), load()
     is_test = bool(options.test)
     control = Control(None, options.test == "deterministic", MAX_JOURNAL * is_test, is_test)
     server = ScimServer(config, control=control)
@@ -9843,8 +9843,9 @@ def serve(options: argparse.Namespace) -> None:
     server.serve_forever()
 
 
-def fit_to_file_limit(config: Config) -> Config:
+def config_for_serving(options: argparse.Namespace) -> Config:
     # Raise the limit of open files; return a configuration with the connections that it allows.
+    config = chosen_config(options)
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
 

@@ -12179,7 +12179,7 @@ def wrapper(folder: Path, *lines: str) -> Path:
 
 def test_with_few_open_files_idle_connections_lock_out_nobody(tmp_path: Path) -> None:
     limit = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))"
-    arguments = ["--config", str(config_file(tmp_path))]
+    arguments = ["--config", str(file := config_file(tmp_path))]
     with (
         process(*arguments, file=wrapper(tmp_path, limit), stderr=subprocess.PIPE) as (
             running,
@@ -12190,6 +12190,8 @@ def test_with_few_open_files_idle_connections_lock_out_nobody(tmp_path: Path) ->
     ):
         line = running.stderr.readline()
         assert "max_connections: 144, because only 256 files may be open" in line
+        os.utime(file, ns=(1, 1))
+        assert line_with(running, "loaded").endswith("loaded, 2 tenant(s)\n")
         for _ in range(330):
             address = ("127.0.0.1", port_of(url))
             stack.enter_context(socket.create_connection(address, timeout=20))
