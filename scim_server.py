@@ -2089,7 +2089,7 @@ class EmployeeRow(NamedTuple):
     changed: str
     record: Resource
     manager: int | None = None
-    groups: Sequence[Resource] = ()  # what the groups of the user have in their bodies
+    groups: tuple[str, ...] = ()  # the bodies of the groups that the user is a direct member of
 
 
 NEW_EMPLOYEE = EmployeeRow(0, "", False, "", "", True, "", "", {})  # before a user's first write
@@ -3031,9 +3031,7 @@ class Session:
 
     def _employees(self, condition: str, values: Sequence[Any]) -> list[EmployeeRow]:
         return [
-            EmployeeRow(
-                *[*columns, from_json(record), manager, [*map(from_json, from_json(bodies))]]
-            )
+            EmployeeRow(*[*columns, from_json(record), manager, (*from_json(bodies),)])
             for *columns, record, manager, bodies in self.run(
                 "SELECT *, (SELECT id FROM employee AS boss WHERE boss.user_id = "
                 f"employee.manager_id) AS manager, {OTHER_GROUPS} FROM employee WHERE {condition}",
@@ -3468,21 +3466,24 @@ class Employee:
     custom_fields: dict[str, Json]  # values by link name
 
 
-GROUP_NAMES = ("displayName", "externalId")  # which give a group's members a role
-# Some groups, and the roles of the configuration by the keys of names and externalIds.
-GroupsAndRoles = tuple[Sequence[Resource], Mapping[str, str]]
+Roles = tuple[tuple[str, str], ...]  # by the names and externalIds of groups, as keys
+Groups = tuple[str, ...]  # their bodies
 
 
-def fields_of_groups(groups: Sequence[Resource], roles: Mapping[str, str]) -> Resource:
+@lru_cache(4_096)
+def fields_of_groups(groups: Groups, roles: Roles) -> Resource:
     # Return the fields of an employee that its groups decide, None for an empty one.
-    keys = {name_key(group.get(name, "")) for group in groups for name in GROUP_NAMES}
+    bodies = [from_json(body) for body in groups]
+    keys = {
+        name_key(body.get(name, "")) for body in bodies for name in ("displayName", "externalId")
+    }
     return {
-        "groups": sorted(group["displayName"] for group in groups) or None,
-        "roles": sorted({roles[key] for key in keys & roles.keys()}) or None,
+        "groups": sorted(body["displayName"] for body in bodies) or None,
+        "roles": sorted({role for key, role in roles if key in keys}) or None,
     }
 
 
-def to_employee(row: EmployeeRow, roles: Mapping[str, str]) -> Employee:
+def to_employee(row: EmployeeRow, roles: Roles) -> Employee:
     of_groups = fields_of_groups(row.groups, roles)
     return Employee(
         id=row.id,
@@ -3490,8 +3491,8 @@ def to_employee(row: EmployeeRow, roles: Mapping[str, str]) -> Employee:
         external_id=row.external_id,
         active=bool(row.active),
         manager=row.manager,
-        groups=of_groups["groups"] or [],
-        roles=of_groups["roles"] or [],
+        groups=[*(of_groups["groups"] or ())],
+        roles=[*(of_groups["roles"] or ())],
         changed=row.changed,
         **row.record,
     )
@@ -3567,7 +3568,7 @@ def update_employee(
     user_id: str,
     user: Resource,
     now: str,
-    roles: Mapping[str, str],
+    roles: Roles,
     is_new: bool = True,
 ) -> list[NewChange]:
     """Make the employee of a user follow a write, and return the change if there is one.
@@ -3598,7 +3599,7 @@ def changes_in_group(
     session: Session,
     group_seq: int,
     now: str,
-    versions: Sequence[GroupsAndRoles],
+    versions: Sequence[tuple[Groups, Roles]],
     user_ids: Sequence[str] | None = None,
 ) -> list[NewChange]:
     """Return the changes of the employees in a group, all or those of some of its users.
@@ -3610,10 +3611,10 @@ def changes_in_group(
     return [
         ("employee.updated", [(id, "") for _, id in employees], pairs)
         for bodies, employees in itertools.groupby(rows, operator.itemgetter(0))
-        for others in [[*map(from_json, from_json(bodies))]]
+        for others in [from_json(bodies)]
         if (
             pairs := differences(
-                *(fields_of_groups([*others, *groups], roles) for groups, roles in versions)
+                *(fields_of_groups((*others, *group), roles) for group, roles in versions)
             )
         )
     ]
@@ -3651,7 +3652,7 @@ def employee_columns(user_id: str, user: Resource) -> Resource:
     }
 
 
-def compared_fields(row: EmployeeRow, roles: Mapping[str, str]) -> Resource:
+def compared_fields(row: EmployeeRow, roles: Roles) -> Resource:
     values = {
         **row.record,
         **fields_of_groups(row.groups, roles),
@@ -3782,7 +3783,7 @@ class Directory:
         self.custom_fields = tuple(custom_fields)
         self.resource_types = resource_types(self.custom_fields)
         self.link_names = [custom.link_name for custom in self.custom_fields]
-        self.roles = {name_key(name): role for name, role in roles.items()}
+        self.roles: Roles = tuple((name_key(name), role) for name, role in roles.items())
         with store.writing() as session:
             self.prepare(session)
 
@@ -4285,7 +4286,10 @@ class Directory:
         removed = sorted(old.keys() - new.keys())
         differing = dict(member for member in new.items() if member not in old.items())
         check_member_changes(len(removed) + len(differing))
-        versions: list[GroupsAndRoles] = [([stored(after)], self.roles), ([], self.roles)]
+        versions: list[tuple[Groups, Roles]] = [
+            ((to_json(stored(after)),), self.roles),
+            ((), self.roles),
+        ]
         changes = changes_in_group(session, row.seq, self._now(session), versions, removed)
         session.remove_members(row.seq, removed)
         written = session.add_members(row.seq, differing, members.by_name["display"])
@@ -4318,7 +4322,7 @@ class Directory:
                 session,
                 row.seq,
                 self._now(session),
-                [([stored(it)] if it else [], self.roles) for it in (before, after)],
+                [((to_json(stored(it)),) if it else (), self.roles) for it in (before, after)],
             )
         if any(kind == "employee.deactivated" for kind, *_ in changes) and self.max_deactivations:
             check_deactivations(session, self.max_deactivations, self.clock(), before["userName"])
@@ -4355,7 +4359,7 @@ class Directory:
             "custom_fields": to_json(
                 [[it.link_name, it.type.lower()] for it in self.custom_fields]
             ),
-            "roles": to_json(self.roles),
+            "roles": to_json(dict(self.roles)),
             "employees": "made",
         }
         self.cursor_key = bytes.fromhex(current["cursor_key"])
@@ -4365,8 +4369,8 @@ class Directory:
                 self._with_current_fields(row, session)
         if former["roles"] != current["roles"]:
             for *_, row in session.page({"Group": EVERYTHING}, None, Window(2**62))[0]:
-                roles = from_json(former["roles"] or "{}"), self.roles
-                versions = [([row.attributes], version) for version in roles]
+                roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
+                versions = [((row.body,), version) for version in roles]
                 self._log(session, changes_in_group(session, row.seq, self._now(session), versions))
         if not former["employees"]:  # an older version stored users without them
             for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
@@ -4575,7 +4579,7 @@ class Tenant:
     log_values: bool = setting(FLAG, True, key="log.values")
     max_deactivations: int = setting(POSITIVE, 0)  # in an hour; 0 is any number
     paused: bool = setting(FLAG, False)
-    roles: tuple[tuple[str, str], ...] = setting(ROLES, ())  # by the names of groups, as keys
+    roles: tuple[tuple[str, str], ...] = setting(ROLES, ())
 
     @property
     def credentials(self) -> tuple[Token, ...]:
@@ -7271,7 +7275,7 @@ class Tenants:
         if (
             isinstance(current, Directory)
             and current.custom_fields == tenant.custom_fields
-            and current.roles == dict(tenant.roles)
+            and current.roles == tenant.roles
         ):
             vars(current).update(options)
             return current
