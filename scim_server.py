@@ -3622,16 +3622,15 @@ def changes_in_group(
 
 def check_deactivations(session: Session, number: int, now: datetime, name: str) -> None:
     # Raise ScimError 429 if an hour has had this number of deactivations.
-    hour = timedelta(hours=1)
-    if at := session.nth_deactivation(number, time_text(now - hour)):
-        seconds = (datetime.fromisoformat(at.replace("Z", "+00:00")) + hour - now).total_seconds()
+    if at := session.nth_deactivation(number, time_text(now - timedelta(hours=1))):
+        age = now - datetime.fromisoformat(at.replace("Z", "+00:00"))
         raise ScimError(
             429,
             "",
             f"max_deactivations: {number} employees have become inactive within an hour; "
             f"{quoted(name)} was not changed. If this is intended, raise or remove "
             "max_deactivations in the configuration, which is loaded within a second",
-            {"Retry-After": str(int(seconds) + 1)},
+            {"Retry-After": str(3_601 - int(age.total_seconds()))},
             ("guard", str(number)),
         )
 
