@@ -7090,28 +7090,76 @@ class Metrics:
 # ----------------------------------------------------------------------------
 # 16. Application                                           RFC 7644 §2, §3.12
 #
-# Tenants: which are served, with which tokens, from which store. Then the one table of
-# routes, and handle(Request) -> Response: token to tenant, path to operation, every
+# The tenants: which are served, with which tokens, from which store. The one table of
+# routes. And handle(Request) -> Response: token to tenant, path to operation, every
 # failure to a SCIM error.
 # Uses chapters 1 to 15. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
 
-class Tenants:
-    """The tenants of a configuration, their directories, credentials; of a secret only the hash.
+# -- Routes --------------------------------------------------------------------------
+
+# Who may call.
+ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "bearer", "nowhere"
+CONTROL = "control"
+# Lanes of the HTTP server: at once; with the reads one by one; of a network database several at a
+# time, look-ups and other reads; with the writes; one by one beside the writes; in its own thread.
+# The table has LOOKUP for a read that may be quick: then lane_of() decides.
+# fmt: off
+QUICK, READ, LOOKUP, REMOTE, WRITE, BULK, SLOW = (
+    "quick", "read", "lookup", "remote", "write", "bulk", "slow")
+# fmt: on
+RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
+# The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
+SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
+EQUALS = r"(?:%20|\+)eq(?:%20|\+)%22(?:[^%&\" ]|%(?!22))*%22"
+QUICK_QUERIES = {
+    "User": re.compile(rf"({SMALL}&)*filter=(userName|externalId){EQUALS}(&{SMALL})*", re.ASCII),
+    "Group": re.compile(  # a group is small only without its members
+        rf"(excludedAttributes=members&)?filter=(displayName|externalId){EQUALS}"
+        r"(?(1)|&excludedAttributes=members)",
+        re.ASCII,
+    ),
+}
+
+
+def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
+    # Return routes by the segments of their paths; {type} stands for Users and for Groups.
+    routes: dict[tuple[str, ...], Route] = {}
+    for methods, pattern, access, lane, operation in rows:
+        for path in (pattern.replace("{type}", "Users"), pattern.replace("{type}", "Groups")):
+            segments = tuple(filter(None, path.split("/")))
+            type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
+            route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
+            routes.setdefault(segments, route).operations.update(
+                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation)),
+                OPTIONS=(QUICK, lambda call: Response(204, headers=call.route.allow)),
+            )
+    return routes
+
+
+class Application:
+    """All tenants of a configuration as one endpoint; the bearer token alone selects the tenant.
 
     directories has each tenant's Directory by name. If a tenant's database cannot be used, it has
     the StoreError instead: this tenant is answered 503, the others are served. The tenants of a
-    PostgreSQL database are opened when they are needed first, except one of them.
+    PostgreSQL database are opened when they are needed first, except one of them. Of a secret it
+    keeps only the hash.
+
+    authenticate is for a program that keeps tokens itself: it is asked about tokens that no tenant
+    has, and returns a tenant's name or None. page is the console, "" for none. more_rows are routes
+    beside those of its own.
     """
 
     def __init__(
         self,
         config: Config,
-        authenticate: Callable[[str], str | None] | None,
-        clock: Clock,
-        new_id: Callable[[], str],
-        new_secret: Callable[[str], str],
+        authenticate: Callable[[str], str | None] | None = None,
+        clock: Clock = utc_now,
+        new_id: Callable[[], str] = random_id,
+        page: str = "",
+        new_secret: Callable[[str], str] = random_secret,
+        more_rows: Iterable[RouteRow] = (),
     ) -> None:
         self.directories: dict[str, Directory | StoreError] = {}
         self._databases: dict[str, PostgresDatabase] = {}  # by their URLs
@@ -7120,6 +7168,20 @@ class Tenants:
         self._temporary = set[tuple[str, Token]]()  # by tenant; no configuration has them
         self._configuring = threading.RLock()
         self.configure(config)
+        self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
+        self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
+        self.closing = threading.Event()
+        threading.Thread(
+            target=self._watch, args=(weakref.ref(self), self.closing), daemon=True
+        ).start()
+        has_console = page and config.console
+        self._routes = route_table(
+            row
+            for row in (*self._rows(page), *more_rows)
+            if has_console or not re.fullmatch("/|/console/.*", row[1])
+        )
+
+    # -- Tenants --
 
     def configure(self, config: Config) -> None:
         """Serve the tenants of a configuration from now on; a StoreError changes nothing.
@@ -7199,8 +7261,9 @@ class Tenants:
 
     def _index_credentials(self) -> None:
         # Find credentials by the hash of their secret, or by the entry that is in access tokens.
-        temporary = [(self.tenants[name], credential) for name, credential in self._temporary]
-        pairs = [*self.config.credentials, *temporary]
+        pairs = self.config.credentials + [
+            (self.tenants[name], item) for name, item in self._temporary
+        ]
         self._credentials = {
             key: (tenant, item)
             for tenant, item in pairs
@@ -7324,96 +7387,24 @@ class Tenants:
             LOG.error("tenant %s is not served, the others are: %s", name, error)
 
     @staticmethod
-    def _watch(reference: weakref.ref[Tenants], closing: threading.Event) -> None:
+    def _watch(reference: weakref.ref[Application], closing: threading.Event) -> None:
         # In a thread: check all databases, a table at a time, and open again those that failed.
         rest = 0.0
-        while not closing.wait(rest) and (tenants := reference()):
+        while not closing.wait(rest) and (application := reference()):
             started, is_checking = time.monotonic(), False
-            for name, directory in list(tenants.directories.items()):
+            for name, directory in list(application.directories.items()):
                 try:
                     if isinstance(directory, Directory):
                         is_checking |= directory.store.database.verify(pages=not is_checking)
                     elif not isinstance(directory, Unopened):
-                        tenants._opened(name)
+                        application._opened(name)
                 except StoreError as error:
-                    tenants._fail(name, error)
-            del tenants
+                    application._fail(name, error)
+            del application
             # At most a quarter of one processor: requests come first.
             rest = max(3 * (time.monotonic() - started), 0.01 if is_checking else 1)
 
-
-# -- Routes --------------------------------------------------------------------------
-
-# Who may call.
-ANYONE, PROBE, OPERATOR, BEARER, NOWHERE = "anyone", "probe", "operator", "bearer", "nowhere"
-CONTROL = "control"
-# Lanes of the HTTP server: at once; with the reads one by one; of a network database several at a
-# time, look-ups and other reads; with the writes; one by one beside the writes; in its own thread.
-# The table has LOOKUP for a read that may be quick: then lane_of() decides.
-# fmt: off
-QUICK, READ, LOOKUP, REMOTE, WRITE, BULK, SLOW = (
-    "quick", "read", "lookup", "remote", "write", "bulk", "slow")
-# fmt: on
-RouteRow = tuple[str, str, str, str, Operate]  # methods, path, who may call, lane, operation
-# The quick queries: an equality on a nearly unique attribute, with small parameters beside it.
-SMALL = r"(?:(?:excludedA|a)ttributes=[\w.:,$%-]*|startIndex=\d{1,3}|count=\d{1,2})"
-EQUALS = r"(?:%20|\+)eq(?:%20|\+)%22(?:[^%&\" ]|%(?!22))*%22"
-QUICK_QUERIES = {
-    "User": re.compile(rf"({SMALL}&)*filter=(userName|externalId){EQUALS}(&{SMALL})*", re.ASCII),
-    "Group": re.compile(  # a group is small only without its members
-        rf"(excludedAttributes=members&)?filter=(displayName|externalId){EQUALS}"
-        r"(?(1)|&excludedAttributes=members)",
-        re.ASCII,
-    ),
-}
-
-
-def route_table(rows: Iterable[RouteRow]) -> dict[tuple[str, ...], Route]:
-    # Return routes by the segments of their paths; {type} stands for Users and for Groups.
-    routes: dict[tuple[str, ...], Route] = {}
-    for methods, pattern, access, lane, operation in rows:
-        for path in (pattern.replace("{type}", "Users"), pattern.replace("{type}", "Groups")):
-            segments = tuple(filter(None, path.split("/")))
-            type = {"Users": "User", "Groups": "Group"}.get("".join(segments[2:3]), "")
-            route = Route(path.removeprefix(BASE_PATH) or "/", access, type)
-            routes.setdefault(segments, route).operations.update(
-                dict.fromkeys(methods.replace("GET", "GET HEAD").split(), (lane, operation)),
-                OPTIONS=(QUICK, lambda call: Response(204, headers=call.route.allow)),
-            )
-    return routes
-
-
-class Application(Tenants):
-    """All tenants of a configuration as one endpoint; the bearer token alone selects the tenant.
-
-    authenticate is for a program that keeps tokens itself: it is asked about tokens that no tenant
-    has, and returns a tenant's name or None. page is the console, "" for none. more_rows are routes
-    beside those of its own.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        authenticate: Callable[[str], str | None] | None = None,
-        clock: Clock = utc_now,
-        new_id: Callable[[], str] = random_id,
-        page: str = "",
-        new_secret: Callable[[str], str] = random_secret,
-        more_rows: Iterable[RouteRow] = (),
-    ) -> None:
-        super().__init__(config, authenticate, clock, new_id, new_secret)
-        self.usage = Usage(config.max_connections, config.max_memory * 1024 * 1024)
-        self.log, self.metrics = ProvisioningLog(self.usage), Metrics()
-        self.closing = threading.Event()
-        threading.Thread(
-            target=self._watch, args=(weakref.ref(self), self.closing), daemon=True
-        ).start()
-        has_console = page and config.console
-        self._routes = route_table(
-            row
-            for row in (*self._rows(page), *more_rows)
-            if has_console or not re.fullmatch("/|/console/.*", row[1])
-        )
+    # -- The table of routes, emptying, closing --
 
     def _rows(self, page: str) -> list[RouteRow]:
         # Methods, path, who may call, lane, operation.
@@ -7532,9 +7523,14 @@ class Application(Tenants):
 
     def must_ask(self, request: Request) -> bool:
         """Return whether only the hook can tell who sent a request; it may take its time."""
-        may_ask = self._authenticate is not None and request.caller is None
         scheme, secret = credentials_of(request)
-        return may_ask and scheme == "bearer" and bool(secret) and not self.known_caller(request)
+        return bool(
+            self._authenticate
+            and request.caller is None
+            and scheme == "bearer"
+            and secret
+            and not self.known_caller(request)
+        )
 
     def check_head(self, request: Request) -> None:
         """Raise ScimError 401, 404, 405, 415 or 503 if the head of a request decides on that."""
@@ -7642,9 +7638,11 @@ class Application(Tenants):
         directory, now = self._directory_of(caller), self._clock()
         seconds = min(ACCESS_SECONDS, int(client.time_left(now).total_seconds()))
         token = access_token(tenant, client, directory, str(now.timestamp() + seconds))
-        answer = {"access_token": token, "token_type": "Bearer", "expires_in": seconds}
         scope = {"scope": form["scope"]} if "scope" in form else {}
-        return plain_response(answer | scope, Pragma="no-cache")
+        return plain_response(
+            {"access_token": token, "token_type": "Bearer", "expires_in": seconds, **scope},
+            Pragma="no-cache",
+        )
 
     def _admit_operator(self, request: Request, access: str) -> None:
         # Raise ScimError 421 for a host name that is not this server's: a page on the Web can let a
