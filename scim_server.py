@@ -7843,20 +7843,24 @@ class Fault(SimpleNamespace):
     ) -> Response:
         # Return the answer with its damage; handle executes the request, if no status is set.
         wait(random.uniform(*self.delay))
-        answer = self._refusal(request) if self.status else handle(request)
+        answer = (
+            error_response(self._error(request), request.path) if self.status else handle(request)
+        )
         answer = answer if answer.body is None else DAMAGES[self.damage](answer)
         return answer._replace(headers={**answer.headers, **self.headers})
 
-    def _refusal(self, request: Request) -> Response:
-        error = ScimError(
-            self.status,
-            "",
-            "If-Match: the version has changed; read the resource again"
-            if self.status == 412
-            else "injected fault",
-            {"Retry-After": "1"} if self.status in (429, 503) else {},
+    def _error(self, request: Request) -> ScimError:
+        stale = "If-Match: the version has changed; read the resource again"
+        return (
+            unauthorized(request)
+            if self.status == 401
+            else ScimError(
+                self.status,
+                "",
+                stale if self.status == 412 else "injected fault",
+                {"Retry-After": "1"} if self.status in (429, 503) else {},
+            )
         )
-        return error_response(unauthorized(request) if self.status == 401 else error, request.path)
 
     def octets(self, head: bytes, body: bytes) -> bytes:
         # Return what is sent of an answer. A cut leaves nothing of one without a body.
@@ -8712,8 +8716,9 @@ class HttpServer(Watcher):
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
         # A fault may delay the requests that meet it. The others must not wait for them.
-        lane = SLOW if self.control.faults else self.application.lane_of(request)
-        self._lanes[lane](connection, request)
+        self._lanes[SLOW if self.control.faults else self.application.lane_of(request)](
+            connection, request
+        )
 
     def refuse(self, connection: Connection, error: ScimError) -> None:
         """Answer a request that cannot be read, and close the connection after it."""
@@ -9569,8 +9574,10 @@ class ScimServer(HttpServer):
         with ExitStack() as stack:  # which closes what is open if the rest fails
             listener = stack.enter_context(listener or listen(settings))
             if control.rows and not is_loopback(listener.getsockname()[0]):
-                problem = "listen: the control API is for an address of this machine alone"
-                raise ConfigError([problem], settings.source)
+                raise ConfigError(
+                    ["listen: the control API is for an address of this machine alone"],
+                    settings.source,
+                )
             application = Application(
                 settings,
                 authenticate,
@@ -9617,12 +9624,16 @@ def running(
     be served.
     """
     control = Control(clock, deterministic, MAX_JOURNAL, control_api)
-    if custom_fields:
+    if custom_fields or data_dir:  # such a server does not follow its file
         config = to_config(config)
-        tenants = (replace(item, custom_fields=tuple(custom_fields)) for item in config.tenants)
-        config = replace(config, tenants=tuple(tenants))
-    if data_dir:
-        config = replace(to_config(config), data_dir=os.fspath(data_dir))
+        config = replace(
+            config,
+            data_dir=os.fspath(data_dir) or config.data_dir,
+            tenants=tuple(
+                replace(tenant, custom_fields=tuple(custom_fields) or tenant.custom_fields)
+                for tenant in config.tenants
+            ),
+        )
     server = ScimServer(config, port=port, authenticate=authenticate, control=control)
     try:
         for error in server.application.failures.values():
@@ -9810,9 +9821,8 @@ def serve(options: argparse.Namespace) -> None:
     # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
     file, load = chosen_file(options), partial(config_for_serving, options)
     signature, config = file_signature(file), load()
-    is_test = bool(options.test)
-    control = Control(None, options.test == "deterministic", MAX_JOURNAL * is_test, is_test)
-    server = ScimServer(config, control=control)
+    control = Control(None, options.test == "deterministic", MAX_JOURNAL, has_api=True)
+    server = ScimServer(config, control=control if options.test else None)
     follow_file(server.application, file or None, load, signature)
 
     def stop(*_: object) -> None:
@@ -9838,7 +9848,7 @@ def serve(options: argparse.Namespace) -> None:
     is_private = is_loopback(config.host) or sys.stdout.isatty()
     print(
         greeting(server.url, config if is_private else server.application.config)
-        + f"\n\nControl API  {server.root}{CONTROL_PATH}" * is_test,
+        + f"\n\nControl API  {server.root}{CONTROL_PATH}" * bool(options.test),
         flush=True,
     )
     server.serve_forever()
