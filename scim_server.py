@@ -158,8 +158,8 @@ SIGNATURE_LENGTH = 16  # bytes of an HMAC
 __version__ = "1.0.0"
 # fmt: off
 __all__ = [  # the public interface; everything else may change
-    "Application", "Change", "Config", "ConfigError", "CustomField", "Directory", "Employee",
-    "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
+    "Application", "Change", "Config", "ConfigError", "Control", "CustomField", "Directory",
+    "Employee", "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
     "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
 ]
 # fmt: on
