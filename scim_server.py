@@ -5014,8 +5014,7 @@ class Call:
         scim_type: str = "invalidValue",
     ) -> int:
         # Return an integer parameter, moved into its bounds; ScimError 400 for other text.
-        if not (text := self.parameters.get(name.lower(), "")):
-            return default
+        text = self.parameters.get(name.lower()) or str(default)
         if not re.fullmatch(r"[+-]?\d{1,40}", text.strip(), re.ASCII):
             raise ScimError(400, scim_type, f"{name}: expected an integer, got {quoted(text)}")
         return max(least, min(int(text), most))
@@ -5397,8 +5396,7 @@ def read_fields(buffer: bytearray, status: int) -> Generator[bool, None, dict[st
             raise ScimError(400, "", "a header field is malformed")
         name = field_line[1].decode().lower()
         value = field_line[2].rstrip(b" \t").decode("latin-1")
-        if name in headers and name in ("host", "content-length", "transfer-encoding"):
-            raise ScimError(400, "", f"{name}: given twice")
+        # check_framing() refuses two values of the fields that may have only one.
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     if len(lines) > MAX_FIELDS:
         raise ScimError(status, "", f"there are more than {MAX_FIELDS} header fields")
@@ -8111,7 +8109,6 @@ PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server bef
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
 IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
 SENDING, LINGERING = "sending", "lingering"
-KEEP, CLOSE, LINGER = "keep", "close", "linger"  # what becomes of a connection after an answer
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -8145,7 +8142,8 @@ class Connection:
         self.reader: Generator[bool, None, Request] | None = None  # of the request that arrives now
         self.request: Request | None = None  # whose head has arrived
         self.line, self.started = b"", 0.0  # its first line; when it began to arrive
-        self.unsent, self.then = memoryview(b""), KEEP  # of the answer; what comes after it
+        self.unsent = memoryview(b"")  # of the answer
+        self.kept = True  # whether another request may come after it
         self.rest()
 
     def allow(self, seconds: float, pace: float = 0) -> None:
@@ -8204,7 +8202,7 @@ class Connection:
                 max(self.held[1], self.unsent.nbytes),
             )
         except OSError:  # the client is gone
-            self.unsent, self.then = memoryview(b""), CLOSE
+            self.unsent, self.kept = memoryview(b""), False
 
     def has_unread(self) -> bool:
         with suppress(OSError):  # nothing has arrived, or the connection has ended
@@ -8258,16 +8256,17 @@ class Watcher:
     execute: Callable[[Connection, Request], None]
     # Answer a request that cannot be read, and close the connection after it.
     refuse: Callable[[Connection, ScimError], None]
-    # End long polls; close what the answers needed.
-    interrupt: Callable[[], None]
+    # Close what the answers needed.
     close: Callable[[], None]
 
-    def __init__(self, config: Config, listener: socket.socket | None, usage: Usage) -> None:
-        self.config, self.usage = config, usage
+    def __init__(self, application: Application, listener: socket.socket | None) -> None:
+        self.application, self.usage = application, application.usage
+        self.config = config = application.config
         self._signature = file_signature(*config.tls or ())  # of the files of the TLS context
         self.tls = tls_context(*config.tls) if config.tls else None
         self.socket = listener or listen(config)
         self.server_address = self.socket.getsockname()
+        self.url = url_of(config, self.server_address[1])
         self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
         self.thread: threading.Thread | None = None  # that watches, which only the first may
@@ -8293,7 +8292,7 @@ class Watcher:
         Any thread may call this, even before start() and again. In the thread that serves, such as
         in a signal handler, it does not wait.
         """
-        self.interrupt()
+        self.application.interrupt()  # which ends long polls
         self.stopping.set()
         with suppress(RuntimeError):  # it serves, or has stopped
             self.serve_forever()  # which only closes
@@ -8335,7 +8334,7 @@ class Watcher:
         # Go on with a connection whose request was answered; for the thread that answered it.
         with self._lock:
             if (
-                connection.then == KEEP
+                connection.kept
                 and connection.events
                 and not (connection.unsent or connection.buffer or connection.reader)
                 and not self.stopping.is_set()
@@ -8351,7 +8350,7 @@ class Watcher:
             action(connection, *more)
         except Exception as error:  # noqa: BLE001
             error_response(error)  # logs it
-            connection.then, connection.unsent = CLOSE, memoryview(b"")
+            connection.unsent, connection.kept = memoryview(b""), False
             self.give_back(connection)
 
     def _wake(self) -> None:
@@ -8460,10 +8459,8 @@ class Watcher:
             connection.state = SENDING
             connection.allow(STALL_SECONDS, PACE_SECONDS)
             self._watch(connection, selectors.EVENT_WRITE)
-        elif connection.then == CLOSE and not (connection.buffer or connection.has_unread()):
-            self._close(connection)
-        elif connection.then != KEEP:
-            # Unread octets would make the system reset the connection, and the answer be lost.
+        elif not connection.kept:
+            # To close it now would lose the answer: unread octets make the system reset it.
             connection.state = LINGERING
             with suppress(OSError):  # SSLSocket.shutdown() would end the encryption, too
                 socket.socket.shutdown(connection.socket, socket.SHUT_WR)
@@ -8547,21 +8544,11 @@ def log_requests(style: str, lines: Iterable[dict[str, Any]]) -> None:
     The parts of the line are attributes of the record, for the formatters of other programs.
     """
     for line in lines:
-        created = line["time"]
-        line["time"] = time_text(datetime.fromtimestamp(created, UTC))
+        line["time"] = time_text(line["time"])
         words = [str(value) or "-" for name, value in line.items() if name != "traceparent"]
-        record = {
-            "name": ACCESS_LOG.name,
-            "levelno": logging.INFO,
-            "levelname": "INFO",
-            "msg": json.dumps(line) if style == "json" else " ".join(words),
-            "created": created,
-            "msecs": created % 1 * 1000,
-            "reason": "",
-            "traceparent": "",
-        }
+        text = json.dumps(line) if style == "json" else " ".join(words)
         with suppress(Exception):  # a handler that fails must not stop the others
-            ACCESS_LOG.handle(logging.makeLogRecord(record | line))
+            ACCESS_LOG.info(text, extra={"reason": "", "traceparent": "", **line})
 
 
 # -- Lanes --
@@ -8626,12 +8613,8 @@ class HttpServer(Watcher):
     def __init__(
         self, application: Application, listener: socket.socket | None, control: Control
     ) -> None:
-        super().__init__(application.config, listener, application.usage)
-        self.application, self.control = application, control
-        self.interrupt, self.url = (
-            application.interrupt,
-            url_of(self.config, self.server_address[1]),
-        )
+        super().__init__(application, listener)
+        self.control = control
         # Handlers write to a file or elsewhere, which may take its time. Lines wait for others for
         # 50 ms, and at most 10 000 of them wait for a slow handler.
         self.log = BackgroundWriter(partial(log_requests, self.config.access_log), 0.05, 10_000)
@@ -8658,7 +8641,7 @@ class HttpServer(Watcher):
 
     def read_request(self, connection: Connection) -> Generator[bool, None, Request]:
         """Read the next request from the buffer of a connection; ScimError for one to refuse."""
-        connection.then, connection.request, connection.line = KEEP, None, b""
+        connection.kept, connection.request, connection.line = True, None, b""
         connection.started = time.perf_counter()
         connection.allow(HEAD_SECONDS)
         connection.line = yield from read_request_line(connection.buffer)
@@ -8727,7 +8710,7 @@ class HttpServer(Watcher):
         request = connection.request or Request(
             "HEAD" if is_head else "", "", id=next(self.control.request_ids)
         )
-        connection.reader, connection.state, connection.then = None, ANSWERING, LINGER
+        connection.reader, connection.state, connection.kept = None, ANSWERING, False
         route, _ = self.application.find_route(request.path)
         self._send(connection, request, error_response(error, route.label), None)
 
@@ -8769,15 +8752,14 @@ class HttpServer(Watcher):
         now = self.control.now()
         self.control.note(request, response, now)
         status, fields, body = to_http(response, request)
-        if connection.then == KEEP and (
+        connection.kept = connection.kept and not (
             (fault and (fault.cut or fault.drop))
             or self.stopping.is_set()
             or "close" in request.headers.get("connection", "").lower()
-        ):
-            connection.then = CLOSE
+        )
         fields += [
             ("Date", http_date(int(now.timestamp()))),
-            ("Connection", "keep-alive" if connection.then == KEEP else "close"),
+            ("Connection", "keep-alive" if connection.kept else "close"),
         ]
         lines = "".join(f"{name}: {value}\r\n" for name, value in fields)
         head = f"HTTP/1.1 {status}\r\n{lines}\r\n".encode("latin-1", "replace")
@@ -8800,7 +8782,7 @@ class HttpServer(Watcher):
             refused = response.status in (401, 403) and response.reason
             self.log.add(
                 {
-                    "time": now.timestamp(),
+                    "time": now,
                     "tenant": response.tenant,
                     "method": method,
                     "route": response.route,
@@ -9956,9 +9938,17 @@ def answer_to(
 
 def write_config(options: argparse.Namespace) -> None:
     secret = secrets.token_urlsafe(32)
-    tokens = [{"name": "entra", "sha256": digest(secret)}]
-    tenant = {"name": options.tenant, "tokens": tokens, "custom_fields": []}
-    document = {"listen": "127.0.0.1:8080", "data_dir": "scim-data", "tenants": [tenant]}
+    document = {
+        "listen": "127.0.0.1:8080",
+        "data_dir": "scim-data",
+        "tenants": [
+            {
+                "name": options.tenant,
+                "tokens": [{"name": "entra", "sha256": digest(secret)}],
+                "custom_fields": [],
+            }
+        ],
+    }
     parse_config(document)  # ConfigError for a wrong name
     with open(options.file, "x", encoding="utf-8") as file:  # OSError if there is one
         file.write(json.dumps(document, indent=2) + "\n")
@@ -10094,8 +10084,11 @@ def restore(options: argparse.Namespace) -> None:
 def move(options: argparse.Namespace) -> None:
     config, tenant = chosen_tenant(options)
     is_url = is_postgres(options.to)
-    place = {"database": options.to} if is_url else {"database": "", "data_dir": options.to}
-    new_config = replace(config, **place)
+    new_config = replace(
+        config,
+        database=options.to if is_url else "",
+        data_dir=config.data_dir if is_url else options.to,
+    )
     location = store_location(new_config, replace(tenant, database=""))
     with (
         closing(existing_store(config, tenant)) as source,
@@ -10261,8 +10254,9 @@ def demo(options: argparse.Namespace) -> int:
     with_token = partial(answer_to, token=token, tls=tls)
     status, schema = with_token("GET", f"{url}/Schemas/{FACILIO}")
     custom = schema["attributes"][0] if status == 200 else {}
-    dialects = ("default", "aadOptscim062020")
-    wrong = sum(play(url, with_token, dialect, custom) for dialect in dialects)
+    wrong = sum(
+        play(url, with_token, dialect, custom) for dialect in ("default", "aadOptscim062020")
+    )
     print(f"\n{wrong or 'no'} step(s) went wrong")
     return 1 if wrong else 0
 
