@@ -5199,13 +5199,12 @@ def token_request(request: Request) -> dict[str, str]:
     # RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
     # they agree. ScimError 400 invalid_request or 401 invalid_client.
     scheme, encoded = credentials_of(request)
-    form, header = dict(pairs := parse_qsl(request.body.decode(errors="replace"))), dict[str, str]()
+    form = dict(pairs := parse_qsl(request.body.decode(errors="replace")))
+    basic = decoded(encoded.strip()).partition(":")[::2] if scheme == "basic" else ()
+    header = dict(zip(("client_id", "client_secret"), map(unquote, basic), strict=False))
     type = request.headers.get("content-type", FORM).partition(";")[0].strip().lower()
     if type != FORM or len(form) < len(pairs):
         raise ScimError(400, "", f"expected a form ({FORM}) that has each field once")
-    if scheme == "basic":
-        id_and_secret = decoded(encoded.strip()).partition(":")[::2]
-        header = dict(zip(("client_id", "client_secret"), map(unquote, id_and_secret), strict=True))
     if not all(is_same(form.get(name, header[name]), header[name]) for name in header):
         raise ScimError(
             400,
@@ -5320,13 +5319,13 @@ def error_response(error: Exception, path: str = "") -> Response:
         )
     if path == TOKEN_PATH:
         codes = {401: "invalid_client", 500: "server_error", 503: "server_error"}
-        answer = {
-            "error": error.scim_type or codes.get(error.status, "invalid_request"),
-            "error_description": re.sub(r"[^ !#-\[\]-~]", "'", error.detail),
-        }
-        return plain_response(answer, **error.headers)._replace(
-            status=error.status, reason=error.reason
-        )
+        return plain_response(
+            {
+                "error": error.scim_type or codes.get(error.status, "invalid_request"),
+                "error_description": re.sub(r"[^ !#-\[\]-~]", "'", error.detail),
+            },
+            **error.headers,
+        )._replace(status=error.status, reason=error.reason)
     return Response(error.status, error.body(), error.headers, reason=error.reason)
 
 
@@ -5410,9 +5409,8 @@ def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Request]:
     if start[3] != b"1":
         raise ScimError(505, "", "this server speaks HTTP/1.1")
     headers = yield from read_fields(buffer, 431)
-    minor_version = int(start[4])
-    check_framing(headers, minor_version)
-    if minor_version == 0:  # no 100 Continue; one side alone cannot keep the connection
+    check_framing(headers, int(start[4]))
+    if start[4] == b"0":  # no 100 Continue; one side alone cannot keep the connection
         is_kept = "keep-alive" in headers.get("connection", "").lower()
         headers |= {"expect": "", "connection": "keep-alive" if is_kept else "close"}
     host, target = host_and_target(start[2].decode(), headers.get("host") or "localhost")
@@ -8181,11 +8179,13 @@ class Connection:
     def _refuse_plain_text(self) -> None:
         # Answer a client that speaks http to a port for https, past the TLS that failed.
         warn_once("a client sent http to a port for https; use https:// there")
-        detail = b"this port is for https://, not for http://\n"
-        head = f"HTTP/1.1 400 Bad Request\r\nContent-Length: {len(detail)}\r\nConnection: close"
         with suppress(OSError):
             socket.socket.recv(self.socket, RECEIVE_OCTETS)  # else the answer might be lost
-            socket.socket.send(self.socket, head.encode() + b"\r\n\r\n" + detail)
+            socket.socket.send(
+                self.socket,
+                b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
+                b"this port is for https://, not for http://\n",
+            )
 
     def send(self, octets: bytes) -> None:
         # Send what the system takes without waiting and keep the rest in unsent.
@@ -8256,23 +8256,20 @@ class Watcher:
     execute: Callable[[Connection, Request], None]
     # Answer a request that cannot be read, and close the connection after it.
     refuse: Callable[[Connection, ScimError], None]
-    # Close what the answers needed.
-    close: Callable[[], None]
 
     def __init__(self, application: Application, listener: socket.socket | None) -> None:
-        self.application, self.usage = application, application.usage
-        self.config = config = application.config
+        self.application, config = application, application.config
         self._signature = file_signature(*config.tls or ())  # of the files of the TLS context
         self.tls = tls_context(*config.tls) if config.tls else None
         self.socket = listener or listen(config)
         self.server_address = self.socket.getsockname()
-        self.url = url_of(config, self.server_address[1])
         self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
         self.thread: threading.Thread | None = None  # that watches, which only the first may
         self.stopping, self.stopped = threading.Event(), threading.Event()
         self._lock, self._first = threading.Lock(), threading.Lock()  # to give back, to start once
         self._returned: deque[Connection] = deque()  # to go on with
+        self.closing = ExitStack()  # closes what the answers need, after the last one
         self._swept = 0.0  # when deadlines were checked last
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
@@ -8309,7 +8306,7 @@ class Watcher:
     def _run(self) -> None:
         # Watch all connections until stopping is set, and then until all requests are answered.
         self._alarm.setblocking(False)
-        with self._selector, self._wakeup, self._alarm:
+        with self.closing, self._selector, self._wakeup, self._alarm:
             self._selector.register(self._wakeup, selectors.EVENT_READ)
             self._watch(self, selectors.EVENT_READ)
             while not self.stopping.is_set():
@@ -8327,7 +8324,6 @@ class Watcher:
                     self._close(connection)
             for connection in list(self.connections):
                 self._close(connection)
-        self.close()
         self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
@@ -8382,12 +8378,13 @@ class Watcher:
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
-            if len(self.connections) >= self.config.max_connections and not self._evict():
+            config = self.application.config
+            if len(self.connections) >= config.max_connections and not self._evict():
                 raise OSError("all connections are in use")
             client_socket, address = self.socket.accept()
-            connection = Connection(client_socket, address[0], self.usage)
-            if self.tls and self.config.tls:  # the handshake is part of receiving
-                self._renew_tls(self.config.tls)
+            connection = Connection(client_socket, address[0], self.application.usage)
+            if self.tls and config.tls:  # the handshake is part of receiving
+                self._renew_tls(config.tls)
                 connection.socket = self.tls.wrap_socket(
                     client_socket, server_side=True, do_handshake_on_connect=False
                 )
@@ -8501,7 +8498,7 @@ class Watcher:
         connection.reader = connection.reader or self.read_request(connection)
         try:
             if connection.pace_end:  # it is a body
-                self.usage.check_memory(connection.held[0])
+                self.application.usage.check_memory(connection.held[0])
             if next(connection.reader):
                 self._watch(connection, 0)  # an event would queue it a second time
                 self._returned.append(connection)
@@ -8559,16 +8556,12 @@ Batch = list[tuple[Connection, Request]]
 class Lane:
     """Threads for requests of one kind. Each tenant has a queue, and a share of the threads.
 
-    answer() is called with the first of a tenant's requests, as many as batch_size() says.
+    answer() is called with the first of a tenant's requests, at most max_batch of them. A long body
+    is taken alone: it is parsed before its transaction begins.
     """
 
-    def __init__(
-        self,
-        share: int,
-        answer: Callable[[Batch], None],
-        batch_size: Callable[[Batch], int] = lambda waiting: 1,
-    ) -> None:
-        self._share, self._answer, self._batch_size = share, answer, batch_size
+    def __init__(self, share: int, answer: Callable[[Batch], None], max_batch: int = 1) -> None:
+        self._share, self._answer, self._max_batch = share, answer, max_batch
         self._threads, self._lock = ThreadPoolExecutor(MAX_LANE_THREADS), threading.Lock()
         self._waiting = defaultdict[str, Batch](list)
         self._busy = Counter[str]()  # threads, by tenant
@@ -8588,7 +8581,8 @@ class Lane:
         # Answer a batch of a tenant. Its next batch queues after those of other tenants.
         with self._lock:
             waiting = self._waiting[tenant]
-            batch = waiting[: self._batch_size(waiting)]
+            octets = itertools.accumulate(len(it.body) for _, it in waiting[: self._max_batch])
+            batch = waiting[: max(1, sum(total <= MAX_OCTETS_PER_COMMIT for total in octets))]
             del waiting[: len(batch)]
         self._answer(batch)
         with self._lock:
@@ -8614,28 +8608,26 @@ class HttpServer(Watcher):
         self, application: Application, listener: socket.socket | None, control: Control
     ) -> None:
         super().__init__(application, listener)
-        self.control = control
+        config = application.config
+        self.control, self.url = control, url_of(config, self.server_address[1])
+        self.closing.callback(application.close)
         # Handlers write to a file or elsewhere, which may take its time. Lines wait for others for
         # 50 ms, and at most 10 000 of them wait for a slow handler.
-        self.log = BackgroundWriter(partial(log_requests, self.config.access_log), 0.05, 10_000)
+        self.log = BackgroundWriter(partial(log_requests, config.access_log), 0.05, 10_000)
+        self.closing.callback(self.log.close, 1)
         self._turn = threading.Lock()
-        self._threads = ThreadPoolExecutor(self.config.max_connections, "asks or waits")
+        self._threads = ThreadPoolExecutor(config.max_connections, "asks or waits")
         self._lanes: dict[str, Callable[[Connection, Request], object]] = {
             QUICK: self._answer,
             READ: Lane(MAX_READS, self._answer_in_turn).add,
             LOOKUP: Lane(MAX_READS, self._answer_each).add,
             REMOTE: Lane(MAX_READS, self._answer_each).add,
-            WRITE: Lane(1, self._answer_writes, self._next_writes).add,
+            WRITE: Lane(1, self._answer_writes, MAX_WRITES_PER_COMMIT).add,
             BULK: Lane(1, self._answer_each).add,
             SLOW: lambda *arguments: self._threads.submit(self.guarded, self._answer, *arguments),
         }
-
-    def close(self) -> None:
-        """Write the logs and close the stores, after the last answer."""
-        self._lanes.clear()  # which ends their idle threads
-        self._threads.shutdown(wait=False)
-        self.log.close(1)
-        self.application.close()
+        self.closing.callback(self._threads.shutdown, wait=False)
+        self.closing.callback(self._lanes.clear)  # which ends their idle threads
 
     # -- Requests --
 
@@ -8647,9 +8639,17 @@ class HttpServer(Watcher):
         connection.line = yield from read_request_line(connection.buffer)
         head = yield from read_head(connection.buffer, connection.line)
         connection.request = request = self.build_request(head, connection.client)
-        caller = yield from self._caller_of(connection, request)
+        caller = self.application.known_caller(request)
+        if self.application.must_ask(request):
+            # The hook is asked before the body arrives, with which a stranger could fill the
+            # memory, and in another thread, because it may take its time.
+            connection.state = ANSWERING  # neither read nor closed meanwhile
+            answer = self._threads.submit(self.application.caller_of, request)
+            answer.add_done_callback(lambda _: self.give_back(connection))
+            yield False
+            caller = answer.result()
         connection.request = request = request._replace(caller=caller or False)
-        self.usage.check_connections(request.tenant)
+        self.application.usage.check_connections(request.tenant)
         connection.hold(request.tenant, len(connection.buffer))
         length, coding = map(request.headers.get, ("content-length", "transfer-encoding"))
         if not (length or coding):
@@ -8669,24 +8669,11 @@ class HttpServer(Watcher):
         )
         return request._replace(body=(yield from body))
 
-    def _caller_of(
-        self, connection: Connection, request: Request
-    ) -> Generator[bool, None, Caller | None]:
-        # The hook is asked before the body arrives, with which a stranger could fill the memory,
-        # and in another thread, because it may take its time.
-        if not self.application.must_ask(request):
-            return self.application.known_caller(request)
-        connection.state = ANSWERING  # neither read nor closed meanwhile
-        answer = self._threads.submit(self.application.caller_of, request)
-        answer.add_done_callback(lambda _: self.give_back(connection))
-        yield False
-        return answer.result()
-
     def build_request(self, head: Request, client: str) -> Request:
         """Return a request without its body: where it is from, and how it named this server."""
         host, headers = head.host, head.headers
         scheme, address = "https" if self.tls else "http", client.partition("%")[0]
-        proxies = self.config.trusted_proxies
+        proxies = self.application.config.trusted_proxies
         if proxies and any(ipaddress.ip_address(address) in network for network in proxies):
             proxied = forwarded(headers)
             client = proxied["for"] or client
@@ -8736,13 +8723,6 @@ class HttpServer(Watcher):
         for (connection, request), response in zip(writes, responses, strict=True):
             self.guarded(self._send, connection, request, response, None)
 
-    def _next_writes(self, waiting: Batch) -> int:
-        # Return how many writes may share a transaction. A long body is taken alone: it is parsed
-        # before its transaction begins.
-        bodies = [len(request.body) for _, request in waiting[:MAX_WRITES_PER_COMMIT]]
-        fitting = [size for size in itertools.accumulate(bodies) if size <= MAX_OCTETS_PER_COMMIT]
-        return max(1, len(fitting))
-
     # -- Answers --
 
     def _send(
@@ -8778,7 +8758,7 @@ class HttpServer(Watcher):
         # Count a request and log it, without a secret, a value of a resource, or what ends a line.
         method = request.method if request.method in METHODS else "other"
         self.application.metrics.add(method, response, seconds)
-        if self.config.access_log != "off" and ACCESS_LOG.isEnabledFor(logging.INFO):
+        if self.application.config.access_log != "off" and ACCESS_LOG.isEnabledFor(logging.INFO):
             refused = response.status in (401, 403) and response.reason
             self.log.add(
                 {
@@ -10293,7 +10273,8 @@ COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], int | None], str, Optio
         "--tenant": {"default": "main", "metavar": "NAME"}}),
     "check": (check, "validate a configuration, list the custom fields' names for Entra ID", {
         "--ready": {"nargs": "?", "const": "", "metavar": "URL",
-                    "help": "instead ask a running server whether it is ready (status 0) or not (1)"},
+                    "help": "instead ask a running server whether it is ready (status 0), "
+                            "or not (1)"},
         **CONFIG, **DATA_DIR}),
     "employees": (show_employees, "print a tenant's employees", {
         "--format": {"choices": ("table", "csv", "json"), "default": "table"},

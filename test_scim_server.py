@@ -11550,15 +11550,15 @@ def test_bodies_in_flight_have_a_limit_and_a_tenant_has_half_of_it(tmp_path: Pat
     with serving(tmp_path, {**CONFIG, "max_memory": 32}) as server, ExitStack() as stack:
         first, second = connect(stack, server), connect(stack, server)
         first.sendall(head + bytes(10_000_000))
-        wait_until(lambda: server.usage._total == 10_000_000)
+        wait_until(lambda: server.application.usage._total == 10_000_000)
         with suppress(ConnectionError):
             second.sendall(head + bytes(10_000_000))
         answer = second.recv(65536)
         assert answer.startswith(b"HTTP/1.1 503 ") and b"\r\nRetry-After: " in answer
-        assert server.usage._total <= 17 * 1024 * 1024
+        assert server.application.usage._total <= 17 * 1024 * 1024
         assert Scim(server.url, "globex-secret").user("ada")["userName"] == "ada"
         first.close()
-        wait_until(lambda: server.usage._total < 1_000_000)
+        wait_until(lambda: server.application.usage._total < 1_000_000)
         assert Scim(server.url, "acme-secret").user("ada")["userName"] == "ada"
 
 
@@ -11568,13 +11568,13 @@ def test_answers_in_flight_count_for_the_limit(tmp_path: Path) -> None:
         for user in range(6):
             roles = [{"value": f"{number}".rjust(60_000)} for number in range(20)]
             scim.user(f"u{user}", roles=roles)
-        wait_until(lambda: server.usage._total == 0)  # the log has written the users
+        wait_until(lambda: server.application.usage._total == 0)  # the log has written the users
         readers = reading_slowly(stack, server, "/Users", 3)  # of 7 MB each
         assert_error(scim.call("GET", "/Users"), 503, "", "max_memory")
         assert_error(scim.call("POST", "/Users", {"userName": "ada"}), 503)
         assert Scim(server.url, "globex-secret").get("/Users")["totalResults"] == 0
         readers[0].close()
-        wait_until(lambda: server.usage._total < 16 * 1024 * 1024)
+        wait_until(lambda: server.application.usage._total < 16 * 1024 * 1024)
         assert scim.get("/Users")["totalResults"] == 6
 
 
@@ -11583,8 +11583,8 @@ def test_log_entries_count_until_they_are_written(
 ) -> None:
     with server.directory("globex").store.writing(), server.directory("acme").store.writing():
         Scim(server.url, "globex-secret").get("/Users")
-        assert server.usage._total > 0
-    wait_until(lambda: server.usage._total == 0)
+        assert server.application.usage._total > 0
+    wait_until(lambda: server.application.usage._total == 0)
 
 
 # fmt: off
