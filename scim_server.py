@@ -4480,7 +4480,8 @@ ADDRESS = (host_and_port, "HOST:PORT such as 127.0.0.1:8080, or a PORT")
 FILE = (lambda value: TEXT[0](value), TEXT[1])
 SECRET_TEXT = text_of("[!-~]+", "visible ASCII characters without blanks",
                  convert=lambda secret: {"secret": secret, "sha256": digest(secret)})
-SECRET_FILE = (lambda value: {"sha256": SECRET_TEXT[0](Path(value).read_text("utf-8").strip())["sha256"]},
+SECRET_FILE = (lambda value: {
+    "sha256": SECRET_TEXT[0](Path(value).read_text("utf-8").strip())["sha256"]},
                "the path of a readable file with nothing but the secret")
 HOST_NAME = text_of("[A-Za-z0-9._-]+", "a host name such as scim.example.com", convert=str.lower)
 NETWORK = (lambda value: ipaddress.ip_network(str(value)),
