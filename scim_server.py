@@ -159,8 +159,8 @@ __version__ = "1.0.0"
 # fmt: off
 __all__ = [  # the public interface; everything else may change
     "Application", "Change", "Config", "ConfigError", "Control", "CustomField", "Directory",
-    "Employee", "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer", "Store",
-    "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
+    "Employee", "Exchange", "Fault", "Page", "Request", "Response", "ScimError", "ScimServer",
+    "Store", "StoreError", "load_config", "main", "parse_config", "running", "wsgi",
 ]
 # fmt: on
 UTC = timezone.utc  # Python 3.10 has no datetime.UTC
