@@ -9314,8 +9314,8 @@ async function readGroups(parameters) {
   const names = await getNames(groups.map(({id}) => id));
   return [groups.map(group => ({...group, memberCount: names[group.id]?.members ?? 0})), total];
 }
-async function sortedList(columns, states, read, ifEmpty) {
-  const titles = columns.map(([title]) => title), search = searchField('Search', load), [[, firstColumn]] = columns;
+async function sortedList(placeholder, columns, states, read, ifEmpty) {
+  const titles = columns.map(([title]) => title), search = searchField(placeholder, load), [[, firstColumn]] = columns;
   const state = filterField('state', h('select', states.map(([value, text]) => h('option', {value}, text))), load);
   const message = h('div'), body = h('tbody'), range = h('span.dim', {role: 'status'});
   let start, loads = 0;
@@ -9350,9 +9350,9 @@ async function sortedList(columns, states, read, ifEmpty) {
     h('label.narrow', 'Sort', sortField)), message, card, h('div.bar', previous, next, range)];
 }
 const showEmployees = async () => ['Employees', 'The people of Facilio whom Entra ID provisioned, with those who left.', ...await sortedList(
-  employeeColumns(), STATES, readEmployees,
+  'Search all fields and custom fields', employeeColumns(), STATES, readEmployees,
   notice('No employees yet', 'Employees appear with the first cycle of Entra ID. ', link('See the checklist', 'setup'), '.'))];
-const showGroups = async () => ['Groups', 'The provisioned groups.', ...await sortedList(GROUP_COLUMNS, [], readGroups, notice(
+const showGroups = async () => ['Groups', 'The provisioned groups.', ...await sortedList('Search groups', GROUP_COLUMNS, [], readGroups, notice(
   'No groups yet', 'Assign a group to the application in Entra ID, and keep “Provision Microsoft Entra ID Groups” enabled.'))];
 
 // -- One person, one group --
@@ -9427,7 +9427,7 @@ async function showEmployee(id) {
 async function showGroup(id) {
   const [resource, , {members = 0} = {}, problems, ...sections] = await resourceDetails('Groups', id);
   return [resource?.displayName || 'Deleted group', [link('Groups', 'groups'), ` / ${plural(members, 'member')}`], ...problems, h('h2', 'Members'),
-    ...await sortedList(MEMBER_COLUMNS, STATES.slice(0, 3), parameters => readMembers(parameters, id),
+    ...await sortedList('Search members', MEMBER_COLUMNS, STATES.slice(0, 3), parameters => readMembers(parameters, id),
       notice('No members', 'Assign people to this group in Entra ID.')), ...sections];
 }
 
