@@ -4094,15 +4094,20 @@ class Directory:
     def _next_changes(self, after: int, wait: float) -> tuple[Iterable[Change], int]:
         # Return changes as follow() yields them, and the number of the newest one.
         try:
-            changes = self.changes(after, wait)
-            return changes, changes[-1].seq if changes else after
+            changes: Iterable[Change] = self.changes(after, wait)
+            last = max((change.seq for change in changes), default=after)
         except ScimError:  # 410
             _, last = self._read(Session.change_bounds)  # before the employees are read
-        employees = [(employee.id, employee.changed) for employee in self.employees()]
-        return (
-            Change(last * (id == employees[-1][0]), at, "employee.current", str(id), "", "", [], {})
-            for id, at in employees
-        ), last
+            employees = [(employee.id, employee.changed) for employee in self.employees()]
+            changes = (
+                Change(
+                    last * (id == employees[-1][0]), at, "employee.current", str(id), "", "", [], {}
+                )
+                for id, at in employees
+            )
+        with self.store.reading() as session:  # the server's configuration may have changed
+            self.roles = from_json(session.setting("roles") or "{}")
+        return changes, last
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:
         """Call back with each change from now on, in order, after its commit; return the thread.
@@ -9532,8 +9537,8 @@ class ScimServer(HttpServer):
         authenticate: Callable[[str], str | None] | None = None,
         control: Control | None = None,
     ) -> None:
-        signature, settings = signature_of(config), to_config(config, port)
-        control = control or Control()
+        signature = signature_of(config)  # before the file is read
+        settings, control = to_config(config, port), control or Control()
         with ExitStack() as stack:  # which closes what is open if the rest fails
             listener = stack.enter_context(listener or listen(settings))
             if control.rows and not is_loopback(listener.getsockname()[0]):

@@ -5807,6 +5807,32 @@ def test_a_consumer_that_crashes_in_a_full_read_misses_nobody(
     assert consumer.seq == directory.changes(consumer.seq - 1)[-1].seq
 
 
+@pytest.mark.parametrize("failing", ["changes", "setting"])
+def test_an_error_of_the_store_loses_no_change(
+    store: scim_server.Store, monkeypatch: pytest.MonkeyPatch, failing: str
+) -> None:
+    def fail_once(*arguments: Any) -> Any:
+        for error in errors:
+            raise error
+        return method(*arguments)
+
+    directory = scim_server.Directory(store)
+    directory.create("User", {"userName": "ada"})
+    method, errors = getattr(scim_server.Session, failing), iter([scim_server.StoreError("locked")])
+    monkeypatch.setattr(scim_server.Session, failing, fail_once)
+    assert next(directory.follow()).kind == "employee.created"
+
+
+def test_a_consumer_gets_the_roles_of_a_changed_configuration(store: scim_server.Store) -> None:
+    directory = scim_server.Directory(store, roles={"Crew": "Technician"})
+    ada = directory.create("User", {"userName": "ada"})["id"]
+    directory.create("Group", {"displayName": "Crew", "members": [{"value": ada}]})
+    consumer = Consumer(scim_server.Directory.as_stored(store))
+    assert consumer.run(9) and consumer.people[1].roles == ["Technician"]
+    scim_server.Directory(store, roles={"Crew": "Pilot"})
+    assert consumer.run(9) and consumer.people[1].roles == ["Pilot"]
+
+
 def test_a_consumer_of_another_feed_gets_everybody_and_may_crash(
     store: scim_server.Store,
 ) -> None:
