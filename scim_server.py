@@ -4106,7 +4106,7 @@ class Directory:
                 for id, at in employees
             )
         with self.store.reading() as session:  # the server's configuration may have changed
-            self.roles = from_json(session.setting("roles") or "{}")
+            self.roles = tuple(from_json(session.setting("roles") or "{}").items())
         return changes, last
 
     def on_change(self, callback: Callable[[Change], None]) -> threading.Thread:

@@ -12013,8 +12013,8 @@ MISTAKES = [  # name, a call of the library with a directory, words of its error
     ("a document of another type", lambda folder: scim_server.parse_config(5),
      ["document: expected an object, got 5"]),
     ("a directory that cannot be made",
-     lambda folder: scim_server.wsgi({**CONFIG, "data_dir": str(config_file(folder) / "x")}),
-     ["config.json/x: cannot be created", "choose another data_dir"]),
+     lambda folder: scim_server.ScimServer({**CONFIG, "data_dir": str(config_file(folder) / "x")}),
+     ["config.json/x/acme.sqlite3: cannot be opened for writing", "choose a data_dir"]),
     ("a port in use", lambda folder: scim_server.ScimServer({**CONFIG, "listen": "192.0.2.1:80"}),
      ["listen: 192.0.2.1:80 cannot be used: "]),
 ]
