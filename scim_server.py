@@ -9233,7 +9233,7 @@ const ENTRA_NOTES = [  // title, text: what administrators wonder about
 // Why Entra ID cannot reach a URL; '' if nothing speaks against it.
 function reachProblem(url) {
   const {protocol, hostname} = new URL(url);
-  const isPrivate = /^(localhost|.*\.(local|internal|localhost)|127\..*|10\..*|192\.168\..*|172\.(1[6-9]|2\d|3[01])\..*|\[.*\])$/.test(hostname);
+  const isPrivate = /^([^.]+|.*\.(local|internal|localhost)|127\..*|10\..*|192\.168\..*|172\.(1[6-9]|2\d|3[01])\..*)$/.test(hostname);
   return [protocol === 'http:' && 'Entra ID needs https: set up TLS, in the server or in a proxy in front of it.', isPrivate &&
     `Entra ID cannot reach ${hostname}, which is no name on the Internet: open the console under the server's public name.`]
     .filter(Boolean).join(' ');
