@@ -1267,6 +1267,26 @@ class StoredResource:
         vars(row).update(columns, attributes=attributes, body=body, revision=self.revision + 1)
         return row
 
+    def with_fields_of(self, user_type: ResourceType) -> StoredResource:
+        # Return the row with the present custom fields. Values of other fields, and of other types,
+        # are hidden: they come back with their fields.
+        offset = offset_of_member(self.body, FACILIO)
+        if not offset and self.hidden == "{}":
+            return self
+        present: Resource = DECODER.raw_decode(self.body, offset)[0] if offset else {}
+        hidden, by_name = from_json(self.hidden), user_type.root.by_name[FACILIO.lower()].by_name
+        values = [
+            (sub.name if sub and sub.type == FIELD_TYPES[type(value)] else "", name, value)
+            for name, value in (*hidden.items(), *present.items())  # a present value wins
+            for sub in [by_name.get(name.lower())]
+        ]
+        visible = {field: value for field, _, value in values if field}
+        others = {name: value for field, name, value in values if not field}
+        if (visible, others) == (present, hidden):
+            return self
+        attributes = pruned(self.attributes | {FACILIO: visible})
+        return self.changed(attributes, hidden=to_json(others))
+
     def entries(self, resource_type: ResourceType) -> set[Entry]:
         return {
             *index_entries(resource_type.root, self.attributes),
@@ -1287,6 +1307,34 @@ def offset_of_member(body: str, name: str) -> int:
     # In the text of a value the quotes would be escaped; no sub-attribute has the name of a URN.
     offset = body.rfind(f'"{name}":')
     return offset + len(name) + 3 if offset > 0 else 0
+
+
+# -- Versions ------------------------------------------------------------------
+
+
+class Precondition(NamedTuple):
+    """A client's conditions on a version (RFC 7644 §3.14); a header that is absent is ""."""
+
+    if_match: str = ""
+    if_none_match: str = ""
+
+    def excludes(self, version: str) -> bool:
+        return self._names(self.if_none_match, version)
+
+    def check(self, version: str) -> None:
+        # Raise ScimError 412 if a write must not happen on this version.
+        if self.if_match and not self._names(self.if_match, version):
+            raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
+        if self.excludes(version):
+            raise ScimError(412, "", f"If-None-Match: the version is {version}")
+
+    def _names(self, header: str, version: str) -> bool:
+        # Versions are weak and are compared as such, although RFC 7644 uses them with If-Match.
+        tags = header and [tag.strip().removeprefix("W/") for tag in header.split(",")]
+        return "*" in tags or version.removeprefix("W/") in tags
+
+
+ALWAYS = Precondition()
 
 
 # ----------------------------------------------------------------------------
@@ -3709,31 +3757,6 @@ MAX_KEPT_VALUE = 1_000  # characters of an old and a new value together, as JSON
 MAX_POLLS = 4  # reads of long polls at the same time
 CHANGED_SINCE = Attribute("changed_since", "dateTime").with_paths()
 WHOLE = Selection()
-
-
-class Precondition(NamedTuple):
-    """A client's conditions on a version (RFC 7644 §3.14); a header that is absent is ""."""
-
-    if_match: str = ""
-    if_none_match: str = ""
-
-    def excludes(self, version: str) -> bool:
-        return self._names(self.if_none_match, version)
-
-    def check(self, version: str) -> None:
-        # Raise ScimError 412 if a write must not happen on this version.
-        if self.if_match and not self._names(self.if_match, version):
-            raise ScimError(412, "", f"If-Match: the version is now {version}; read it again")
-        if self.excludes(version):
-            raise ScimError(412, "", f"If-None-Match: the version is {version}")
-
-    def _names(self, header: str, version: str) -> bool:
-        # Versions are weak and are compared as such, although RFC 7644 uses them with If-Match.
-        tags = header and [tag.strip().removeprefix("W/") for tag in header.split(",")]
-        return "*" in tags or version.removeprefix("W/") in tags
-
-
-ALWAYS = Precondition()
 Clock = Callable[[], datetime]
 utc_now: Clock = partial(datetime.now, UTC)
 Result = TypeVar("Result")
@@ -3758,7 +3781,7 @@ class Directory:
     how many changes the feed holds, keep_days for how long, keep_values whether with old and new
     values. max_deactivations is how many employees may become inactive in an hour, 0 for any
     number; the next one is 429. roles has the roles of employees by the displayName or externalId
-    of a group. StoreError if the store fails.
+    of a group. StoreError if the store fails, or is another tenant's.
     """
 
     def __init__(
@@ -3773,9 +3796,10 @@ class Directory:
         max_deactivations: int = 0,
         new_secret: Callable[[str], str] = random_secret,
         roles: Mapping[str, str] = {},
+        tenant: str = "",
     ) -> None:
         self.store, self.clock, self.new_id, self.token = store, clock, new_id, ""
-        self._new_secret = new_secret
+        self._new_secret, self._tenant = new_secret, tenant
         self.keep, self.keep_days, self.keep_values = keep, keep_days, keep_values
         self.max_deactivations, self._polls = max_deactivations, threading.Semaphore(MAX_POLLS)
         self.differences: Differences = {}  # of the user or group that was written last
@@ -3798,22 +3822,13 @@ class Directory:
             )
         return cls(store, tuple(CustomField(*pair) for pair in custom_fields), roles=roles)
 
-    def claim(self, tenant: str) -> None:
-        """Note whose store this is; StoreError if it is another tenant's."""
-        with self.store.writing() as session:
-            if (owner := session.setting("tenant") or tenant) != tenant:
-                raise StoreError(
-                    f"{self.store.place}: is the file of tenant {owner}, not of {tenant}"
-                )
-            session.set_setting("tenant", tenant)
-
     def on_behalf_of(self, token: str) -> Directory:
         """Return this directory with the name of the token whose changes it makes.
 
         It remembers the differences that it has made to a user or group.
         """
-        view = Directory.__new__(Directory)
-        vars(view).update(vars(self), token=token, differences={})
+        view = copy.copy(self)
+        vars(view).update(token=token, differences={})
         return view
 
     # -- SCIM operations --
@@ -3834,7 +3849,8 @@ class Directory:
     def get(self, type: ResourceType | str, id: str, selection: Selection = WHOLE) -> Resource:
         """Return a resource (RFC 7644 §3.4.1), with its members only if they are selected."""
         with self.store.reading() as session:
-            return self._resource(session, self._find(session, type, id), selection)
+            row = self._find(session, type, id).with_fields_of(self.resource_types["User"])
+            return self._resource(session, row, selection)
 
     def query(
         self,
@@ -3876,7 +3892,7 @@ class Directory:
             # A first page that is not full, or one with the last match, says how many there are.
             uncounted = not window.after and (more or (window.offset and not matches))
             total = session.total(filters) if uncounted else window.offset + len(matches)
-            rows = [self._with_current_fields(row) for *_, row in matches]
+            rows = [row.with_fields_of(self.resource_types["User"]) for *_, row in matches]
             groups = session.groups([row.seq for row in rows if row.type == "User"])
             resources: list[Resource | Encoded] = [
                 self._encoded(session, row, groups, base_url)
@@ -4140,12 +4156,10 @@ class Directory:
             )
         return self.resource_types[type] if isinstance(type, str) else type
 
-    def _find(
-        self, session: Session, type: ResourceType | str, id: str, writing: bool = False
-    ) -> StoredResource:
+    def _find(self, session: Session, type: ResourceType | str, id: str) -> StoredResource:
         name = self._type(type).name
         if row := session.find(name, id):
-            return self._with_current_fields(row, session if writing else None)
+            return row
         raise ScimError(404, "", f"{name} {quoted(id)} does not exist", reason=("gone", name, id))
 
     def _find_to_write(
@@ -4156,7 +4170,7 @@ class Directory:
         condition: Precondition,
         only_members: Iterable[str] | None = None,
     ) -> tuple[StoredResource, Resource]:
-        row = self._find(session, type, id, writing=True)
+        row = self._with_current_fields(session, self._find(session, type, id))
         resource = self._resource(session, row, only_members=only_members)
         condition.check(resource["meta"]["version"])
         return row, resource
@@ -4314,8 +4328,9 @@ class Directory:
     ) -> None:
         # {} as before or after: the resource is new or deleted.
         root, kind = self.resource_types[row.type].root, change_kind(before, after)
-        pairs = differences(*(dict(values_by_path(root, version)) for version in (before, after)))
-        self.differences = pairs
+        self.differences = pairs = differences(
+            *(dict(values_by_path(root, version)) for version in (before, after))
+        )
         changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", [(row.id, "")], pairs)]
         if row.type == "User":
             changes += update_employee(
@@ -4358,7 +4373,13 @@ class Directory:
 
     def prepare(self, session: Session) -> None:
         # Bring the content of another configuration or version, or none, up to date.
+        owner = session.setting("tenant") or self._tenant
+        if self._tenant and owner != self._tenant:
+            raise StoreError(
+                f"{self.store.place}: is the file of tenant {owner}, not of {self._tenant}"
+            )
         current = {
+            "tenant": owner,
             "cursor_key": session.setting("cursor_key") or self._new_secret("cursor key"),
             "custom_fields": to_json(
                 [[it.link_name, it.type.lower()] for it in self.custom_fields]
@@ -4370,7 +4391,7 @@ class Directory:
         former = {name: session.setting(name) for name in current}
         if former["custom_fields"] != current["custom_fields"]:
             for row in session.with_custom_fields():
-                self._with_current_fields(row, session)
+                self._with_current_fields(session, row)
         if former["roles"] != current["roles"]:
             for *_, row in session.page({"Group": EVERYTHING}, None, Window(2**62))[0]:
                 roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
@@ -4384,37 +4405,17 @@ class Directory:
                         session, row.id, row.attributes, self._now(session), self.roles
                     ),
                 )
-        for name, value in current.items():
-            if former[name] != value:
-                session.set_setting(name, value)
+        for name, value in current.items() - former.items():
+            session.set_setting(name, value)
 
-    def _with_current_fields(
-        self, row: StoredResource, session: Session | None = None
-    ) -> StoredResource:
-        # Values of other fields, and of other types, are hidden: they come back with their fields.
-        # With a session that writes, a resource that differs is stored.
-        offset = offset_of_member(row.body, FACILIO)
-        if not offset and row.hidden == "{}":
-            return row
-        present: Resource = DECODER.raw_decode(row.body, offset)[0] if offset else {}
-        user_type, hidden = self.resource_types["User"], from_json(row.hidden)
-        extension = user_type.root.by_name[FACILIO.lower()]
-        visible, others = Resource(), Resource()
-        for name, value in (*present.items(), *hidden.items()):  # the first value of a field wins
-            sub = extension.by_name.get(name.lower())
-            if sub and sub.name not in visible and sub.type == FIELD_TYPES[type(value)]:
-                visible[sub.name] = value
-            else:
-                others.setdefault(name, value)
-        if (visible, others) == (present, hidden):
-            return row
-        attributes = pruned(row.attributes | {FACILIO: visible})
-        changed = row.changed(attributes, hidden=to_json(others))
-        if session:
+    def _with_current_fields(self, session: Session, row: StoredResource) -> StoredResource:
+        # Store a resource of another configuration as this one sees it.
+        user_type = self.resource_types["User"]
+        if (changed := row.with_fields_of(user_type)) is not row:
             # The index has the entries of the other configuration; the values tell its types.
-            entries = row.entries(resource_types_of(present)["User"])
-            session.save(changed, entries, changed.entries(user_type))
-            self._record(session, row, row.attributes, attributes)
+            types = resource_types_of(row.attributes.get(FACILIO, {}))
+            session.save(changed, row.entries(types["User"]), changed.entries(user_type))
+            self._record(session, row, row.attributes, changed.attributes)
         return changed
 
 
@@ -7358,8 +7359,8 @@ class Application:
                 new_secret=lambda purpose: self._new_secret(f"{purpose} {tenant.name}"),
                 **options,
                 roles=dict(tenant.roles),
+                tenant=tenant.name,
             )
-            directory.claim(tenant.name)
         except StoreError as error:
             # It keeps no traceback, whose variables would keep the file open.
             return (
