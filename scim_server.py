@@ -1287,6 +1287,24 @@ class StoredResource:
         attributes = pruned(self.attributes | {FACILIO: visible})
         return self.changed(attributes, hidden=to_json(others))
 
+    def encoded(
+        self, resource_type: ResourceType, version: str, links: Resource, base_url: str
+    ) -> Encoded:
+        # A whole resource as project() shows it; links are its groups or members. Building a dict
+        # only to serialise it would make a page of 100 a third slower.
+        schemas = '","'.join(
+            schema.id
+            for schema in (resource_type.schema, *resource_type.extensions)
+            if schema is resource_type.schema or offset_of_member(self.body, schema.id)
+        )
+        text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
+        return Encoded(
+            f'{{"schemas":["{schemas}"],"id":{to_json(self.id)},"meta":{{"resourceType":'
+            f'"{self.type}","created":"{self.created}","lastModified":"{self.modified}","version":'
+            f'{to_json(version)},"location":'
+            f"{to_json(resource_type.location(base_url, self.id))}}},{text}{self.body[1:]}"
+        )
+
     def entries(self, resource_type: ResourceType) -> set[Entry]:
         return {
             *index_entries(resource_type.root, self.attributes),
@@ -2872,14 +2890,10 @@ class Session:
             for body in [from_json(text)]
         }
 
-    def with_custom_fields(self) -> list[StoredResource]:
-        # Return the resources that have values of custom fields, or hide some.
-        return [
-            StoredResource(*columns)
-            for columns in self.run(
-                "SELECT * FROM resource WHERE instr(body, ?) > 0 OR hidden <> '{}'", [FACILIO]
-            )
-        ]
+    def resources(self) -> Iterator[StoredResource]:
+        # Yield all resources; each may be changed before the next.
+        for rows in self.batches("resource"):
+            yield from itertools.starmap(StoredResource, rows)
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
         # Return whether a resource of a type, other than number seq, has a key at a path.
@@ -3289,7 +3303,7 @@ def renew_index(session: Session) -> None:
     # Make all entries again: other versions made other keys.
     # Two names that have become equal both stay: a name is compared only when it is written.
     session.run("DELETE FROM value")
-    for row in itertools.starmap(StoredResource, session.run("SELECT * FROM resource")):
+    for row in session.resources():
         # The values tell the custom fields, also those of an earlier configuration.
         types = resource_types_of(row.attributes.get(FACILIO, {}))
         session.update_index(row.seq, set(), row.entries(types[row.type]))
@@ -3895,7 +3909,11 @@ class Directory:
             rows = [row.with_fields_of(self.resource_types["User"]) for *_, row in matches]
             groups = session.groups([row.seq for row in rows if row.type == "User"])
             resources: list[Resource | Encoded] = [
-                self._encoded(session, row, groups, base_url)
+                row.encoded(
+                    self.resource_types[row.type],
+                    *self._links(session, row, groups=groups),
+                    base_url,
+                )
                 if base_url and queries[row.type][1] == WHOLE
                 else self._resource(session, row, queries[row.type][1], groups=groups)
                 for row in rows
@@ -4197,30 +4215,6 @@ class Directory:
             **links,
         }
 
-    def _encoded(
-        self,
-        session: Session,
-        row: StoredResource,
-        groups: Mapping[int, list[Resource]],
-        base_url: str,
-    ) -> Encoded:
-        # A whole resource as project() shows it. Building a dict only to serialise it would make
-        # a page of 100 a third slower.
-        version, links = self._links(session, row, groups=groups)
-        resource_type = self.resource_types[row.type]
-        schemas = '","'.join(
-            schema.id
-            for schema in (resource_type.schema, *resource_type.extensions)
-            if schema is resource_type.schema or offset_of_member(row.body, schema.id)
-        )
-        text = to_json(memberships(links, base_url))[1:-1] + "," if links else ""
-        return Encoded(
-            f'{{"schemas":["{schemas}"],"id":{to_json(row.id)},"meta":{{"resourceType":'
-            f'"{row.type}","created":"{row.created}","lastModified":"{row.modified}","version":'
-            f'{to_json(version)},"location":'
-            f"{to_json(resource_type.location(base_url, row.id))}}},{text}{row.body[1:]}"
-        )
-
     def _links(
         self,
         session: Session,
@@ -4242,9 +4236,14 @@ class Directory:
 
     # -- Writing: what is checked, stored and logged --
 
-    def _check_unique(
-        self, session: Session, row: StoredResource, before: Resource, after: Resource
-    ) -> None:
+    def _save(
+        self,
+        session: Session,
+        row: StoredResource,
+        before: Resource,
+        after: Resource,
+        replaces_members: bool,
+    ) -> StoredResource:
         for sub in self.resource_types[row.type].root.sub_attributes:
             if (
                 sub.uniqueness == "server"
@@ -4258,16 +4257,6 @@ class Directory:
                     f"{sub.name} {quoted(value)} is already in use by another {row.type}",
                     reason=("taken", sub.name, str(value), row.type),
                 )
-
-    def _save(
-        self,
-        session: Session,
-        row: StoredResource,
-        before: Resource,
-        after: Resource,
-        replaces_members: bool,
-    ) -> StoredResource:
-        self._check_unique(session, row, before, after)
         attributes = stored(after)
         if attributes != row.attributes:
             self._record(session, row, before, after)
@@ -4374,39 +4363,36 @@ class Directory:
     def prepare(self, session: Session) -> None:
         # Bring the content of another configuration or version, or none, up to date.
         owner = session.setting("tenant") or self._tenant
-        if self._tenant and owner != self._tenant:
+        if self._tenant not in ("", owner):
             raise StoreError(
                 f"{self.store.place}: is the file of tenant {owner}, not of {self._tenant}"
             )
+        pairs = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         current = {
-            "tenant": owner,
-            "cursor_key": session.setting("cursor_key") or self._new_secret("cursor key"),
-            "custom_fields": to_json(
-                [[it.link_name, it.type.lower()] for it in self.custom_fields]
-            ),
+            "custom_fields": to_json(pairs),
             "roles": to_json(dict(self.roles)),
             "employees": "made",
         }
-        self.cursor_key = bytes.fromhex(current["cursor_key"])
         former = {name: session.setting(name) for name in current}
-        if former["custom_fields"] != current["custom_fields"]:
-            for row in session.with_custom_fields():
-                self._with_current_fields(session, row)
-        if former["roles"] != current["roles"]:
-            for *_, row in session.page({"Group": EVERYTHING}, None, Window(2**62))[0]:
-                roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
-                versions = [((row.body,), version) for version in roles]
-                self._log(session, changes_in_group(session, row.seq, self._now(session), versions))
-        if not former["employees"]:  # an older version stored users without them
-            for *_, row in session.page({"User": EVERYTHING}, None, Window(2**62))[0]:
-                self._log(
-                    session,
-                    update_employee(
+        for row in session.resources() if former != current else ():
+            match row.type, former["employees"]:
+                case "User", "":  # an older version stored users without employees
+                    changes = update_employee(
                         session, row.id, row.attributes, self._now(session), self.roles
-                    ),
-                )
-        for name, value in current.items() - former.items():
-            session.set_setting(name, value)
+                    )
+                case "Group", "made":
+                    roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
+                    versions = [((row.body,), version) for version in roles]
+                    changes = changes_in_group(session, row.seq, self._now(session), versions)
+                case _:
+                    changes = []
+            self._log(session, changes)
+            self._with_current_fields(session, row)
+        secret = session.setting("cursor_key") or self._new_secret("cursor key")
+        self.cursor_key = bytes.fromhex(secret)
+        for name, value in {**current, "tenant": owner, "cursor_key": secret}.items():
+            if session.setting(name) != value:
+                session.set_setting(name, value)
 
     def _with_current_fields(self, session: Session, row: StoredResource) -> StoredResource:
         # Store a resource of another configuration as this one sees it.
