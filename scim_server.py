@@ -2855,8 +2855,8 @@ class Session:
     # -- Resources --
 
     def find(self, type: str, id: str) -> StoredResource | None:
-        row = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type]).fetchone()
-        return StoredResource(*row) if row else None
+        rows = self.run("SELECT * FROM resource WHERE id = ? AND type = ?", [id, type])
+        return next(itertools.starmap(StoredResource, rows), None)
 
     def seqs_of(self, ids: Iterable[str]) -> dict[str, int]:
         # Return the numbers of the resources with some ids, by id; unknown ids are left out.
@@ -4224,12 +4224,12 @@ class Directory:
         groups: Mapping[int, list[Resource]] | None = None,
     ) -> tuple[str, Resource]:
         # The version of a resource, and its groups or its members.
-        version = f'W/"{row.revision}"'
         if members := self.resource_types[row.type].root.by_name.get("members"):
             selected = row.member_count and selection.includes(members)
-            return version, {"members": session.members(row.seq, only_members)} if selected else {}
+            links = {"members": session.members(row.seq, only_members)} if selected else {}
+            return f'W/"{row.revision}"', links
         if not (own_groups := (groups or session.groups([row.seq]))[row.seq]):
-            return version, {}
+            return f'W/"{row.revision}"', {}
         # A group that is renamed changes its members' groups, and so their versions.
         fingerprint = hashlib.sha256(to_json(own_groups).encode()).hexdigest()[:12]
         return f'W/"{row.revision}-{fingerprint}"', {"groups": own_groups}
@@ -6148,9 +6148,7 @@ def run_bulk(
 # Uses chapters 1 to 13. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
-LOG_WAITING = 5_000  # calls in the queue; further ones are dropped and counted
-LOG_READS = 50  # the same for successful reads, the least informative calls
-LOG_PAUSE = 0.2  # seconds to collect calls for one transaction
+LOG_READS = 50  # calls in the queue; further reads that succeed, which say little, are left out
 LOGGED_BODY = 32 * 1024  # octets; a longer body is not kept for the log
 # The attributes that the schemas keep secret, and what a client may send by mistake.
 SECRET = re.compile(
@@ -6611,6 +6609,7 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
     detail = without_quotes(detail) if item.may_show_secret else detail
     id = item.resource.get("id") or (call.id if call.route.type else "")
     reasons = reasons_of(session, item, id, detail)
+    has_body = item.caller.tenant.log_bodies and call.body is not None
     entry = {
         "at": time_text(item.instant),
         "token": item.caller.credential.name,
@@ -6628,9 +6627,8 @@ def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
         "values": redacted(call.directory.kept(item.differences)),
         "detail": detail,
         "notes": [explain(reason, item) for reason in reasons],
+        **({"body": redacted(call.body)} if has_body else {}),
     }
-    if item.caller.tenant.log_bodies and call.body is not None:
-        entry["body"] = redacted(call.body)
     return 2 if refused and reasons[0][0] != "deleted" else int(bool(reasons)), id, entry
 
 
@@ -6737,7 +6735,7 @@ class ProvisioningLog(BackgroundWriter):
     """The queue of calls for the logs of their tenants; calls with unknown tokens are counted."""
 
     def __init__(self, usage: Usage) -> None:
-        super().__init__(self._store, LOG_PAUSE, LOG_WAITING)
+        super().__init__(self._store, pause=0.2, limit=5_000)
         self.usage = usage
         # By tenant: successful look-ups left out under load, and calls that should be in the log.
         self.skipped, self.missing = Counter[str](), Counter[str]()
