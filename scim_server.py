@@ -1238,6 +1238,21 @@ def from_json(text: str) -> Json:
     return DECODER.raw_decode(text)[0]  # unlike decode(), it does not look for blanks around it
 
 
+def pruned(value: Json) -> Json:
+    # Return a JSON value without its empty objects and lists, which removals leave.
+    match value:
+        case dict():
+            return {
+                name: inner
+                for name, item in value.items()
+                if (inner := pruned(item)) not in ({}, [])
+            }
+        case list():
+            return [item for item in map(pruned, value) if item != {}]
+        case _:
+            return value
+
+
 class StoredResource:
     """A row of the table of resources, by its columns: body and hidden are JSON text."""
 
@@ -1747,21 +1762,6 @@ def equal_terms(filter: Filter) -> Resource:
         for term in terms_of(filter)
         if isinstance(term, Compare) and term.op == "eq" and len(term.target) == 1
     }
-
-
-def pruned(value: Json) -> Json:
-    # Return a JSON value without its empty objects and lists, which removals leave.
-    match value:
-        case dict():
-            return {
-                name: inner
-                for name, item in value.items()
-                if (inner := pruned(item)) not in ({}, [])
-            }
-        case list():
-            return [item for item in map(pruned, value) if item != {}]
-        case _:
-            return value
 
 
 # ----------------------------------------------------------------------------
@@ -3347,22 +3347,21 @@ class Store:
         If the engine rolls back the whole transaction in it, all later steps and the commit fail.
         StoreError if the content was moved, except for a copy that replaces it.
         """
-        with self._writing, self._writer() as link, link.transaction():
-            session = Session(link)
-            if (moved := session.moved_to()) and not is_copy:
-                raise StoreError(
-                    f"{self.place}: the data was moved to {moved}", "the data was moved"
-                )
-            yield session
+        with self._writing:
+            if self._link and not self._link.in_transaction:
+                raise StoreError(EARLIER_STEP)  # the engine has ended the transaction
+            lent = nullcontext(self._link) if self._link else self._writer()
+            with lent as link, link.transaction():
+                session = Session(link)
+                if (moved := session.moved_to()) and not is_copy:
+                    raise StoreError(
+                        f"{self.place}: the data was moved to {moved}", "the data was moved"
+                    )
+                yield session
 
     @contextmanager
     def _writer(self) -> Iterator[Link]:
-        # Lend the link that the outermost block of writing() takes from the database.
-        if self._link:
-            if not self._link.in_transaction:
-                raise StoreError(EARLIER_STEP)  # the engine has ended the transaction
-            yield self._link
-            return
+        # Lend a link to the outermost block of writing(); afterwards tell those who wait.
         self.database.verify()
         try:
             with self.database.writers.link(self.schema) as self._link:
@@ -6333,7 +6332,6 @@ CORRECTED_BY = {
     "emails": ["emails", "userName"],
     "guard": ["active"],
 }
-MAX_CAUSES = 50  # of open problems in an answer
 # fmt: off
 STEPS = (  # of the set-up: key, operation in the log, title, how to get there
     ("lookup", "Look up user",    "A person is looked up",
@@ -6639,63 +6637,28 @@ def corrected_by(path: str) -> tuple[str, str]:
     return f"{urn}:{name.partition('.')[0]}".lstrip(":"), urn
 
 
-def open_causes(entries: Iterable[Json]) -> list[Json]:
-    """Return the causes of the problems that no later call has solved, the most severe first.
-
-    The entries come newest first. A problem is solved when its attribute is sent correctly for the
-    same person, or the person is deleted. One that concerns no attribute is solved by a call with
-    the same method; one that concerns no person by a call with the same token or client.
-    """
-    corrected, open_calls = set[tuple[str, str]](), defaultdict[str, list[Json]](list)
-    for entry in entries:
-        person, wrong = entry["subject"] or entry["name"], set[str]()
-        for note in entry["notes"]:
-            names = set(note.get("attributes") or [entry["method"]])
-            wrong |= names
-            of_person = note["kind"] in ("mapping", "guard")
-            whose = {person, note.get("other")} if of_person else {entry["token"], entry["client"]}
-            solved_by = itertools.product(whose - {""}, names | {"DELETE"})
-            if note.get("cause") and corrected.isdisjoint(solved_by):
-                facts = {"level": entry["level"], "at": entry["at"], "who": person * of_person}
-                open_calls[note["cause"]].append(note | facts | {"type": entry["type"]})
-        if entry["level"] < 2:
-            names = {entry["method"], *itertools.chain(*map(corrected_by, entry["attributes"]))}
-            corrected.update(
-                itertools.product([entry["subject"], entry["name"]], names - wrong),
-                itertools.product([entry["token"], entry["client"]], [entry["method"]]),
-            )
-    causes = [
-        {
-            **calls[0],
-            "level": max(call["level"] for call in calls),
-            "calls": len(calls),
-            "people": len({call["who"] for call in calls if call["type"] == "User"} - {""}),
-            "groups": len({call["who"] for call in calls if call["type"] == "Group"} - {""}),
-            "first": calls[-1]["at"],
-            "last": calls[0]["at"],
-        }
-        for calls in open_calls.values()
-    ]
-    by_severity = operator.itemgetter("level", "people", "groups", "calls")
-    return sorted(causes, key=by_severity, reverse=True)[:MAX_CAUSES]
-
-
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
     # Write calls of one tenant to its log, with each token's last use and the set-up's steps.
     logged = [item for item in items if item.logged]
-    uses = {item.caller.credential: item.instant for item in items if item.response.status != 401}
     with store.reading() as session:
         rows = [describe(session, item) for item in logged]
     with store.writing() as session:
         session.note_requests(rows, items[-1].caller.tenant.keep_log)
-        for credential, instant in uses.items():
-            session.set_setting(f"used {credential.entry}", time_text(instant))
-        for item, (level, _, entry) in zip(logged, rows, strict=True):
-            for step, operation, *_ in STEPS if level < 2 else ():
-                is_custom = step == "custom" and item.resource.get(FACILIO) and entry["attributes"]
-                is_done = is_custom or operation == entry["operation"]
-                if is_done and not session.setting(f"first {step}"):
-                    session.set_setting(f"first {step}", entry["at"])
+        uses = {
+            f"used {item.caller.credential.entry}": time_text(item.instant)
+            for item in items
+            if item.response.status != 401
+        }
+        steps = {
+            f"first {step}": entry["at"]
+            for item, (level, _, entry) in reversed([*zip(logged, rows, strict=True)])
+            for step, operation, *_ in STEPS
+            if level < 2 and not session.setting(f"first {step}")
+            if operation == entry["operation"]
+            or (step == "custom" and item.resource.get(FACILIO) and entry["attributes"])
+        }
+        for name, text in {**uses, **steps}.items():
+            session.set_setting(name, text)
 
 
 class BackgroundWriter:
@@ -6922,6 +6885,50 @@ def get_log(log: ProvisioningLog, call: Call) -> Response:
         lambda entry: all(LOG_FILTERS[name](value, entry) for name, value in filters.items()),
     )
     return plain_response({"entries": long_poll(log.usage, call, read)})
+
+
+MAX_CAUSES = 50  # in an answer
+
+
+def open_causes(entries: Iterable[Json]) -> list[Json]:
+    """Return the causes of the problems that no later call has solved, the most severe first.
+
+    The entries come newest first. A problem is solved when its attribute is sent correctly for the
+    same person, or the person is deleted. One that concerns no attribute is solved by a call with
+    the same method; one that concerns no person by a call with the same token or client.
+    """
+    corrected, open_calls = set[tuple[str, str]](), defaultdict[str, list[Json]](list)
+    for entry in entries:
+        person, wrong = entry["subject"] or entry["name"], set[str]()
+        for note in entry["notes"]:
+            names = set(note.get("attributes") or [entry["method"]])
+            wrong |= names
+            of_person = note["kind"] in ("mapping", "guard")
+            whose = {person, note.get("other")} if of_person else {entry["token"], entry["client"]}
+            solved_by = itertools.product(whose - {""}, names | {"DELETE"})
+            if note.get("cause") and corrected.isdisjoint(solved_by):
+                facts = {"level": entry["level"], "at": entry["at"], "who": person * of_person}
+                open_calls[note["cause"]].append(note | facts | {"type": entry["type"]})
+        if entry["level"] < 2:
+            names = {entry["method"], *itertools.chain(*map(corrected_by, entry["attributes"]))}
+            corrected.update(
+                itertools.product([entry["subject"], entry["name"]], names - wrong),
+                itertools.product([entry["token"], entry["client"]], [entry["method"]]),
+            )
+    causes = [
+        {
+            **calls[0],
+            "level": max(call["level"] for call in calls),
+            "calls": len(calls),
+            "people": len({call["who"] for call in calls if call["type"] == "User"} - {""}),
+            "groups": len({call["who"] for call in calls if call["type"] == "Group"} - {""}),
+            "first": calls[-1]["at"],
+            "last": calls[0]["at"],
+        }
+        for calls in open_calls.values()
+    ]
+    by_severity = operator.itemgetter("level", "people", "groups", "calls")
+    return sorted(causes, key=by_severity, reverse=True)[:MAX_CAUSES]
 
 
 def get_causes(log: ProvisioningLog, call: Call) -> Response:
