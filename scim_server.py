@@ -5165,8 +5165,10 @@ def readings(text: str, scheme: str = "") -> Iterator[tuple[str, str]]:
     yield (rest := text[len(scheme) :] if text.lower().startswith(scheme) else ""), ""
     pasted = (rest or text)[:1_000]
     words = [word for word, pattern in PASTED.items() if re.search(pattern, pasted, re.IGNORECASE)]
-    secret = re.sub("|".join(PASTED.values()), "", pasted, flags=re.IGNORECASE)
-    yield secret, f"with {' and '.join(words)}" if words else "without the word Bearer"
+    yield (
+        re.sub("|".join(PASTED.values()), "", pasted, flags=re.IGNORECASE),
+        f"with {' and '.join(words)}" if words else "without the word Bearer",
+    )
 
 
 def unauthorized(request: Request, caller: Caller | None = None) -> ScimError:
@@ -8677,9 +8679,14 @@ class HttpServer(Watcher):
             client = proxied["for"] or client
             scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
             host = proxied["host"] if AUTHORITY.fullmatch(proxied["host"]) else host
-        if not REQUEST_ID.fullmatch(id := headers.get("x-request-id", "")):
-            id = next(self.control.request_ids)
-        return head._replace(scheme=scheme, host=host, client=client, id=id, encoded=True)
+        id = headers.get("x-request-id", "")
+        return head._replace(
+            scheme=scheme,
+            host=host,
+            client=client,
+            id=id if REQUEST_ID.fullmatch(id) else next(self.control.request_ids),
+            encoded=True,
+        )
 
     def execute(self, connection: Connection, request: Request) -> None:
         """Answer a quick request; hand another one to its lane."""
@@ -9993,9 +10000,8 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
         copy_backup(backup, restored, tenant)
         if is_postgres(path):
             with closing(Store(path, tenant)) as store, store.writing(is_copy=True) as session:
-                numbers = session.numbers()
+                Session(restored).continue_numbering(session.numbers())
                 copy_rows(Session(restored), session)
-                session.continue_numbering(numbers)
             return ""
         try:
             try:
@@ -10020,8 +10026,9 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
 def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
     # Copy a tenant's backup to another database, in the format of this version; StoreError.
     # Without immutable=1, SQLite opens no database in a directory where it may not write.
-    mode = "mode=ro" + "&immutable=1" * (not os.path.exists(f"{backup}-wal"))
-    address = f"{Path(backup).resolve().as_uri()}?{mode}"
+    address = Path(backup).resolve().as_uri() + (
+        "?mode=ro" if os.path.exists(f"{backup}-wal") else "?mode=ro&immutable=1"
+    )
     try:
         with closing(SqliteLink(address, uri=True)) as source, target.errors():
             source.copy_to(target)
@@ -10079,8 +10086,9 @@ def move(options: argparse.Namespace) -> None:
 
 def show_employees(options: argparse.Namespace) -> None:
     directory = Directory.as_stored(existing_store(*chosen_tenant(options)))
-    active = None if options.active is None else options.active == "true"
-    employees = directory.employees(active, options.changed_since, options.id)
+    employees = directory.employees(
+        {"true": True, "false": False}.get(options.active), options.changed_since, options.id
+    )
     table = employee_table(employees, directory.link_names)
     forms = {  # all of them are lazy, and only the chosen one is made
         "table": aligned(table),
@@ -10193,19 +10201,15 @@ def play(url: str, answer_to: Callable[..., Any], dialect: str, custom: Json) ->
         "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
     }
 
-    def fill(text: str) -> str:
-        return re.sub(r"\{(\w+)\}", lambda match: names[match[1]], text)
-
+    fill = partial(re.sub, r"\{(\w+)\}", lambda match: names[match[1]])
     print(f"\n{url}, dialect {dialect}")
     wrong = 0
-    for title, method, path, body, status, values, label in DEMO_STEPS:
-        if "{custom}" in title and not custom:
-            continue
+    steps = [step for step in DEMO_STEPS if custom or "{custom}" not in step[0]]
+    for title, method, path, body, status, values, label in steps:
         if method == "PATCH":
             operations = body if isinstance(body, list) else changes_of(dialect, body)
             body = {"schemas": [PATCH_OP], "Operations": operations}
-        content = fill(to_json(body)) if body else ""
-        actual, answer = answer_to(method, url + fill(path), content)
+        actual, answer = answer_to(method, url + fill(path), fill(to_json(body)) if body else "")
         good = actual == status and values.items() <= answer.items()
         detail = answer.get("detail", "") or ("" if good else quoted(answer))
         line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
@@ -10223,8 +10227,11 @@ def demo(options: argparse.Namespace) -> int:
     token, mistake = options.token or usable_secret(config.tenants[0]), "--token is needed"
     tls = ssl.create_default_context(cafile=options.cafile)
     if options.client_id or options.client_secret:
-        form = {"client_id": options.client_id, "client_secret": options.client_secret}
-        form["grant_type"] = "client_credentials"
+        form = {
+            "grant_type": "client_credentials",
+            "client_id": options.client_id,
+            "client_secret": options.client_secret,
+        }
         _, answer = answer_to("POST", token_url(url), urlencode(form), FORM, tls=tls)
         token, mistake = answer.get("access_token"), f"--client-id: no access token: {answer}"
     if not token:
