@@ -5035,8 +5035,11 @@ class Call:
 
     def answer(self, resource: Resource, status: int = 200) -> Response:
         url = self.resource_types[0].location(self.base_url, resource["id"])
-        headers = {"ETag": resource["meta"]["version"], "Location": url, "Content-Location": url}
-        return Response(status, self.projected(resource), headers)
+        return Response(
+            status,
+            self.projected(resource),
+            {"ETag": resource["meta"]["version"], "Location": url, "Content-Location": url},
+        )
 
 
 class Usage:
@@ -5051,7 +5054,7 @@ class Usage:
         self.max_connections, self.max_octets = max(max_connections // 2, 1), max_octets
         self._connections, self._octets = Counter[str](), Counter[str]()
         self._total, self._lock = 0, threading.Lock()
-        self._crowded: set[str] = set()  # tenants of which a request was refused
+        self._crowded = dict[str, bool]()  # tenants of which a request was refused
 
     def take(self, *changes: tuple[str, int, int]) -> None:
         # Note that tenants take so many connections and octets more, or fewer if negative.
@@ -5064,7 +5067,7 @@ class Usage:
     def check_connections(self, tenant: str) -> None:
         # Raise ScimError 429 if a tenant can have no more connections with requests in flight.
         if tenant and self._connections[tenant] >= self.max_connections:
-            self._crowded.add(tenant)
+            self._crowded[tenant] = True
             raise ScimError(
                 429,
                 "",
@@ -5080,9 +5083,7 @@ class Usage:
 
     def may_wait(self, tenant: str) -> bool:
         # Return whether a long poll may go on: one ends for each refused request of its tenant.
-        crowded = tenant in self._crowded
-        self._crowded.discard(tenant)
-        return not crowded
+        return not self._crowded.pop(tenant, False)
 
 
 Operate = Callable[[Call], Response]
@@ -5472,10 +5473,10 @@ def host_and_target(target: str, host: str) -> tuple[str, str]:
 
 def forwarded(headers: Mapping[str, str]) -> dict[str, str]:
     # Return proto, host and for as the nearest proxy gives them (RFC 7239, else X-Forwarded-*).
-    nearest = headers.get("forwarded", "").rpartition(",")[2]
     fields = {
         name.strip().lower(): value.strip(' "')
-        for name, _, value in (pair.partition("=") for pair in nearest.split(";"))
+        for pair in headers.get("forwarded", "").rpartition(",")[2].split(";")
+        for name, _, value in [pair.partition("=")]
     }
     return {
         name: fields.get(name) or headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
@@ -8105,8 +8106,13 @@ STOP_SECONDS = 10  # how long a stopping server waits for requests in flight
 SWEEP_SECONDS = 1  # how often deadlines are checked
 PAUSE_SECONDS = 0.05  # how long a read waits for its turn, or a full server before it accepts
 RECEIVE_OCTETS = 16 * 1024  # at a time; also the size of a TLS record, of which nothing remains
-IDLE, READING, ANSWERING = "idle", "reading", "answering"  # states of a connection
-SENDING, LINGERING = "sending", "lingering"
+IDLE, READING, ANSWERING, SENDING, LINGERING = (  # the states of a connection
+    "idle",
+    "reading",
+    "answering",
+    "sending",
+    "lingering",
+)
 WOULD_BLOCK = (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError)
 
 
@@ -8167,25 +8173,21 @@ class Connection:
         try:
             octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
         except OSError as error:
-            if getattr(error, "reason", "") == "HTTP_REQUEST":
-                self._refuse_plain_text()
+            if getattr(error, "reason", "") == "HTTP_REQUEST":  # answered past the TLS that failed
+                warn_once("a client sent http to a port for https; use https:// there")
+                with suppress(OSError):
+                    socket.socket.recv(self.socket, RECEIVE_OCTETS)  # else the answer might be lost
+                    socket.socket.send(
+                        self.socket,
+                        b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
+                        b"this port is for https://, not for http://\n",
+                    )
             return isinstance(error, WOULD_BLOCK)
         self.buffer += octets
         if self.pace_end:  # they belong to a body
             self.note_moved(len(octets))
             self.hold(self.held[0], self.held[1] + len(octets))
         return bool(octets)
-
-    def _refuse_plain_text(self) -> None:
-        # Answer a client that speaks http to a port for https, past the TLS that failed.
-        warn_once("a client sent http to a port for https; use https:// there")
-        with suppress(OSError):
-            socket.socket.recv(self.socket, RECEIVE_OCTETS)  # else the answer might be lost
-            socket.socket.send(
-                self.socket,
-                b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n"
-                b"this port is for https://, not for http://\n",
-            )
 
     def send(self, octets: bytes) -> None:
         # Send what the system takes without waiting and keep the rest in unsent.
@@ -8314,16 +8316,12 @@ class Watcher:
             self._watch(self, 0)
             self.socket.close()
             end = time.monotonic() + STOP_SECONDS
-            while self.connections and time.monotonic() < end:
+            while self.connections:
                 self._round()
-                for connection in [
-                    peer
-                    for peer in self.connections
-                    if peer.state in (IDLE, LINGERING) and not peer.has_unread()
-                ]:
-                    self._close(connection)
-            for connection in list(self.connections):
-                self._close(connection)
+                for peer in list(self.connections):
+                    is_done = peer.state in (IDLE, LINGERING) and not peer.has_unread()
+                    if is_done or time.monotonic() > end:
+                        self._close(peer)
         self.stopped.set()
 
     def give_back(self, connection: Connection) -> None:
@@ -8569,13 +8567,9 @@ class Lane:
     def add(self, connection: Connection, request: Request) -> None:
         with self._lock:
             self._waiting[request.tenant].append((connection, request))
-            self._start(request.tenant)
-
-    def _start(self, tenant: str) -> None:
-        # Give a tenant another thread, if it needs one and has one left.
-        if self._waiting[tenant] and self._busy[tenant] < self._share:
-            self._busy[tenant] += 1
-            self._threads.submit(self._run, tenant)
+            if self._busy[request.tenant] < self._share:
+                self._busy[request.tenant] += 1
+                self._threads.submit(self._run, request.tenant)
 
     def _run(self, tenant: str) -> None:
         # Answer a batch of a tenant. Its next batch queues after those of other tenants.
@@ -8586,8 +8580,10 @@ class Lane:
             del waiting[: len(batch)]
         self._answer(batch)
         with self._lock:
-            self._busy[tenant] -= 1
-            self._start(tenant)
+            if waiting:
+                self._threads.submit(self._run, tenant)
+            else:
+                self._busy[tenant] -= 1
 
 
 # -- The server --
@@ -9770,9 +9766,7 @@ def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     config = chosen_config(options)
     tenants = {tenant.name: tenant for tenant in config.tenants}
     if options.tenant not in tenants:
-        raise UsageError(
-            f"--tenant {options.tenant}: not in the configuration, which has {', '.join(tenants)}"
-        )
+        raise UsageError(f"--tenant {options.tenant}: the configuration has {', '.join(tenants)}")
     return config, tenants[options.tenant]
 
 
@@ -9806,12 +9800,15 @@ def serve(options: argparse.Namespace) -> None:
     if threading.current_thread() is not threading.main_thread():  # which gets all signals
         threading.Thread(target=stop_at_exit).start()
     else:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, stop)
-        if hasattr(signal, "SIGHUP"):
+        for name, handler in (
+            ("SIGINT", stop),
+            ("SIGTERM", stop),
             # A false signature makes the next check reload the file. An Event would not do: a
             # second signal during its set() would wait for the lock that the first one holds.
-            signal.signal(signal.SIGHUP, lambda *_: signature.append((0, 0)))
+            ("SIGHUP", lambda *_: signature.append((0, 0))),
+        ):
+            if hasattr(signal, name):  # Windows has no SIGHUP
+                signal.signal(getattr(signal, name), handler)
     is_private = is_loopback(config.host) or sys.stdout.isatty()
     print(
         greeting(server.url, config if is_private else server.application.config)
@@ -10204,8 +10201,9 @@ def play(url: str, answer_to: Callable[..., Any], dialect: str, custom: Json) ->
     fill = partial(re.sub, r"\{(\w+)\}", lambda match: names[match[1]])
     print(f"\n{url}, dialect {dialect}")
     wrong = 0
-    steps = [step for step in DEMO_STEPS if custom or "{custom}" not in step[0]]
-    for title, method, path, body, status, values, label in steps:
+    for title, method, path, body, status, values, label in DEMO_STEPS:
+        if "{custom}" in title and not custom:
+            continue
         if method == "PATCH":
             operations = body if isinstance(body, list) else changes_of(dialect, body)
             body = {"schemas": [PATCH_OP], "Operations": operations}
@@ -10239,9 +10237,7 @@ def demo(options: argparse.Namespace) -> int:
     with_token = partial(answer_to, token=token, tls=tls)
     status, schema = with_token("GET", f"{url}/Schemas/{FACILIO}")
     custom = schema["attributes"][0] if status == 200 else {}
-    wrong = sum(
-        play(url, with_token, dialect, custom) for dialect in ("default", "aadOptscim062020")
-    )
+    wrong = sum(play(url, with_token, name, custom) for name in ("default", "aadOptscim062020"))
     print(f"\n{wrong or 'no'} step(s) went wrong")
     return 1 if wrong else 0
 
