@@ -3996,7 +3996,8 @@ class Directory:
     def seed(self, source: Resource | str | os.PathLike[str]) -> dict[str, str]:
         """Create users and groups from {"Users": [body, …], "Groups": [body, …]}, or such a file.
 
-        A member may be given by userName or displayName, as {"value": name} or the name alone.
+        A member may be given by the userName or displayName that the seed has, as {"value": name}
+        or the name alone.
         Returns the ids by name.
         """
         document = (
@@ -4014,9 +4015,12 @@ class Directory:
                     for member in [item if isinstance(item, dict) else {"value": item}]
                 ]
                 group = self.create("Group", {**body, "members": members})
-                if len(group.get("members", ())) < len({member["value"] for member in members}):
+                if unknown := {member["value"] for member in members} - {
+                    member["value"] for member in group.get("members", ())
+                }:
                     raise invalid_value(
-                        f"members of {group['displayName']}: some names or ids are unknown"
+                        f"members of {group['displayName']}: {', '.join(sorted(map(str, unknown)))}: "
+                        "expected the id of a resource, or the name of one in the same seed"
                     )
                 ids[group["displayName"]] = group["id"]
         return ids
@@ -4422,7 +4426,7 @@ class ConfigError(Exception):
 
     def __init__(self, problems: list[str], source: str) -> None:
         super().__init__("\n".join(f"{source}: {problem}" for problem in problems))
-        self.problems = problems
+        self.problems, self.source = problems, source
 
 
 # -- Rules: what a JSON value may be -------------------------------------------------
@@ -4472,7 +4476,9 @@ FILE = (lambda value: TEXT[0](value), TEXT[1])
 SECRET_TEXT = text_of("[!-~]+", "visible ASCII characters without blanks",
                  convert=lambda secret: {"secret": secret, "sha256": digest(secret)})
 SECRET_FILE = (lambda value: {
-    "sha256": SECRET_TEXT[0](Path(value).read_text("utf-8").strip())["sha256"]},
+    "sha256": SECRET_TEXT[0](Path(value).read_text("utf-8-sig").strip())["sha256"]}
+    # Neither a pipe, which may wait, nor a file that is no secret but fills the memory.
+    if os.path.isfile(value) and os.path.getsize(value) <= MAX_TEXT else None,
                "the path of a readable file with nothing but the secret")
 HOST_NAME = text_of("[A-Za-z0-9._-]+", "a host name such as scim.example.com", convert=str.lower)
 NETWORK = (lambda value: ipaddress.ip_network(str(value)),
@@ -4718,7 +4724,7 @@ class ConfigReader:
             return {}
         prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
         self.problems += [
-            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys))}"
+            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys)) or 'none'}"
             for key in sorted(value.keys() - keys.keys())
         ]
         values: dict[str, Any] = {}
@@ -5510,7 +5516,8 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
     }
     return (
         f"{response.status} {http.client.responses.get(response.status, 'Other')}",
-        list(fields.items()),
+        # Names ignore case: a header of the answer replaces one of ours.
+        list({name.lower(): (name, value) for name, value in fields.items()}.values()),
         b"" if request.method == "HEAD" else body,
     )
 
@@ -8220,21 +8227,17 @@ class Connection:
 def listen(config: Config) -> socket.socket:
     # Return a socket that listens where a configuration says; port 0 picks a free one. OSError.
     try:
-        listener = socket.create_server(
+        return socket.create_server(
             (config.host, config.port),
             family=socket.AF_INET6 if ":" in config.host else socket.AF_INET,
             backlog=128,
             reuse_port=config.reuse_port,
         )
-    except (OSError, ValueError) as error:  # ValueError: the platform has no reuse_port
+    except (OSError, OverflowError, ValueError) as error:  # no such port, no reuse_port here
         raise OSError(
             f"listen: {config.host}:{config.port} cannot be used: "
             f"{getattr(error, 'strerror', '') or error}"
         ) from error
-    listener.setblocking(False)
-    # Its connections inherit this: an answer is not held back until the one before has arrived.
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
-    return listener
 
 
 def url_of(config: Config, port: int) -> str:
@@ -8264,6 +8267,9 @@ class Watcher:
         self._signature = file_signature(*config.tls or ())  # of the files of the TLS context
         self.tls = tls_context(*config.tls) if config.tls else None
         self.socket = listener or listen(config)
+        self.socket.setblocking(False)
+        # Its connections inherit this: an answer is not held back until the one before has arrived.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         self.server_address = self.socket.getsockname()
         self.events = 0  # what the selector watches this socket for: nothing while it is full
         self.connections: set[Connection] = set()
@@ -8272,6 +8278,7 @@ class Watcher:
         self._lock, self._first = threading.Lock(), threading.Lock()  # to give back, to start once
         self._returned: deque[Connection] = deque()  # to go on with
         self.closing = ExitStack()  # closes what the answers need, after the last one
+        self.closing.callback(self.stopped.set)  # the last of its callbacks
         self._swept = 0.0  # when deadlines were checked last
         self._selector = selectors.DefaultSelector()
         self._wakeup, self._alarm = socket.socketpair()  # the end to watch, the end to write to
@@ -8311,18 +8318,20 @@ class Watcher:
         with self.closing, self._selector, self._wakeup, self._alarm:
             self._selector.register(self._wakeup, selectors.EVENT_READ)
             self._watch(self, selectors.EVENT_READ)
-            while not self.stopping.is_set():
-                self._round()
-            self._watch(self, 0)
-            self.socket.close()
-            end = time.monotonic() + STOP_SECONDS
-            while self.connections:
-                self._round()
-                for peer in list(self.connections):
-                    is_done = peer.state in (IDLE, LINGERING) and not peer.has_unread()
-                    if is_done or time.monotonic() > end:
-                        self._close(peer)
-        self.stopped.set()
+            try:
+                while not self.stopping.is_set():
+                    self._round()
+            finally:
+                self.stop()  # if Ctrl-C ends the loop
+                self._watch(self, 0)
+                self.socket.close()
+                end = time.monotonic() + STOP_SECONDS
+                while self.connections:
+                    self._round()
+                    for peer in list(self.connections):
+                        is_done = peer.state in (IDLE, LINGERING) and not peer.has_unread()
+                        if is_done or time.monotonic() > end:
+                            self._close(peer)
 
     def give_back(self, connection: Connection) -> None:
         # Go on with a connection whose request was answered; for the thread that answered it.
@@ -9747,7 +9756,7 @@ def chosen_config(options: argparse.Namespace) -> Config:
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
     listen = (
-        ConfigReader().result("--listen or SCIM_LISTEN", options.listen, ADDRESS)
+        ConfigReader("command line").result("--listen or SCIM_LISTEN", options.listen, ADDRESS)
         if options.listen
         else {}
     )
@@ -9902,7 +9911,8 @@ def answer_to(
     token: str = "",
     tls: ssl.SSLContext | None = None,
 ) -> tuple[int, dict[str, Json]]:
-    # Return status and JSON of the answer to a request, {} for no object; UsageError for no answer.
+    # Return the status of the answer to a request, and its JSON object, or its text as the detail of
+    # one. UsageError if there is no answer.
     headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, body.encode() or None, headers, method=method)
@@ -9915,7 +9925,7 @@ def answer_to(
         raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
     with suppress(TypeError, ValueError):
         return status, dict(json.loads(text))
-    return status, {}
+    return status, {"detail": text[:MAX_DETAIL].decode(errors="replace").strip()}
 
 
 def write_config(options: argparse.Namespace) -> None:
@@ -9931,7 +9941,8 @@ def write_config(options: argparse.Namespace) -> None:
             }
         ],
     }
-    parse_config(document)  # ConfigError for a wrong name
+    rule = SETTINGS[Tenant]["name"].metadata["rule"]
+    ConfigReader("command line").result("--tenant", options.tenant, rule)
     with open(options.file, "x", encoding="utf-8") as file:  # OSError if there is one
         file.write(json.dumps(document, indent=2) + "\n")
     print(
@@ -9946,9 +9957,11 @@ def check_ready(config: Config, url: str) -> int:
     if not url:  # a certificate has another name than the one to call this machine by
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     base = (url or url_of(config, config.port)).partition("?")[0].rstrip("/")
-    status, _ = answer_to("GET", base.removesuffix(BASE_PATH) + "/readyz", tls=tls)
-    print("ready" if status == 200 else f"not ready: {base} answers {status}")
-    return int(status != 200)
+    status, answer = answer_to("GET", base.removesuffix(BASE_PATH) + "/readyz", tls=tls)
+    is_ready = status == 200 and answer == {"detail": "ready"}  # other servers have another text
+    detail = quoted(answer.get("detail", ""))
+    print("ready" if is_ready else f"not ready: {base} answers {status} {detail}")
+    return int(not is_ready)
 
 
 def check(options: argparse.Namespace) -> int:
@@ -10223,7 +10236,10 @@ def demo(options: argparse.Namespace) -> int:
     config = chosen_config(options)
     url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
     token, mistake = options.token or usable_secret(config.tenants[0]), "--token is needed"
-    tls = ssl.create_default_context(cafile=options.cafile)
+    try:
+        tls = ssl.create_default_context(cafile=options.cafile)
+    except OSError as error:
+        raise UsageError(f"--cafile {options.cafile}: cannot be used ({error})") from error
     if options.client_id or options.client_secret:
         form = {
             "grant_type": "client_credentials",
@@ -10236,7 +10252,7 @@ def demo(options: argparse.Namespace) -> int:
         raise UsageError(mistake)
     with_token = partial(answer_to, token=token, tls=tls)
     status, schema = with_token("GET", f"{url}/Schemas/{FACILIO}")
-    custom = schema["attributes"][0] if status == 200 else {}
+    custom: Json = next(iter(schema.get("attributes", ())), {}) if status == 200 else {}
     wrong = sum(play(url, with_token, name, custom) for name in ("default", "aadOptscim062020"))
     print(f"\n{wrong or 'no'} step(s) went wrong")
     return 1 if wrong else 0
@@ -10340,6 +10356,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     A server ends after SIGINT or SIGTERM. In another thread than the main one, it ends with the
     main thread; use ScimServer to end it earlier.
     """
+    # A service may start this without an output: then Python has None in its place.
+    sys.stdout, sys.stderr = (
+        stream or open(os.devnull, "w")  # noqa: SIM115
+        for stream in (sys.stdout, sys.stderr)
+    )
     for stream in (sys.stdout, sys.stderr):
         # Names are in UTF-8, whatever the code page of a console, and lines end as CSV says.
         if isinstance(stream, io.TextIOWrapper):
@@ -10360,7 +10381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         LOG.error("%s", error)
     except ConfigError as error:
         for line in error.problems if options.run is check else ["; ".join(error.problems)]:
-            LOG.error("%s: %s", chosen_file(options), line)
+            LOG.error("%s: %s", error.source, line)
     finally:
         LOG.removeHandler(printer)
         LOG.setLevel(level)

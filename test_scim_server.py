@@ -10259,6 +10259,15 @@ def test_a_fault_answers_with_its_status_and_executes_nothing(
     assert demo_scim.get("/Users")["totalResults"] == 0
 
 
+def test_a_header_of_a_fault_replaces_that_of_the_answer_in_any_case(
+    demo: scim_server.ScimServer, demo_scim: Scim
+) -> None:
+    headers = {"retry-after": "7", "content-type": "text/plain"}
+    demo.faults.append(scim_server.Fault(429, headers=headers))
+    answer = demo_scim.call("GET", "/Users")  # a client would see "1, 7" of two fields
+    assert (answer.headers["Retry-After"], answer.headers["Content-Type"]) == ("7", "text/plain")
+
+
 # fmt: off
 DAMAGES = [  # name, members of a fault, method, path; status, type and body of the answer or None
     ("broken JSON", {"damage": "json"}, "GET", "/Groups", (200, "scim+json", '"Resources":[]')),
@@ -10672,7 +10681,7 @@ REFUSED = [  # name, method, path, body, words of the error
      "seed.Groups[0]: expected"),
     ("an unknown member of a group", "POST", "seed",
      {"tenant": "demo", "Users": [{"userName": "a"}],
-      "Groups": [{"displayName": "crew", "members": ["nobody"]}]}, "members of crew: some names"),
+      "Groups": [{"displayName": "crew", "members": ["nobody"]}]}, "members of crew: nobody: expected the id"),
     ("a user without a name", "POST", "seed",
      {"tenant": "demo", "Users": [{"userName": "a"}, {}]}, "userName"),
     ("an unknown condition", "GET", "requests?statuss=1", None, "requests.statuss: unknown key"),
@@ -11913,6 +11922,30 @@ def test_a_server_may_be_stopped_at_any_time() -> None:
         requests.get(server.url + "/Users")
 
 
+def test_ctrl_c_stops_a_server_that_serves_in_the_main_thread() -> None:
+    server = scim_server.ScimServer()
+
+    def call_and_interrupt() -> None:
+        assert requests.get(server.url + "/Users").status_code == 401
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(call_and_interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            server.serve_forever()
+        call.result(20)
+    assert server.stopped.is_set()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(server.server_address)
+
+
+def test_a_socket_of_the_program_never_blocks_the_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = scim_server.ScimServer(listener=listener)
+        assert not listener.getblocking()
+        server.stop()
+
+
 def test_a_signal_handler_of_the_thread_that_serves_may_stop_the_server() -> None:
     def call_and_signal() -> None:
         assert requests.get(server.url + "/Users").status_code == 401
@@ -12017,6 +12050,8 @@ MISTAKES = [  # name, a call of the library with a directory, words of its error
      ["config.json/x/acme.sqlite3: cannot be opened for writing", "choose a data_dir"]),
     ("a port in use", lambda folder: scim_server.ScimServer({**CONFIG, "listen": "192.0.2.1:80"}),
      ["listen: 192.0.2.1:80 cannot be used: "]),
+    ("no such port", lambda folder: scim_server.ScimServer(port=70_000),
+     ["listen: 127.0.0.1:70000 cannot be used: "]),
 ]
 # fmt: on
 
@@ -12500,6 +12535,8 @@ def test_the_demo_trusts_the_authority_in_a_file(
     arguments = ["demo", "--url", url, "--token", "acme-secret"]
     assert scim_server.main(arguments) == 2
     assert "name the file with --cafile" in capsys.readouterr().err
+    assert scim_server.main([*arguments, "--cafile", str(tmp_path / "none.pem")]) == 2
+    assert "--cafile " + str(tmp_path / "none.pem") in capsys.readouterr().err
     assert scim_server.main([*arguments, "--cafile", str(tmp_path / "tls.pem")]) == 0
 
 
@@ -12680,6 +12717,16 @@ def test_a_closed_output_ends_a_command_without_a_message() -> None:
         assert (ended.stderr.read(), ended.wait(20)) == ("", 1)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_command_needs_no_output(closed: str) -> None:
+    line = f'"$0" "$1" check --config "$2" {closed}'
+    arguments = [sys.executable, str(HERE / "scim_server.py"), str(HERE / "sample_config.json")]
+    ended = subprocess.run(
+        ["sh", "-c", line, *arguments], check=False, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_an_interrupted_command_has_status_130(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(options: Any) -> None:
         raise KeyboardInterrupt
@@ -12746,14 +12793,15 @@ def test_init_writes_a_configuration_with_a_fresh_secret(
     assert scim_server.main(arguments) == 2  # it replaces no file
     assert "config.json" in capsys.readouterr().err and file.read_bytes() == before
     assert scim_server.main(["init", str(tmp_path / "x"), "--tenant", "a b"]) == 2
-    assert "tenants[0].name" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    expected = "scim_server: command line: --tenant: expected letters, digits, - and _"
+    assert capsys.readouterr().err.startswith(expected) and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize("kind, name", [("tokens", "name"), ("clients", "id")])
 def test_a_secret_may_be_in_a_file_of_its_own(tmp_path: Path, kind: str, name: str) -> None:
     secrets = tmp_path / "secrets"
     secrets.mkdir()
-    (secrets / "entra").write_text("secret-of-a-file\n")
+    (secrets / "entra").write_text("secret-of-a-file\n", "utf-8-sig")
     tenant = {"name": "a", kind: [{name: "entra", "secret_file": "secrets/entra"}]}
     with scim_server.running(config_file(tmp_path, tenants=[tenant])) as server:
         assert "secret-of-a-file" not in repr(server.application.config)
@@ -12765,9 +12813,11 @@ def test_a_secret_may_be_in_a_file_of_its_own(tmp_path: Path, kind: str, name: s
         assert Scim(server.url, token).get("/Users")["totalResults"] == 0
 
 
-@pytest.mark.parametrize("content", [None, "", "two words", "caf\u00e9"])
+@pytest.mark.parametrize("content", [None, "", "two words", "caf\u00e9", "a" * 70_000, "a pipe"])
 def test_a_file_without_a_usable_secret_is_a_mistake(tmp_path: Path, content: str | None) -> None:
-    if content is not None:
+    if content == "a pipe":  # to which nobody writes
+        os.mkfifo(tmp_path / "entra")
+    elif content is not None:
         (tmp_path / "entra").write_text(content, "utf-8")
     tokens = [{"name": "entra", "secret_file": "entra"}]
     file = config_file(tmp_path, tenants=[{"name": "a", "tokens": tokens}])
@@ -12818,7 +12868,15 @@ def test_check_asks_a_server_whether_it_is_ready(
 
     monkeypatch.setattr(scim_server.Database, "check", fail)
     assert scim_server.main(["check", "--ready", server.url]) == 1
-    assert "503" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith('answers 503 "not ready"\n')
+
+
+def test_a_server_of_another_kind_is_not_ready(
+    demo: scim_server.ScimServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    demo.faults.append(scim_server.Fault(damage="empty", path="/readyz"))
+    assert scim_server.main(["check", "--ready", demo.url]) == 1
+    assert capsys.readouterr().out == f'not ready: {demo.url} answers 200 ""\n'
 
 
 def test_check_asks_the_configured_server_by_https_too(
