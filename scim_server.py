@@ -8678,8 +8678,10 @@ class HttpServer(Watcher):
         """Return a request without its body: where it is from, and how it named this server."""
         host, headers = head.host, head.headers
         scheme, address = "https" if self.tls else "http", client.partition("%")[0]
-        proxies = self.application.config.trusted_proxies
-        if proxies and any(ipaddress.ip_address(address) in network for network in proxies):
+        if any(
+            ipaddress.ip_address(address) in network
+            for network in self.application.config.trusted_proxies
+        ):
             proxied = forwarded(headers)
             client = proxied["for"] or client
             scheme = proxied["proto"] if proxied["proto"] in ("http", "https") else scheme
