@@ -8710,8 +8710,12 @@ class HttpServer(Watcher):
             "HEAD" if is_head else "", "", id=next(self.control.request_ids)
         )
         connection.reader, connection.state, connection.kept = None, ANSWERING, False
-        route, _ = self.application.find_route(request.path)
-        self._send(connection, request, error_response(error, route.label), None)
+        self._send(
+            connection,
+            request,
+            error_response(error, self.application.find_route(request.path)[0].label),
+            None,
+        )
 
     def _answer(self, connection: Connection, request: Request) -> None:
         # Execute a request and send the answer; it may meet a fault.
