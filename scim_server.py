@@ -4019,7 +4019,8 @@ class Directory:
                     member["value"] for member in group.get("members", ())
                 }:
                     raise invalid_value(
-                        f"members of {group['displayName']}: {', '.join(sorted(map(str, unknown)))}: "
+                        f"members of {group['displayName']}: "
+                        f"{', '.join(sorted(map(str, unknown)))}: "
                         "expected the id of a resource, or the name of one in the same seed"
                     )
                 ids[group["displayName"]] = group["id"]
@@ -9917,8 +9918,8 @@ def answer_to(
     token: str = "",
     tls: ssl.SSLContext | None = None,
 ) -> tuple[int, dict[str, Json]]:
-    # Return the status of the answer to a request, and its JSON object, or its text as the detail of
-    # one. UsageError if there is no answer.
+    # Return the status of the answer to a request, and its JSON object, or its text as the detail
+    # of one. UsageError if there is no answer.
     headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
     try:
         request = urllib.request.Request(url, body.encode() or None, headers, method=method)
