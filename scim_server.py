@@ -3119,14 +3119,17 @@ class Session:
 
     # -- Changes --
 
-    def log(self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str) -> None:
-        # Append rows to the change feed; drop those beyond the newest keep, or before a time.
+    def log(
+        self, changes: Sequence[tuple[str, ...]], keep: int, older_than: str, up_to: str
+    ) -> None:
+        # Append rows to the change feed; drop those beyond the newest keep, or before a time, but
+        # none after the time up_to.
         self._append("change", changes)
         # At most two old rows are deleted for each new one, so that trimming never delays a write.
         self.run(
-            "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND "
+            "DELETE FROM change WHERE seq < (SELECT min(seq) FROM change) + ? AND at <= ? AND "
             "(seq <= (SELECT max(seq) FROM change) - ? OR at < ?)",
-            [2 * len(changes), keep, older_than],
+            [2 * len(changes), up_to, keep, older_than],
         )
 
     def changes(self, after: int, count: int) -> list[Change]:
@@ -3681,9 +3684,12 @@ def changes_in_group(
     ]
 
 
+GUARDED_TIME = timedelta(hours=1)
+
+
 def check_deactivations(session: Session, number: int, now: datetime, name: str) -> None:
     # Raise ScimError 429 if an hour has had this number of deactivations.
-    if at := session.nth_deactivation(number, time_text(now - timedelta(hours=1))):
+    if at := session.nth_deactivation(number, time_text(now - GUARDED_TIME)):
         age = now - datetime.fromisoformat(at.replace("Z", "+00:00"))
         raise ScimError(
             429,
@@ -3691,7 +3697,7 @@ def check_deactivations(session: Session, number: int, now: datetime, name: str)
             f"max_deactivations: {number} employees have become inactive within an hour; "
             f"{quoted(name)} was not changed. If this is intended, raise or remove "
             "max_deactivations in the configuration, which is loaded within a second",
-            {"Retry-After": str(3_601 - int(age.total_seconds()))},
+            {"Retry-After": str(3_600 - int(age.total_seconds()))},
             ("guard", str(number)),
         )
 
@@ -4350,7 +4356,11 @@ class Directory:
             for id, member in ids
         ]
         if rows:
-            session.log(rows, self.keep, time_text(self.clock() - timedelta(days=self.keep_days)))
+            clock = self.clock()
+            oldest = time_text(clock - timedelta(days=self.keep_days))
+            # check_deactivations() counts those that the feed has.
+            up_to = time_text(clock - GUARDED_TIME) if self.max_deactivations else now
+            session.log(rows, self.keep, oldest, up_to)
 
     def kept(self, pairs: Differences) -> Differences:
         return {
@@ -4378,20 +4388,27 @@ class Directory:
             "employees": "made",
         }
         former = {name: session.setting(name) for name in current}
+        # An employee with other roles has the same change in each of its groups.
+        changes: dict[str, NewChange] = {}
         for row in session.resources() if former != current else ():
             match row.type, former["employees"]:
                 case "User", "":  # an older version stored users without employees
-                    changes = update_employee(
+                    created = update_employee(
                         session, row.id, row.attributes, self._now(session), self.roles
                     )
+                    self._log(session, created)
                 case "Group", "made":
                     roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
                     versions = [((row.body,), version) for version in roles]
-                    changes = changes_in_group(session, row.seq, self._now(session), versions)
-                case _:
-                    changes = []
-            self._log(session, changes)
+                    changes |= {
+                        id: (kind, [(id, "")], pairs)
+                        for kind, employees, pairs in changes_in_group(
+                            session, row.seq, self._now(session), versions
+                        )
+                        for id, _ in employees
+                    }
             self._with_current_fields(session, row)
+        self._log(session, list(changes.values()))
         secret = session.setting("cursor_key") or self._new_secret("cursor key")
         self.cursor_key = bytes.fromhex(secret)
         for name, value in {**current, "tenant": owner, "cursor_key": secret}.items():
@@ -4467,8 +4484,9 @@ FLAG = (lambda value: value if isinstance(value, bool) else None, "true or false
 POSITIVE = (lambda value: value if type(value) is int and 0 < value <= 10**8 else None,
          "a whole number from 1 to 100000000")
 ROLES = (lambda value: tuple((name_key(name), role) for name, role in value.items())
-         if all(TEXT[0](text) for pair in value.items() for text in pair) else None,
-         'an object of texts such as {"Night Crew": "Technician"}')
+         if all(TEXT[0](text) for pair in value.items() for text in pair)
+         and len(set(map(name_key, value))) == len(value) else None,
+         'an object of texts such as {"Night Crew": "Technician"}, each group once')
 DATABASE = text_of(r"postgres(ql)?://\S+", "a URL such as postgresql://user@host/name")
 DAYS = (lambda value: value if type(value) is int and 0 < value <= 36_500 else None,
         "1 to 36500 days")

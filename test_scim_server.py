@@ -2815,7 +2815,8 @@ def log_changes(store: scim_server.Store, *times: str, keep: int = 9, older_than
     """Append a change for each time to the feed, a commit each, and trim the feed."""
     for at in times:
         with store.writing() as session:
-            session.log([(at, "user.created", "1", "", "entra", "[]", "{}")], keep, older_than)
+            row = (at, "user.created", "1", "", "entra", "[]", "{}")
+            session.log([row], keep, older_than, up_to="~")
 
 
 class TestStore:
@@ -5483,6 +5484,7 @@ def test_new_roles_of_the_configuration_change_the_employees(
         assert [row["roles"] for row in employees(scim)] == [ada, bob]
         rows = changes(scim, f"after={last}")
         assert rows and {row["kind"] for row in rows} == {"employee.updated"}
+        assert groups_by_feed(changes(scim)) == groups_by_record(scim)
         configure_acme(server, roles=roles)  # which changes nothing
         assert changes(scim, f"after={rows[-1]['seq']}") == []
     assert groups_by_record(scim) == {
@@ -6050,6 +6052,21 @@ def test_deactivations_beyond_those_of_an_hour_are_429(engine: str) -> None:
         assert last == "employee.deactivated"
 
 
+def test_a_short_feed_holds_the_deactivations_of_the_last_hour(open_store: Any) -> None:
+    clock = ManualClock()
+    directory = scim_server.Directory(open_store(), clock=clock, keep=2, max_deactivations=3)
+    ids = [directory.create("User", {"userName": name})["id"] for name in "abcde"]
+    for id in ids[:3]:
+        directory.patch("User", id, OFF)
+    with pytest.raises(scim_server.ScimError, match="max_deactivations: 3 "):
+        directory.patch("User", ids[3], OFF)
+    clock.advance(hours=1)
+    for id in ids[3:]:
+        directory.patch("User", id, OFF)
+    with pytest.raises(scim_server.ScimError, match="the feed holds"):
+        directory.changes()
+
+
 def test_the_log_explains_who_was_not_deactivated(
     server: scim_server.ScimServer, scim: Scim, console: Scim
 ) -> None:
@@ -6307,6 +6324,7 @@ CONFIG_MISTAKES = [  # name, the wrong part of tenants[0], the path of the mista
     ("roles that are a list", {"roles": ["Technician"]}, ".roles"),
     ("a role that is no text", {"roles": {"Night Crew": 1}}, ".roles"),
     ("a role without a name", {"roles": {"Night Crew": ""}}, ".roles"),
+    ("two roles of one group", {"roles": {"Night Crew": "A", "night crew": "B"}}, ".roles"),
     ("an unknown member of log", {"log": {"colour": 1}}, ".log.colour"),
     ("a log that is no object", {"log": 5}, ".log"),
     ("a name with a dot", {"log.keep": 5}, ".log.keep"),
