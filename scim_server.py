@@ -4009,12 +4009,14 @@ class Directory:
         document = (
             source if isinstance(source, dict) else json.loads(Path(source).read_text("utf-8"))
         )
+        if other_keys := sorted(document.keys() - {"Users", "Groups"}):
+            raise invalid_value(f"seed: expected Users and Groups, got {quoted(other_keys)}")
         ids: dict[str, str] = {}
         with self.store.writing():
-            for body in document.get("Users", ()):
+            for body in document.get("Users") or ():
                 user = self.create("User", body)
                 ids[user["userName"]] = user["id"]
-            for body in document.get("Groups", ()):
+            for body in document.get("Groups") or ():
                 members = [
                     {**member, "value": ids.get(member.get("value", ""), member.get("value"))}
                     for item in body.get("members") or ()
@@ -7486,11 +7488,13 @@ class Application:
     def reset(self) -> None:
         """Empty all tenants, as if their stores were new; all tokens stay valid. StoreError."""
         self.log.close()  # writes what is on its way
-        for directory in map(self.directory, self.tenants):
-            with directory.store.writing() as session:
-                session.clear()
-                directory.prepare(session)
-        self.log = ProvisioningLog(self.usage)
+        try:
+            for directory in map(self.directory, self.tenants):
+                with directory.store.writing() as session:
+                    session.clear()
+                    directory.prepare(session)
+        finally:  # the server goes on even if a tenant cannot be emptied
+            self.log = ProvisioningLog(self.usage)
 
     def close(self) -> None:
         """Write the logs and close the stores; the application cannot be used afterwards."""
@@ -8032,8 +8036,8 @@ class Control:
         path is a text that the path contains, since a dateTime. A line in the log says how many the
         journal has dropped.
         """
-        if self.dropped:
-            LOG.warning("the journal has dropped %s earlier requests", self.dropped)
+        if self.dropped or not self._keep:  # which a server without a journal cannot count
+            LOG.warning("the journal has dropped %s earlier requests", self.dropped or "all")
         return [
             item
             for item in list(self.journal)
@@ -9623,11 +9627,15 @@ def running(
     control = Control(clock, deterministic, MAX_JOURNAL, control_api)
     if custom_fields or data_dir:  # such a server does not follow its file
         config = to_config(config)
+        documents = [
+            {key: text for key, text in vars(custom).items() if text} for custom in custom_fields
+        ]
+        own_fields = ConfigReader().result("custom_fields", documents, [LIST, CustomField])
         config = replace(
             config,
             data_dir=os.fspath(data_dir) or config.data_dir,
             tenants=tuple(
-                replace(tenant, custom_fields=tuple(custom_fields) or tenant.custom_fields)
+                replace(tenant, custom_fields=own_fields or tenant.custom_fields)
                 for tenant in config.tenants
             ),
         )

@@ -5982,6 +5982,8 @@ def test_seed_names_members_and_is_all_or_nothing(tmp_path: Path) -> None:
         assert [member["value"] for member in everybody["members"]] == [ids["Crew"]]
         with pytest.raises(scim_server.ScimError):
             directory.seed({"Users": [{"userName": "bob"}, {"userName": "ADA"}]})
+        with pytest.raises(scim_server.ScimError, match='got \\["users"\\]'):
+            directory.seed({"users": [{"userName": "bob"}]})
         assert directory.query("User").total_results == 1
 
 
@@ -10572,6 +10574,21 @@ def test_a_reset_empties_all_tenants_and_secrets_stay_valid(
     }
 
 
+def test_the_log_goes_on_after_a_reset_that_failed(
+    server: scim_server.ScimServer, scim: Scim, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: scim_server.Session) -> None:
+        raise scim_server.StoreError("locked")
+
+    with monkeypatch.context() as patch, pytest.raises(scim_server.StoreError):
+        patch.setattr(scim_server.Session, "clear", fail)
+        server.reset()
+    scim.user("ada")
+    assert [entry["operation"] for entry in logged(console_of(server, "acme-secret"), 1)] == [
+        "Create user"
+    ]
+
+
 def test_a_reset_ends_cursors_and_access_tokens_but_no_client(
     oauth: scim_server.ScimServer,
 ) -> None:
@@ -12063,6 +12080,11 @@ MISTAKES = [  # name, a call of the library with a directory, words of its error
      ["document: tenants: expected a list with at least one item"]),
     ("a document of another type", lambda folder: scim_server.parse_config(5),
      ["document: expected an object, got 5"]),
+    ("a custom field of a program",
+     lambda folder: scim_server.running(
+         custom_fields=[scim_server.CustomField("cost code", "Float")]).__enter__(),
+     ["document: custom_fields[0].link_name: expected a letter, then letters, digits, - and _",
+      "custom_fields[0].type: expected String, Integer or Boolean"]),
     ("a directory that cannot be made",
      lambda folder: scim_server.ScimServer({**CONFIG, "data_dir": str(config_file(folder) / "x")}),
      ["config.json/x/acme.sqlite3: cannot be opened for writing", "choose a data_dir"]),
