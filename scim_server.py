@@ -8408,13 +8408,16 @@ class Watcher:
     def _accept(self) -> None:
         # Accept a connection; at the limit, another one makes room, or the newcomer waits.
         try:
-            config = self.application.config
-            if len(self.connections) >= config.max_connections and not self._evict():
+            if (
+                len(self.connections) >= self.application.config.max_connections
+                and not self._evict()
+            ):
                 raise OSError("all connections are in use")
             client_socket, address = self.socket.accept()
             connection = Connection(client_socket, address[0], self.application.usage)
-            if self.tls and config.tls:  # the handshake is part of receiving
-                self._renew_tls(config.tls)
+            if self.tls and (files := self.application.config.tls):
+                self._renew_tls(files)
+                # The handshake is part of receiving.
                 connection.socket = self.tls.wrap_socket(
                     client_socket, server_side=True, do_handshake_on_connect=False
                 )
