@@ -6926,13 +6926,15 @@ def open_causes(entries: Iterable[Json]) -> list[Json]:
 
     The entries come newest first. A problem is solved when its attribute is sent correctly for the
     same person, or the person is deleted. One that concerns no attribute is solved by a call with
-    the same method; one that concerns no person by a call with the same token or client.
+    the same method, a refused access token by any call; one that concerns no person by a call with
+    the same token or client.
     """
     corrected, open_calls = set[tuple[str, str]](), defaultdict[str, list[Json]](list)
     for entry in entries:
         person, wrong = entry["subject"] or entry["name"], set[str]()
         for note in entry["notes"]:
-            names = set(note.get("attributes") or [entry["method"]])
+            is_grant = entry["path"] == TOKEN_PATH
+            names = set(note.get("attributes") or [TOKEN_PATH if is_grant else entry["method"]])
             wrong |= names
             of_person = note["kind"] in ("mapping", "guard")
             whose = {person, note.get("other")} if of_person else {entry["token"], entry["client"]}
@@ -6944,7 +6946,7 @@ def open_causes(entries: Iterable[Json]) -> list[Json]:
             names = {entry["method"], *itertools.chain(*map(corrected_by, entry["attributes"]))}
             corrected.update(
                 itertools.product([entry["subject"], entry["name"]], names - wrong),
-                itertools.product([entry["token"], entry["client"]], [entry["method"]]),
+                itertools.product([entry["token"], entry["client"]], [entry["method"], TOKEN_PATH]),
             )
     causes = [
         {

@@ -9957,10 +9957,15 @@ def test_a_client_that_was_entered_wrongly_is_explained_to_its_tenant(
     oauth: scim_server.ScimServer, id: str, secret: str, words: list[str]
 ) -> None:
     assert_oauth_error(grant(oauth.url, **in_form(id, secret)), 401, "invalid_client")
-    [entry] = logged(console_of(oauth, "acme-secret"), 1)
+    console = console_of(oauth, "acme-secret")
+    [entry] = logged(console, 1)
     [note] = entry["notes"]
     assert note["kind"] == "authentication" and all(word in note["text"] for word in words), note
     assert "-secret" not in json.dumps(entry)
+    assert causes_of(console) == [(note["cause"], 0, 1)]
+    Scim(oauth.url, access_token(oauth.url)).get("/Users")
+    logged(console, 2)
+    assert causes_of(console) == []  # any call of a client shows that it is right again
 
 
 def test_an_expired_access_token_and_an_expired_client_are_explained(engine: str) -> None:
