@@ -4745,7 +4745,7 @@ class ConfigReader:
             return {}
         prefix, keys = path and path + ".", dict.fromkeys(key.split(".")[0] for key in settings)
         self.problems += [
-            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys)) or 'none'}"
+            f"{prefix}{key}: unknown key; known are {', '.join(sorted(keys))}"
             for key in sorted(value.keys() - keys.keys())
         ]
         values: dict[str, Any] = {}
@@ -7998,7 +7998,8 @@ class Control:
                 (
                     fault
                     for fault in self.faults
-                    if not request.path.startswith(CONTROL_PATH) and fault.meets(request)
+                    if self.application.find_route(request.path)[0].access != CONTROL
+                    and fault.meets(request)
                 ),
                 None,
             )
@@ -8009,8 +8010,8 @@ class Control:
 
     def note(self, request: Request, response: Response, now: datetime) -> None:
         # Append a request to the journal, without the secrets in its head.
-        if self._keep and not request.path.startswith(CONTROL_PATH):
-            json, is_secret = None, self.application.find_route(request.path)[0].label == TOKEN_PATH
+        if self._keep and (route := self.application.find_route(request.path)[0]).access != CONTROL:
+            json, is_secret = None, route.label == TOKEN_PATH
             with suppress(ScimError):  # it is malformed
                 json = None if is_secret else parse_body(request)
             exchange = Exchange(
@@ -9963,24 +9964,15 @@ def answer_to(
         raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
     with suppress(TypeError, ValueError):
         return status, dict(json.loads(text))
-    return status, {"detail": text[:MAX_DETAIL].decode(errors="replace").strip()}
+    return status, {"detail": text[:80].decode(errors="replace").strip()}
 
 
 def write_config(options: argparse.Namespace) -> None:
     secret = secrets.token_urlsafe(32)
-    document = {
-        "listen": "127.0.0.1:8080",
-        "data_dir": "scim-data",
-        "tenants": [
-            {
-                "name": options.tenant,
-                "tokens": [{"name": "entra", "sha256": digest(secret)}],
-                "custom_fields": [],
-            }
-        ],
-    }
-    rule = SETTINGS[Tenant]["name"].metadata["rule"]
-    ConfigReader("command line").result("--tenant", options.tenant, rule)
+    tokens = [{"name": "entra", "sha256": digest(secret)}]
+    tenant = {"name": options.tenant, "tokens": tokens, "custom_fields": []}
+    ConfigReader("command line").result("--tenant", tenant, Tenant)  # ConfigError for a wrong name
+    document = {"listen": "127.0.0.1:8080", "data_dir": "scim-data", "tenants": [tenant]}
     with open(options.file, "x", encoding="utf-8") as file:  # OSError if there is one
         file.write(json.dumps(document, indent=2) + "\n")
     print(
@@ -9997,8 +9989,7 @@ def check_ready(config: Config, url: str) -> int:
     base = (url or url_of(config, config.port)).partition("?")[0].rstrip("/")
     status, answer = answer_to("GET", base.removesuffix(BASE_PATH) + "/readyz", tls=tls)
     is_ready = status == 200 and answer == {"detail": "ready"}  # other servers have another text
-    detail = quoted(answer.get("detail", ""))
-    print("ready" if is_ready else f"not ready: {base} answers {status} {detail}")
+    print("ready" if is_ready else f"not ready: {base} answers {status}, {answer.get('detail')}")
     return int(not is_ready)
 
 
@@ -10395,10 +10386,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     main thread; use ScimServer to end it earlier.
     """
     # A service may start this without an output: then Python has None in its place.
-    sys.stdout, sys.stderr = (
-        stream or open(os.devnull, "w")  # noqa: SIM115
-        for stream in (sys.stdout, sys.stderr)
-    )
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         # Names are in UTF-8, whatever the code page of a console, and lines end as CSV says.
         if isinstance(stream, io.TextIOWrapper):

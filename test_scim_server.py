@@ -10764,6 +10764,15 @@ def test_only_programs_on_this_machine_control_a_server(
     assert len(demo.faults) == (status != 200)
 
 
+@pytest.mark.parametrize("path", ["/_test/clock", "//_test//clock", "/%5ftest/clock"])
+def test_no_call_of_the_control_api_meets_a_fault_or_is_in_the_journal(
+    demo: scim_server.ScimServer, path: str
+) -> None:
+    demo.faults.append(scim_server.Fault(503))
+    assert requests.get(demo.root + path).status_code == 200
+    assert demo.requests() == [] and demo.unspent() == demo.faults
+
+
 def test_the_control_api_exists_only_where_it_was_asked_for(
     server: scim_server.ScimServer,
 ) -> None:
@@ -12838,7 +12847,7 @@ def test_init_writes_a_configuration_with_a_fresh_secret(
     assert scim_server.main(arguments) == 2  # it replaces no file
     assert "config.json" in capsys.readouterr().err and file.read_bytes() == before
     assert scim_server.main(["init", str(tmp_path / "x"), "--tenant", "a b"]) == 2
-    expected = "scim_server: command line: --tenant: expected letters, digits, - and _"
+    expected = "scim_server: command line: --tenant.name: expected letters, digits, - and _"
     assert capsys.readouterr().err.startswith(expected) and not (tmp_path / "x").exists()
 
 
@@ -12913,7 +12922,7 @@ def test_check_asks_a_server_whether_it_is_ready(
 
     monkeypatch.setattr(scim_server.Database, "check", fail)
     assert scim_server.main(["check", "--ready", server.url]) == 1
-    assert capsys.readouterr().out.endswith('answers 503 "not ready"\n')
+    assert capsys.readouterr().out.endswith("answers 503, not ready\n")
 
 
 def test_a_server_of_another_kind_is_not_ready(
@@ -12921,7 +12930,7 @@ def test_a_server_of_another_kind_is_not_ready(
 ) -> None:
     demo.faults.append(scim_server.Fault(damage="empty", path="/readyz"))
     assert scim_server.main(["check", "--ready", demo.url]) == 1
-    assert capsys.readouterr().out == f'not ready: {demo.url} answers 200 ""\n'
+    assert capsys.readouterr().out == f"not ready: {demo.url} answers 200, \n"
 
 
 def test_check_asks_the_configured_server_by_https_too(
