@@ -41,7 +41,8 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              19 HTTP server       lanes for reads and writes, answers; WSGI
              20 Console           the page that shows why provisioning works or fails
              21 Embedding         ScimServer, running(), wsgi(); reloading the configuration
-             22 Commands          main() and the command line
+             22 Demo              the requests of Entra ID, played against a server
+             23 Commands          main() and the command line
 
 One request   octets -> Connection (buffer, deadline) -> read_head(), body -> Request -> lane ->
               Application.handle (token, route) -> Directory (accept, PATCH or query, in one
@@ -9768,7 +9769,156 @@ def reload_config(application: Application, load: Callable[[], Config], file: So
 
 
 # ----------------------------------------------------------------------------
-# 22. Commands
+# 22. Demo
+#
+# Entra ID's cycle, played against any SCIM server by a table of steps.
+# Uses chapters 1, 2 and 12. Knows nothing of the server in this file.
+# ----------------------------------------------------------------------------
+
+
+class UsageError(Exception):
+    """A command that cannot run with these options; the text says why."""
+
+
+NO_ANSWER = (  # a part of an error, and what to do
+    ("unknown url type", "a URL begins with http:// or https://"),
+    ("CERTIFICATE_VERIFY_FAILED", "if its authority is your own, name the file with --cafile"),
+    ("WRONG_VERSION_NUMBER", "this is a port for http://, not https://"),
+    ("", "start the server in another terminal: python3 scim_server.py"),
+)
+
+
+def answer_to(
+    method: str,
+    url: str,
+    body: str = "",
+    type: str = "application/scim+json",
+    *,
+    token: str = "",
+    tls: ssl.SSLContext | None = None,
+) -> tuple[int, dict[str, Json]]:
+    # Return the status of the answer to a request, and its JSON object, or its text as the detail
+    # of one. UsageError if there is no answer.
+    headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
+        with urllib.request.urlopen(request, timeout=30, context=tls) as answer:
+            status, text = answer.status, answer.read()
+    except urllib.error.HTTPError as error:
+        status, text = error.code, error.read()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        remedy = next(remedy for part, remedy in NO_ANSWER if part in str(error))
+        raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
+    with suppress(TypeError, ValueError):
+        return status, dict(json.loads(text))
+    return status, {"detail": text[:80].decode(errors="replace").strip()}
+
+
+DEMO_ADA = {
+    "schemas": [USER, ENTERPRISE],
+    "userName": "{email}",
+    "externalId": "{ada_object_id}",
+    "displayName": "Ada Demo",
+    "title": "Engineer",
+    "active": True,
+    "emails": [{"type": "work", "value": "{email}", "primary": True}],
+    ENTERPRISE: {"department": "Lifts"},
+}
+DEMO_BOB = {
+    **DEMO_ADA,
+    "userName": "bob.{email}",
+    "externalId": "{bob_object_id}",
+    "displayName": "Bob Demo",
+    "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
+}
+LOOK_UP = "/Users?filter=userName%20eq%20%22"
+# A step: title, method, path, body, then the status and values that the answer must have, and the
+# label of its id: {label} stands for the id in later steps. The body of a PATCH is a list of
+# operations, or the values to change, which each dialect sends in its own way.
+# fmt: off
+DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
+    ("Test Connection: look up a user who does not exist",
+     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}, ""),
+    ("Ada is assigned: look her up",
+     "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}, ""),
+    ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
+    ("Create her again: refused",
+     "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}, ""),
+    ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
+    ("Her job title changes",
+     "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}, ""),
+    ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
+     200, {ENTERPRISE: {"department": "Roofs"}}, ""),
+    ("The custom field {custom} is mapped",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200, {}, ""),
+    ("A mapping mistake, no such custom field: refused",
+     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400, {}, ""),
+    ("The group Night Crew, with Ada", "POST", "/Groups",
+     {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
+     201, {}, "crew"),
+    ("Bob joins the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200, {}, ""),
+    ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
+     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200, {}, ""),
+    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}, ""),
+    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}, ""),
+    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204, {}, ""),
+    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204, {}, ""),
+    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204, {}, ""),
+    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404, {}, ""),
+]
+# fmt: on
+
+
+def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
+    # Return PATCH operations that replace values, as Entra sends them with or without its flag.
+    if dialect == "aadOptscim062020":
+        return [{"op": "replace", "value": values}]
+    return [  # Switch() in a mapping makes a text of a Boolean.
+        {"op": "Replace", "path": path, "value": str(value) if isinstance(value, bool) else value}
+        for path, value in values.items()
+    ]
+
+
+STOPS = {401: "the token is wrong", 404: "the path is wrong: a Tenant URL ends in /scim/v2"}
+
+
+def play(url: str, answer_to: Callable[..., Any], dialect: str, custom: Json) -> int:
+    """Play the steps in a dialect of PATCH and print them; return how many went wrong.
+
+    answer_to is that of above with a token. custom is a custom field of /Schemas, or {}. UsageError
+    for 401 or 404 where another status was expected: then no later step can succeed.
+    """
+    names = {  # what the {names} in the steps stand for
+        "email": f"ada.{secrets.token_hex(4)}@demo.example",
+        **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
+        "custom": custom.get("name", ""),
+        "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
+    }
+
+    fill = partial(re.sub, r"\{(\w+)\}", lambda match: names[match[1]])
+    print(f"\n{url}, dialect {dialect}")
+    wrong = 0
+    for title, method, path, body, status, values, label in DEMO_STEPS:
+        if "{custom}" in title and not custom:
+            continue
+        if method == "PATCH":
+            operations = body if isinstance(body, list) else changes_of(dialect, body)
+            body = {"schemas": [PATCH_OP], "Operations": operations}
+        actual, answer = answer_to(method, url + fill(path), fill(to_json(body)) if body else "")
+        good = actual == status and values.items() <= answer.items()
+        detail = answer.get("detail", "") or ("" if good else quoted(answer))
+        line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
+        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
+        if actual in STOPS and not good:
+            raise UsageError(f"{url}: {STOPS[actual]}")
+        wrong += not good
+        names[label] = str(answer.get("id", "unknown"))
+    return wrong
+
+
+# ----------------------------------------------------------------------------
+# 23. Commands
 #
 # main() and its commands: serve (the default), token, check, employees, changes, backup,
 # restore, migrate and demo. COMMANDS says what each of them does; None stands for status 0.
@@ -9778,10 +9928,6 @@ def reload_config(application: Application, load: Callable[[], Config], file: So
 
 EXIT_SECONDS = 14  # after SIGTERM; until STOP_SECONDS, requests in flight are answered
 RESERVED_FILES, FILES_PER_TENANT = 64, 24
-
-
-class UsageError(Exception):
-    """A command that cannot run with these options; the text says why."""
 
 
 def chosen_file(options: argparse.Namespace) -> str:
@@ -9931,40 +10077,6 @@ def state_of(credential: Token, last_use: str) -> str:
         + (ends if credential.expires else "")
         + (", read-only" if credential.access == "read" else "")
     )
-
-
-NO_ANSWER = (  # a part of an error, and what to do
-    ("unknown url type", "a URL begins with http:// or https://"),
-    ("CERTIFICATE_VERIFY_FAILED", "if its authority is your own, name the file with --cafile"),
-    ("WRONG_VERSION_NUMBER", "this is a port for http://, not https://"),
-    ("", "start the server in another terminal: python3 scim_server.py"),
-)
-
-
-def answer_to(
-    method: str,
-    url: str,
-    body: str = "",
-    type: str = "application/scim+json",
-    *,
-    token: str = "",
-    tls: ssl.SSLContext | None = None,
-) -> tuple[int, dict[str, Json]]:
-    # Return the status of the answer to a request, and its JSON object, or its text as the detail
-    # of one. UsageError if there is no answer.
-    headers = {"Content-Type": type} | ({"Authorization": f"Bearer {token}"} if token else {})
-    try:
-        request = urllib.request.Request(url, body.encode() or None, headers, method=method)
-        with urllib.request.urlopen(request, timeout=30, context=tls) as answer:
-            status, text = answer.status, answer.read()
-    except urllib.error.HTTPError as error:
-        status, text = error.code, error.read()
-    except (OSError, ValueError, http.client.HTTPException) as error:
-        remedy = next(remedy for part, remedy in NO_ANSWER if part in str(error))
-        raise UsageError(f"{url}: no answer ({error}); {remedy}") from error
-    with suppress(TypeError, ValueError):
-        return status, dict(json.loads(text))
-    return status, {"detail": text[:80].decode(errors="replace").strip()}
 
 
 def write_config(options: argparse.Namespace) -> None:
@@ -10154,111 +10266,6 @@ def show_changes(options: argparse.Namespace) -> None:
     with suppress(KeyboardInterrupt):
         for change in directory.follow(options.after, options.follow, kind=""):
             print(json.dumps(asdict(change), ensure_ascii=False), flush=True)
-
-
-# -- The demo: Entra ID's cycle, played against any SCIM server ----------------------
-
-DEMO_ADA = {
-    "schemas": [USER, ENTERPRISE],
-    "userName": "{email}",
-    "externalId": "{ada_object_id}",
-    "displayName": "Ada Demo",
-    "title": "Engineer",
-    "active": True,
-    "emails": [{"type": "work", "value": "{email}", "primary": True}],
-    ENTERPRISE: {"department": "Lifts"},
-}
-DEMO_BOB = {
-    **DEMO_ADA,
-    "userName": "bob.{email}",
-    "externalId": "{bob_object_id}",
-    "displayName": "Bob Demo",
-    "emails": [{"type": "work", "value": "bob.{email}", "primary": True}],
-}
-LOOK_UP = "/Users?filter=userName%20eq%20%22"
-# A step: title, method, path, body, then the status and values that the answer must have, and the
-# label of its id: {label} stands for the id in later steps. The body of a PATCH is a list of
-# operations, or the values to change, which each dialect sends in its own way.
-# fmt: off
-DEMO_STEPS: list[tuple[str, str, str, Any, int, dict[str, Any], str]] = [
-    ("Test Connection: look up a user who does not exist",
-     "GET", LOOK_UP + "{nobody}%22", None, 200, {"totalResults": 0}, ""),
-    ("Ada is assigned: look her up",
-     "GET", LOOK_UP + "{email}%22", None, 200, {"totalResults": 0}, ""),
-    ("Create Ada, an engineer", "POST", "/Users", DEMO_ADA, 201, {"title": "Engineer"}, "ada"),
-    ("Create her again: refused",
-     "POST", "/Users", DEMO_ADA, 409, {"scimType": "uniqueness"}, ""),
-    ("Create Bob", "POST", "/Users", DEMO_BOB, 201, {}, "bob"),
-    ("Her job title changes",
-     "PATCH", "/Users/{ada}", {"title": "Chief"}, 200, {"title": "Chief"}, ""),
-    ("Her department changes", "PATCH", "/Users/{ada}", {f"{ENTERPRISE}:department": "Roofs"},
-     200, {ENTERPRISE: {"department": "Roofs"}}, ""),
-    ("The custom field {custom} is mapped",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:{{custom}}": "{sample}"}, 200, {}, ""),
-    ("A mapping mistake, no such custom field: refused",
-     "PATCH", "/Users/{ada}", {f"{FACILIO}:no_such_field": "1"}, 400, {}, ""),
-    ("The group Night Crew, with Ada", "POST", "/Groups",
-     {"schemas": [GROUP], "displayName": "Night Crew {email}", "members": [{"value": "{ada}"}]},
-     201, {}, "crew"),
-    ("Bob joins the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Add", "path": "members", "value": [{"value": "{bob}"}]}], 200, {}, ""),
-    ("Ada leaves the crew", "PATCH", "/Groups/{crew}",
-     [{"op": "Remove", "path": "members", "value": [{"value": "{ada}"}]}], 200, {}, ""),
-    ("Ada is disabled", "PATCH", "/Users/{ada}", {"active": False}, 200, {"active": False}, ""),
-    ("Ada is back", "PATCH", "/Users/{ada}", {"active": True}, 200, {"active": True}, ""),
-    ("Ada is deleted for good", "DELETE", "/Users/{ada}", None, 204, {}, ""),
-    ("Bob is deleted for good", "DELETE", "/Users/{bob}", None, 204, {}, ""),
-    ("The crew is deleted for good", "DELETE", "/Groups/{crew}", None, 204, {}, ""),
-    ("Nothing is left of her", "GET", "/Users/{ada}", None, 404, {}, ""),
-]
-# fmt: on
-
-
-def changes_of(dialect: str, values: Mapping[str, Json]) -> Json:
-    # Return PATCH operations that replace values, as Entra sends them with or without its flag.
-    if dialect == "aadOptscim062020":
-        return [{"op": "replace", "value": values}]
-    return [  # Switch() in a mapping makes a text of a Boolean.
-        {"op": "Replace", "path": path, "value": str(value) if isinstance(value, bool) else value}
-        for path, value in values.items()
-    ]
-
-
-STOPS = {401: "the token is wrong", 404: "the path is wrong: a Tenant URL ends in /scim/v2"}
-
-
-def play(url: str, answer_to: Callable[..., Any], dialect: str, custom: Json) -> int:
-    """Play the steps in a dialect of PATCH and print them; return how many went wrong.
-
-    answer_to is that of above with a token. custom is a custom field of /Schemas, or {}. UsageError
-    for 401 or 404 where another status was expected: then no later step can succeed.
-    """
-    names = {  # what the {names} in the steps stand for
-        "email": f"ada.{secrets.token_hex(4)}@demo.example",
-        **{name: str(uuid.uuid4()) for name in ("nobody", "ada_object_id", "bob_object_id")},
-        "custom": custom.get("name", ""),
-        "sample": {"integer": "1", "boolean": "True"}.get(custom.get("type"), "one"),
-    }
-
-    fill = partial(re.sub, r"\{(\w+)\}", lambda match: names[match[1]])
-    print(f"\n{url}, dialect {dialect}")
-    wrong = 0
-    for title, method, path, body, status, values, label in DEMO_STEPS:
-        if "{custom}" in title and not custom:
-            continue
-        if method == "PATCH":
-            operations = body if isinstance(body, list) else changes_of(dialect, body)
-            body = {"schemas": [PATCH_OP], "Operations": operations}
-        actual, answer = answer_to(method, url + fill(path), fill(to_json(body)) if body else "")
-        good = actual == status and values.items() <= answer.items()
-        detail = answer.get("detail", "") or ("" if good else quoted(answer))
-        line = f"  {'ok   ' if good else 'WRONG'}  {fill(title):<52} {actual}  {detail}".rstrip()
-        print(line if good else f"{line}\n         expected {status} {to_json(values)}", flush=True)
-        if actual in STOPS and not good:
-            raise UsageError(f"{url}: {STOPS[actual]}")
-        wrong += not good
-        names[label] = str(answer.get("id", "unknown"))
-    return wrong
 
 
 def demo(options: argparse.Namespace) -> int:
