@@ -3189,9 +3189,11 @@ class Session:
 
     def moved_to(self) -> str:
         # Return where the content was moved to, or "".
-        # The same round trip reads what time_of_write() needs.
-        moved, self._newest = self.run(
+        # The same round trip reads what time_of_write() needs, and the roles of the newest
+        # configuration as JSON: a writer may have waited for it with those of an older one.
+        moved, self.roles, self._newest = self.run(
             "SELECT coalesce((SELECT value FROM setting WHERE name = 'moved to'), ''), "
+            "coalesce((SELECT value FROM setting WHERE name = 'roles'), '{}'), "
             "coalesce((SELECT at FROM change ORDER BY seq DESC LIMIT 1), '')"
         ).fetchone()
         return str(moved)
@@ -3533,6 +3535,12 @@ class Employee:
 
 Roles = tuple[tuple[str, str], ...]  # by the names and externalIds of groups, as keys
 Groups = tuple[str, ...]  # their bodies
+
+
+@lru_cache
+def roles_of(text: str) -> Roles:
+    # Return roles from their stored form.
+    return tuple(from_json(text).items())
 
 
 @lru_cache(4_096)
@@ -4307,8 +4315,8 @@ class Directory:
         differing = dict(member for member in new.items() if member not in old.items())
         check_member_changes(len(removed) + len(differing))
         versions: list[tuple[Groups, Roles]] = [
-            ((to_json(stored(after)),), self.roles),
-            ((), self.roles),
+            ((to_json(stored(after)),), roles_of(session.roles)),
+            ((), roles_of(session.roles)),
         ]
         changes = changes_in_group(session, row.seq, self._now(session), versions, removed)
         session.remove_members(row.seq, removed)
@@ -4336,14 +4344,22 @@ class Directory:
         changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", [(row.id, "")], pairs)]
         if row.type == "User":
             changes += update_employee(
-                session, row.id, after, self._now(session), self.roles, is_new=not before
+                session,
+                row.id,
+                after,
+                self._now(session),
+                roles_of(session.roles),
+                is_new=not before,
             )
         elif before:
             changes += changes_in_group(
                 session,
                 row.seq,
                 self._now(session),
-                [((to_json(stored(it)),) if it else (), self.roles) for it in (before, after)],
+                [
+                    ((to_json(stored(it)),) if it else (), roles_of(session.roles))
+                    for it in (before, after)
+                ],
             )
         if any(kind == "employee.deactivated" for kind, *_ in changes) and self.max_deactivations:
             check_deactivations(session, self.max_deactivations, self.clock(), before["userName"])
@@ -4401,7 +4417,7 @@ class Directory:
                     )
                     self._log(session, created)
                 case "Group", "made":
-                    roles = tuple(from_json(former["roles"] or "{}").items()), self.roles
+                    roles = roles_of(session.roles), self.roles
                     versions = [((row.body,), version) for version in roles]
                     changes |= {
                         id: (kind, [(id, "")], pairs)

@@ -5507,6 +5507,17 @@ def test_commands_know_the_roles_of_the_server(open_store: Any) -> None:
     assert len(again.changes()) == len(directory.changes()) == 5
 
 
+def test_a_write_that_began_before_new_roles_reports_them(open_store: Any) -> None:
+    before = scim_server.Directory(open_store())
+    ada = before.create("User", {"userName": "ada"})["id"]
+    scim_server.Directory(open_store(), roles={"Crew": "Technician"})  # as another process does
+    before.create("Group", {"displayName": "Crew", "members": [{"value": ada}]})
+    assert before.changes()[-1].values == {
+        "groups": [None, ["Crew"]],
+        "roles": [None, ["Technician"]],
+    }
+
+
 def test_a_returning_person_has_the_groups_of_the_new_user(scim: Scim) -> None:
     old = scim.user("ada", externalId="1")["id"]
     scim.group("Crew", old)
