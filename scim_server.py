@@ -3105,8 +3105,8 @@ class Session:
     def change_employees(
         self, group_seq: int, now: str, user_ids: Sequence[str] | None
     ) -> Iterator[tuple[str, str]]:
-        # Note the time of a change for the employees in a group, all or those of some of its users.
-        # Yield the bodies of the other groups of each as JSON, and its number.
+        # Set the time of the last change for the employees in a group, all or those of some users.
+        # Yield for each the bodies of its other groups as a JSON list, and its number.
         users = (
             "SELECT value FROM json_each(?)"
             if user_ids
@@ -3163,8 +3163,8 @@ class Session:
         ]
 
     def nth_deactivation(self, number: int, since: str) -> str | None:
-        # Return when the employee was deactivated before whom number - 1 others were deactivated
-        # last; None if that was not after a time.
+        # Return when the newest deactivation but number - 1 happened; None if there were fewer
+        # after a time.
         rows = self.run(
             "SELECT at FROM change WHERE kind = 'employee.deactivated' AND at > ? "
             "ORDER BY at DESC LIMIT 1 OFFSET ?",
@@ -3533,8 +3533,8 @@ class Employee:
     custom_fields: dict[str, Json]  # values by link name
 
 
-Roles = tuple[tuple[str, str], ...]  # by the names and externalIds of groups, as keys
-Groups = tuple[str, ...]  # their bodies
+Roles = tuple[tuple[str, str], ...]  # (key of a group's name or externalId, role)
+Groups = tuple[str, ...]  # the bodies of groups, as JSON
 
 
 @lru_cache
@@ -3677,7 +3677,8 @@ def changes_in_group(
 ) -> list[NewChange]:
     """Return the changes of the employees in a group, all or those of some of its users.
 
-    The two versions have the group, before and after. One without it says that users join or leave.
+    The versions are the group's body and the roles, before and after. A version without a body
+    means that users join or leave.
     """
     is_change = differences(*itertools.starmap(fields_of_groups, versions)) and user_ids != []
     rows = sorted(session.change_employees(group_seq, now, user_ids)) if is_change else []
