@@ -2875,11 +2875,6 @@ class Session:
     def names(self, ids: Sequence[str]) -> dict[str, Resource]:
         # Return type, name, number of members and, of users, activity of users and groups, by id.
         # A user has the name of its employee, also after it was deleted.
-        sql = (
-            "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active "
-            "FROM employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
-            "WHERE type = 'Group') AS named WHERE id IN"
-        )
         return {
             id: {
                 "type": type,
@@ -2887,7 +2882,12 @@ class Session:
                 "members": members,
                 "active": bool(active),
             }
-            for id, type, text, members, active in self._among(sql, ids)
+            for id, type, text, members, active in self._among(
+                "SELECT * FROM (SELECT user_id AS id, 'User' AS type, record, 0 AS members, active "
+                "FROM employee UNION ALL SELECT id, type, body, member_count, 1 FROM resource "
+                "WHERE type = 'Group') AS named WHERE id IN",
+                ids,
+            )
             for body in [from_json(text)]
         }
 
@@ -3220,11 +3220,11 @@ class Session:
         text: str = "",
     ) -> Iterator[Json]:
         # Yield entries between two numbers with a minimum level, newest first.
-        text = text.encode().lower().decode()  # ASCII letters only, as SQL's lower() does
         while rows := self.run(
             "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
             "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT 100",
-            [after, before, level, subject, text],
+            # In the text only ASCII letters become small, as SQL's lower() does it.
+            [after, before, level, subject, text.encode().lower().decode()],
         ).fetchall():
             yield from (
                 {"seq": seq, "level": level, "subject": subject, **from_json(entry)}
@@ -3896,10 +3896,9 @@ class Directory:
         (RFC 7644 §3.4.2). A filter as text raises ScimError 400 invalidFilter.
         """
         resource_type = self._type(type)
-        if isinstance(filter, str):
-            filter = parse_filter(filter, resource_type)
+        tree = parse_filter(filter, resource_type) if isinstance(filter, str) else filter
         return self.search(
-            {resource_type.name: (filter, selection)},
+            {resource_type.name: (tree, selection)},
             sorting,
             Window(max(count, 0), max(start_index, 1) - 1),
         )
@@ -3949,8 +3948,7 @@ class Directory:
             # Okta leaves out active when it changes other attributes: that must not reactivate.
             kept = {name: before[name] for name in defaults(resource_type) if name in before}
             resource.update(kept | resource)
-            row = self._save(session, row, before, resource, replaces_members=True)
-            return self._resource(session, row)
+            return self._resource(session, self._save(session, row, before, resource, True))
 
     def patch(
         self,
@@ -3993,8 +3991,7 @@ class Directory:
             row, before = self._find_to_write(session, type, id, condition, only_members=())
             groups = [item["value"] for item in session.groups([row.seq])[row.seq]]
             for group in [self._find(session, "Group", value) for value in groups if value != id]:
-                former = group.attributes | {"members": [{"value": id}]}
-                self._save_members(session, group, former, group.attributes)
+                self._save_members(session, group, {"members": [{"value": id}]}, group.attributes)
                 self._touch(session, group, group.attributes, group.member_count - 1)
             self._log(
                 session,
@@ -6518,7 +6515,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 def user_warnings(item: LogItem) -> Iterator[Reason]:
     # Yield warnings about values of a user that show a mistake in the mapping.
     directory, user = item.call.directory, item.resource
-    user_type, key = directory.resource_types["User"], USER_TYPE.root.by_name["username"].key
+    user_type = directory.resource_types["User"]
     for _, path, value in item.sent:
         match path.lower():
             case "active" if isinstance(value, str):
@@ -6528,10 +6525,12 @@ def user_warnings(item: LogItem) -> Iterator[Reason]:
             case name if name.startswith(FACILIO.lower()) and not resolve(path, user_type):
                 yield "link_name", path[len(FACILIO) + 1 :], ", ".join(directory.link_names)
     names = {path.lower().partition("[")[0] for _, path, _ in item.sent} & {"emails", "username"}
-    for email in user.get("emails", ()) if names else ():
-        pair = email.get("value"), user.get("userName")
-        if email.get("type") == "work" and key(str(pair[0])) != key(str(pair[1])):
-            yield "emails", *map(quoted, pair)
+    yield from (
+        ("emails", quoted(email.get("value")), quoted(user.get("userName")))
+        for email in (user.get("emails", ()) if names else ())
+        if email.get("type") == "work"
+        and name_key(str(email.get("value"))) != name_key(str(user.get("userName")))
+    )
 
 
 def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -6539,15 +6538,18 @@ def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
     user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
     if "externalid" in paths and (text := user.get("externalId")):
         same = Compare((USER_TYPE.root.by_name["externalid"],), "eq", text, text)
-        for *_, row in session.page({"User": same}, None, Window(DEFAULT_COUNT))[0]:
+        yield from (
+            (
+                "shared",
+                *map(quoted, (text, user.get("userName"), row.attributes["userName"])),
+                row.id,
+            )
+            for *_, row in session.page({"User": same}, None, Window(DEFAULT_COUNT))[0]
             # Another user may have come between the call and this moment.
-            if (
-                row.id != user["id"]
-                and row.created <= time_text(item.instant)
-                and row.attributes.get("active")
-            ):
-                names = user.get("userName"), row.attributes["userName"]
-                yield "shared", *map(quoted, (text, *names)), row.id
+            if row.id != user["id"]
+            and row.created <= time_text(item.instant)
+            and row.attributes.get("active")
+        )
 
 
 def member_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
@@ -6762,8 +6764,8 @@ class ProvisioningLog(BackgroundWriter):
             response.status,
         )
         # A path that does not exist has no label.
-        is_failure = (label == TOKEN_PATH and status >= 400) or (not label and status == 404)
-        logged = request.path.startswith(BASE_PATH) or is_failure
+        is_failure = status >= 400 and label in ("", TOKEN_PATH)
+        logged = is_failure or request.path.startswith(BASE_PATH)
         if not caller and logged and status == 401:
             self.unknown_token["calls"] += 1
             self.unknown_token.setdefault("since", time_text(now))
