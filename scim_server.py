@@ -33,8 +33,8 @@ Chapters      1 Vocabulary        schema URNs, limits, ScimError
              11 Configuration     tenants, tokens and clients, custom fields
              12 Messages          Request, Response, Call, credentials, bodies, errors, HTTP/1.1
              13 SCIM endpoints    resources, queries, cursors, discovery, Bulk
-             14 Provisioning log  what each call did, open problems and their remedies
-             15 Other endpoints   employees, changes, the console's API, metrics
+             14 Provisioning log  what each call did, what to do when it failed
+             15 Other endpoints   employees, changes, open problems, metrics
              16 Application       tenants, routes, handle(Request) -> Response
              17 Test aids         injected faults, the journal of requests, the control API
              18 Connections       sockets, TLS, deadlines, the watching thread
@@ -986,6 +986,7 @@ def unknown_attribute(name: str, resource_type: ResourceType) -> ScimError:
 # no nulls, no empty lists, values in their declared types. All other code trusts
 # that a resource is canonical, and does not check again.
 # project() chooses what a client sees of a resource; index_entries() what is indexed.
+# StoredResource is its row in a store; Precondition compares versions.
 # Uses chapters 1 to 3. Knows nothing of HTTP or SQL.
 # ----------------------------------------------------------------------------
 
@@ -3063,13 +3064,13 @@ class Session:
         return next(iter(rows), None)
 
     def employees(
-        self, after: int, last: int, count: int, active: bool | None, since: str
+        self, after: int, last: int, active: bool | None, since: str
     ) -> list[EmployeeRow]:
-        # Return at most count employees with ids after one and up to another; since is a key.
+        # Return some employees with ids after one and up to another; since is a key.
         return self._employees(
             "id > ? AND id <= ? AND active = coalesce(?, active) AND changed >= ? "
             "ORDER BY id LIMIT ?",
-            [after, last, active, since, count],
+            [after, last, active, since, DEFAULT_COUNT],
         )
 
     def find_employees(
@@ -3993,16 +3994,8 @@ class Directory:
             for group in [self._find(session, "Group", value) for value in groups if value != id]:
                 self._save_members(session, group, {"members": [{"value": id}]}, group.attributes)
                 self._touch(session, group, group.attributes, group.member_count - 1)
-            self._log(
-                session,
-                [
-                    (
-                        "member.removed",
-                        [(id, item["value"]) for item in session.members(row.seq)],
-                        {},
-                    )
-                ],
-            )
+            removed = [(id, item["value"]) for item in session.members(row.seq)]
+            self._log(session, [("member.removed", removed, {})])
             self._record(session, row, before, {})
             session.delete(row, row.entries(self._type(type)))
 
@@ -4057,14 +4050,7 @@ class Directory:
         since = changed_since and CHANGED_SINCE.key(CHANGED_SINCE.convert(changed_since))
         after, last = (after, 2**62) if id is None else (max(after, id - 1), id)
         while rows := self._read(
-            partial(
-                Session.employees,
-                after=after,
-                last=last,
-                count=DEFAULT_COUNT,
-                active=active,
-                since=since,
-            )
+            partial(Session.employees, after=after, last=last, active=active, since=since)
         ):
             yield from (to_employee(row, self.roles) for row in rows)
             after = rows[-1].id
@@ -4393,21 +4379,21 @@ class Directory:
 
     def prepare(self, session: Session) -> None:
         # Bring the content of another configuration or version, or none, up to date.
-        owner = session.setting("tenant") or self._tenant
-        if self._tenant not in ("", owner):
-            raise StoreError(
-                f"{self.store.place}: is the file of tenant {owner}, not of {self._tenant}"
-            )
         pairs = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         current = {
             "custom_fields": to_json(pairs),
             "roles": to_json(dict(self.roles)),
             "employees": "made",
         }
-        former = {name: session.setting(name) for name in current}
+        former = {name: session.setting(name) for name in (*current, "tenant", "cursor_key")}
+        owner = former["tenant"] or self._tenant
+        if self._tenant not in ("", owner):
+            raise StoreError(
+                f"{self.store.place}: is the file of tenant {owner}, not of {self._tenant}"
+            )
         # An employee with other roles has the same change in each of its groups.
         changes: dict[str, NewChange] = {}
-        for row in session.resources() if former != current else ():
+        for row in () if current.items() <= former.items() else session.resources():
             match row.type, former["employees"]:
                 case "User", "":  # an older version stored users without employees
                     created = update_employee(
@@ -4426,11 +4412,11 @@ class Directory:
                     }
             self._with_current_fields(session, row)
         self._log(session, list(changes.values()))
-        secret = session.setting("cursor_key") or self._new_secret("cursor key")
+        secret = former["cursor_key"] or self._new_secret("cursor key")
         self.cursor_key = bytes.fromhex(secret)
-        for name, value in {**current, "tenant": owner, "cursor_key": secret}.items():
-            if session.setting(name) != value:
-                session.set_setting(name, value)
+        current |= {"tenant": owner, "cursor_key": secret}
+        for name, value in current.items() - former.items():
+            session.set_setting(name, value)
 
     def _with_current_fields(self, session: Session, row: StoredResource) -> StoredResource:
         # Store a resource of another configuration as this one sees it.
@@ -6188,8 +6174,8 @@ def run_bulk(
 # ----------------------------------------------------------------------------
 # 14. Provisioning log
 #
-# What each call did, warnings about it, what to do when it failed, and the causes of
-# problems that are still open. A thread in the background writes it.
+# What each call did, warnings about it, and what to do when it failed. A thread in the
+# background writes it.
 # Uses chapters 1 to 13. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -6809,7 +6795,7 @@ class ProvisioningLog(BackgroundWriter):
 # ----------------------------------------------------------------------------
 # 15. Other endpoints
 #
-# Employees, changes, the console's API and metrics.
+# Employees, changes, the console's API with the causes of open problems, and metrics.
 # Uses chapters 1 to 14. Knows nothing of sockets.
 # ----------------------------------------------------------------------------
 
@@ -6973,8 +6959,10 @@ def open_causes(entries: Iterable[Json]) -> list[Json]:
             **calls[0],
             "level": max(call["level"] for call in calls),
             "calls": len(calls),
-            "people": len({call["who"] for call in calls if call["type"] == "User"} - {""}),
-            "groups": len({call["who"] for call in calls if call["type"] == "Group"} - {""}),
+            **{
+                name: len({call["who"] for call in calls if call["type"] == type} - {""})
+                for name, type in (("people", "User"), ("groups", "Group"))
+            },
             "first": calls[-1]["at"],
             "last": calls[0]["at"],
         }
