@@ -4326,25 +4326,14 @@ class Directory:
             *(dict(values_by_path(root, version)) for version in (before, after))
         )
         changes: list[NewChange] = [(f"{row.type.lower()}.{kind}", [(row.id, "")], pairs)]
+        roles = roles_of(session.roles)
         if row.type == "User":
             changes += update_employee(
-                session,
-                row.id,
-                after,
-                self._now(session),
-                roles_of(session.roles),
-                is_new=not before,
+                session, row.id, after, self._now(session), roles, not before
             )
         elif before:
-            changes += changes_in_group(
-                session,
-                row.seq,
-                self._now(session),
-                [
-                    ((to_json(stored(it)),) if it else (), roles_of(session.roles))
-                    for it in (before, after)
-                ],
-            )
+            versions = [((to_json(stored(it)),) if it else (), roles) for it in (before, after)]
+            changes += changes_in_group(session, row.seq, self._now(session), versions)
         if any(kind == "employee.deactivated" for kind, *_ in changes) and self.max_deactivations:
             check_deactivations(session, self.max_deactivations, self.clock(), before["userName"])
         self._log(session, changes)
