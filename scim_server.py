@@ -2892,9 +2892,11 @@ class Session:
             for body in [from_json(text)]
         }
 
-    def resources(self) -> Iterator[StoredResource]:
-        # Yield all resources; each may be changed before the next.
-        for rows in self.batches("resource"):
+    def resources(self, every: bool = True) -> Iterator[StoredResource]:
+        # Yield all resources, or those that a configuration has an effect on: the groups, and what
+        # has custom fields. Each may be changed before the next.
+        affected = f"(type = 'Group' OR hidden <> '{{}}' OR instr(body, '{FACILIO}') > 0)"
+        for rows in self.batches("resource", "1 = 1" if every else affected):
             yield from itertools.starmap(StoredResource, rows)
 
     def is_in_use(self, type: str, path: str, key: str, seq: int) -> bool:
@@ -3233,11 +3235,11 @@ class Session:
             )
             before = rows[-1][0]
 
-    def batches(self, table: str) -> Iterator[list[Any]]:
+    def batches(self, table: str, condition: str = "1 = 1") -> Iterator[list[Any]]:
         # Yield the rows of a table in the order of its key, some at a time.
         key, after, values = TABLE_KEYS[table], "1 = 1", list[Any]()
         size = len(key.split(", "))
-        sql = f"SELECT * FROM {table} WHERE %s ORDER BY {key} LIMIT {MANY}"
+        sql = f"SELECT * FROM {table} WHERE {condition} AND %s ORDER BY {key} LIMIT {MANY}"
         while rows := self.run(sql % after, values).fetchall():
             yield rows
             after, values = f"({key}) > ({', '.join('?' * size)})", rows[-1][:size]
@@ -4382,7 +4384,8 @@ class Directory:
             )
         # An employee with other roles has the same change in each of its groups.
         changes: dict[str, NewChange] = {}
-        for row in () if current.items() <= former.items() else session.resources():
+        is_current, is_older = current.items() <= former.items(), not former["employees"]
+        for row in () if is_current else session.resources(every=is_older):
             match row.type, former["employees"]:
                 case "User", "":  # an older version stored users without employees
                     created = update_employee(
@@ -8455,7 +8458,8 @@ class Watcher:
     def _watch(self, peer: Connection | Watcher, events: int) -> None:
         # Have the selector watch a connection, or the listening socket, for events, or for none.
         if peer.events not in (0, events):
-            self._selector.unregister(peer.socket)
+            with suppress(KeyError):  # Ctrl-C may have come before the last line of this
+                self._selector.unregister(peer.socket)
         if events not in (0, peer.events):
             self._selector.register(peer.socket, events, peer)
         peer.events = events
