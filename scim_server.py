@@ -6852,6 +6852,7 @@ def list_changes(usage: Usage, call: Call) -> Response:
 # -- The console's API ---------------------------------------------------------------
 
 
+@lru_cache(2)
 def page_response(page: str) -> Response:
     # Return the console's page; its policy allows only the script and style in it.
     own = "; ".join(
