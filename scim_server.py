@@ -792,7 +792,7 @@ def parse_filter(text: str, resource_type: ResourceType) -> Filter:
 def parse_filter_tokens(
     closing: str, tokens: Tokens, position: int, scope: Scope, depth: int = 0
 ) -> Parsed:
-    # Return the filter up to its closing bracket, or up to the end of the tokens ("").
+    """Return the filter up to its closing bracket, or up to the end of the tokens ("")."""
     if depth > MAX_FILTER_DEPTH:
         raise invalid_filter(f"filter: brackets nested deeper than {MAX_FILTER_DEPTH}")
     term, position = parse_term(tokens, position, scope, depth)
@@ -810,7 +810,7 @@ def parse_filter_tokens(
 
 
 def parse_term(tokens: Tokens, position: int, scope: Scope, depth: int) -> Parsed:
-    # Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not".
+    """Return the filter of an attrExp, a valuePath or a filter in brackets, perhaps after "not"."""
     kind, text, column = tokens[position]
     following = tokens[position + 1][1] if kind != "end" else ""
     match kind, text.lower(), following:
@@ -851,7 +851,7 @@ def parse_brackets(
     depth: int,
     strict: bool = False,
 ) -> Parsed:
-    # Return the filter in square brackets on the values of a complex attribute.
+    """Return the filter in square brackets on the values of a complex attribute."""
     if attributes and attributes[-1].type != "complex":
         raise invalid_filter(
             f"{name}: only a complex attribute can have a filter in brackets, but its type is "
@@ -870,7 +870,7 @@ def parse_brackets(
 def parse_expression(
     tokens: Tokens, position: int, attributes: AttributePath | None, name: str
 ) -> Parsed:
-    # Return the comparison of an attribute, from its operator on.
+    """Return the comparison of an attribute, from its operator on."""
     _, text, column = tokens[position]
     op = text.lower()
     if attributes and attributes[-1].computed:
@@ -897,7 +897,7 @@ def parse_literal(kind: str, text: str, column: int) -> Json:
 
 
 def bind_comparison(attributes: AttributePath | None, name: str, op: str, literal: Json) -> Filter:
-    # Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter.
+    """Return the filter that compares an attribute with a literal; ScimError 400 invalidFilter."""
     if not attributes:  # an attribute that is not in the schemas has no value (RFC 7644 §3.4.2.1)
         return NOTHING
     if value_attribute := attributes[-1].value_attribute:
@@ -915,7 +915,7 @@ def bind_comparison(attributes: AttributePath | None, name: str, op: str, litera
 
 
 def check_comparison(attribute: Attribute, name: str, op: str, literal: Json) -> None:
-    # Raise ScimError 400 invalidFilter if an operator does not suit the type or null.
+    """Raise ScimError 400 invalidFilter if an operator does not suit the type or null."""
     if attribute.type == "complex":
         raise invalid_filter(
             f"{name}: compare one of its sub-attributes: "
@@ -947,7 +947,7 @@ class PatchPath:
 
 # PATH = attrPath / valuePath [subAttr]
 def parse_path(text: str, resource_type: ResourceType) -> PatchPath:
-    # Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter.
+    """Return what a PATCH path means (RFC 7644 §3.5.2); ScimError invalidPath or invalidFilter."""
     if len(text) > MAX_FILTER_LENGTH:  # before resolve(): its cache must not fill with long paths
         raise invalid_path(f"path {quoted(text)}: longer than {MAX_FILTER_LENGTH} characters")
     name, bracket, _ = text.strip().partition("[")
@@ -1054,9 +1054,11 @@ def unlisted(attribute: Attribute, value: Json) -> Json:
 
 
 def accept_single(attribute: Attribute, value: Json) -> Json:
-    # Return one canonical value, or None if it is empty; ScimError 400 invalidValue.
-    # Entra clears every type of attribute with "". A member that is null or "" is an error: to
-    # ignore it could empty the group.
+    """Return one canonical value, or None if it is empty; ScimError 400 invalidValue.
+
+    Entra clears every type of attribute with "". A member that is null or "" is an error: to
+    ignore it could empty the group.
+    """
     if not attribute.is_membership and (
         value is None or (value == "" and (attribute.type != "string" or attribute.clearable))
     ):
@@ -1285,8 +1287,11 @@ class StoredResource:
         return row
 
     def with_fields_of(self, user_type: ResourceType) -> StoredResource:
-        # Return the row with the present custom fields. Values of other fields, and of other types,
-        # are hidden: they come back with their fields.
+        """Return the row with the present custom fields.
+
+        Values of other fields, and of other types, are hidden: they come back with their
+        fields.
+        """
         offset = offset_of_member(self.body, FACILIO)
         if not offset and self.hidden == "{}":
             return self
@@ -1307,8 +1312,10 @@ class StoredResource:
     def encoded(
         self, resource_type: ResourceType, version: str, links: Resource, base_url: str
     ) -> Encoded:
-        # A whole resource as project() shows it; links are its groups or members. Building a dict
-        # only to serialise it would make a page of 100 a third slower.
+        """A whole resource as project() shows it; links are its groups or members.
+
+        Building a dict only to serialise it would make a page of 100 a third slower.
+        """
         schemas = '","'.join(
             schema.id
             for schema in (resource_type.schema, *resource_type.extensions)
@@ -1474,7 +1481,7 @@ def parse_operation(resource_type: ResourceType, item: Json) -> Iterator[Operati
 
 
 def parse_pathless(resource_type: ResourceType, op: str, value: Json) -> Iterator[Operation]:
-    # Yield an operation for each name in the value of an operation without path; ScimError 400.
+    """Yield an operation for each name in the value of an operation without path; ScimError 400."""
     if op == "remove":
         raise ScimError(400, "noTarget", "remove without path: the path of an attribute is needed")
     if not isinstance(value, dict):
@@ -1601,7 +1608,7 @@ def touched_member_ids(operations: Iterable[Operation]) -> set[str] | None:
 def apply_patch(
     resource_type: ResourceType, resource: Resource, operations: Iterable[Operation]
 ) -> Resource:
-    # Return a new resource, the old one after all operations; ScimError 400.
+    """Return a new resource, the old one after all operations; ScimError 400."""
     patched = copy.deepcopy(resource)
     with_value = [
         value
@@ -1632,7 +1639,7 @@ def apply_patch(
 
 
 def apply_operation(resource: Resource, operation: Operation) -> None:
-    # Change a resource by one operation; ScimError 400 noTarget.
+    """Change a resource by one operation; ScimError 400 noTarget."""
     path = operation.path
     primary = next(filter(is_primary, path.attributes[0].values(resource)), None)
     holders = [resource]  # the objects with the attribute: the resource, or for example all e-mails
@@ -1650,7 +1657,7 @@ def apply_operation(resource: Resource, operation: Operation) -> None:
 
 
 def change(attribute: Attribute, holder: Resource, operation: Operation) -> None:
-    # Add, replace or remove an attribute in a resource or complex value.
+    """Add, replace or remove an attribute in a resource or complex value."""
     if operation.op == "remove" and attribute.multi_valued and operation.sent is not None:
         # Entra without aadOptscim062020 sends the values to remove, members by their ids.
         holder[attribute.name] = without_values(
@@ -1708,7 +1715,7 @@ def identity_key(
 def change_selected(
     attribute: Attribute, holder: Resource, operation: Operation, filter: Filter
 ) -> None:
-    # Change the values of an attribute that a filter selects; ScimError 400 noTarget.
+    """Change the values of an attribute that a filter selects; ScimError 400 noTarget."""
     values = attribute.values(holder)
     selected = [value for value in values if matches(filter, value)]
     if attribute.is_membership and not selected:
@@ -1726,10 +1733,12 @@ def change_selected(
 
 
 def new_value(attribute: Attribute, operation: Operation, filter: Filter) -> Resource:
-    # Return the value that an operation adds if a filter selects none; ScimError 400 noTarget.
-    # Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet.
-    # RFC 7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
-    # labels only: a change of a user who is not a member, or lacks a role, must not grant it.
+    """Return the value that an operation adds if a filter selects none; ScimError 400 noTarget.
+
+    Entra sends replace on emails[type eq "work"].value when there is no work e-mail yet. RFC
+    7644 §3.5.2.3 asks for noTarget; Entra's validator expects a new value. It is made from
+    labels only: a change of a user who is not a member, or lacks a role, must not grant it.
+    """
     value = equal_terms(filter)
     change_value(attribute, value, operation)
     # A value that does not match the filter would be added again at each retry.
@@ -1897,8 +1906,10 @@ def compile_filter(filter: Filter, row: str = "resource") -> Sql:
 
 
 def compile_entries(term: ValuePath | Compare, alias: str = "entry") -> tuple[Sql, bool]:
-    # Return what follows FROM to read the index entries that match; conditions can be appended.
-    # Also whether they stand together in the index, in the order of seq.
+    """Return what follows FROM to read the index entries that match; conditions can be appended.
+
+    Also whether they stand together in the index, in the order of seq.
+    """
     match term:
         case ValuePath(target, inner):
             first, others = split_filter(inner, lambda term: isinstance(term, Compare))
@@ -1968,8 +1979,11 @@ def simple_attributes(attribute: Attribute) -> list[Attribute]:
 
 
 def compile_source(filter: Filter) -> tuple[Sql, str]:
-    # Return what follows FROM to read the matches, and the name of the row that orders them.
-    # The most selective set of the index is read; what else is asked is asked about its resources.
+    """Return what follows FROM to read the matches, and the name of the row that orders them.
+
+    The most selective set of the index is read; what else is asked is asked about its
+    resources.
+    """
     term, others = split_filter(filter, lambda term: breadth(term) < NO_SET)
     condition, parameters = compile_filter(others)
     if not term:
@@ -1986,8 +2000,10 @@ def compile_source(filter: Filter) -> tuple[Sql, str]:
 
 
 def compile_set(filter: Filter) -> tuple[Sql, bool]:
-    # Return the query of the seq of all matches, if breadth(filter) is less than NO_SET.
-    # Also whether it yields them in order, each once.
+    """Return the query of the seq of all matches, if breadth(filter) is less than NO_SET.
+
+    Also whether it yields them in order, each once.
+    """
     match filter:
         case Or(filters):
             sql, values = join_sql(
@@ -2015,9 +2031,11 @@ def split_filter(filter: Filter, suits: Callable[[Filter], bool]) -> tuple[Filte
 
 
 def breadth(filter: Filter) -> int:
-    # Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
-    # 3 is for most in no order. NO_SET if other resources match too: outside of
-    # brackets, the index says nothing about Not and the type.
+    """Return an estimate of how many rows match: 0 for a few, 1 for a range of them, 2 for most.
+
+    3 is for most in no order. NO_SET if other resources match too: outside of brackets, the
+    index says nothing about Not and the type.
+    """
     match filter:
         case Compare((*_, attribute), "eq") if attribute.index != TYPE.index:
             return 2 if attribute.type == "boolean" or attribute.canonical_values else 0
@@ -2103,9 +2121,11 @@ def compile_page(filter: Filter, sorting: Sorting | None, window: Window) -> Sql
 def compile_positions(
     filter: Filter, sorting: Sorting | None, window: Window, descending: bool, columns: str
 ) -> Sql:
-    # Return the query of the positions of all matches in order, from the window's position on.
-    # A sort walks along the index, then along the resources without a value: those come last in
-    # ascending order and first in descending order (RFC 7644 §3.4.2.3).
+    """Return the query of the positions of all matches in order, from the window's position on.
+
+    A sort walks along the index, then along the resources without a value: those come last in
+    ascending order and first in descending order (RFC 7644 §3.4.2.3).
+    """
     (source, parameters), row = compile_source(filter)
     missing, down = int(sorting is not None), " DESC" * descending
     bound, bounds = after_position_sql(missing, f"{row}.seq", window.after, descending)
@@ -2993,7 +3013,7 @@ class Session:
         return sum(count for (count,) in counts)
 
     def groups(self, seqs: Sequence[int]) -> dict[int, list[Resource]]:
-        # Return the groups that each of some resources is a direct member of.
+        """Return the groups that each of some resources is a direct member of."""
         groups: dict[int, list[Resource]] = {seq: [] for seq in seqs}
         rows = self._among(
             "SELECT member_seq, group_seq, id, body FROM member "
@@ -3014,9 +3034,11 @@ class Session:
     def add_members(
         self, group_seq: int, members: Mapping[str, str | None], display: Attribute
     ) -> list[str]:
-        # Store new members, or new displays of members, by id; return the ids that exist.
-        # An id that no resource of the tenant has is ignored: one unknown member in a push of many
-        # must not lose the others, because Okta does not repeat a push that failed.
+        """Store new members, or new displays of members, by id; return the ids that exist.
+
+        An id that no resource of the tenant has is ignored: one unknown member in a push of
+        many must not lose the others, because Okta does not repeat a push that failed.
+        """
         seqs = self.seqs_of(members)
         self.run_many(
             "INSERT INTO member VALUES (?, ?, ?, ?) ON CONFLICT (group_seq, member_seq) "
@@ -3222,7 +3244,7 @@ class Session:
         subject: str = "",
         text: str = "",
     ) -> Iterator[Json]:
-        # Yield entries between two numbers with a minimum level, newest first.
+        """Yield entries between two numbers with a minimum level, newest first."""
         while rows := self.run(
             "SELECT * FROM request WHERE seq > ? AND seq < ? AND level >= ? AND "
             "? IN ('', subject) AND instr(lower(entry), ?) > 0 ORDER BY seq DESC LIMIT 100",
@@ -3291,7 +3313,7 @@ class Session:
 
 
 def migrate(link: Link) -> None:
-    # Bring the tables of an older version, or of none, up to date; StoreError for a newer one.
+    """Bring the tables of an older version, or of none, up to date; StoreError for a newer one."""
     with link.transaction():
         version = link.version
         if version > FORMAT:
@@ -4369,7 +4391,7 @@ class Directory:
     # -- What was stored under another configuration, or by an older version --
 
     def prepare(self, session: Session) -> None:
-        # Bring the content of another configuration or version, or none, up to date.
+        """Bring the content of another configuration or version, or none, up to date."""
         pairs = [[custom.link_name, custom.type.lower()] for custom in self.custom_fields]
         current = {
             "custom_fields": to_json(pairs),
@@ -4693,7 +4715,7 @@ class ConfigReader:
         return converted
 
     def read(self, path: str, value: Json, rule: Rule) -> Any:
-        # Return a JSON value as its rule converts it, None for a wrong one.
+        """Return a JSON value as its rule converts it, None for a wrong one."""
         if isinstance(rule, list):
             items = self.read(path, value, rule[0]) or ()
             return tuple(self.read(f"{path}[{n}]", item, rule[1]) for n, item in enumerate(items))
@@ -4926,7 +4948,7 @@ class Caller(NamedTuple):
     refusal: tuple[str, ...] = ()  # the reason, as in ScimError
 
     def check_write(self) -> None:
-        # Raise ScimError 403 if the credential may only read, 503 if the tenant is paused.
+        """Raise ScimError 403 if the credential may only read, 503 if the tenant is paused."""
         if self.credential.access == "read":
             raise ScimError(
                 403,
@@ -5210,9 +5232,11 @@ def unauthorized(request: Request, caller: Caller | None = None) -> ScimError:
 
 
 def token_request(request: Request) -> dict[str, str]:
-    # Return the fields of a request for an access token, those in Authorization included.
-    # RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
-    # they agree. ScimError 400 invalid_request or 401 invalid_client.
+    """Return the fields of a request for an access token, those in Authorization included.
+
+    RFC 6749 §2.3.1: a client has its id and secret in Authorization, in the form, or in both if
+    they agree. ScimError 400 invalid_request or 401 invalid_client.
+    """
     scheme, encoded = credentials_of(request)
     form = dict(pairs := parse_qsl(request.body.decode(errors="replace")))
     basic = decoded(encoded.strip()).partition(":")[::2] if scheme == "basic" else ()
@@ -5241,7 +5265,7 @@ def token_request(request: Request) -> dict[str, str]:
 
 
 def parse_body(request: Request) -> Json:
-    # Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong.
+    """Return the JSON of a body; ScimError 400 invalidSyntax says where it is wrong."""
     if not isinstance(body := request.body, bytes):
         return body
     # A text may hold brackets too, but no client sends so many of them.
@@ -5434,7 +5458,7 @@ def read_head(buffer: bytearray, line: bytes) -> Generator[bool, None, Request]:
 
 
 def check_framing(headers: Mapping[str, str], minor_version: int) -> None:
-    # Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6.
+    """Raise ScimError 400 for a head whose framing is ambiguous: request smuggling, RFC 9112 §6."""
     host, length, coding = map(headers.get, ("host", "content-length", "transfer-encoding"))
     for is_valid, detail in (
         (
@@ -5460,7 +5484,7 @@ def too_large(limit: int) -> ScimError:
 
 
 def read_chunks(buffer: bytearray, limit: int) -> Reading:
-    # Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413.
+    """Read a chunked body (RFC 9112 §7.1), ignoring extensions and trailers; ScimError 400, 413."""
     detail = "the chunked body is malformed"
     body, chunks = bytearray(), 0
     while line := CHUNK_LINE.fullmatch(
@@ -5516,7 +5540,7 @@ def body_text(body: Json) -> str:
 
 
 def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, str]], bytes]:
-    # Return the status, the header fields and the body of an answer.
+    """Return the status, the header fields and the body of an answer."""
     body = b"" if response.body is None else body_text(response.body).encode()
     # Nearly every answer is about people: no cache keeps one, and no browser guesses its type.
     fields = {
@@ -5548,7 +5572,7 @@ def to_http(response: Response, request: Request) -> tuple[str, list[tuple[str, 
 
 
 def attribute_document(attribute: Attribute) -> Json:
-    # Return an attribute as RFC 7643 §7 describes it, without what does not apply.
+    """Return an attribute as RFC 7643 §7 describes it, without what does not apply."""
     document = {
         "name": attribute.name,
         "type": attribute.type,
@@ -5623,7 +5647,7 @@ AUTHENTICATION_SCHEMES = (
 
 
 def config_document(directory: Directory, base_url: str) -> dict[str, Json]:
-    # Return the service provider configuration (RFC 7643 §5), the one document without an id.
+    """Return the service provider configuration (RFC 7643 §5), the one document without an id."""
     return {
         "": {
             "schemas": ["urn:ietf:params:scim:schemas:core:2.0:ServiceProviderConfig"],
@@ -5758,7 +5782,7 @@ def list_resources(call: Call) -> Response:
 
 
 def search_resources(call: Call) -> Response:
-    # Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3).
+    """Answer POST /.search, /Users/.search and /Groups/.search (RFC 7644 §3.4.3)."""
     parameters = {}
     for name, value in lowercase_keys(call.json()).items():
         texts = [
@@ -5806,7 +5830,7 @@ def page_cursors(call: Call, total: int, window: Window, page: Page) -> dict[str
 
 
 def read_cursor(call: Call, text: str) -> tuple[int, Position, bool]:
-    # Return the total, position and direction of a cursor; ScimError 400 if it is not usable.
+    """Return the total, position and direction of a cursor; ScimError 400 if it is not usable."""
     content = decoded(text, SIGNATURE_LENGTH)
     if not content or not is_same(text, sealed_cursor(call, content)):
         raise ScimError(
@@ -5867,7 +5891,7 @@ class BulkOperation(NamedTuple):
 
 
 def parse_bulk_operation(item: Json, types: Mapping[str, ResourceType]) -> BulkOperation:
-    # Return an operation of a bulk request; ScimError 400 invalidSyntax.
+    """Return an operation of a bulk request; ScimError 400 invalidSyntax."""
     members = lowercase_keys(item, "Operations: expected objects")
     texts = {name: members.get(name.lower()) for name in ("method", "path", "bulkId", "version")}
     for name, value in texts.items():
@@ -5901,7 +5925,7 @@ def holds_id(attribute: Attribute) -> bool:
 
 
 def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
-    # Return an attribute's value with ids in place of bulkIds; one without id is left out.
+    """Return an attribute's value with ids in place of bulkIds; one without id is left out."""
     match value:
         case str() if holds_id(attribute) and (reference := BULK_ID.match(value)):
             return id_of(reference[1])
@@ -5924,7 +5948,7 @@ def with_ids(value: Json, attribute: Attribute, id_of: IdOf) -> Json:
 
 
 def patch_with_ids(body: Json, resource_type: ResourceType, id_of: IdOf) -> Json:
-    # Return the body of a PATCH, or a part of it, with ids in place of bulkIds.
+    """Return the body of a PATCH, or a part of it, with ids in place of bulkIds."""
     if not isinstance(body, dict):
         return (
             [patch_with_ids(item, resource_type, id_of) for item in body]
@@ -6462,7 +6486,7 @@ def patch_name(item: LogItem) -> str:
 
 
 def subject_name(session: Session, item: LogItem, id: str) -> str:
-    # Return the name of the user or group that a call is about, "" if it is not known.
+    """Return the name of the user or group that a call is about, "" if it is not known."""
     call, resource = item.call, item.resource
     filter = dict(parse_qsl(call.request.query)).get("filter", "")
     literal = None if SECRET.search(filter) else re.search(r'eq "(.*?)"', filter)
@@ -6491,7 +6515,7 @@ def subject_name(session: Session, item: LogItem, id: str) -> str:
 
 
 def user_warnings(item: LogItem) -> Iterator[Reason]:
-    # Yield warnings about values of a user that show a mistake in the mapping.
+    """Yield warnings about values of a user that show a mistake in the mapping."""
     directory, user = item.call.directory, item.resource
     user_type = directory.resource_types["User"]
     for _, path, value in item.sent:
@@ -6512,7 +6536,7 @@ def user_warnings(item: LogItem) -> Iterator[Reason]:
 
 
 def shared_id_warnings(session: Session, item: LogItem) -> Iterator[Reason]:
-    # Yield a warning for each active user that has the externalId that was sent for another.
+    """Yield a warning for each active user that has the externalId that was sent for another."""
     user, paths = item.resource, [path.lower() for _, path, _ in item.sent]
     if "externalid" in paths and (text := user.get("externalId")):
         same = Compare((USER_TYPE.root.by_name["externalid"],), "eq", text, text)
@@ -6612,7 +6636,7 @@ def attributes_of(item: LogItem) -> list[str]:
 
 
 def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Reason]:
-    # Return why a call failed or gets warnings, the most severe first.
+    """Return why a call failed or gets warnings, the most severe first."""
     status, type = item.response.status, item.call.route.type
     # The detail explains an error without a reason.
     reason = item.response.reason or ("failed" if status >= 500 else "refused", detail)
@@ -6630,7 +6654,7 @@ def reasons_of(session: Session, item: LogItem, id: str, detail: str) -> list[Re
 
 
 def describe(session: Session, item: LogItem) -> tuple[int, str, Json]:
-    # Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry.
+    """Return a call's level (0 done, 1 warning, 2 refused), its subject's id and its entry."""
     call, response, refused = item.call, item.response, item.response.status >= 400
     detail = (response.body.get("detail") or response.body["error_description"]) if refused else ""
     detail = without_quotes(detail) if item.may_show_secret else detail
@@ -6667,7 +6691,7 @@ def corrected_by(path: str) -> tuple[str, str]:
 
 
 def write_log(store: Store, items: Sequence[LogItem]) -> None:
-    # Write calls of one tenant to its log, with each token's last use and the set-up's steps.
+    """Write calls of one tenant to its log, with each token's last use and the set-up's steps."""
     logged = [item for item in items if item.logged]
     with store.reading() as session:
         rows = [describe(session, item) for item in logged]
@@ -6734,7 +6758,7 @@ class ProvisioningLog(BackgroundWriter):
         self.unknown_token: dict[str, Any] = {"calls": 0}  # and "since"
 
     def note(self, call: Call, response: Response, now: datetime, seconds: float) -> None:
-        # Queue a call for its tenant's log, or count it if no tenant has its token.
+        """Queue a call for its tenant's log, or count it if no tenant has its token."""
         request, caller, label, status = (
             call.request,
             call.caller,
@@ -6799,7 +6823,7 @@ def csv_response(table: Iterable[list[str]], **headers: str) -> Response:
 
 
 def list_employees(call: Call) -> Response:
-    # Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV.
+    """Answer GET /employees: those after a cursor, as JSON or, if Accept asks for it, CSV."""
     active = call.choice("active", "", "true", "false")
     count = call.integer("count", DEFAULT_COUNT, 1, MAX_COUNT)
     employees, size, more = list[Employee](), 0, False
@@ -6854,7 +6878,7 @@ def list_changes(usage: Usage, call: Call) -> Response:
 
 @lru_cache(2)
 def page_response(page: str) -> Response:
-    # Return the console's page; its policy allows only the script and style in it.
+    """Return the console's page; its policy allows only the script and style in it."""
     own = "; ".join(
         f"{tag}-src 'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
         for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
@@ -6975,7 +6999,7 @@ def get_causes(log: ProvisioningLog, call: Call) -> Response:
 
 
 def get_setup(log: ProvisioningLog, call: Call) -> Response:
-    # Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already.
+    """Answer GET /console/api/setup: what to enter in Entra ID, and what has worked already."""
     directory, now = call.directory, call.directory.clock()
     tenant = call.caller.tenant  # type: ignore[union-attr]  # the route needs a token
     with directory.store.reading() as session:
@@ -7027,8 +7051,10 @@ def get_mapping(call: Call) -> Response:
 
 
 def find_employees(call: Call) -> Response:
-    # Answer GET /console/api/employees: a page of those in a state that have a text, sorted.
-    # This reads all employees: it takes about two seconds for 300 000.
+    """Answer GET /console/api/employees: a page of those in a state that have a text, sorted.
+
+    This reads all employees: it takes about two seconds for 300 000.
+    """
     link_names = call.directory.link_names
     condition = compile_employees(
         call.choice("state", *EMPLOYEE_STATES),
@@ -7843,7 +7869,7 @@ class Fault(SimpleNamespace):
         return FAULT[name].default if name in FAULT else object.__getattribute__(self, name)
 
     def meets(self, request: Request) -> bool:
-        # Return whether this request meets the fault, and count it.
+        """Return whether this request meets the fault, and count it."""
         matches = bool(
             self.fired != self.times
             and self.method in ("", request.method)
@@ -8010,7 +8036,7 @@ class Control:
         return [fault for fault in self.faults if not fault.fired]
 
     def note(self, request: Request, response: Response, now: datetime) -> None:
-        # Append a request to the journal, without the secrets in its head.
+        """Append a request to the journal, without the secrets in its head."""
         if self._keep and (route := self.application.find_route(request.path)[0]).access != CONTROL:
             json, is_secret = None, route.label == TOKEN_PATH
             with suppress(ScimError):  # it is malformed
@@ -8082,7 +8108,7 @@ def operate(name: str, rules: dict[str, Any], act: Callable[..., Any], call: Cal
 
 
 def control_rows(control: Control) -> list[RouteRow]:
-    # Return the routes of the control API.
+    """Return the routes of the control API."""
     # fmt: off
     text = setting(ANY_TEXT, "")
     tenant = (lambda name: name if name in control.application.tenants else None,
@@ -8203,7 +8229,7 @@ class Connection:
         self.held = (tenant, octets)
 
     def receive(self) -> bool:
-        # Move the octets that arrived to the buffer; return False if the client has closed.
+        """Move the octets that arrived to the buffer; return False if the client has closed."""
         try:
             octets = self.socket.recv(RECEIVE_OCTETS)  # which also does the TLS handshake
         except OSError as error:
@@ -8224,7 +8250,7 @@ class Connection:
         return bool(octets)
 
     def send(self, octets: bytes) -> None:
-        # Send what the system takes without waiting and keep the rest in unsent.
+        """Send what the system takes without waiting and keep the rest in unsent."""
         if octets:
             self.unsent = memoryview(bytes(self.unsent) + octets if self.unsent else octets)
         try:
@@ -9740,7 +9766,7 @@ def warn_about_setup(application: Application) -> None:
 
 
 def reload_config(application: Application, load: Callable[[], Config], file: Source) -> None:
-    # Apply a changed configuration, or keep the current one if it is invalid.
+    """Apply a changed configuration, or keep the current one if it is invalid."""
     current = application.config
     fixed = [option for option in fields(Config) if not option.metadata["live"]]
     try:
@@ -9938,7 +9964,7 @@ def chosen_file(options: argparse.Namespace) -> str:
 
 
 def chosen_config(options: argparse.Namespace) -> Config:
-    # Return the configuration file's content with the options of the command line; ConfigError.
+    """Return the configuration file's content with the options of the command line; ConfigError."""
     file = chosen_file(options)
     config = load_config(file) if file else parse_config(DEMO)
     listen = (
@@ -9974,7 +10000,7 @@ def existing_store(config: Config, tenant: Tenant) -> Store:
 
 
 def serve(options: argparse.Namespace) -> None:
-    # Serve until SIGINT or SIGTERM, reloading the configuration file when it changes.
+    """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
     file, load = chosen_file(options), partial(config_for_serving, options)
     signature, config = file_signature(file), load()
     control = Control(None, options.test == "deterministic", MAX_JOURNAL, has_api=True)
@@ -10014,7 +10040,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def config_for_serving(options: argparse.Namespace) -> Config:
-    # Raise the limit of open files; return a configuration with the connections that it allows.
+    """Raise the limit of open files; return a configuration with the connections that it allows."""
     config = chosen_config(options)
     with suppress(ImportError, OSError, ValueError):
         import resource  # Windows has no such module and no such limit.
@@ -10040,7 +10066,7 @@ def usable_secret(tenant: Tenant) -> str:
 
 
 def greeting(url: str, config: Config) -> str:
-    # Return what to paste into Entra ID: Tenant URL, and secrets that the file holds.
+    """Return what to paste into Entra ID: Tenant URL, and secrets that the file holds."""
     lines = [f"scim_server listening on {url}"]
     for tenant in config.tenants:
         lines += ["", f"tenant {tenant.name}", f"  Tenant URL    {url}"]
@@ -10176,8 +10202,10 @@ def restore_file(path: str, backup: str, tenant: str, now: str) -> str:
 
 
 def copy_backup(backup: str, target: SqliteLink, tenant: str) -> None:
-    # Copy a tenant's backup to another database, in the format of this version; StoreError.
-    # Without immutable=1, SQLite opens no database in a directory where it may not write.
+    """Copy a tenant's backup to another database, in the format of this version; StoreError.
+
+    Without immutable=1, SQLite opens no database in a directory where it may not write.
+    """
     address = Path(backup).resolve().as_uri() + (
         "?mode=ro" if os.path.exists(f"{backup}-wal") else "?mode=ro&immutable=1"
     )
