@@ -7579,14 +7579,10 @@ class Application:
 
     def must_ask(self, request: Request) -> bool:
         """Return whether only the hook can tell who sent a request; it may take its time."""
+        if not self._authenticate or request.caller is not None:
+            return False
         scheme, secret = credentials_of(request)
-        return bool(
-            self._authenticate
-            and request.caller is None
-            and scheme == "bearer"
-            and secret
-            and not self.known_caller(request)
-        )
+        return scheme == "bearer" and bool(secret) and not self.known_caller(request)
 
     def check_head(self, request: Request) -> None:
         """Raise ScimError 401, 404, 405, 415 or 503 if the head of a request decides on that."""
@@ -9982,6 +9978,11 @@ def chosen_config(options: argparse.Namespace) -> Config:
     return replace(config, data_dir=options.data_dir or config.data_dir, **listen)
 
 
+def chosen_url(config: Config, url: str | None) -> str:
+    # Return the Tenant URL that an option gives, or that of the configuration.
+    return (url or url_of(config, config.port)).partition("?")[0].rstrip("/")
+
+
 def chosen_tenant(options: argparse.Namespace) -> tuple[Config, Tenant]:
     # Return the configuration and the tenant that --tenant names; UsageError.
     config = chosen_config(options)
@@ -10003,8 +10004,9 @@ def serve(options: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM, reloading the configuration file when it changes."""
     file, load = chosen_file(options), partial(config_for_serving, options)
     signature, config = file_signature(file), load()
-    control = Control(None, options.test == "deterministic", MAX_JOURNAL, has_api=True)
-    server = ScimServer(config, control=control if options.test else None)
+    deterministic = options.test == "deterministic"
+    control = Control(None, deterministic, MAX_JOURNAL, has_api=True) if options.test else None
+    server = ScimServer(config, control=control)
     follow_file(server.application, file or None, load, signature)
 
     def stop(*_: object) -> None:
@@ -10125,7 +10127,7 @@ def check_ready(config: Config, url: str) -> int:
     tls = ssl.create_default_context()
     if not url:  # a certificate has another name than the one to call this machine by
         tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    base = (url or url_of(config, config.port)).partition("?")[0].rstrip("/")
+    base = chosen_url(config, url)
     status, answer = answer_to("GET", base.removesuffix(BASE_PATH) + "/readyz", tls=tls)
     is_ready = status == 200 and answer == {"detail": "ready"}  # other servers have another text
     print("ready" if is_ready else f"not ready: {base} answers {status}, {answer.get('detail')}")
@@ -10299,7 +10301,7 @@ def show_changes(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> int:
     config = chosen_config(options)
-    url = (options.url or url_of(config, config.port)).partition("?")[0].rstrip("/")
+    url = chosen_url(config, options.url)
     token, mistake = options.token or usable_secret(config.tenants[0]), "--token is needed"
     try:
         tls = ssl.create_default_context(cafile=options.cafile)

@@ -607,6 +607,19 @@ def command(*arguments: str, cwd: Path = HERE, file: Path = HERE / "scim_server.
     )
 
 
+def run_python(folder: Path, *arguments: str, timeout: float = 30) -> Any:
+    """Run Python in a folder, where it can import the server, and wait for its end."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        check=False,
+    )
+
+
 @contextmanager
 def process(
     *arguments: str,
@@ -13327,15 +13340,7 @@ EXAMPLES = [pair for pair in enumerate(blocks("python"), 1) if pair[1] != CONSUM
 )
 def test_an_example_of_the_readme_runs(tmp_path: Path, number: int, example: str) -> None:
     (tmp_path / "sample_config.json").write_bytes((HERE / "sample_config.json").read_bytes())
-    ended = subprocess.run(
-        [sys.executable, "-c", example],
-        cwd=tmp_path,
-        text=True,
-        timeout=30,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        check=False,
-    )
+    ended = run_python(tmp_path, "-c", example)
     assert ended.returncode == 0, ended.stderr
     for comment in re.findall(r"print\(.*\)  # (.+)$", example, re.MULTILINE):
         assert comment.removesuffix(" …") in ended.stdout
@@ -13435,15 +13440,8 @@ def test_the_readme_controls_a_server_under_test_by_javascript(tmp_path: Path) -
 def run_pytest(folder: Path, program: str, *options: str) -> tuple[int, str]:
     """Run pytest on a program that uses the plugin; return its status and its output."""
     (folder / "test_client.py").write_text(program)
-    ended = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error", *options],
-        cwd=folder,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(HERE)},
-        capture_output=True,
-        check=False,
-    )
+    arguments = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "error"]
+    ended = run_python(folder, *arguments, *options, timeout=60)
     return ended.returncode, ended.stdout + ended.stderr
 
 
